@@ -1,0 +1,238 @@
+"""The built-in bilingual data set: coloured shapes, drawn on the fly, with Korean and English captions.
+
+A scene is a pure function of (part, seed, index): nothing is stored or downloaded. Scenes come in twins: scene 2k+1
+repeats scene 2k with one thing changed (places, colour, shape, size or count), so that a model can only tell them
+apart by reading every word. `HELD_OUT` (colour, shape) pairs never occur in training; naming them is the zero-shot test.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from koclip.text.particles import attach
+
+Part = Literal["train", "test"]
+Kind = Literal["single", "relation", "count"]
+KINDS: tuple[Kind, ...] = ("single", "relation", "count")
+SIDE = 48  # pixels
+
+COLOURS = {
+    "red": ((214, 40, 40), "빨간"),
+    "blue": ((38, 84, 196), "파란"),
+    "yellow": ((247, 201, 20), "노란"),
+    "green": ((38, 150, 66), "초록색"),
+    "purple": ((138, 43, 190), "보라색"),
+    "black": ((25, 25, 25), "검은"),
+}
+SHAPES = {"circle": "원", "square": "사각형", "triangle": "삼각형", "star": "별"}
+SIZES = {"large": "큰", "small": "작은"}
+COUNTS = {2: ("two", "두"), 3: ("three", "세"), 4: ("four", "네")}
+RELATIONS = {
+    "left": ("to the left of", "왼쪽에", (-1, 0)),
+    "right": ("to the right of", "오른쪽에", (1, 0)),
+    "above": ("above", "위에", (0, -1)),
+    "below": ("below", "아래에", (0, 1)),
+}
+HELD_OUT = frozenset(
+    {("red", "star"), ("blue", "triangle"), ("yellow", "circle"), ("green", "square"), ("purple", "star")}
+)
+PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+SEEN_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
+
+
+class Thing(NamedTuple):
+    """One drawn object: what it is and where (centre and radius as shares of the side)."""
+
+    colour: str
+    shape: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is in a picture. `kind` says which fact the captions tell."""
+
+    kind: Kind
+    things: tuple[Thing, ...]
+    size: str = "large"
+    relation: str = "left"
+
+
+def english(colour: str, shape: str, count: int = 1) -> str:
+    """Return "red circle" or "red circles"."""
+    return f"{colour} {shape}{'s' if count > 1 else ''}"
+
+
+def korean(colour: str, shape: str) -> str:
+    """Return "빨간 원"."""
+    return f"{COLOURS[colour][1]} {SHAPES[shape]}"
+
+
+def relation_captions(first: Thing, relation: str, second: Thing) -> dict[str, list[str]]:
+    """Return the captions of "first is to the <relation> of second" by language."""
+    words, korean_words, _ = RELATIONS[relation]
+    ko_first = attach(korean(first.colour, first.shape), "이/가")
+    ko_second = korean(second.colour, second.shape)
+    en_first, en_second = english(first.colour, first.shape), english(second.colour, second.shape)
+    return {"ko": [f"{ko_first} {ko_second} {korean_words} 있다"], "en": [f"a {en_first} {words} a {en_second}"]}
+
+
+def captions(scene: Scene) -> dict[str, list[str]]:
+    """Return every caption of a scene by language; each one is true of it."""
+    first = scene.things[0]
+    ko, en = korean(first.colour, first.shape), english(first.colour, first.shape)
+    if scene.kind == "relation":
+        return relation_captions(first, scene.relation, scene.things[1])
+    if scene.kind == "count":
+        count = len(scene.things)
+        words, korean_words = COUNTS[count]
+        plural = english(first.colour, first.shape, count)
+        return {"ko": [f"{ko} {korean_words} 개", f"{attach(ko, '이/가')} {korean_words} 개 있다"], "en": [f"{words} {plural}"]}
+    size = SIZES[scene.size]
+    return {"ko": [ko, f"{size} {ko}", f"{size} {attach(ko, '이/가')} 있다"], "en": [f"a {en}", f"a {scene.size} {en}"]}
+
+
+Question = Callable[[Scene], tuple[dict[str, list[str]], int]]
+
+
+def pair_question(scene: Scene) -> tuple[dict[str, list[str]], int]:
+    """Return the 24 (colour, shape) prompts by language and the place of the right one."""
+    first = scene.things[0]
+    texts = {"ko": [korean(*pair) for pair in PAIRS], "en": [f"a {english(*pair)}" for pair in PAIRS]}
+    return texts, PAIRS.index((first.colour, first.shape))
+
+
+def relation_question(scene: Scene) -> tuple[dict[str, list[str]], int]:
+    """Return the four relations of the scene's two objects, told by language, and the place of the true one."""
+    told = [relation_captions(scene.things[0], relation, scene.things[1]) for relation in RELATIONS]
+    texts = {language: [caption[language][0] for caption in told] for language in ("ko", "en")}
+    return texts, list(RELATIONS).index(scene.relation)
+
+
+def size_question(scene: Scene) -> tuple[dict[str, list[str]], int]:
+    """Return both sizes of the scene's object, told by language, and the place of the true one."""
+    first = scene.things[0]
+    ko, en = korean(first.colour, first.shape), english(first.colour, first.shape)
+    texts = {"ko": [f"{word} {ko}" for word in SIZES.values()], "en": [f"a {size} {en}" for size in SIZES]}
+    return texts, list(SIZES).index(scene.size)
+
+
+def count_question(scene: Scene) -> tuple[dict[str, list[str]], int]:
+    """Return the possible counts of the scene's objects, told by language, and the place of the true one."""
+    first, count = scene.things[0], len(scene.things)
+    ko = korean(first.colour, first.shape)
+    plural = english(first.colour, first.shape, count=2)
+    texts = {
+        "ko": [f"{ko} {word} 개" for _, word in COUNTS.values()],
+        "en": [f"{word} {plural}" for word, _ in COUNTS.values()],
+    }
+    return texts, list(COUNTS).index(count)
+
+
+def scene(part: Part, seed: int, index: int) -> Scene:
+    """Return scene `index`; scenes 2k and 2k + 1 are twins."""
+    rng = np.random.default_rng((seed, part == "test", index // 2))
+    pairs = SEEN_PAIRS
+    kind = rng.choice(("single", "relation", "relation", "count"))
+    if kind == "single":
+        return _single(rng, index % 2, pairs)
+    return _relation(rng, index % 2, pairs) if kind == "relation" else _count(rng, index % 2, pairs)
+
+
+def unseen_pair(seed: int, index: int) -> Scene:
+    """Return a test scene with one object whose (colour, shape) pair never occurs in training."""
+    rng = np.random.default_rng((seed, 2, index))
+    return _single(rng, 0, tuple(sorted(HELD_OUT)))
+
+
+def _radius(rng: np.random.Generator, size: str) -> float:
+    return float(rng.uniform(0.20, 0.25) if size == "large" else rng.uniform(0.11, 0.135))
+
+
+def _pick(rng: np.random.Generator, pairs: tuple[tuple[str, str], ...]) -> tuple[str, str]:
+    return pairs[int(rng.integers(len(pairs)))]
+
+
+def _single(rng: np.random.Generator, twin: int, pairs: tuple[tuple[str, str], ...]) -> Scene:
+    colour, shape = _pick(rng, pairs)
+    size = str(rng.choice(tuple(SIZES)))
+    x, y = rng.uniform(0.27, 0.73, 2)
+    radius, other_radius = _radius(rng, size), _radius(rng, "small" if size == "large" else "large")
+    thing = Thing(colour, shape, float(x), float(y), radius)
+    same_colour = [pair for pair in pairs if pair[0] == colour and pair[1] != shape]
+    same_shape = [pair for pair in pairs if pair[1] == shape and pair[0] != colour]
+    change = rng.integers(3)
+    if not twin:
+        return Scene("single", (thing,), size=size)
+    if change == 0 or not (same_colour and same_shape):
+        return Scene("single", (thing._replace(radius=other_radius),), size="small" if size == "large" else "large")
+    colour, shape = _pick(rng, tuple(same_colour if change == 1 else same_shape))
+    return Scene("single", (thing._replace(colour=colour, shape=shape),), size=size)
+
+
+def _relation(rng: np.random.Generator, twin: int, pairs: tuple[tuple[str, str], ...]) -> Scene:
+    first = _pick(rng, pairs)
+    second = _pick(rng, tuple(pair for pair in pairs if pair != first))
+    relation = str(rng.choice(tuple(RELATIONS)))
+    dx, dy = RELATIONS[relation][2]
+    gap, (slip_x, slip_y), (mid_x, mid_y) = rng.uniform(0.22, 0.27), rng.uniform(-0.06, 0.06, 2), rng.uniform(0.46, 0.54, 2)
+    radii = rng.uniform(0.16, 0.2, 2)
+    places = [(mid_x + sign * dx * gap + sign * dy * slip_x, mid_y + sign * dy * gap + sign * dx * slip_y) for sign in (1, -1)]
+    if twin:
+        places.reverse()
+        relation = {"left": "right", "right": "left", "above": "below", "below": "above"}[relation]
+    things = tuple(
+        Thing(colour, shape, float(x), float(y), float(radius))
+        for (colour, shape), (x, y), radius in zip((first, second), places, radii, strict=True)
+    )
+    return Scene("relation", things, relation=relation)
+
+
+def _count(rng: np.random.Generator, twin: int, pairs: tuple[tuple[str, str], ...]) -> Scene:
+    colour, shape = _pick(rng, pairs)
+    count = int(rng.choice(tuple(COUNTS), 2, replace=False)[twin])
+    cells = rng.permutation(4)[:count]  # the four quarters of the picture, so that objects never touch
+    slips = rng.uniform(-0.08, 0.08, (4, 2))
+    things = tuple(
+        Thing(colour, shape, 0.27 + 0.46 * (cell % 2) + slips[cell][0], 0.27 + 0.46 * (cell // 2) + slips[cell][1], 0.125)
+        for cell in cells
+    )
+    return Scene("count", things)
+
+
+def draw(scene: Scene, background: int) -> npt.NDArray[np.uint8]:
+    """Return the picture of a scene, (SIDE, SIDE, 3) RGB, edges antialiased; `background` seeds the ground's tint."""
+    ground = np.random.default_rng(background).uniform(205, 245, 3)
+    picture = np.broadcast_to(ground, (SIDE, SIDE, 3)).astype(np.float32)
+    axis = (np.arange(SIDE, dtype=np.float32) + 0.5) / SIDE
+    for thing in scene.things:
+        dx, dy = axis[None, :] - thing.x, axis[:, None] - thing.y
+        cover = np.clip(0.5 - _distance(thing.shape, dx / thing.radius, dy / thing.radius) * thing.radius * SIDE, 0, 1)
+        picture += cover[..., None] * (np.float32(COLOURS[thing.colour][0]) - picture)
+    return picture.round().astype(np.uint8)
+
+
+def _distance(shape: str, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return the signed distance to the outline (below 0 inside) of a shape of radius 1, nearly exact near it."""
+    if shape == "circle":
+        return np.hypot(x, y) - 0.95
+    if shape == "square":
+        return np.maximum(np.abs(x), np.abs(y)) - 0.82
+    if shape == "triangle":
+        slope = math.sqrt(3) / 2
+        return np.maximum(slope * np.abs(x) - y / 2, y) - 0.55
+    angle = np.abs((np.arctan2(x, -y) / (2 * math.pi) * 5 + 0.5) % 1 - 0.5) * 2 * math.pi / 5
+    # The edge from a tip (radius 1.05, angle 0) to a notch (radius 0.45, angle 36 degrees), as a half plane.
+    tip, notch = 1.05, (0.45 * math.cos(math.pi / 5), 0.45 * math.sin(math.pi / 5))
+    normal = (notch[1], tip - notch[0])
+    length = math.hypot(*normal)
+    radius = np.hypot(x, y)
+    along, across = radius * np.cos(angle), radius * np.sin(angle)
+    distance: npt.NDArray[np.float32] = ((along - tip) * normal[0] + across * normal[1]) / length
+    return distance

@@ -1,0 +1,81 @@
+"""Decode any picture to RGB and cut training crops out of it, in uint8: the model normalises on its device."""
+
+import warnings
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
+
+# Modes whose pixels torchvision decodes as PIL does; every other picture goes through PIL.
+_DIRECT = {("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "L")}
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used; the message says why."""
+
+
+def decode(image: bytes | Path | npt.NDArray[np.uint8] | None, max_pixels: int) -> torch.Tensor:
+    """Return an image as (3, H, W) uint8 RGB, upright by its EXIF tag, transparency on white.
+
+    Raises:
+        ImageError: it is missing, truncated, no image, or has more than `max_pixels` pixels.
+    """
+    if image is None:
+        raise ImageError("no image")
+    if isinstance(image, np.ndarray):
+        return torch.from_numpy(image).permute(2, 0, 1)
+    try:
+        data = image.read_bytes() if isinstance(image, Path) else image
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's bomb and metadata warnings; the size is checked below
+            with Image.open(BytesIO(data)) as picture:
+                width, height = picture.size
+                if width * height > max_pixels:
+                    raise ImageError(f"{width} x {height} pixels; data.max_image_pixels is {max_pixels}")
+                if (picture.format, picture.mode) in _DIRECT:
+                    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                    return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+                rgb = to_rgb(ImageOps.exif_transpose(picture))
+                return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+    # What PIL and torchvision raise on broken files: OSError (truncated, unknown), SyntaxError (broken PNG),
+    # ValueError and IndexError (broken headers), RuntimeError (libjpeg, libpng), EOFError, struct.error ...
+    except (OSError, SyntaxError, ValueError, IndexError, RuntimeError, EOFError, ArithmeticError, TypeError) as error:
+        raise ImageError(f"{type(error).__name__}: {error}".split("\n")[0]) from error
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Convert a picture of any mode to RGB: transparency on white, 16-bit scaled to 8."""
+    if picture.mode.startswith("I;16") or picture.mode == "I":
+        wide = np.asarray(picture, dtype=np.int64)
+        return Image.fromarray((wide.clip(0, 65_535) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        rgba = picture.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return picture.convert("RGB")
+
+
+class TrainTransform:
+    """Random crop, resize and optional mirroring of one image, drawn from a seed of its own."""
+
+    def __init__(self, image_size: int, crop_scale: tuple[float, float], horizontal_flip: float) -> None:
+        self._transform = v2.Compose(
+            [
+                v2.RandomResizedCrop(
+                    image_size, scale=crop_scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+                ),
+                v2.RandomHorizontalFlip(horizontal_flip),
+            ]
+        )
+
+    def __call__(self, image: torch.Tensor, seed: int) -> torch.Tensor:
+        """Return (3, image_size, image_size) uint8 for an image (3, H, W) uint8; equal seeds give equal crops."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            cropped: torch.Tensor = self._transform(image)
+            return cropped

@@ -1,0 +1,83 @@
+"""The only collectives. Without a process group each of them is the identity."""
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+Item = TypeVar("Item")
+
+
+def world_size() -> int:
+    """Return the number of training processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather whose backward sums every process's gradient, so that each sees the gradient of the global loss.
+
+    `torch.distributed.nn.functional.all_gather` does this too but is deprecated; `accelerator.gather` cuts the graph.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.rows = len(tensor)
+        parts = [torch.empty_like(tensor) for _ in range(world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        gradient = gradients[0].contiguous()
+        dist.all_reduce(gradient)
+        return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Return every process's rows, (W * B, ...), in rank order; gradients flow back to the process they came from.
+
+    Every process must hold the same number of rows.
+    """
+    if world_size() == 1:
+        return tensor
+    gathered: torch.Tensor = _Gather.apply(tensor)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+def mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Return each value's mean over the processes."""
+    if world_size() == 1:
+        return values
+    packed = torch.tensor(list(values.values()), dtype=torch.float64 if device.type == "cpu" else torch.float32)
+    packed = packed.to(device)
+    dist.all_reduce(packed)
+    return dict(zip(values, (packed / world_size()).tolist(), strict=True))
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Return whether the flag is set on any process; all processes get the same answer."""
+    if world_size() == 1:
+        return flag
+    packed = torch.tensor(int(flag), device=device)
+    dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+    return bool(packed.item())
+
+
+def gather_objects(item: Item) -> list[Item]:
+    """Return every process's item, in rank order."""
+    if world_size() == 1:
+        return [item]
+    items: list[Any] = [None] * world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,1 @@
+"""Parameters: building, wrapping, loading and embedding with dual encoders."""

@@ -1,0 +1,1 @@
+"""Strings in, strings or token ids out."""

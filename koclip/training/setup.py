@@ -1,0 +1,64 @@
+"""Before the first step: the accelerator, and what a step changes."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from koclip.config import ConfigError, LossConfig, OptimConfig, TrainConfig
+from koclip.losses import build
+from koclip.models.dual_encoder import DualEncoder
+from koclip.models.fast import speed_up
+from koclip.optim import adamw, warmup_cosine
+from koclip.training.loop import Trainer, ema_of
+
+
+def start(config: TrainConfig) -> Accelerator:
+    """Return the accelerator; checks that the run has the processes it was asked to have.
+
+    Raises:
+        ConfigError: it was launched with another number of processes. On a CPU several processes need
+            ACCELERATE_USE_CPU=true and torchrun: a plain launch silently gives independent runs.
+    """
+    precision = "no" if config.precision == "fp32" else config.precision
+    tracker = None if config.tracker == "none" else config.tracker
+    # The tracker's directory is set when the run's directory is known; accelerate wants one at once.
+    accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir="runs")
+    if config.num_processes not in (None, accelerator.num_processes):
+        raise ConfigError(
+            f"train.num_processes: asked for {config.num_processes}, launched with {accelerator.num_processes}; launch "
+            f"with `accelerate launch --num_processes {config.num_processes}`, on CPUs with "
+            f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {config.num_processes}`"
+        )
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    torch.manual_seed(config.seed + accelerator.process_index)
+    return accelerator
+
+
+def prepare(
+    accelerator: Accelerator, model: DualEncoder, loss: LossConfig, optim: OptimConfig, train: TrainConfig
+) -> Trainer:
+    """Put the model on its device, wrap it for distributed training and build its optimizer.
+
+    Raises:
+        ConfigError: an average of sharded weights was asked for.
+    """
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if train.ema_decay and sharded:
+        raise ConfigError("train.ema_decay: an average of sharded weights is not supported; set it to 0 or use DDP")
+    speed_up(model.model, accelerator.device)
+    model.to(accelerator.device)
+    ema = ema_of(model, train.ema_decay) if train.ema_decay else None
+    optimizer = adamw(model, optim)
+    compiled = torch.compile(model) if train.compile else model
+    wrapped, wrapped_optimizer = accelerator.prepare(compiled, optimizer)
+    return Trainer(
+        accelerator=accelerator,
+        model=wrapped,
+        dual_encoder=accelerator.unwrap_model(wrapped, keep_torch_compile=False),
+        optimizer=wrapped_optimizer,
+        scheduler=warmup_cosine(optimizer, optim, train.num_steps),
+        loss=build(loss),
+        max_grad_norm=optim.max_grad_norm,
+        ema=ema,
+    )

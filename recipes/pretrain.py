@@ -1,0 +1,71 @@
+"""Train a CLIP from random weights on (image, caption) pairs; leave a model that stock transformers loads.
+
+    accelerate launch recipes/pretrain.py                       # the built-in data set, minutes on a laptop
+    accelerate launch recipes/pretrain.py --config recipes/configs/pretrain/flickr8k_ko_small.yaml
+    accelerate launch recipes/pretrain.py --help                # every key, its unit and default
+"""
+
+from tqdm.auto import tqdm
+
+import koclip
+from koclip import checkpoint, config, losses, training
+from koclip.data.loader import Shard, train_loader, training_captions
+from koclip.evaluation.evaluate import Encoder, evaluate
+from koclip.evaluation.report import report
+from koclip.evaluation.sets import open_set
+from koclip.models.dual_encoder import DualEncoder, from_scratch
+
+NEXT = """
+Saved {model}, a stock transformers model. Next:
+  python -c "from transformers import pipeline; print(pipeline('zero-shot-image-classification', model='{model}')\
+('{run}/pictures/example.png', candidate_labels=['빨간 원', '파란 사각형'], hypothesis_template='{{}}'))"
+  tensorboard --logdir {run}
+  accelerate launch recipes/pretrain.py --data.sources "[{{path: pairs.csv, image: file, captions: {{ko: caption}}}}]"
+"""
+
+
+def main(cfg: config.PretrainConfig) -> None:
+    """Run the recipe: data, model, training, then evaluation of the saved model."""
+    accelerator = training.start(cfg.train)
+    run = checkpoint.Run("pretrain", cfg.output_dir, resume=cfg.resume == "auto")
+    run.start(cfg, accelerator)
+
+    eval_sets = [open_set(one) for one in cfg.eval.sets]
+    tokenizer = run.tokenizer(cfg.tokenizer, training_captions(cfg.data))
+    model, processor = from_scratch(cfg.model, tokenizer)
+    dual_encoder = DualEncoder(model, processor, losses.initial_bias(cfg.loss))
+    trainer = training.prepare(accelerator, dual_encoder, cfg.loss, cfg.optim, cfg.train)
+
+    progress = run.load(trainer)
+    shard = Shard(cfg.train.batch_size, accelerator.process_index, accelerator.num_processes)
+    image_size = processor.image_processor.crop_size["height"]
+    loader = train_loader(cfg.data, tokenizer, image_size, shard, progress.step, progress.positions)
+    batches = run.watch(loader, cfg.data.max_skipped_fraction)
+
+    num_steps, every = cfg.train.num_steps, cfg.train
+    steps = training.steps(trainer, batches, progress.step, num_steps, cfg.train.log_every)
+    bar = tqdm(steps, "training", num_steps, initial=progress.step, disable=not accelerator.is_main_process)
+    with training.StopRequest(accelerator.device) as stop:
+        for step, stats in bar:
+            last, stopping = step == num_steps, stop.asked()
+            if stats:
+                run.log(step, stats)
+                bar.set_postfix(loss=f"{stats['loss']:.3f}", accuracy=f"{stats['accuracy']:.0%}")
+            if every.eval_every and step % every.eval_every == 0 and not last:
+                encoder = Encoder(trainer.averaged.model, processor, cfg.eval.batch_size)
+                run.log(step, {name: metric.value for name, metric in evaluate(encoder, eval_sets).items()})
+            if last or stopping or (every.save_every and step % every.save_every == 0):
+                run.save(trainer, step, cfg.train.keep_checkpoints)
+            if stopping and not last:
+                accelerator.print(f"Stopped at step {step}; go on with --resume auto --output_dir {run.path}")
+                return
+
+    model_dir = run.save_model(trainer, processor)
+    if accelerator.is_main_process:
+        encoder = Encoder(*koclip.load(model_dir), cfg.eval.batch_size)  # what was saved, as a user loads it
+        report(run.path, cfg, encoder, eval_sets)
+        print(NEXT.format(model=model_dir, run=run.path))
+
+
+if __name__ == "__main__":
+    config.run(main, config.PretrainConfig)
