@@ -75,7 +75,13 @@ class TrainTransform:
 
     def __call__(self, image: torch.Tensor, seed: int) -> torch.Tensor:
         """Return (3, image_size, image_size) uint8 for an image (3, H, W) uint8; equal seeds give equal crops."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        # torchvision draws from PyTorch's global CPU generator: lend it this seed. (torch.manual_seed would also
+        # seed every accelerator, a hundred times slower.)
+        generator = torch.default_generator
+        state = generator.get_state()
+        generator.manual_seed(seed)
+        try:
             cropped: torch.Tensor = self._transform(image)
-            return cropped
+        finally:
+            generator.set_state(state)
+        return cropped
