@@ -103,6 +103,10 @@ class DataConfig:
         sources: Where pairs come from; several are mixed by their `weight`.
         crop_scale: Range of the share of the image's area that a random crop keeps.
         horizontal_flip: Chance of mirroring an image. 0 keeps "left" and "right" true.
+        rotation: Images are turned by up to this many degrees either way, on white.
+        color_jitter: Brightness, contrast and saturation change by up to this share, the hue by an eighth of it.
+        grayscale: Chance of taking an image's colours away.
+        word_dropout: Chance of leaving a word out of a caption (never all of them).
         length_pool: Batches are grouped by caption length within pools of this many batches; 1 turns it off.
         num_workers: Processes that decode images, per training process; 0 decodes in the training process.
         shuffle_buffer: Rows that a streamed source shuffles within.
@@ -114,6 +118,10 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=lambda: [SourceConfig()])
     crop_scale: tuple[float, float] = (0.9, 1.0)
     horizontal_flip: float = 0.0
+    rotation: float = 0.0
+    color_jitter: float = 0.0
+    grayscale: float = 0.0
+    word_dropout: float = 0.0
     length_pool: int = 8
     num_workers: int = 0
     shuffle_buffer: int = 10_000
@@ -125,7 +133,10 @@ class DataConfig:
         check(len(self.sources) > 0, "data.sources", self.sources, "list at least one source")
         low, high = self.crop_scale
         check(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "expected 0 < low <= high <= 1")
-        check(0 <= self.horizontal_flip <= 1, "data.horizontal_flip", self.horizontal_flip, "expected 0 to 1")
+        for name in ("horizontal_flip", "color_jitter", "grayscale"):
+            check(0 <= getattr(self, name) <= 1, f"data.{name}", getattr(self, name), "expected 0 to 1")
+        check(0 <= self.word_dropout < 1, "data.word_dropout", self.word_dropout, "expected 0 or more and less than 1")
+        check(0 <= self.rotation <= 180, "data.rotation", self.rotation, "expected 0 to 180")
         check(self.length_pool >= 1, "data.length_pool", self.length_pool, "expected 1 or more")
         check(self.num_workers >= 0, "data.num_workers", self.num_workers, "expected 0 or more")
         check(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "expected 1 or more")
@@ -169,6 +180,7 @@ class ModelConfig:
         text_layers: Depth of the text tower.
         embed_dim: Width of the shared space.
         temperature: Initial temperature of the contrastive loss (the paper's 0.07).
+        patch_dropout: Share of the patches that the ViT does not see in training (FLIP, Li et al. 2023).
         image_gradient_checkpointing: Recompute the image tower's activations in the backward pass.
         text_gradient_checkpointing: The same for the text tower.
         seed: Seed of the initial weights.
@@ -183,6 +195,7 @@ class ModelConfig:
     text_layers: int | None = None
     embed_dim: int | None = None
     temperature: float = 0.07
+    patch_dropout: float = 0.0
     image_gradient_checkpointing: bool = False
     text_gradient_checkpointing: bool = False
     seed: int = 0
@@ -190,6 +203,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         # exp(logit_scale) is clamped to 100, so a temperature below 0.01 could not be kept.
         check(0.01 <= self.temperature <= 1, "model.temperature", self.temperature, "expected 0.01 to 1")
+        check(0 <= self.patch_dropout < 1, "model.patch_dropout", self.patch_dropout, "expected 0 or more, less than 1")
         for name in ("image_size", "patch_size", "image_width", "image_layers", "text_width", "text_layers"):
             value = getattr(self, name)
             check(value is None or value >= 1, f"model.{name}", value, "expected 1 or more")

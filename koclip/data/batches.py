@@ -77,7 +77,7 @@ class Assembler:
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, image_size: int) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self._transform = TrainTransform(image_size, config.crop_scale, config.horizontal_flip)
+        self._transform = TrainTransform(config, image_size)
         self._languages = [source.languages or {} for source in config.sources]
 
     def caption(self, captions: dict[str, list[str]], source: int, seed: Sequence[int]) -> str | None:
@@ -89,7 +89,8 @@ class Assembler:
             return None
         rng = np.random.default_rng([*seed, 0])
         language = str(rng.choice(list(chances), p=[chance / total for chance in chances.values()]))
-        return captions[language][int(rng.integers(len(captions[language])))]
+        caption = captions[language][int(rng.integers(len(captions[language])))]
+        return self._drop_words(caption, rng) if self.config.word_dropout else caption
 
     def lengths(self, captions: list[str | None]) -> list[int]:
         """Return each caption's length in tokens (0 for none)."""
@@ -107,6 +108,12 @@ class Assembler:
             return Skip(row.key, str(error))
         crop_seed = int(np.random.default_rng([*seed, 1]).integers(2**62))
         return Sample(self._transform(image, crop_seed), caption, row.key)
+
+    def _drop_words(self, caption: str, rng: np.random.Generator) -> str:
+        """Leave each word out with the chance that `data.word_dropout` names, but never all of them."""
+        words = caption.split()
+        kept = [word for word in words if rng.random() >= self.config.word_dropout]
+        return " ".join(kept or [words[int(rng.integers(len(words)))]])
 
     def fill(self, wanted: int, candidates: Iterator[tuple[Row, int, Sequence[int]]]) -> Batch:
         """Draw (row, source, seed) candidates until `wanted` of them are good, and collate those.

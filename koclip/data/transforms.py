@@ -11,6 +11,8 @@ from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
+from koclip.config import DataConfig
+
 # Modes whose pixels torchvision decodes as PIL does; every other picture goes through PIL.
 _DIRECT = {("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "L")}
 
@@ -61,17 +63,22 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 class TrainTransform:
-    """Random crop, resize and optional mirroring of one image, drawn from a seed of its own."""
+    """The random crop and the other augmentations that `data` names, of one image, drawn from a seed of its own."""
 
-    def __init__(self, image_size: int, crop_scale: tuple[float, float], horizontal_flip: float) -> None:
-        self._transform = v2.Compose(
-            [
-                v2.RandomResizedCrop(
-                    image_size, scale=crop_scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True
-                ),
-                v2.RandomHorizontalFlip(horizontal_flip),
-            ]
-        )
+    def __init__(self, config: DataConfig, image_size: int) -> None:
+        steps: list[v2.Transform] = []
+        if config.rotation:
+            steps.append(v2.RandomRotation(config.rotation, v2.InterpolationMode.BILINEAR, fill=255))
+        bicubic = v2.InterpolationMode.BICUBIC
+        steps.append(v2.RandomResizedCrop(image_size, config.crop_scale, interpolation=bicubic, antialias=True))
+        if config.horizontal_flip:
+            steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
+        if config.color_jitter:
+            jitter = config.color_jitter
+            steps.append(v2.ColorJitter(jitter, jitter, jitter, jitter / 8))
+        if config.grayscale:
+            steps.append(v2.RandomGrayscale(config.grayscale))
+        self._transform = v2.Compose(steps)
 
     def __call__(self, image: torch.Tensor, seed: int) -> torch.Tensor:
         """Return (3, image_size, image_size) uint8 for an image (3, H, W) uint8; equal seeds give equal crops."""

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from koclip.config import ModelConfig
+from koclip.models.patch_dropout import drop_patches
 from koclip.models.presets import Preset, resolve
 
 MAX_LOGIT_SCALE = math.log(100)  # the paper's cap on the temperature
@@ -113,6 +114,8 @@ def from_scratch(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tup
         else:
             model = _around_image_tower(preset, text, logit_scale)
         _initialize(model)
+    if config.patch_dropout:
+        drop_patches(model.vision_model, config.patch_dropout)
     for tower, recompute in (
         (model.vision_model, config.image_gradient_checkpointing),
         (model.text_model, config.text_gradient_checkpointing),
