@@ -12,14 +12,19 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from koclip import distributed
@@ -29,7 +34,7 @@ from koclip.text.tokenizers import forget_call_state, train_bpe
 from koclip.text.tokenizers import load as load_tokenizer
 from koclip.training.loop import Trainer
 
-_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "koclip")
 _MIN_DRAWN = 1_000  # rows drawn before the skipped share is judged
 
@@ -165,7 +170,7 @@ class Run:
 
     def save_model(self, trainer: Trainer, processor: ProcessorMixin) -> Path:
         """Write model/: what `from_pretrained` of stock transformers loads. fp32, safetensors."""
-        weights, _ = get_state_dict(trainer.model, [], options=_OPTIONS)
+        weights = cast(dict[str, torch.Tensor], get_model_state_dict(trainer.model, options=_OPTIONS))
         if trainer.ema is not None:
             weights = trainer.averaged.state_dict()
         directory = self.path / "model"
@@ -206,16 +211,15 @@ def environment() -> dict[str, Any]:
 def _write_state(directory: Path, trainer: Trainer, progress: Progress) -> None:
     rngs = distributed.gather_objects(_rng_state())
     positions = [position for part in distributed.gather_objects(progress.positions) for position in part]
-    model, optimizer = get_state_dict(trainer.model, _plain(trainer.optimizer), options=_OPTIONS)
+    model, optimizer = cast(
+        tuple[dict[str, torch.Tensor], dict[str, Any]],
+        get_state_dict(trainer.model, _plain(trainer.optimizer), options=_OPTIONS),
+    )
     if distributed.rank() != 0:
         return
     state = {f"model.{name}": value for name, value in model.items()}
-    scalars: dict[str, Any] = {}
-    for name, value in optimizer.items():
-        if isinstance(value, torch.Tensor):
-            state[f"optimizer.{name}"] = value
-        else:
-            scalars[name] = value
+    for name, moments in optimizer["state"].items():
+        state |= {f"optimizer.{name}/{moment}": value for moment, value in moments.items()}
     for rank, rng in enumerate(rngs):
         state |= {f"rng.{rank}.{name}": value for name, value in rng.items()}
     if trainer.ema is not None:
@@ -227,7 +231,7 @@ def _write_state(directory: Path, trainer: Trainer, progress: Progress) -> None:
         {
             "step": progress.step,
             "positions": positions,
-            "optimizer": scalars,
+            "param_groups": optimizer["param_groups"],
             "scheduler": trainer.scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "num_processes": distributed.world_size(),
@@ -245,12 +249,15 @@ def _read_state(directory: Path, trainer: Trainer) -> Progress:
         for key in file.keys():  # noqa: SIM118 - not a dict
             part, name = key.split(".", 1)
             parts[part][name] = file.get_tensor(key)
-    optimizer = {**parts["optimizer"], **facts["optimizer"]}
+    moments: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in parts["optimizer"].items():
+        parameter, moment = name.rsplit("/", 1)
+        moments.setdefault(parameter, {})[moment] = value
     set_state_dict(
         trainer.model,
         _plain(trainer.optimizer),
-        model_state_dict=parts["model"],
-        optim_state_dict=optimizer,
+        model_state_dict=cast(dict[str, Any], parts["model"]),
+        optim_state_dict={"state": moments, "param_groups": facts["param_groups"]},  # type: ignore[dict-item]
         options=_OPTIONS,
     )
     trainer.scheduler.load_state_dict(facts["scheduler"])

@@ -264,6 +264,7 @@ def train_loader(
     assembler = Assembler(config, tokenizer, image_size)
     workers = config.num_workers
     common = {
+        "generator": torch.Generator(),  # the default would draw from the generator that dropout uses
         "num_workers": workers,
         "pin_memory": torch.cuda.is_available(),
         "persistent_workers": workers > 0,

@@ -35,7 +35,8 @@ class Pictures(Sequence[Image.Image]):
     def __getitem__(self, place: int | slice) -> Image.Image | list[Image.Image]:
         if isinstance(place, slice):
             return [self[one] for one in range(*place.indices(len(self)))]
-        return to_pil_image(decode(self._rows[place].image, _MAX_PIXELS))
+        picture: Image.Image = to_pil_image(decode(self._rows[place].image, _MAX_PIXELS))
+        return picture
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -118,6 +119,6 @@ class _Window:
         stats = distributed.mean(local, trainer.accelerator.device)
         for total in ("images_per_second", "skipped"):
             stats[total] *= distributed.world_size()
-        stats["logit_scale"] = trainer.dual_encoder.model.logit_scale.exp().item()
-        stats["lr"] = trainer.scheduler.get_last_lr()[0]
+        stats["logit_scale"] = float(cast(torch.Tensor, trainer.dual_encoder.model.logit_scale).exp())
+        stats["lr"] = float(trainer.scheduler.get_last_lr()[0])
         return stats
