@@ -33,7 +33,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        gradient = gradients[0].contiguous()
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)  # autograd's own must not be written to
         dist.all_reduce(gradient)
         return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
@@ -45,7 +45,7 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     """
     if world_size() == 1:
         return tensor
-    gathered: torch.Tensor = _Gather.apply(tensor)  # type: ignore[no-untyped-call]
+    gathered: torch.Tensor = _Gather.apply(tensor)
     return gathered
 
 

@@ -48,38 +48,41 @@ def infonce(embeddings: Embeddings, caption_ids: torch.Tensor, equal_captions: s
         equal_captions: "negatives": only the own pair is right. "positives": the target is spread evenly over all
             pairs with the same caption. "masked": those other pairs take no part.
     """
-    image_logits, text_logits = _logits(embeddings)  # (B, N) each
+    image, text, scale, _ = embeddings
+    image_logits = scale * image @ distributed.gather(text).T  # (B, N)
+    text_logits = scale * text @ distributed.gather(image).T  # (B, N)
     own, equal = _targets(caption_ids)
     if equal_captions == "masked":
         others = equal & ~own
         image_logits, text_logits = (x.masked_fill(others, float("-inf")) for x in (image_logits, text_logits))
+    target = own.int().argmax(dim=1)
     if equal_captions == "positives":
-        target = equal / equal.sum(dim=1, keepdim=True)
-        value = (F.cross_entropy(image_logits, target) + F.cross_entropy(text_logits, target)) / 2
-    else:
-        label = own.int().argmax(dim=1)
-        value = (F.cross_entropy(image_logits, label) + F.cross_entropy(text_logits, label)) / 2
+        target = equal / equal.sum(dim=1, keepdim=True)  # (B, N) shares instead of (B,) places
+    value = (F.cross_entropy(image_logits, target) + F.cross_entropy(text_logits, target)) / 2
     return Loss(value, _accuracy(image_logits, equal))
 
 
 def sigmoid(embeddings: Embeddings, caption_ids: torch.Tensor, equal_captions: str = "negatives") -> Loss:
-    """Pairwise sigmoid loss over the global batch (Zhai et al. 2023, equation 1): a sum over pairs, divided by N."""
-    image_logits, _ = _logits(embeddings)
-    if embeddings.logit_bias is None:
-        raise ValueError("the sigmoid loss needs a model with a logit bias; build it with losses.initial_bias")
-    image_logits = image_logits + embeddings.logit_bias
+    """Pairwise sigmoid loss over the global batch (Zhai et al. 2023, equation 1): a sum over pairs, divided by N.
+
+    Args:
+        embeddings: B pairs of this process, with the loss's bias.
+        caption_ids: (B,) equal for equal captions.
+        equal_captions: As for `infonce`; "positives" counts each pair of equal captions as a match of its own.
+
+    Raises:
+        ValueError: there is no bias.
+    """
+    image, text, scale, bias = embeddings
+    if bias is None:
+        raise ValueError("the sigmoid loss needs a bias: build the DualEncoder with losses.initial_bias(config)")
+    logits = scale * image @ distributed.gather(text).T + bias  # (B, N)
     own, equal = _targets(caption_ids)
     positive = equal if equal_captions == "positives" else own
-    terms = -F.logsigmoid(torch.where(positive, image_logits, -image_logits))  # (B, N)
+    terms = -F.logsigmoid(torch.where(positive, logits, -logits))  # (B, N)
     if equal_captions == "masked":
         terms = terms.masked_fill(equal & ~own, 0.0)
-    return Loss(terms.sum(dim=1).mean(), _accuracy(image_logits, equal))
-
-
-def _logits(embeddings: Embeddings) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits (B, N) of own images against all texts, and of own texts against all images."""
-    image, text, scale, _ = embeddings
-    return scale * image @ distributed.gather(text).T, scale * text @ distributed.gather(image).T
+    return Loss(terms.sum(dim=1).mean(), _accuracy(logits, equal))
 
 
 def _targets(caption_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import ProcessorMixin
 
 from koclip.evaluation.sets import Choice, EvalSet
 from koclip.metrics import Metric, first_ranks, recall_at, share
+from koclip.models import StockModel
 from koclip.models.inference import embed_images, embed_texts
 from koclip.text.prompts import fill
 
@@ -14,7 +15,7 @@ from koclip.text.prompts import fill
 class Encoder:
     """Embeds with one model and one batch size."""
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, batch_size: int) -> None:
+    def __init__(self, model: StockModel, processor: ProcessorMixin, batch_size: int) -> None:
         self._model, self._processor, self._batch_size = model, processor, batch_size
 
     def images(self, images: Sequence[object]) -> torch.Tensor:

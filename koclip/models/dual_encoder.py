@@ -7,13 +7,13 @@ Letters in shape comments: B pairs per process, N pairs in the global batch, L t
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import (
-    AutoConfig,
     AutoModel,
     CLIPConfig,
     CLIPImageProcessor,
@@ -21,16 +21,17 @@ from transformers import (
     CLIPProcessor,
     CLIPTextConfig,
     CLIPTextModel,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    TimmWrapperConfig,
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
     VisionTextDualEncoderProcessor,
 )
 
-from koclip.config import ModelConfig
+from koclip.config import ConfigError, ModelConfig, check
+from koclip.models import StockModel
+from koclip.models.image_towers import tower_config
+from koclip.models.initialize import initialize
 from koclip.models.patch_dropout import drop_patches
 from koclip.models.presets import Preset, resolve
 
@@ -52,29 +53,31 @@ class DualEncoder(nn.Module):
 
     The sigmoid loss learns a bias that no stock class has a place for. It lives here, beside the model, and is
     published as `logit_bias` in config.json, which rankings do not need and probabilities do.
+
+    Raises:
+        ConfigError: the model and the processor's tokenizer disagree on ids or on the longest text.
     """
 
     pixel_mean: torch.Tensor
     pixel_std: torch.Tensor
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, logit_bias: float | None = None) -> None:
+    def __init__(self, model: StockModel, processor: ProcessorMixin, logit_bias: float | None = None) -> None:
         super().__init__()
+        check_tokenizer(model, processor.tokenizer)
         self.model = model
         images = processor.image_processor
         self.register_buffer("pixel_mean", 255 * torch.tensor(images.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", 255 * torch.tensor(images.image_std).view(3, 1, 1), persistent=False)
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(logit_bias))
 
-    def forward(
-        self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> Embeddings:
+    def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Embeddings:
         """Embed B pairs: pixels (B, 3, H, W) uint8, ids and mask (B, L)."""
         pixels = (pixel_values.float() - self.pixel_mean) / self.pixel_std
         return Embeddings(
             image=encode_images(self.model, pixels),
             text=encode_texts(self.model, input_ids, attention_mask),
-            logit_scale=self.model.logit_scale.exp(),
-            logit_bias=self.logit_bias,
+            logit_scale=self.model.logit_scale.exp().reshape(()),
+            logit_bias=None if self.logit_bias is None else self.logit_bias.reshape(()),
         )
 
     @torch.no_grad()
@@ -82,27 +85,36 @@ class DualEncoder(nn.Module):
         """Keep the temperature at 0.01 or above, as the paper does after every step."""
         self.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
+    @torch.no_grad()
+    def logit_scale(self) -> float:
+        """Return the inverse temperature. Call it on every process: sharded, its value is on one of them."""
+        value = self.model.logit_scale
+        return float((value.full_tensor() if isinstance(value, DTensor) else value).exp().item())
 
-def encode_images(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    def lift_scalars(self) -> None:
+        """Give the logit scale and bias one dimension, because FSDP2 shards no scalars; `publish` takes it away."""
+        self.model.logit_scale = nn.Parameter(self.model.logit_scale.detach().reshape(1))
+        if self.logit_bias is not None:
+            self.logit_bias = nn.Parameter(self.logit_bias.detach().reshape(1))
+
+
+def encode_images(model: StockModel, pixel_values: torch.Tensor) -> torch.Tensor:
     """Return unit-norm image embeddings (B, D) of normalised pixels (B, 3, H, W)."""
     features = model.get_image_features(pixel_values=pixel_values).pooler_output
     return F.normalize(features, dim=-1)
 
 
-def encode_texts(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> torch.Tensor:
+def encode_texts(model: StockModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Return unit-norm text embeddings (B, D) of ids and mask (B, L)."""
     features = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
     return F.normalize(features, dim=-1)
 
 
-def from_scratch(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Return a stock dual encoder with random weights, and its processor.
+def from_scratch(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[StockModel, ProcessorMixin]:
+    """Return a stock dual encoder with random weights, and its processor. The same seed gives the same weights.
 
     Raises:
-        ConfigError: the sizes do not fit together.
-        ValueError: the tokenizer and CLIP's text tower would disagree.
+        ConfigError: the sizes do not fit together, or the tokenizer and CLIP's text tower would disagree.
     """
     preset = resolve(config)
     text = text_config(preset, tokenizer)
@@ -110,63 +122,75 @@ def from_scratch(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tup
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if preset.image_tower == "vit":
-            model: PreTrainedModel = CLIPModel(_clip_config(preset, text, logit_scale))
+            model, image_size = _clip(preset, text, logit_scale), preset.image_size
         else:
-            model = _around_image_tower(preset, text, logit_scale)
-        _initialize(model)
+            model, image_size = _around_image_tower(preset, text, logit_scale)
+        initialize(model)
     if config.patch_dropout:
         drop_patches(model.vision_model, config.patch_dropout)
-    for tower, recompute in (
-        (model.vision_model, config.image_gradient_checkpointing),
-        (model.text_model, config.text_gradient_checkpointing),
+    for name, tower, recompute in (
+        ("image", model.vision_model, config.image_gradient_checkpointing),
+        ("text", model.text_model, config.text_gradient_checkpointing),
     ):
         if recompute:
-            tower.gradient_checkpointing_enable()
-    return model, _processor(preset, model, tokenizer)
+            able = tower.supports_gradient_checkpointing
+            check(
+                able, f"model.{name}_gradient_checkpointing", recompute, f"a {type(tower).__name__} cannot: set false"
+            )
+            tower.activation_checkpointing_enable({"use_reentrant": False})
+    return model, _processor(image_size, model, tokenizer)
 
 
 def text_config(preset: Preset, tokenizer: PreTrainedTokenizerBase) -> CLIPTextConfig:
     """Return the text tower's config with the tokenizer's own ids.
 
     Raises:
-        ValueError: ids that would silently ruin the text embedding.
+        ConfigError: ids that would silently ruin the text embedding.
     """
-    if tokenizer.eos_token_id == LEGACY_EOS_ID:
-        raise ValueError(
-            "the tokenizer's end token has id 2, for which transformers' CLIP pools at the largest id instead of at "
-            "the end: train a tokenizer (leave tokenizer.path out) or give its end token another id"
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    for name in ("eos_token_id", "pad_token_id"):
+        if ids[name] is None:
+            raise ConfigError(f"tokenizer.path: the tokenizer has no {name}, which CLIP's text tower needs")
+    if ids["eos_token_id"] == LEGACY_EOS_ID:
+        raise ConfigError(
+            "tokenizer.path: the tokenizer's end token has id 2, for which transformers' CLIP pools at the largest id "
+            "instead of at the end: train a tokenizer (leave tokenizer.path out) or give its end token another id"
         )
     return CLIPTextConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=1 + max(tokenizer.get_vocab().values()),
         hidden_size=preset.text_width,
         intermediate_size=4 * preset.text_width,
         num_hidden_layers=preset.text_layers,
         num_attention_heads=preset.text_width // preset.head_width,
         max_position_embeddings=tokenizer.model_max_length,
         projection_dim=preset.embed_dim,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **ids,
     )
 
 
-def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` if a model and a tokenizer disagree on ids or on the longest text."""
-    text = model.config.text_config
-    for name in ("eos_token_id", "pad_token_id"):
+def check_tokenizer(model: StockModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a model and a tokenizer agree on ids and on the longest text; nothing else would say so.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    text: Any = model.config.text_config
+    names = ("eos_token_id", "pad_token_id") if text.model_type == "clip_text_model" else ("pad_token_id",)
+    for name in names:
         ours, theirs = getattr(text, name), getattr(tokenizer, name)
         if ours != theirs:
-            raise ValueError(f"the model's text_config.{name} is {ours}, the tokenizer's is {theirs}; they must be equal")
-    if len(tokenizer) > text.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} entries, the model's vocabulary {text.vocab_size}")
+            raise ConfigError(f"the model's text_config.{name} is {ours}, the tokenizer's is {theirs}; make them equal")
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= text.vocab_size:
+        raise ConfigError(f"the tokenizer has ids up to {largest}, the model's vocabulary {text.vocab_size} entries")
     if tokenizer.model_max_length > text.max_position_embeddings:
-        raise ValueError(
+        raise ConfigError(
             f"the tokenizer lets {tokenizer.model_max_length} tokens pass, the model has "
             f"{text.max_position_embeddings} positions; lower tokenizer.max_tokens"
         )
 
 
-def _clip_config(preset: Preset, text: CLIPTextConfig, logit_scale: float) -> CLIPConfig:
+def _clip(preset: Preset, text: CLIPTextConfig, logit_scale: float) -> StockModel:
     vision = {
         "hidden_size": preset.image_width,
         "intermediate_size": 4 * preset.image_width,
@@ -176,54 +200,32 @@ def _clip_config(preset: Preset, text: CLIPTextConfig, logit_scale: float) -> CL
         "patch_size": preset.patch_size,
         "projection_dim": preset.embed_dim,
     }
-    return CLIPConfig(
+    config = CLIPConfig(
         text_config=text.to_dict(),
         vision_config=vision,
         projection_dim=preset.embed_dim,
         logit_scale_init_value=logit_scale,
     )
+    return CLIPModel(config)
 
 
-def _around_image_tower(preset: Preset, text: CLIPTextConfig, logit_scale: float) -> VisionTextDualEncoderModel:
-    """Build CLIP's text transformer beside any image tower with a pooled output."""
-    if preset.image_tower.startswith("auto:"):
-        vision_config = AutoConfig.from_pretrained(preset.image_tower.removeprefix("auto:"))
-    else:
-        vision_config = TimmWrapperConfig(architecture=preset.image_tower, do_pooling=True)
-    image_tower = AutoModel.from_config(vision_config)
-    if isinstance(vision_config, TimmWrapperConfig):
-        # The joint class sizes its projection by hidden_size, which this config does not have by itself.
-        vision_config.hidden_size = image_tower.timm_model.head_hidden_size
+def _around_image_tower(preset: Preset, text: CLIPTextConfig, logit_scale: float) -> tuple[StockModel, int]:
+    """Build CLIP's text transformer beside any image tower; return them with the side of the images, pixels."""
+    vision, image_size = tower_config(preset.image_tower, preset.image_size)
     config = VisionTextDualEncoderConfig.from_vision_text_configs(
-        vision_config, text, projection_dim=preset.embed_dim, logit_scale_init_value=logit_scale
+        vision, text, projection_dim=preset.embed_dim, logit_scale_init_value=logit_scale
     )
-    return VisionTextDualEncoderModel(config=config, vision_model=image_tower, text_model=CLIPTextModel(text))
+    image_tower = AutoModel.from_config(vision)
+    for name, parameter in image_tower.named_parameters():
+        if name.endswith("mask_token"):  # of masked-image training; DDP stops at parameters without a gradient
+            parameter.requires_grad_(False)
+    return VisionTextDualEncoderModel(config, vision_model=image_tower, text_model=CLIPTextModel(text)), image_size
 
 
-@torch.no_grad()
-def _initialize(model: PreTrainedModel) -> None:
-    """Initialise as the paper's code does: residual branches shrink with depth, projections with width.
-
-    transformers swaps the standard deviations of the layers that read the residual stream and those that write it.
-    Source: github.com/openai/CLIP, clip/model.py, `CLIP.initialize_parameters`.
-    """
-    for tower in (model.vision_model, model.text_model):
-        layers = [module for module in tower.modules() if type(module).__name__ == "CLIPEncoderLayer"]
-        for layer in layers:
-            width = layer.embed_dim
-            write = width**-0.5 * (2 * len(layers)) ** -0.5
-            for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
-                nn.init.normal_(linear.weight, std=width**-0.5)
-            nn.init.normal_(layer.self_attn.out_proj.weight, std=write)
-            nn.init.normal_(layer.mlp.fc1.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(layer.mlp.fc2.weight, std=write)
-    for projection in (model.visual_projection, model.text_projection):
-        nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
-
-
-def _processor(preset: Preset, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
-    size = preset.image_size
-    images = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+def _processor(image_size: int, model: StockModel, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
+    images = CLIPImageProcessor(
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+    )
     if isinstance(model, CLIPModel):
         return CLIPProcessor(image_processor=images, tokenizer=tokenizer)
     return VisionTextDualEncoderProcessor(image_processor=images, tokenizer=tokenizer)

@@ -1,15 +1,19 @@
 """Load a published dual encoder and embed images and texts with it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageOps
+from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoModel, AutoProcessor, ProcessorMixin
 
+from koclip.config import ConfigError
 from koclip.data.transforms import to_rgb
+from koclip.models import StockModel
 from koclip.models.dual_encoder import encode_images, encode_texts
 from koclip.text import tokenizers
 from koclip.text.normalize import normalize
@@ -17,7 +21,7 @@ from koclip.text.normalize import normalize
 _PROGRESS_FROM = 10  # batches; shorter work shows no bar
 
 
-def load(path: str | Path, device: str | torch.device | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load(path: str | Path, device: str | torch.device | None = None) -> tuple[StockModel, ProcessorMixin]:
     """Load a model directory or Hub repository, in fp32 and evaluation mode.
 
     Args:
@@ -25,18 +29,18 @@ def load(path: str | Path, device: str | torch.device | None = None) -> tuple[Pr
         device: Where to put the model; default: a GPU if there is one.
 
     Raises:
-        ValueError: weights are missing or left over, that is, the class and the file do not belong together.
+        ConfigError: weights are missing or left over, that is, the class and the file do not belong together.
     """
     model, info = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     problems = {name: sorted(keys) for name, keys in info.items() if keys}
     if problems:
-        raise ValueError(f"{path} does not hold all weights of a {type(model).__name__}: {problems}")
+        raise ConfigError(f"{path} does not hold exactly the weights of a {type(model).__name__}: {problems}")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device or default).eval(), AutoProcessor.from_pretrained(path)
 
 
 def embed_images(
-    model: PreTrainedModel,
+    model: StockModel,
     processor: ProcessorMixin,
     images: Sequence[Image.Image | str | Path],
     batch_size: int = 64,
@@ -52,7 +56,7 @@ def embed_images(
 
 
 def embed_texts(
-    model: PreTrainedModel, processor: ProcessorMixin, texts: Sequence[str], batch_size: int = 256
+    model: StockModel, processor: ProcessorMixin, texts: Sequence[str], batch_size: int = 256
 ) -> torch.Tensor:
     """Return unit-norm float32 embeddings (N, D) of N texts, in order, on the CPU.
 
@@ -71,23 +75,32 @@ def embed_texts(
 
 
 def _in_batches(
-    model: PreTrainedModel,
+    model: StockModel,
     embed: Callable[[Sequence[int]], torch.Tensor],
     places: Sequence[int],
     batch_size: int,
     unit: str,
 ) -> torch.Tensor:
-    """Embed `places` in batches and return the rows in place order; the model's mode is left as it was."""
-    embeddings = torch.zeros(len(places), model.config.projection_dim)
+    """Embed `places` in batches and return the rows in place order."""
+    embeddings = torch.zeros(len(places), model.visual_projection.out_features)
     starts = range(0, len(places), batch_size)
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
+    with _evaluating(model), torch.inference_mode():
         for start in tqdm(starts, desc=f"embedding {unit}", leave=False, disable=len(starts) < _PROGRESS_FROM):
             part = places[start : start + batch_size]
             embeddings[list(part)] = embed(part).float().cpu()
-    model.train(was_training)
     return embeddings
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode, and back in the mode it was in: a frozen tower's is not the model's."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _open(image: Image.Image | str | Path) -> Image.Image:

@@ -13,7 +13,7 @@ def drop_patches(vision_model: nn.Module, share: float) -> None:
         vision_model: A `CLIPVisionModel`. A forward hook is added to its embeddings; its weights stay as they are.
         share: Share of the patches left out, 0 to 1; at least one patch stays. The class token always stays.
     """
-    vision_model.embeddings.register_forward_hook(partial(_keep_some, share))
+    vision_model.get_submodule("embeddings").register_forward_hook(partial(_keep_some, share))
 
 
 def _keep_some(share: float, module: nn.Module, _: object, tokens: torch.Tensor) -> torch.Tensor | None:
