@@ -52,8 +52,9 @@ def main(cfg: config.PretrainConfig) -> None:
                 run.log(step, stats)
                 bar.set_postfix(loss=f"{stats['loss']:.3f}", accuracy=f"{stats['accuracy']:.0%}")
             if every.eval_every and step % every.eval_every == 0 and not last:
-                encoder = Encoder(trainer.averaged.model, processor, cfg.eval.batch_size)
-                run.log(step, {name: metric.value for name, metric in evaluate(encoder, eval_sets).items()})
+                with trainer.evaluating() as whole:
+                    encoder = Encoder(whole, processor, cfg.eval.batch_size)
+                    run.log(step, {name: metric.value for name, metric in evaluate(encoder, eval_sets).items()})
             if last or stopping or (every.save_every and step % every.save_every == 0):
                 run.save(trainer, step, cfg.train.keep_checkpoints)
             if stopping and not last:

@@ -2,18 +2,20 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
 from koclip import distributed
 from koclip.data.batches import Batch
 from koclip.losses import LossFn
+from koclip.models import StockModel
 from koclip.models.dual_encoder import DualEncoder
 
 
@@ -34,6 +36,21 @@ class Trainer:
     def averaged(self) -> DualEncoder:
         """The model to evaluate and publish: the moving average where there is one."""
         return self.ema.module if self.ema is not None else self.dual_encoder  # type: ignore[return-value]
+
+    @contextmanager
+    def evaluating(self) -> Iterator[StockModel]:
+        """Yield the stock model to evaluate. Sharded weights outside of the layers are whole meanwhile.
+
+        Every process must evaluate the same data: FSDP2's layers are gathered from all of them.
+        """
+        sharded = self.model if isinstance(self.model, FSDPModule) else None
+        if sharded:
+            sharded.unshard()
+        try:
+            yield self.averaged.model
+        finally:
+            if sharded:
+                sharded.reshard()
 
 
 def ema_of(model: nn.Module, decay: float) -> AveragedModel:
@@ -119,6 +136,6 @@ class _Window:
         stats = distributed.mean(local, trainer.accelerator.device)
         for total in ("images_per_second", "skipped"):
             stats[total] *= distributed.world_size()
-        stats["logit_scale"] = float(cast(torch.Tensor, trainer.dual_encoder.model.logit_scale).exp())
+        stats["logit_scale"] = trainer.dual_encoder.logit_scale()
         stats["lr"] = float(trainer.scheduler.get_last_lr()[0])
         return stats

@@ -46,6 +46,8 @@ def prepare(
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if train.ema_decay and sharded:
         raise ConfigError("train.ema_decay: an average of sharded weights is not supported; set it to 0 or use DDP")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        model.lift_scalars()
     speed_up(model.model, accelerator.device)
     model.to(accelerator.device)
     ema = ema_of(model, train.ema_decay) if train.ema_decay else None
