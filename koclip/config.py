@@ -49,7 +49,8 @@ class SourceConfig:
         format: How to read it; `auto` decides by the file name. `annotations` is KoCLIP's and COCO's
             `[{"file_path": ..., "captions": [...]}]`.
         name: Short name used in logs and metric names; default: the last part of the path.
-        split: Split to read.
+        split: Split to read; of local files too a slice, such as `train[:1000]`.
+        subset: Configuration of a Hub data set that has several.
         revision: Git revision of a Hub data set; default: its main branch.
         streaming: Read rows as they arrive instead of preparing the whole set on disk first.
             WebDataset shards are always streamed.
@@ -59,15 +60,18 @@ class SourceConfig:
             or a list of strings.
         languages: Relative chance of drawing each language; default: all alike.
         where: Keep only rows whose column holds one of the listed values, for example `{vendor: [noto, twemoji]}`.
-        weight: Relative number of rows drawn from this source when there are several; default: its size.
-        scenes_size: Number of images that `scenes` holds.
-        scenes_part: `train` leaves some (colour, shape) pairs out; `test` draws only those, and scenes of its own.
+        weight: Relative number of rows drawn from this source when there are several; default: its size, 1 for
+            streamed sources.
+        scenes_size: Number of images that `scenes` holds; even, because they come in pairs.
+        scenes_part: `train` and `test` hold different scenes. Neither shows the (colour, shape) pairs that are kept for
+            zero-shot evaluation.
     """
 
     path: str = "scenes"
     format: Format = "auto"
     name: str | None = None
     split: str = "train"
+    subset: str | None = None
     revision: str | None = None
     streaming: bool = False
     image: str = "image"
@@ -87,6 +91,8 @@ class SourceConfig:
             check(chance >= 0, f"data.sources[].languages.{language}", chance, "expected 0 or more")
         if self.languages is not None:
             check(sum(self.languages.values()) > 0, "data.sources[].languages", self.languages, "give one a chance > 0")
+        even = self.scenes_size >= 2 and self.scenes_size % 2 == 0
+        check(even, "data.sources[].scenes_size", self.scenes_size, "expected an even number")
         check(self.weight is None or self.weight > 0, "data.sources[].weight", self.weight, "expected more than 0")
 
     @property
@@ -307,8 +313,8 @@ class EvalSetConfig:
         tasks: `retrieval` ranks captions and images against each other; `zero_shot` takes the distinct captions as
             class names and each image's caption as its class.
         gallery: Further sources whose captions join the candidates (and whose images do not).
-        templates: Prompts of `zero_shot` by language, `{}` stands for the class name, `{:을/를}` for the name and
-            its particle; default: the bare name.
+        templates: Prompts of `zero_shot` by language, `{}` stands for the class name, `{을/를}` for the particle that
+            fits what stands before it; default: the bare name.
         max_images: Images used, the first ones; 0 uses all.
     """
 

@@ -1,17 +1,18 @@
 """Rows -> Batch: draw a caption, decode and crop the image, tokenize, pad to the longest caption of the batch."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 from xxhash import xxh3_64_intdigest
 
 from koclip.config import DataConfig
 from koclip.data.sources import Row
+from koclip.data.tables import SourceError
 from koclip.data.transforms import ImageError, TrainTransform, decode
 from koclip.text import tokenizers
 
@@ -23,14 +24,27 @@ class Skip(NamedTuple):
 
     key: str
     reason: str
+    source: str = ""
 
 
 class Position(NamedTuple):
-    """How far one reader of streamed data is: rows read when its current pool began, batches made of the pool."""
+    """How far one reader of streamed data was when its current pool of rows began, and batches made of the pool.
+
+    `passes` holds (epoch, rows of it read) for every source, `rows` the number of rows read in all.
+    """
 
     reader: int
-    rows: int
-    batches: int
+    rows: int = 0
+    batches: int = 0
+    passes: tuple[tuple[int, int], ...] = ()
+
+
+class Candidate(NamedTuple):
+    """A row that may become a sample: the number of its source and the seed of all that is random about it."""
+
+    row: Row
+    source: int
+    seed: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -52,8 +66,13 @@ class Batch:
         return 1.0 - self.attention_mask.float().mean().item()
 
     def _map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        names = ("pixel_values", "input_ids", "attention_mask", "caption_ids")
-        return dataclasses.replace(self, **{name: move(getattr(self, name)) for name in names})
+        return dataclasses.replace(
+            self,
+            pixel_values=move(self.pixel_values),
+            input_ids=move(self.input_ids),
+            attention_mask=move(self.attention_mask),
+            caption_ids=move(self.caption_ids),
+        )
 
     def pin_memory(self) -> "Batch":
         """Copy the tensors to page-locked memory; the data loader calls this."""
@@ -72,24 +91,28 @@ class Sample(NamedTuple):
     key: str
 
 
+def generator(purpose: str, *key: int) -> random.Random:
+    """Return a generator that is a function of its arguments, in every process and on every machine."""
+    return random.Random(f"{purpose} {key}")
+
+
 class Assembler:
     """Makes batches of rows. Every random choice about a row comes from that row's own seed."""
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, image_size: int) -> None:
         self.config, self.tokenizer = config, tokenizer
         self._transform = TrainTransform(config, image_size)
-        self._languages = [source.languages or {} for source in config.sources]
+        self._languages = [source.languages or dict.fromkeys(source.captions, 1.0) for source in config.sources]
 
-    def caption(self, captions: dict[str, list[str]], source: int, seed: Sequence[int]) -> str | None:
-        """Draw a language by its weight, then one of its captions; None if there is none."""
+    def caption(self, captions: dict[str, list[str]], source: int, seed: tuple[int, ...]) -> str | None:
+        """Draw a language by its weight among those a row has captions in, then one of these; None if there is none."""
         weights = self._languages[source]
-        chances = {language: weights.get(language, 0.0 if weights else 1.0) for language in captions}
-        total = sum(chances.values())
-        if total == 0:
+        languages = [language for language in captions if weights.get(language)]
+        if not languages:
             return None
-        rng = np.random.default_rng([*seed, 0])
-        language = str(rng.choice(list(chances), p=[chance / total for chance in chances.values()]))
-        caption = captions[language][int(rng.integers(len(captions[language])))]
+        rng = generator("caption", *seed)
+        language = rng.choices(languages, [weights[language] for language in languages])[0]
+        caption = rng.choice(captions[language])
         return self._drop_words(caption, rng) if self.config.word_dropout else caption
 
     def lengths(self, captions: list[str | None]) -> list[int]:
@@ -97,29 +120,30 @@ class Assembler:
         encoded = tokenizers.encode(self.tokenizer, [caption or "" for caption in captions])
         return [len(ids) if caption else 0 for ids, caption in zip(encoded["input_ids"], captions, strict=True)]
 
-    def sample(self, row: Row, source: int, seed: Sequence[int]) -> Sample | Skip:
+    def sample(self, row: Row, source: int, seed: tuple[int, ...]) -> Sample | Skip:
         """Turn one row into a training pair, or say why it cannot be one."""
+        path = self.config.sources[source].path
         caption = self.caption(row.captions, source, seed)
         if caption is None:
-            return Skip(row.key, "no usable caption")
+            return Skip(row.key, "no usable caption", path)
         try:
             image = decode(row.image, self.config.max_image_pixels)
         except ImageError as error:
-            return Skip(row.key, str(error))
-        crop_seed = int(np.random.default_rng([*seed, 1]).integers(2**62))
+            return Skip(row.key, str(error), path)
+        crop_seed = generator("crop", *seed).getrandbits(62)
         return Sample(self._transform(image, crop_seed), caption, row.key)
 
-    def _drop_words(self, caption: str, rng: np.random.Generator) -> str:
+    def _drop_words(self, caption: str, rng: random.Random) -> str:
         """Leave each word out with the chance that `data.word_dropout` names, but never all of them."""
         words = caption.split()
         kept = [word for word in words if rng.random() >= self.config.word_dropout]
-        return " ".join(kept or [words[int(rng.integers(len(words)))]])
+        return " ".join(kept or [rng.choice(words)])
 
-    def fill(self, wanted: int, candidates: Iterator[tuple[Row, int, Sequence[int]]]) -> Batch:
-        """Draw (row, source, seed) candidates until `wanted` of them are good, and collate those.
+    def fill(self, wanted: int, candidates: Iterator[Candidate]) -> Batch:
+        """Draw candidates until `wanted` of them are good, and collate those.
 
         Raises:
-            ValueError: `MAX_REPLACEMENTS` candidates in a row were unusable.
+            SourceError: `MAX_REPLACEMENTS` candidates in a row were unusable.
         """
         samples: list[Sample] = []
         skipped: list[Skip] = []
@@ -134,7 +158,10 @@ class Assembler:
             skipped.append(made)
             in_a_row += 1
             if in_a_row >= MAX_REPLACEMENTS:
-                raise ValueError(f"{in_a_row} samples in a row could not be used; the last: {made.key}: {made.reason}")
+                raise SourceError(
+                    f"source {made.source!r}: {in_a_row} samples in a row could not be used; "
+                    f"the last one: {made.key}: {made.reason}"
+                )
         return self.collate(samples, skipped, num_drawn)
 
     def collate(self, samples: list[Sample], skipped: list[Skip], num_drawn: int) -> Batch:

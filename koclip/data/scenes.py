@@ -2,13 +2,15 @@
 
 A scene is a pure function of (part, seed, index): nothing is stored or downloaded. Scenes come in twins: scene 2k+1
 repeats scene 2k with one thing changed (places, colour, shape, size or count), so that a model can only tell them
-apart by reading every word. `HELD_OUT` (colour, shape) pairs never occur in training; naming them is the zero-shot test.
+apart by reading every word. `HELD_OUT` (colour, shape) pairs never occur in training; naming them is the zero-shot
+test.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,7 @@ Part = Literal["train", "test"]
 Kind = Literal["single", "relation", "count"]
 KINDS: tuple[Kind, ...] = ("single", "relation", "count")
 SIDE = 48  # pixels
+LANGUAGES = ["ko", "en"]
 
 COLOURS = {
     "red": ((214, 40, 40), "빨간"),
@@ -41,6 +44,7 @@ HELD_OUT = frozenset(
     {("red", "star"), ("blue", "triangle"), ("yellow", "circle"), ("green", "square"), ("purple", "star")}
 )
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+_AXIS = (np.arange(SIDE, dtype=np.float32) + 0.5) / np.float32(SIDE)  # centres of the pixels
 SEEN_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 
 
@@ -92,8 +96,8 @@ def captions(scene: Scene) -> dict[str, list[str]]:
     if scene.kind == "count":
         count = len(scene.things)
         words, korean_words = COUNTS[count]
-        plural = english(first.colour, first.shape, count)
-        return {"ko": [f"{ko} {korean_words} 개", f"{attach(ko, '이/가')} {korean_words} 개 있다"], "en": [f"{words} {plural}"]}
+        told = [f"{ko} {korean_words} 개", f"{attach(ko, '이/가')} {korean_words} 개 있다"]
+        return {"ko": told, "en": [f"{words} {english(first.colour, first.shape, count)}"]}
     size = SIZES[scene.size]
     return {"ko": [ko, f"{size} {ko}", f"{size} {attach(ko, '이/가')} 있다"], "en": [f"a {en}", f"a {scene.size} {en}"]}
 
@@ -135,6 +139,7 @@ def count_question(scene: Scene) -> tuple[dict[str, list[str]], int]:
     return texts, list(COUNTS).index(count)
 
 
+@functools.lru_cache(maxsize=16_384)  # a batch asks for the captions first, for the pictures later
 def scene(part: Part, seed: int, index: int) -> Scene:
     """Return scene `index`; scenes 2k and 2k + 1 are twins."""
     rng = np.random.default_rng((seed, part == "test", index // 2))
@@ -181,9 +186,12 @@ def _relation(rng: np.random.Generator, twin: int, pairs: tuple[tuple[str, str],
     second = _pick(rng, tuple(pair for pair in pairs if pair != first))
     relation = str(rng.choice(tuple(RELATIONS)))
     dx, dy = RELATIONS[relation][2]
-    gap, (slip_x, slip_y), (mid_x, mid_y) = rng.uniform(0.22, 0.27), rng.uniform(-0.06, 0.06, 2), rng.uniform(0.46, 0.54, 2)
+    gap = rng.uniform(0.22, 0.27)
+    slip_x, slip_y = rng.uniform(-0.06, 0.06, 2)
+    mid_x, mid_y = rng.uniform(0.46, 0.54, 2)
     radii = rng.uniform(0.16, 0.2, 2)
-    places = [(mid_x + sign * dx * gap + sign * dy * slip_x, mid_y + sign * dy * gap + sign * dx * slip_y) for sign in (1, -1)]
+    off_x, off_y = dx * gap + dy * slip_x, dy * gap + dx * slip_y
+    places = [(mid_x + off_x, mid_y + off_y), (mid_x - off_x, mid_y - off_y)]
     if twin:
         places.reverse()
         relation = {"left": "right", "right": "left", "above": "below", "below": "above"}[relation]
@@ -199,40 +207,50 @@ def _count(rng: np.random.Generator, twin: int, pairs: tuple[tuple[str, str], ..
     count = int(rng.choice(tuple(COUNTS), 2, replace=False)[twin])
     cells = rng.permutation(4)[:count]  # the four quarters of the picture, so that objects never touch
     slips = rng.uniform(-0.08, 0.08, (4, 2))
-    things = tuple(
-        Thing(colour, shape, 0.27 + 0.46 * (cell % 2) + slips[cell][0], 0.27 + 0.46 * (cell // 2) + slips[cell][1], 0.125)
-        for cell in cells
-    )
-    return Scene("count", things)
+    things = []
+    for cell in cells:
+        slip_x, slip_y = slips[cell]
+        x, y = 0.27 + 0.46 * (cell % 2) + slip_x, 0.27 + 0.46 * (cell // 2) + slip_y
+        things.append(Thing(colour, shape, float(x), float(y), 0.125))
+    return Scene("count", tuple(things))
 
 
 def draw(scene: Scene, background: int) -> npt.NDArray[np.uint8]:
     """Return the picture of a scene, (SIDE, SIDE, 3) RGB, edges antialiased; `background` seeds the ground's tint."""
     ground = np.random.default_rng(background).uniform(205, 245, 3)
-    picture = np.broadcast_to(ground, (SIDE, SIDE, 3)).astype(np.float32)
-    axis = (np.arange(SIDE, dtype=np.float32) + 0.5) / SIDE
+    picture = np.empty((SIDE, SIDE, 3), np.float32)
+    picture[:] = ground
     for thing in scene.things:
-        dx, dy = axis[None, :] - thing.x, axis[:, None] - thing.y
-        cover = np.clip(0.5 - _distance(thing.shape, dx / thing.radius, dy / thing.radius) * thing.radius * SIDE, 0, 1)
-        picture += cover[..., None] * (np.float32(COLOURS[thing.colour][0]) - picture)
+        (rows, dy), (columns, dx) = _span(thing.y, thing.radius), _span(thing.x, thing.radius)
+        distance = _distance(thing.shape, dx[None, :], dy[:, None]) * thing.radius * SIDE  # pixels
+        part = picture[rows, columns]
+        part += np.clip(0.5 - distance, 0, 1)[..., None] * (np.array(COLOURS[thing.colour][0], np.float32) - part)
     return picture.round().astype(np.uint8)
 
 
-def _distance(shape: str, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _span(centre: float, radius: float) -> tuple[slice, npt.NDArray[np.float32]]:
+    """Return the pixels of one axis that an object may cover, and their places in radii from its centre."""
+    reach = 1.15 * radius + 1.5 / SIDE
+    pixels = slice(max(0, int((centre - reach) * SIDE)), math.ceil((centre + reach) * SIDE))
+    return pixels, (_AXIS[pixels] - np.float32(centre)) / np.float32(radius)
+
+
+def _distance(shape: str, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the signed distance to the outline (below 0 inside) of a shape of radius 1, nearly exact near it."""
+    distance: npt.NDArray[Any]
     if shape == "circle":
-        return np.hypot(x, y) - 0.95
-    if shape == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - 0.82
-    if shape == "triangle":
+        distance = np.hypot(x, y) - 0.95
+    elif shape == "square":
+        distance = np.maximum(np.abs(x), np.abs(y)) - 0.82
+    elif shape == "triangle":
         slope = math.sqrt(3) / 2
-        return np.maximum(slope * np.abs(x) - y / 2, y) - 0.55
-    angle = np.abs((np.arctan2(x, -y) / (2 * math.pi) * 5 + 0.5) % 1 - 0.5) * 2 * math.pi / 5
-    # The edge from a tip (radius 1.05, angle 0) to a notch (radius 0.45, angle 36 degrees), as a half plane.
-    tip, notch = 1.05, (0.45 * math.cos(math.pi / 5), 0.45 * math.sin(math.pi / 5))
-    normal = (notch[1], tip - notch[0])
-    length = math.hypot(*normal)
-    radius = np.hypot(x, y)
-    along, across = radius * np.cos(angle), radius * np.sin(angle)
-    distance: npt.NDArray[np.float32] = ((along - tip) * normal[0] + across * normal[1]) / length
+        distance = np.maximum(slope * np.abs(x) - y / 2, y) - 0.55
+    else:
+        # The edge from a tip (radius 1.05, angle 0) to a notch (radius 0.45, angle 36 degrees), as a half plane.
+        angle = np.abs((np.arctan2(x, -y) / (2 * math.pi) * 5 + 0.5) % 1 - 0.5) * 2 * math.pi / 5
+        tip, notch = 1.05, (0.45 * math.cos(math.pi / 5), 0.45 * math.sin(math.pi / 5))
+        normal = (notch[1], tip - notch[0])
+        radius = np.hypot(x, y)
+        along, across = radius * np.cos(angle), radius * np.sin(angle)
+        distance = ((along - tip) * normal[0] + across * normal[1]) / math.hypot(*normal)
     return distance

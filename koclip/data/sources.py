@@ -1,8 +1,9 @@
-"""Open any set of (image, captions) rows: built in, Hub, Arrow and Parquet, JSON, CSV, folders, tar shards.
+"""Open any set of (image, captions) rows: the built-in scenes, or a table that `koclip.data.tables` reads.
 
-Everything but `scenes` is read by `datasets`, undecoded. A row's image stays bytes or a path until it is drawn.
+A row's image stays bytes or a path until it is drawn.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -10,24 +11,12 @@ from typing import Any, NamedTuple, Protocol
 import datasets
 import numpy as np
 import numpy.typing as npt
+from xxhash import xxh3_64_hexdigest
 
-from koclip.config import ConfigError, SourceConfig
+from koclip.config import SourceConfig
 from koclip.data import scenes
+from koclip.data.tables import SourceError, dig, file_format, open_table
 from koclip.text.normalize import clean_captions
-
-_SUFFIXES = {
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".tar": "webdataset",
-}
-
-
-class SourceError(ConfigError):
-    """A source that cannot be opened. The message says what was asked, what there is, and what to do."""
 
 
 class Row(NamedTuple):
@@ -39,7 +28,7 @@ class Row(NamedTuple):
 
 
 class MapSource(Protocol):
-    """Rows by index. Rows `k * group ... k * group + group - 1` belong in one batch."""
+    """Rows by index. Rows `k * group ... k * group + group - 1` belong together, in one batch where it has room."""
 
     config: SourceConfig
     group: int
@@ -54,17 +43,25 @@ class MapSource(Protocol):
 
 
 class ScenesSource:
-    """The built-in scenes as a map source. `seed` makes another set of scenes."""
+    """The built-in scenes as a map source. `seed` makes another set of scenes.
+
+    Raises:
+        SourceError: `captions` names a language that scenes have no captions in.
+    """
 
     group = 2
 
     def __init__(self, config: SourceConfig, seed: int = 0) -> None:
+        unknown = sorted(set(config.captions) - set(scenes.LANGUAGES))
+        if unknown:
+            raise SourceError(f"source 'scenes' has no captions in {unknown}; its languages are {scenes.LANGUAGES}")
         self.config, self.seed = config, seed
 
     def __len__(self) -> int:
         return self.config.scenes_size
 
     def rows(self, indices: Sequence[int]) -> list[Row]:
+        """Draw these scenes."""
         part = self.config.scenes_part
         drawn = [scenes.scene(part, self.seed, index) for index in indices]
         return [
@@ -73,6 +70,7 @@ class ScenesSource:
         ]
 
     def captions(self, indices: Sequence[int]) -> list[dict[str, list[str]]]:
+        """Tell these scenes."""
         return [self._choose(scenes.scene(self.config.scenes_part, self.seed, index)) for index in indices]
 
     def _choose(self, scene: scenes.Scene) -> dict[str, list[str]]:
@@ -81,109 +79,117 @@ class ScenesSource:
 
 
 class TableSource:
-    """A `datasets.Dataset` as a map source."""
+    """A `datasets.Dataset` as a map source. `numbers` are its rows' places in what is stored, if rows were left out."""
 
     group = 1
 
-    def __init__(self, table: datasets.Dataset, config: SourceConfig) -> None:
+    def __init__(self, table: datasets.Dataset, config: SourceConfig, numbers: Sequence[int] | None = None) -> None:
         self.config = config
-        self._table = table
-        columns = {column.split(".")[0] for column in config.captions.values()}
-        self._captions = table.select_columns(sorted(columns))
+        self._table, self._numbers = table, numbers
+        columns = [name for name in table.column_names if any(_under(name, c) for c in config.captions.values())]
+        self._captions = table.select_columns(columns)
 
     def __len__(self) -> int:
         return len(self._table)
 
     def rows(self, indices: Sequence[int]) -> list[Row]:
-        columns: dict[str, list[Any]] = self._table[list(indices)]
-        records = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-        return [row(record, self.config, index) for record, index in zip(records, indices, strict=True)]
+        """Read these rows."""
+        numbers = indices if self._numbers is None else [self._numbers[index] for index in indices]
+        records = _records(self._table[list(indices)])
+        return [row(record, self.config, str(number)) for record, number in zip(records, numbers, strict=True)]
 
     def captions(self, indices: Sequence[int]) -> list[dict[str, list[str]]]:
-        columns: dict[str, list[Any]] = self._captions[list(indices)]
-        records = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-        return [row_captions(record, self.config) for record in records]
+        """Read these rows' caption columns."""
+        return [row_captions(record, self.config) for record in _records(self._captions[list(indices)])]
 
 
 class StreamSource:
-    """A `datasets.IterableDataset`: rows in order of arrival, split among readers."""
+    """A `datasets.IterableDataset`: rows in order of arrival, its shards split among readers."""
 
     def __init__(self, stream: datasets.IterableDataset, config: SourceConfig) -> None:
         self.config = config
         self._stream = stream
 
+    @property
+    def num_shards(self) -> int:
+        """Number of parts that can be read by different readers."""
+        return int(self._stream.num_shards)
+
     def rows(self, epoch: int, seed: int, buffer_size: int, reader: int, num_readers: int) -> Iterator[Row]:
-        """Yield the rows of one pass that belong to `reader`; the order is a function of (seed, epoch)."""
-        stream = self._stream.shuffle(seed=seed, buffer_size=buffer_size)
-        stream.set_epoch(epoch)
+        """Yield the rows of one pass that belong to `reader`; the order is a function of (seed, epoch, reader)."""
+        rng = np.random.default_rng((seed, epoch))  # equal for all readers: they split the same order of shards
+        stream = self._stream.shuffle(generator=rng, buffer_size=buffer_size)
         if num_readers > 1:
-            stream = datasets.distributed.split_dataset_by_node(stream, rank=reader, world_size=num_readers)
-        for index, record in enumerate(stream):
-            yield row(record, self.config, index)
+            stream = stream.shard(num_readers, reader, contiguous=False)
+        # Read by iter(): iterating the stream itself would split the shards once more over the data loader's workers.
+        for columns in stream.iter(batch_size=1):
+            for record in _records(columns):
+                yield row(record, self.config)
 
     def stored_rows(self) -> Iterator[Row]:
         """Yield every row in stored order."""
-        for index, record in enumerate(self._stream):
-            yield row(record, self.config, index)
+        for record in self._stream:
+            yield row(record, self.config)
 
     def captions(self) -> Iterator[dict[str, list[str]]]:
         """Yield every row's captions in stored order."""
-        columns = sorted({column.split(".")[0] for column in self.config.captions.values()})
-        for record in self._stream.select_columns(columns):
+        for record in self._stream:
             yield row_captions(record, self.config)
 
 
 def open_source(config: SourceConfig, seed: int = 0) -> MapSource | StreamSource:
-    """Open one source for reading.
+    """Open one source for reading; `seed` is that of `scenes`.
 
     Raises:
-        SourceError: the file, data set or a column named in `config` does not exist.
+        SourceError: the file, data set or a column named in `config` does not exist, or no row is left.
     """
-    file_format = _format(config)
-    if file_format == "scenes":
+    if file_format(config) == "scenes":
         return ScenesSource(config, seed)
-    if file_format == "annotations":
+    if file_format(config) == "annotations":
         config = _annotation_columns(config)
-    table = _load(config, file_format)
-    _check_columns(table, config)
-    if _column_feature(table, config.image) == "image":
-        table = table.cast_column(config.image, datasets.Image(decode=False))
-    if config.where:
-        wanted = {column: set(values) for column, values in config.where.items()}
-        table = table.filter(_Matches(wanted), input_columns=list(wanted))
+    table = open_table(config)
+    wanted = {column: set(values) for column, values in (config.where or {}).items()}
+
+    def matches(record: Mapping[str, Any]) -> bool:
+        return all(str(dig(record, column)) in values for column, values in wanted.items())
+
     if isinstance(table, datasets.IterableDataset):
-        return StreamSource(table, config)
+        return StreamSource(table.filter(matches) if wanted else table, config)
+    numbers = None
+    if wanted:
+        names = [name for name in table.column_names if any(_under(name, column) for column in wanted)]
+        numbers = [number for number, record in enumerate(table.select_columns(names)) if matches(record)]
+        table = table.select(numbers)
     if len(table) == 0:
         raise SourceError(f"source {config.path!r} has no rows (where: {config.where}); check path, split and where")
-    return TableSource(table, config)
+    return TableSource(table, config, numbers)
 
 
-class _Matches:
-    """A picklable row filter, so that `datasets` can run and fingerprint it."""
+def row(record: Mapping[str, Any], config: SourceConfig, number: str = "") -> Row:
+    """Turn one record of a table into a `Row`.
 
-    def __init__(self, wanted: Mapping[str, set[str]]) -> None:
-        self.wanted = list(wanted.values())
-
-    def __call__(self, *values: object) -> bool:
-        return all(str(value) in wanted for value, wanted in zip(values, self.wanted, strict=True))
-
-
-def row(record: Mapping[str, Any], config: SourceConfig, index: int) -> Row:
-    """Turn one record of a table into a `Row`; its key is the stored key, the image's path, or the position."""
-    value = _dig(record, config.image)
-    path = value.get("path") if isinstance(value, dict) else value
-    name = record.get("__key__") or (Path(path).name if isinstance(path, str) else None) or record.get("id") or ""
-    return Row(_image(value, config), row_captions(record, config), f"{config.label}/{index}/{name}".rstrip("/"))
+    Its key is made of the source's name, the row's number and name. Rows of a stream have no number; one without a
+    name either is known by a hash of its captions.
+    """
+    value = dig(record, config.image)
+    captions = row_captions(record, config)
+    path = value.get("path") if isinstance(value, Mapping) else value
+    name = record.get("__key__") or (Path(path).name if isinstance(path, str) else None) or record.get("id")
+    shard = Path(str(record.get("__url__") or "")).name
+    if not (name or number):
+        name = xxh3_64_hexdigest(repr(captions).encode())
+    return Row(_image(value, config), captions, "/".join(filter(None, (config.label, shard, number, str(name or "")))))
 
 
 def row_captions(record: Mapping[str, Any], config: SourceConfig) -> dict[str, list[str]]:
     """Return the cleaned captions of a record by language; languages without any are left out."""
-    cells = {language: clean_captions(_dig(record, column)) for language, column in config.captions.items()}
+    cells = {language: clean_captions(dig(record, column)) for language, column in config.captions.items()}
     return {language: captions for language, captions in cells.items() if captions}
 
 
 def _image(value: Any, config: SourceConfig) -> bytes | Path | None:
-    if isinstance(value, dict):
+    """Return an image cell's bytes or path; None if it holds neither."""
+    if isinstance(value, Mapping):
         if value.get("bytes") is not None:
             return bytes(value["bytes"])
         value = value.get("path")
@@ -195,62 +201,17 @@ def _image(value: Any, config: SourceConfig) -> bytes | Path | None:
     return root / value
 
 
-def _dig(record: Mapping[str, Any], column: str) -> Any:
-    """Return a column; dots reach into nested records."""
-    value: Any = record
-    for part in column.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
+def _records(columns: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """Turn columns into records."""
+    return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
 
 
-def _format(config: SourceConfig) -> str:
-    if config.format != "auto":
-        return config.format
-    if config.path == "scenes":
-        return "scenes"
-    if Path(config.path).is_dir():
-        return "image_folder"
-    return _SUFFIXES.get(Path(config.path).suffix, "hub")
+def _under(name: str, column: str) -> bool:
+    """Tell whether a table's column `name` holds the dotted `column`."""
+    return column == name or column.startswith(f"{name}.")
 
 
 def _annotation_columns(config: SourceConfig) -> SourceConfig:
     """KoCLIP's and COCO's annotation files have fixed columns; they hold one language, Korean unless named."""
-    from dataclasses import replace
-
     language = next(iter(config.captions)) if len(config.captions) == 1 else "ko"
-    return replace(config, image="file_path", captions={language: "captions"}, languages=None)
-
-
-def _load(config: SourceConfig, file_format: str) -> datasets.Dataset | datasets.IterableDataset:
-    builder = {"image_folder": "imagefolder", "annotations": "json"}.get(file_format, file_format)
-    streaming = config.streaming or file_format == "webdataset"
-    if file_format == "hub":
-        return datasets.load_dataset(config.path, split=config.split, revision=config.revision, streaming=streaming)
-    path = Path(config.path)
-    if file_format == "image_folder":
-        if not path.is_dir():
-            raise SourceError(f"source {config.path!r} is not a folder; expected a folder of images with metadata")
-        return datasets.load_dataset(builder, data_dir=config.path, split=config.split, streaming=streaming)
-    files = sorted(str(match) for match in path.parent.glob(path.name))
-    if not files:
-        raise SourceError(
-            f"source {config.path!r} matches no file (from {Path.cwd()}); check the path, "
-            "or set format: hub for a Hub data set"
-        )
-    options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-    return datasets.load_dataset(builder, data_files=files, split="train", streaming=streaming, **options)
-
-
-def _check_columns(table: datasets.Dataset | datasets.IterableDataset, config: SourceConfig) -> None:
-    columns = table.column_names
-    if columns is None:  # a stream whose columns only its first row tells
-        columns = list(next(iter(table)))
-    named = [config.image, *config.captions.values(), *(config.where or {})]
-    missing = sorted({column for column in named if column.split(".")[0] not in columns})
-    if missing:
-        raise SourceError(f"source {config.path!r} has no column {missing}; its columns are {sorted(columns)}")
-
-
-def _column_feature(table: datasets.Dataset | datasets.IterableDataset, column: str) -> str:
-    feature = (table.features or {}).get(column)
-    return "image" if isinstance(feature, datasets.Image) else "other"
+    return dataclasses.replace(config, image="file_path", captions={language: "captions"}, languages=None)

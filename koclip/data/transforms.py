@@ -1,20 +1,30 @@
 """Decode any picture to RGB and cut training crops out of it, in uint8: the model normalises on its device."""
 
+import struct
 import warnings
+import zlib
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from koclip.config import DataConfig
 
-# Modes whose pixels torchvision decodes as PIL does; every other picture goes through PIL.
-_DIRECT = {("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "L")}
+# Pictures that torchvision decodes faster than PIL, to the same pixels. PNG is not among them: torchvision 0.29
+# crashes the process on some broken ones, and returns 16 bits for others.
+_DIRECT = {("JPEG", "RGB"), ("JPEG", "L")}
+
+
+# What PIL and torchvision raise on broken files. SyntaxError: PIL's broken PNG; RuntimeError: libjpeg.
+_BROKEN = (
+    *(OSError, SyntaxError, ValueError, LookupError, RuntimeError, EOFError, ArithmeticError, TypeError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 
 
 class ImageError(ValueError):
@@ -24,6 +34,10 @@ class ImageError(ValueError):
 def decode(image: bytes | Path | npt.NDArray[np.uint8] | None, max_pixels: int) -> torch.Tensor:
     """Return an image as (3, H, W) uint8 RGB, upright by its EXIF tag, transparency on white.
 
+    Args:
+        image: An encoded picture, the path of one, or decoded RGB pixels (H, W, 3).
+        max_pixels: Largest width x height.
+
     Raises:
         ImageError: it is missing, truncated, no image, or has more than `max_pixels` pixels.
     """
@@ -32,27 +46,33 @@ def decode(image: bytes | Path | npt.NDArray[np.uint8] | None, max_pixels: int) 
     if isinstance(image, np.ndarray):
         return torch.from_numpy(image).permute(2, 0, 1)
     try:
-        data = image.read_bytes() if isinstance(image, Path) else image
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's bomb and metadata warnings; the size is checked below
-            with Image.open(BytesIO(data)) as picture:
-                width, height = picture.size
-                if width * height > max_pixels:
-                    raise ImageError(f"{width} x {height} pixels; data.max_image_pixels is {max_pixels}")
-                if (picture.format, picture.mode) in _DIRECT:
-                    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                    return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-                rgb = to_rgb(ImageOps.exif_transpose(picture))
-                return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
-    # What PIL and torchvision raise on broken files: OSError (truncated, unknown), SyntaxError (broken PNG),
-    # ValueError and IndexError (broken headers), RuntimeError (libjpeg, libpng), EOFError, struct.error ...
-    except (OSError, SyntaxError, ValueError, IndexError, RuntimeError, EOFError, ArithmeticError, TypeError) as error:
+        return _decode(image.read_bytes() if isinstance(image, Path) else image, max_pixels)
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError("not an image, or of a kind that PIL does not read") from None
+    except _BROKEN as error:
         raise ImageError(f"{type(error).__name__}: {error}".split("\n")[0]) from error
+
+
+def _decode(data: bytes, max_pixels: int) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's bomb and metadata warnings; the size is checked below
+        with Image.open(BytesIO(data)) as picture:
+            width, height = picture.size
+            if width * height > max_pixels:
+                raise ImageError(f"{width} x {height} pixels; data.max_image_pixels is {max_pixels}")
+            if (picture.format, picture.mode) in _DIRECT:
+                encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                decoded: torch.Tensor = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+                return decoded
+            rgb = to_rgb(ImageOps.exif_transpose(picture))
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Convert a picture of any mode to RGB: transparency on white, 16-bit scaled to 8."""
-    if picture.mode.startswith("I;16") or picture.mode == "I":
+    if picture.mode.startswith("I"):
         wide = np.asarray(picture, dtype=np.int64)
         return Image.fromarray((wide.clip(0, 65_535) >> 8).astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:

@@ -11,7 +11,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 from koclip.config import EvalSetConfig, SourceConfig
 from koclip.data import scenes
 from koclip.data.batches import Skip
-from koclip.data.sources import Row, SourceError, StreamSource, open_source
+from koclip.data.sources import Row, StreamSource, open_source
+from koclip.data.tables import SourceError
 from koclip.data.transforms import ImageError, decode
 
 _BATCH = 256  # rows read at once

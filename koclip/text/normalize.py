@@ -1,34 +1,47 @@
-"""Clean captions: one Unicode form, single spaces, no special-token strings."""
+"""Clean captions: one Unicode form, single spaces, no invisible characters, no special-token strings."""
 
 import re
 import unicodedata
 from collections.abc import Iterable
 
-# Strings that tokenizers of CLIP, BERT, RoBERTa and T5 families turn into control tokens.
-# In a caption they would end the text early or shift its positions.
+# Strings that tokenizers of the CLIP, BERT, RoBERTa and T5 families turn into control tokens, in any letter case
+# (CLIP's tokenizer lowercases). In a caption they would end the text early or shift its positions.
 _SPECIAL = re.compile(
-    r"<\|(?:startoftext|endoftext|im_start|im_end)\|>|\[(?:CLS|SEP|PAD|MASK|UNK|BOS|EOS)\]|</?(?:s|pad|unk|mask)>"
+    r"<\|\w{1,40}\|>|\[(?:CLS|SEP|PAD|MASK|UNK|BOS|EOS)\]|</?(?:s|bos|eos|pad|unk|mask)>",
+    re.IGNORECASE,
 )
-# Control and unassigned code points and lone surrogates; a tab or a newline is white space, handled apart.
-_UNPRINTABLE = {"Cc", "Cs", "Cn"}
+# Soft hyphen, zero-width space, direction marks, word joiner, byte-order mark. The zero-width joiners stay: emoji
+# and some scripts are spelt with them.
+_INVISIBLE = frozenset("\u00ad\u200b\u200e\u200f\u2060\ufeff")
+_HANGUL_FILLER = "\u3164"  # a letter by its category, a blank on the screen
+_MISSING = frozenset({"nan", "none", "null", "<na>"})  # what pandas, Python and JSON write for "no value"
 
 
 def normalize(text: str) -> str:
-    """Return `text` in NFC, without special-token strings and control characters, white space collapsed.
+    """Return `text` in NFC, without control characters and special-token strings, white space collapsed.
 
     Korean comes decomposed (NFD) from macOS file names and some corpora; many fast tokenizers do not compose it.
     """
+    text = text.replace(_HANGUL_FILLER, " ")
+    if not text.isprintable():
+        text = "".join(character for character in text if _is_text(character))
     text = unicodedata.normalize("NFC", text)
-    text = _SPECIAL.sub(" ", text)
-    text = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in _UNPRINTABLE)
+    text = _SPECIAL.sub(" ", text)  # last: what was removed above may have hidden one
     return " ".join(text.split())
 
 
 def clean_captions(cell: object) -> list[str]:
     """Return the usable captions in a table cell: a string, a list of strings, or anything else (no caption).
 
-    Empty strings, missing values and values that are not text are left out.
+    Empty strings, missing values, their spelt-out forms such as "nan", and values that are not text are left out.
     """
     values: Iterable[object] = cell if isinstance(cell, (list, tuple)) else [cell]
     cleaned = (normalize(value) for value in values if isinstance(value, str))
-    return [caption for caption in cleaned if caption]
+    return [caption for caption in cleaned if caption and caption.lower() not in _MISSING]
+
+
+def _is_text(character: str) -> bool:
+    """Tell white space and visible characters from control characters, lone surrogates and invisible ones."""
+    if character.isspace():
+        return True
+    return unicodedata.category(character) not in ("Cc", "Cs") and character not in _INVISIBLE

@@ -17,7 +17,7 @@ _DIGIT_FINALS = {"0": 21, "1": 8, "2": 0, "3": 16, "4": 0, "5": 0, "6": 1, "7": 
 def final_consonant(word: str) -> int | None:
     """Return the index of the last syllable's final consonant (0: none, 8: ㄹ), or None if it cannot be told.
 
-    Hangul syllables and digits are read; closing brackets and quotes are skipped.
+    Hangul syllables and digits are read; brackets, quotes and spaces after them are skipped.
     """
     for character in reversed(unicodedata.normalize("NFC", word)):
         if "가" <= character <= "힣":
@@ -32,7 +32,7 @@ def final_consonant(word: str) -> int | None:
 def particle(word: str, pair: str) -> str:
     """Return the form of `pair` (such as "을/를", in either order) that follows `word`.
 
-    A word whose last sound is unknown takes the written convention "을(를)".
+    A word whose last sound is unknown takes the written convention: "을(를)", "(으)로".
 
     Raises:
         ValueError: `pair` is not a known particle pair.
@@ -44,7 +44,8 @@ def particle(word: str, pair: str) -> str:
     after_consonant, after_vowel = forms
     final = final_consonant(word)
     if final is None:
-        return f"{after_consonant}({after_vowel})"
+        shared = after_consonant.removesuffix(after_vowel)
+        return f"({shared}){after_vowel}" if shared != after_consonant else f"{after_consonant}({after_vowel})"
     if forms == ("으로", "로") and final == _FINAL_RIEUL:
         return after_vowel
     return after_consonant if final else after_vowel

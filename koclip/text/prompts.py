@@ -2,17 +2,22 @@
 
 import re
 
-from koclip.text.particles import attach
+from koclip.text.particles import particle
 
-_SLOT = re.compile(r"\{(?::([^{}]+))?\}")
+_SLOT = re.compile(r"\{([^{}]*)\}")
 
 
 def fill(template: str, name: str) -> str:
-    """Return the template with `{}` replaced by `name`, and `{:을/를}` by `name` and the fitting particle.
+    """Return the template with `{}` replaced by `name`, and `{이/가}` by the form that fits what stands before it.
 
     Raises:
-        ValueError: the template has no slot, or names an unknown particle.
+        ValueError: the template has no `{}`, or names an unknown particle.
     """
-    if not _SLOT.search(template):
+    if "{}" not in template:
         raise ValueError(f"template {template!r} has no slot; write {{}} where the class name goes")
-    return _SLOT.sub(lambda slot: attach(name, slot[1]) if slot[1] else name, template)
+    filled, end = "", 0
+    for slot in _SLOT.finditer(template):
+        filled += template[end : slot.start()]
+        filled += particle(filled, slot[1]) if slot[1] else name
+        end = slot.end()
+    return filled + template[end:]

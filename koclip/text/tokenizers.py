@@ -10,7 +10,13 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
 
+from koclip.config import ConfigError
+
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+# Characters that together hold every byte that UTF-8 text can hold.
+_EVERY_BYTE = [chr(code) for code in (*range(0x21, 0x7F), *range(0xC0, 0x100), *range(0xA1, 0x800, 0x40))]
+_EVERY_BYTE += [chr(code) for code in range(0x800, 0x10000, 0x800) if not 0xD800 <= code < 0xE000]
+_EVERY_BYTE += [chr(code) for code in (0x10000, 0x40000, 0x80000, 0xC0000, 0x100000)]
 
 
 def train_bpe(captions: Iterable[str], vocab_size: int, max_tokens: int) -> PreTrainedTokenizerBase:
@@ -32,7 +38,7 @@ def train_bpe(captions: Iterable[str], vocab_size: int, max_tokens: int) -> PreT
         show_progress=False,
     )
     trained.train_from_iterator(captions, trainer)
-    pairs: list[tuple[str, str]] = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+    pairs: Any = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     merges = pairs[: vocab_size - len(symbols) - 2]
     entries = dict.fromkeys([*symbols, *(left + right for left, right in merges), BOS, EOS])
     vocab = {entry: index for index, entry in enumerate(entries)}
@@ -43,27 +49,36 @@ def load(path: str, max_tokens: int) -> PreTrainedTokenizerBase:
     """Load the tokenizer in directory or Hub repository `path` and check that a text tower can rely on it.
 
     Raises:
-        ValueError: it has no padding or end token, or pads on the left.
+        ConfigError: there is none, or `check` finds a defect.
     """
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    tokenizer.model_max_length = max_tokens
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ConfigError(f"tokenizer.path: no tokenizer can be loaded from {path!r}: {reason}") from error
     check(tokenizer, path)
+    tokenizer.model_max_length = max_tokens
     return tokenizer
 
 
 def check(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Raise `ValueError` naming the defect if a CLIP text tower could not rely on `tokenizer`."""
+    """Make sure that a CLIP text tower, which reads the embedding at the first end token, can rely on `tokenizer`.
+
+    Raises:
+        ConfigError: it has no padding or end token, pads on the left, or puts an end token anywhere but at the end.
+    """
     for name in ("pad_token_id", "eos_token_id"):
         if getattr(tokenizer, name) is None:
-            raise ValueError(f"tokenizer {path!r} has no {name}; CLIP's text tower needs it: set one and save it again")
+            raise ConfigError(f"tokenizer {path!r} has no {name}, which CLIP's text tower needs: set it and save again")
     if tokenizer.padding_side != "right":
-        raise ValueError(f"tokenizer {path!r} pads on the left; CLIP text towers need padding_side='right'")
-    ids = tokenizer("고양이")["input_ids"]
-    if ids.count(tokenizer.eos_token_id) != 1 or ids[-1] != tokenizer.eos_token_id:
-        raise ValueError(
-            f"tokenizer {path!r} turns '고양이' into {ids}; expected exactly one end token "
-            f"({tokenizer.eos_token_id}), at the end, because CLIP reads the text's embedding there"
-        )
+        raise ConfigError(f"tokenizer {path!r} pads on the left; CLIP text towers need padding_side='right'")
+    probes = ["고양이", *_EVERY_BYTE, *(character * 2 for character in _EVERY_BYTE)]
+    for probe, ids in zip(probes, tokenizer(probes)["input_ids"], strict=True):
+        if ids.count(tokenizer.eos_token_id) != 1 or ids[-1] != tokenizer.eos_token_id:
+            raise ConfigError(
+                f"tokenizer {path!r} turns {probe!r} into {ids}; expected exactly one end token "
+                f"({tokenizer.eos_token_id}), at the end, because CLIP reads the text's embedding at the first one"
+            )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, captions: list[str], **options: Any) -> Any:

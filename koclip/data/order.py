@@ -1,0 +1,133 @@
+"""In which order the rows of map-style sources are drawn: split over processes, grouped by caption length.
+
+The order is a function of (data.seed, step): a run that resumes at a step, or that has another number of processes
+but the same global batch, sees the same global batches.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Sampler
+
+from koclip.data.batches import Assembler
+from koclip.data.sources import MapSource
+
+
+class Draw(NamedTuple):
+    """One sample to be drawn: which row of which source, in which pass over the data."""
+
+    source: int
+    row: int
+    epoch: int
+
+
+class Shard(NamedTuple):
+    """This process's part of every global batch of `batch_size * world_size` pairs."""
+
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+
+class MapOrder(Sampler[list[Draw]]):
+    """Yields this process's draws of every step from `start_step` on, without end.
+
+    Rows of a source are permuted anew each epoch; nothing is dropped at an epoch's end. Within a pool of
+    `length_pool` global batches, groups of rows are sorted by caption length, so that batches need little padding.
+    """
+
+    def __init__(self, sources: Sequence[MapSource], assembler: Assembler, shard: Shard, start_step: int) -> None:
+        self._sources, self._assembler, self._shard, self._start_step = sources, assembler, shard, start_step
+        self._config = assembler.config
+        self._num_groups = _groups_per_epoch(sources)
+        self._cached: tuple[int, npt.NDArray[np.int64]] | None = None
+
+    @property
+    def epoch_size(self) -> int:
+        """Number of rows drawn in one pass over the data."""
+        groups = zip(self._num_groups, self._sources, strict=True)
+        return sum(count * source.group for count, source in groups)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        batch_size, rank, world_size = self._shard
+        global_batch = batch_size * world_size
+        pool, skip = divmod(self._start_step, self._config.length_pool)
+        size = self._config.length_pool * global_batch
+        while True:
+            draws = self._by_length(self._pool(pool, size))
+            starts = self._rng(pool, 1).permutation(range(0, size, global_batch))
+            for start in starts[skip:]:
+                first = start + rank * batch_size
+                yield draws[first : first + batch_size]
+            pool, skip = pool + 1, 0
+
+    def _rng(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self._config.seed, *key])
+
+    def _pool(self, pool: int, size: int) -> list[Draw]:
+        """Return the draws of a pool, in random order."""
+        epoch, offset = divmod(pool * size, self.epoch_size)
+        draws: list[Draw] = []
+        while len(draws) < size:
+            part = self._epoch(epoch)[offset : offset + size - len(draws)]
+            draws += [Draw(source, row, epoch) for source, row in part.tolist()]
+            epoch, offset = epoch + 1, 0
+        return draws
+
+    def _epoch(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Return (source, row) of every draw of one pass, groups of rows kept together, in random order."""
+        if self._cached is not None and self._cached[0] == epoch:
+            return self._cached[1]
+        parts = []
+        for number, (source, count) in enumerate(zip(self._sources, self._num_groups, strict=True)):
+            starts = _starts(len(source), source.group, count, self._rng(epoch, 2, number))
+            parts.append(np.stack([np.full_like(starts, number), starts, np.full_like(starts, source.group)], axis=1))
+        groups = self._rng(epoch, 3).permutation(np.concatenate(parts))  # (source, first row, rows)
+        within = np.concatenate([np.arange(size) for size in groups[:, 2]]) if groups[:, 2].max() > 1 else 0
+        rows = np.repeat(groups[:, :2], groups[:, 2], axis=0)
+        rows[:, 1] += within
+        self._cached = (epoch, rows)
+        return rows
+
+    def _by_length(self, draws: list[Draw]) -> list[Draw]:
+        """Sort draws by the length of their captions; rows of a group stay together, as long as their longest."""
+        if self._config.length_pool == 1:
+            return draws
+        captions: list[str | None] = [None] * len(draws)
+        for number, source in enumerate(self._sources):
+            places = [place for place, draw in enumerate(draws) if draw.source == number]
+            found = source.captions([draws[place].row for place in places]) if places else []
+            for place, choices in zip(places, found, strict=True):
+                captions[place] = self._assembler.caption(choices, number, row_seed(self._config.seed, draws[place]))
+        groups = [(draw.source, draw.epoch, draw.row // self._sources[draw.source].group) for draw in draws]
+        longest = dict.fromkeys(groups, 0)
+        for group, length in zip(groups, self._assembler.lengths(captions), strict=True):
+            longest[group] = max(length, longest[group])
+        order = sorted(range(len(draws)), key=lambda place: (longest[groups[place]], groups[place]))
+        return [draws[place] for place in order]
+
+
+def row_seed(seed: int, draw: Draw) -> tuple[int, ...]:
+    """Return the seed of everything random about one draw."""
+    return (seed, draw.epoch, draw.source, draw.row)
+
+
+def _groups_per_epoch(sources: Sequence[MapSource]) -> list[int]:
+    """Return how many groups of rows each source gives to one epoch: all, or its share by weight of all rows."""
+    sizes = [len(source) for source in sources]
+    weights = [source.config.weight for source in sources]
+    shares = [size if weight is None else weight for size, weight in zip(sizes, weights, strict=True)]
+    if all(weight is None for weight in weights):
+        rows = [float(size) for size in sizes]
+    else:
+        rows = [sum(sizes) * share / sum(shares) for share in shares]
+    return [max(1, round(count / source.group)) for count, source in zip(rows, sources, strict=True)]
+
+
+def _starts(rows: int, group: int, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Return the first rows of `count` groups in random order; none comes up again before all others have."""
+    starts = np.arange(0, rows, group)
+    passes = [rng.permutation(starts) for _ in range(-(-count // len(starts)))]
+    return np.concatenate(passes)[:count]
