@@ -99,15 +99,15 @@ class DualEncoder(nn.Module):
 
 
 def encode_images(model: StockModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Return unit-norm image embeddings (B, D) of normalised pixels (B, 3, H, W)."""
+    """Return unit-norm float32 image embeddings (B, D) of normalised pixels (B, 3, H, W)."""
     features = model.get_image_features(pixel_values=pixel_values).pooler_output
-    return F.normalize(features, dim=-1)
+    return F.normalize(features.float(), dim=-1)
 
 
 def encode_texts(model: StockModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Return unit-norm text embeddings (B, D) of ids and mask (B, L)."""
+    """Return unit-norm float32 text embeddings (B, D) of ids and mask (B, L)."""
     features = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
-    return F.normalize(features, dim=-1)
+    return F.normalize(features.float(), dim=-1)
 
 
 def from_scratch(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[StockModel, ProcessorMixin]:
