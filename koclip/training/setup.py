@@ -46,7 +46,7 @@ def prepare(
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if train.ema_decay and sharded:
         raise ConfigError("train.ema_decay: an average of sharded weights is not supported; set it to 0 or use DDP")
-    if accelerator.distributed_type == DistributedType.FSDP:
+    if sharded:
         model.lift_scalars()
     speed_up(model.model, accelerator.device)
     model.to(accelerator.device)

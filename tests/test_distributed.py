@@ -1,0 +1,117 @@
+"""Two processes do what one does: losses, gradients, checkpoints, sharded weights; launched once for all tests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import two_processes
+from torch import Tensor
+
+import koclip
+from koclip import distributed, training
+from koclip.config import ConfigError, TrainConfig
+
+LOSS_NAMES = [f"{name}/{mode}" for name, mode in two_processes.LOSSES]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two_processes")
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> dict[str, Any]:
+    """Return what two gloo processes found."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", two_processes.__file__]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [sys.executable, *launch, str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-5000:]
+    results: dict[str, Any] = torch.load(folder / "results.pt", weights_only=False)
+    assert results["world_size"] == 2
+    return results
+
+
+@pytest.fixture(scope="module")
+def one() -> dict[str, Any]:
+    """Return what this process finds alone, with the same global batch."""
+    assert distributed.world_size() == 1
+    return two_processes.losses_and_gradients(training.start(two_processes.TRAIN))
+
+
+def assert_same(got: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Bar: the loss to 1e-6, every gradient to 1e-5."""
+    assert got["loss"] == pytest.approx(wanted["loss"], abs=1e-6)
+    assert got["gradients"].keys() == wanted["gradients"].keys()
+    for name, gradient in wanted["gradients"].items():
+        difference = (got["gradients"][name].reshape(gradient.shape) - gradient).abs().max().item()
+        assert difference <= 1e-5, (name, difference)
+
+
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_two_processes_have_the_loss_and_the_gradients_of_one(
+    name: str, one: dict[str, Any], two: dict[str, Any]
+) -> None:
+    assert_same(two["ddp"][name], one[name])
+    scalars = ["model.logit_scale", *(["logit_bias"] if name.startswith("sigmoid") else [])]
+    for scalar in scalars:
+        assert two["ddp"][name]["gradients"][scalar].abs() > 1e-4
+
+
+def test_gather_returns_rows_in_rank_order_and_sums_gradients(two: dict[str, Any]) -> None:
+    found = two["collectives"]
+    assert torch.equal(found["gathered"], torch.tensor([[1.0] * 3] * 2 + [[2.0] * 3] * 2))
+    weights = torch.arange(1.0, 13.0).view(4, 3)
+    assert torch.equal(torch.cat(found["gradient"]), 2 * weights)  # from both processes
+
+
+def test_means_and_flags_are_global(two: dict[str, Any]) -> None:
+    found = two["collectives"]
+    assert found["mean"] == {"a": 0.5, "b": 2.0}
+    assert found["any"] == [True, False]
+    assert found["objects"] == ["process 0", "process 1"]
+
+
+def test_resuming_in_two_processes_changes_nothing(two: dict[str, Any]) -> None:
+    found = two["resumed"]
+    assert found["step"] == 1
+    assert all(torch.equal(value, found["resumed"][name]) for name, value in found["straight"].items())
+
+
+def test_sharded_weights_have_the_gradients_of_one_process(one: dict[str, Any], two: dict[str, Any]) -> None:
+    assert_same(two["fsdp2"], one["sigmoid/positives"])
+
+
+def test_sharded_logit_scale_is_clamped(two: dict[str, Any]) -> None:
+    assert two["fsdp2"]["scale"] == pytest.approx(100)
+
+
+def test_sharded_weights_evaluate_resume_and_publish(folder: Path, two: dict[str, Any]) -> None:
+    model, processor = koclip.load(folder / "fsdp2" / "model", device="cpu")
+    assert model.logit_scale.shape == ()
+    texts: Tensor = koclip.embed_texts(model, processor, ["빨간 원", "파란 별"])
+    torch.testing.assert_close(two["fsdp2"]["texts"], texts, atol=1e-6, rtol=0)
+
+
+def test_another_number_of_processes_than_asked_for_is_refused() -> None:
+    with pytest.raises(ConfigError, match="asked for 2, launched with 1"):
+        training.start(TrainConfig(num_processes=2, tracker="none"))
+
+
+def test_alone_the_collectives_are_the_identity() -> None:
+    rows = torch.randn(3, 2)
+    assert distributed.gather(rows) is rows
+    assert distributed.mean({"a": 1.5}, torch.device("cpu")) == {"a": 1.5}
+    assert distributed.any_process(True, torch.device("cpu"))
+    assert distributed.gather_objects("x") == ["x"]
+    distributed.barrier()
