@@ -29,9 +29,11 @@ def load(path: str | Path, device: str | torch.device | None = None) -> tuple[St
         device: Where to put the model; default: a GPU if there is one.
 
     Raises:
-        ConfigError: weights are missing or left over, that is, the class and the file do not belong together.
+        ConfigError: weights are missing, left over or of other sizes: the class and the file do not belong together.
     """
-    model, info = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    model, info = AutoModel.from_pretrained(
+        path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+    )
     problems = {name: sorted(keys) for name, keys in info.items() if keys}
     if problems:
         raise ConfigError(f"{path} does not hold exactly the weights of a {type(model).__name__}: {problems}")
