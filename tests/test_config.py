@@ -1,0 +1,97 @@
+import dataclasses
+import sys
+
+import pytest
+
+from koclip.config import (
+    ConfigError,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+    SourceConfig,
+    TrainConfig,
+    dump,
+    parse,
+    run,
+)
+
+
+def test_defaults_and_overrides():
+    config = parse(
+        PretrainConfig, ["--train.batch_size", "32", "--optim.lr", "3e-4", "--data.crop_scale", "[0.5, 1.0]"]
+    )
+    assert config.train.batch_size == 32
+    assert config.optim.lr == 3e-4
+    assert config.data.crop_scale == (0.5, 1.0)
+    assert config.model == ModelConfig()
+
+
+def test_file_and_override_order(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("optim: {lr: 3e-4, weight_decay: 0.1}\n")
+    config = parse(PretrainConfig, ["--config", str(file), "--optim.lr", "1e-4"])
+    assert (config.optim.lr, config.optim.weight_decay) == (1e-4, 0.1)
+
+
+def test_dump_reads_back_equal(tmp_path):
+    config = PretrainConfig(
+        data=DataConfig(sources=[SourceConfig(path="쌍.csv", captions={"ko": "설명"}, where={"split": ["a"]})]),
+        train=TrainConfig(num_steps=7000),
+    )
+    dump(config, tmp_path / "config.yaml")
+    assert parse(PretrainConfig, ["--config", str(tmp_path / "config.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--optim.learning_rate", "1e-3"], ["optim.learning_rate"]),
+        (["--train.batch", "32"], ["train.batch"]),  # no abbreviations
+        (["--train.batch_size", "1.5"], ["train.batch_size", "int", "1.5"]),
+        (["--train.precision", "no"], ["train.precision", "bf16", "no"]),
+        (["--train.compile", "maybe"], ["train.compile", "maybe"]),
+        (["--train.batch_size", "1"], ["train.batch_size", "2 pairs"]),
+        (["--config", "missing.yaml"], ["missing.yaml"]),
+        (["--data.sources", "[{path: x, weigth: 3}]"], ["weigth"]),
+        (["--data.sources", "[{path: x, weight: -3}]"], ["data.sources[].weight", "-3"]),
+        (["--optim.warmup_steps", "5000"], ["optim.warmup_steps", "train.num_steps"]),
+        (["--resume", "auto"], ["resume", "output_dir"]),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(args, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(PretrainConfig, args)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(word in error for word in words), error
+
+
+def test_unknown_key_suggests_the_nearest(capsys):
+    with pytest.raises(SystemExit):
+        parse(PretrainConfig, ["--optim.learning_rat", "1e-3", "--train.batchsize", "3"])
+    assert "--train.batch_size" in capsys.readouterr().err
+
+
+def test_help_documents_every_key(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(PretrainConfig, ["--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for section in (DataConfig, ModelConfig, LossConfig, OptimConfig, TrainConfig):
+        for field in dataclasses.fields(section):
+            assert f"{field.name}:" in section.__doc__, f"{section.__name__}.{field.name} has no help"
+            assert f".{field.name} " in text, field.name
+
+
+def test_run_turns_a_config_error_into_one_line(capsys, monkeypatch):
+    def main(config):
+        raise ConfigError("model.image_size: got 50, expected a multiple of 8")
+
+    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
+    with pytest.raises(SystemExit) as stopped:
+        run(main, PretrainConfig)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "pretrain.py: error: model.image_size: got 50, expected a multiple of 8\n"
