@@ -7,11 +7,9 @@ import shutil
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from koclip import distributed
@@ -167,7 +165,7 @@ class Run:
 
     def save_model(self, trainer: Trainer, processor: ProcessorMixin) -> Path:
         """Write model/: what `from_pretrained` of stock transformers loads. fp32, safetensors."""
-        weights = cast(dict[str, torch.Tensor], get_model_state_dict(trainer.model, options=state.FULL))
+        weights = state.weights(trainer)
         if trainer.ema is not None:
             weights = trainer.averaged.state_dict()
         directory = self.path / "model"

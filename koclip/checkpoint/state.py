@@ -8,16 +8,24 @@ from typing import Any, cast
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 
 from koclip import distributed
 from koclip.data.batches import Position
+from koclip.models.dual_encoder import MAX_LOGIT_SCALE
 from koclip.training.loop import Trainer
 
 # Whole tensors on the CPU, whatever shards the model.
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_DEEPSPEED = "deepspeed"  # folder of DeepSpeed's shards
 
 
 @dataclass
@@ -35,10 +43,7 @@ def write(directory: Path, trainer: Trainer, progress: Progress) -> None:
     """
     rngs = distributed.gather_objects(_rng_state())
     positions = distributed.gather_objects(progress.positions)
-    model, optimizer = cast(
-        tuple[dict[str, torch.Tensor], dict[str, Any]],
-        get_state_dict(trainer.model, _plain(trainer.optimizer), options=FULL),
-    )
+    model, optimizer = _weights_and_moments(directory, trainer)
     if distributed.rank() != 0:
         return
     state = {f"model.{name}": value for name, value in model.items()}
@@ -76,13 +81,16 @@ def read(directory: Path, trainer: Trainer) -> Progress:
     for name, value in parts["optimizer"].items():
         parameter, moment = name.rsplit("/", 1)
         moments.setdefault(parameter, {})[moment] = value
-    set_state_dict(
-        trainer.model,
-        _plain(trainer.optimizer),
-        model_state_dict=cast(dict[str, Any], parts["model"]),
-        optim_state_dict={"state": moments, "param_groups": facts["param_groups"]},  # type: ignore[dict-item]
-        options=FULL,
-    )
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        trainer.model.load_checkpoint(directory, tag=_DEEPSPEED)  # type: ignore[operator]
+    else:
+        set_state_dict(
+            trainer.model,
+            _plain(trainer.optimizer),
+            model_state_dict=cast(dict[str, Any], parts["model"]),
+            optim_state_dict={"state": moments, "param_groups": facts["param_groups"]},  # type: ignore[dict-item]
+            options=FULL,
+        )
     trainer.scheduler.load_state_dict(facts["scheduler"])
     if trainer.ema is not None:
         trainer.ema.load_state_dict(parts["ema"])
@@ -92,6 +100,28 @@ def read(directory: Path, trainer: Trainer) -> Progress:
     # Readers of streamed sources belong to processes; StreamPairs refuses positions of another number of readers.
     mine = facts["positions"][distributed.rank() % len(facts["positions"])]
     return Progress(facts["step"], tuple(Position(*position) for position in mine))
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Return a `DualEncoder`'s weights in full precision and whole, on the CPU; call it on every process."""
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        masters = {name: safe_get_full_fp32_param(one) for name, one in trainer.dual_encoder.named_parameters()}
+        masters["model.logit_scale"].clamp_(max=MAX_LOGIT_SCALE)  # only its working copy is clamped after a step
+        return {**trainer.dual_encoder.state_dict(), **masters}
+    return cast(dict[str, torch.Tensor], get_model_state_dict(trainer.model, options=FULL))
+
+
+def _weights_and_moments(directory: Path, trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return both whole. DeepSpeed's engine writes its shards, pickles of its own, beside them instead."""
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        trainer.model.save_checkpoint(directory, tag=_DEEPSPEED, save_latest=False)  # type: ignore[operator]
+        return {}, {"state": {}, "param_groups": []}
+    return cast(
+        tuple[dict[str, torch.Tensor], dict[str, Any]],
+        get_state_dict(trainer.model, _plain(trainer.optimizer), options=FULL),
+    )
 
 
 def _plain(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

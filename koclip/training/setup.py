@@ -53,6 +53,10 @@ def prepare(
     ema = ema_of(model, train.ema_decay) if train.ema_decay else None
     optimizer = adamw(model, optim)
     compiled = torch.compile(model) if train.compile else model
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # accelerate would take the first from a data loader and the second from its own YAML.
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        settings |= {"train_micro_batch_size_per_gpu": train.batch_size, "gradient_clipping": optim.max_grad_norm}
     wrapped, wrapped_optimizer = accelerator.prepare(compiled, optimizer)
     return Trainer(
         accelerator=accelerator,
