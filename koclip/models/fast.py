@@ -1,31 +1,34 @@
-"""Faster ways through a stock model: the same weights, the same result, other kernels."""
+"""Faster ways through a stock model: the same weights, the same embeddings and gradients, less work.
+
+The state dict, the saved config and the class of the model stay stock.
+"""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import CLIPTextModel, CLIPVisionModel, PreTrainedModel
+from transformers.activations import QuickGELUActivation
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 SHORT_SEQUENCE = 128  # tokens; on a CPU plain attention beats the fused kernel below this
 
 
-class PatchEmbedding(nn.Conv2d):
-    """A convolution whose stride is its kernel, as a reshape and a matrix product (slow as a convolution on CPUs)."""
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Embed (B, C, H, W) as (B, D, H / patch, W / patch)."""
-        batch, channels, height, width = pixel_values.shape
-        side = self.kernel_size[0]
-        rows, columns = height // side, width // side
-        patches = pixel_values.view(batch, channels, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5)
-        flat = patches.reshape(batch, rows, columns, channels * side * side)
-        return F.linear(flat, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-
-
 def speed_up(model: PreTrainedModel, device: torch.device) -> None:
-    """Switch `model` to the kernels that are fastest on `device`, in place. State dict and config stay stock."""
+    """Switch `model` to what is fastest on `device`, in place.
+
+    Its towers then give embeddings only: the other tokens of their `last_hidden_state` mean nothing.
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and _is_patch_embedding(module):
             module.__class__ = PatchEmbedding
+        elif isinstance(module, QuickGELUActivation):
+            module.__class__ = QuickGELU
+        elif isinstance(module, CLIPTextModel | CLIPVisionModel):
+            module.encoder.layers[-1].__class__ = LastLayer
+            if isinstance(module, CLIPTextModel):
+                module.register_forward_pre_hook(_name_the_end, with_kwargs=True)
     if device.type == "cpu" and getattr(model.config, "model_type", "") == "clip":
         vision = model.config.vision_config
         tokens = (vision.image_size // vision.patch_size) ** 2 + 1
@@ -33,5 +36,89 @@ def speed_up(model: PreTrainedModel, device: torch.device) -> None:
             model.set_attn_implementation("eager")
 
 
+class PatchEmbedding(nn.Conv2d):
+    """A convolution whose stride is its kernel, as a reshape and a matrix product (slow as a convolution on CPUs)."""
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Embed (B, C, H, W) as (B, D, H // patch, W // patch); what is left over at the edges is not seen."""
+        batch, channels, height, width = pixel_values.shape
+        side = self.kernel_size[0]
+        rows, columns = height // side, width // side
+        whole = pixel_values[:, :, : rows * side, : columns * side]
+        patches = whole.reshape(batch, channels, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5)
+        flat = patches.reshape(batch, rows, columns, channels * side * side)
+        return F.linear(flat, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class QuickGELU(QuickGELUActivation):
+    """x * sigmoid(1.702 x), which is silu(1.702 x) / 1.702, keeping one tensor for the backward pass."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Apply it to a tensor of any shape."""
+        activated: torch.Tensor = _QuickGELU.apply(input)  # type: ignore[no-untyped-call]
+        return activated
+
+
+class _QuickGELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor) -> torch.Tensor:
+        scaled = 1.702 * input
+        ctx.save_for_backward(scaled)
+        return F.silu(scaled).div_(1.702)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        (scaled,) = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradients[0], scaled)  # the factors 1.702 cancel
+
+
+class LastLayer(CLIPEncoderLayer):
+    """A tower's last layer, computed for the one token that CLIP reads: the class token or the end of the text.
+
+    Of a layer's matrix products only two in twelve parts, the keys and the values, need the other tokens.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        end: torch.Tensor | None = None,
+        **_: object,
+    ) -> torch.Tensor:
+        """Return that token in every place, (B, L, D), for hidden states (B, L, D).
+
+        Args:
+            hidden_states: (B, L, D) from the layer before.
+            attention_mask: Not used: a text's end sees every token up to itself, and padding comes after it.
+            end: (B,) where each text ends; None for images.
+        """
+        attention, normed = self.self_attn, self.layer_norm1(hidden_states)
+        rows = torch.arange(len(hidden_states), device=hidden_states.device)
+        place = 0 if end is None else end
+        query = attention.q_proj(normed[rows, place]).unsqueeze(1)  # (B, 1, D)
+        heads = [
+            tensor.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+            for tensor in (query, attention.k_proj(normed), attention.v_proj(normed))
+        ]  # (B, heads, 1 or L, head width)
+        seen = None
+        if end is not None:
+            places = torch.arange(hidden_states.shape[1], device=end.device)
+            seen = (places <= end[:, None])[:, None, None]  # (B, 1, 1, L)
+        mixed = F.scaled_dot_product_attention(*heads, attn_mask=seen, scale=attention.scale)
+        token = hidden_states[rows, place] + attention.out_proj(mixed.flatten(1))  # (B, D)
+        token = token + self.mlp(self.layer_norm2(token))
+        return token.unsqueeze(1).expand_as(hidden_states)
+
+
+def _name_the_end(
+    text_model: CLIPTextModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Tell the layers where each text ends, as CLIP's own pooling finds it."""
+    input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+    return args, kwargs | {"end": (input_ids == text_model.eos_token_id).int().argmax(dim=-1)}
+
+
 def _is_patch_embedding(conv: nn.Conv2d) -> bool:
-    return conv.kernel_size == conv.stride and conv.kernel_size[0] > 1 and conv.groups == 1 and conv.padding == (0, 0)
+    square = conv.kernel_size == conv.stride and len(set(conv.kernel_size)) == 1
+    plain = conv.groups == 1 and conv.padding in ((0, 0), "valid") and conv.dilation == (1, 1)
+    return square and plain and conv.kernel_size[0] > 1

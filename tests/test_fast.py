@@ -1,0 +1,107 @@
+"""The faster kernels give the stock model's embeddings and gradients, and leave what is saved stock."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_batch, tiny_dual_encoder
+from torch import nn
+from transformers import CLIPModel
+from transformers.activations import QuickGELUActivation
+
+from koclip.models.dual_encoder import DualEncoder
+from koclip.models.fast import LastLayer, PatchEmbedding, QuickGELU, speed_up
+
+CPU = torch.device("cpu")
+
+
+def gradients(model: nn.Module, output: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The gradients of a loss that every output takes part in, differently."""
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    (output * weights).sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def embed(model: DualEncoder, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Image and text embeddings in one tensor, and their gradients."""
+    embeddings = model(**batch)
+    output = torch.cat([embeddings.image, embeddings.text])
+    return output.detach(), gradients(model, output)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [(24, 16), (27, 21)])
+def test_patch_embedding_is_the_convolution(bias: bool, size: tuple[int, int]) -> None:
+    conv = nn.Conv2d(3, 10, kernel_size=8, stride=8, bias=bias)
+    fast = copy.deepcopy(conv)
+    fast.__class__ = PatchEmbedding
+    pixels = torch.randn(2, 3, *size)
+    expected, got = conv(pixels), fast(pixels)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(gradients(fast, got), gradients(conv, expected), atol=1e-5, rtol=1e-5)
+
+
+def test_quick_gelu_is_the_stock_activation() -> None:
+    values = torch.linspace(-12, 12, 481, dtype=torch.float64)
+    inputs = [values.clone().requires_grad_() for _ in range(2)]
+    outputs = [activation(one) for activation, one in zip((QuickGELUActivation(), QuickGELU()), inputs, strict=True)]
+    torch.testing.assert_close(*outputs, atol=1e-14, rtol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for x, y in zip(inputs, outputs, strict=True)))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_sped_up_model_gives_the_stock_embeddings_and_gradients(attention: str) -> None:
+    stock = tiny_dual_encoder()
+    batch = tiny_batch(6)
+    assert (batch["attention_mask"] == 0).any()
+    fast = copy.deepcopy(stock)
+    speed_up(fast.model, CPU)
+    fast.model.set_attn_implementation(attention)
+    (expected, expected_gradients), (got, got_gradients) = embed(stock, batch), embed(fast, batch)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(got_gradients, expected_gradients, atol=1e-5, rtol=1e-5)
+
+
+def test_the_end_of_a_text_is_found_without_a_mask_and_without_padding() -> None:
+    stock = tiny_dual_encoder()
+    fast = copy.deepcopy(stock)
+    speed_up(fast.model, CPU)
+    ids = tiny_batch(6)["input_ids"]
+    for texts in (ids, ids[:1, : int((ids[0] == stock.model.config.text_config.eos_token_id).int().argmax()) + 1]):
+        expected, got = (model.model.get_text_features(input_ids=texts).pooler_output for model in (stock, fast))
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+def test_speeding_up_reaches_every_part() -> None:
+    model = tiny_dual_encoder(image_layers=3, text_layers=1).model
+    speed_up(model, CPU)
+    kinds = [type(module) for module in model.modules()]
+    counts = {kind: kinds.count(kind) for kind in (PatchEmbedding, QuickGELU, LastLayer)}
+    assert counts == {PatchEmbedding: 1, QuickGELU: 4, LastLayer: 2}
+    assert model.config._attn_implementation == "eager"
+
+
+def test_recomputing_activations_changes_nothing() -> None:
+    plain = tiny_dual_encoder(image_layers=2)
+    speed_up(plain.model, CPU)
+    recomputed = copy.deepcopy(plain)
+    for tower in (recomputed.model.vision_model, recomputed.model.text_model):
+        tower.gradient_checkpointing_enable()
+    batch = tiny_batch(4)
+    torch.testing.assert_close(embed(recomputed.train(), batch), embed(plain.train(), batch), atol=1e-6, rtol=1e-5)
+
+
+def test_what_is_saved_stays_stock(tmp_path: Path) -> None:
+    stock = tiny_dual_encoder().model
+    fast = copy.deepcopy(stock)
+    speed_up(fast, CPU)
+    for name, model in (("stock", stock), ("fast", fast)):
+        model.save_pretrained(tmp_path / name)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("stock", "fast")]
+    assert configs[0] == configs[1]
+    loaded, info = CLIPModel.from_pretrained(tmp_path / "fast", output_loading_info=True)
+    assert not any(info.values())
+    torch.testing.assert_close(loaded.state_dict(), stock.state_dict(), atol=0, rtol=0)
+    assert not any(isinstance(module, LastLayer) for module in loaded.modules())
