@@ -118,7 +118,8 @@ class StreamSource:
     def rows(self, epoch: int, seed: int, buffer_size: int, reader: int, num_readers: int) -> Iterator[Row]:
         """Yield the rows of one pass that belong to `reader`; the order is a function of (seed, epoch, reader)."""
         rng = np.random.default_rng((seed, epoch))  # equal for all readers: they split the same order of shards
-        stream = self._stream.shuffle(generator=rng, buffer_size=buffer_size)
+        # One shard at a time: reading several takes threads, and seconds to stop them at the end of a pass.
+        stream = self._stream.shuffle(generator=rng, buffer_size=buffer_size, max_buffer_input_shards=1)
         if num_readers > 1:
             stream = stream.shard(num_readers, reader, contiguous=False)
         # Read by iter(): iterating the stream itself would split the shards once more over the data loader's workers.

@@ -110,12 +110,24 @@ def _names(feature: Any, prefix: str = "") -> Iterator[str]:
 def _undecoded(table: Table, image: str) -> Table:
     """Make a table hand out its images as they are stored, so that a broken one does not stop the reader."""
     if isinstance(table, datasets.IterableDataset):
-        return table.decode(False) if table.features else table
+        if not table.features:
+            return table
+        # decode(False) stops the threads that decode remote images, but the reading of JSON cells too.
+        return table.decode(False).cast(datasets.Features(_images_encoded(table.features)))
     if image not in table.features:
         table = table.flatten()  # brings a nested image to the top, under its dotted name
     if isinstance(table.features.get(image), datasets.Image):
         table = table.cast_column(image, datasets.Image(decode=False))
     return table
+
+
+def _images_encoded(feature: Any) -> Any:
+    """Return a feature with every image in it left as it is stored."""
+    if isinstance(feature, _LISTS):
+        return type(feature)(_images_encoded(feature.feature))
+    if isinstance(feature, Mapping):
+        return {name: _images_encoded(inner) for name, inner in feature.items()}
+    return datasets.Image(decode=False) if isinstance(feature, datasets.Image) else feature
 
 
 def _load(config: SourceConfig, kind: str) -> Table:

@@ -1,0 +1,109 @@
+"""koclip.data.sources and tables: cells that hold no caption, rows left out, and every mistake as one clear line."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sources_on_disk import (
+    CAPTIONS,
+    COLOURS,
+    all_rows,
+    colour,
+    csv_file,
+    hub,
+    image_folder,
+    nested_parquet,
+    parquet,
+    parquet_of_bytes,
+    webdataset,
+)
+
+from koclip.config import ConfigError, SourceConfig
+from koclip.data.sources import open_source
+from koclip.data.tables import SourceError
+
+CELLS = ["고양이", "", None, "  ", "nan", ["개", None, 3, ""], 3, 2.5, {"a": "b"}, [], ["NaN"]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_unusable_cells_give_no_caption(tmp_path, streaming) -> None:
+    lines = [json.dumps({"image": "a.png", "text": cell}) for cell in CELLS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    config = SourceConfig(path=str(tmp_path / "rows.jsonl"), captions={"ko": "text"}, streaming=streaming)
+    told = [one.captions for one in all_rows(open_source(config))]
+    assert told == [{"ko": ["고양이"]}, {}, {}, {}, {}, {"ko": ["개"]}, {}, {}, {}, {}, {}]
+
+
+def test_missing_csv_cells_give_no_caption(tmp_path) -> None:
+    (tmp_path / "rows.csv").write_text("image,text\na.png,고양이\nb.png,\nc.png,nan\nd.png,NaN\n", encoding="utf-8")
+    rows = all_rows(open_source(SourceConfig(path=str(tmp_path / "rows.csv"), captions={"ko": "text"})))
+    assert [one.captions for one in rows] == [{"ko": ["고양이"]}, {}, {}, {}]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_where_keeps_rows_by_value_and_their_stored_numbers(tmp_path, records, streaming) -> None:
+    rows = [{**record, "id": n, "meta": {"vendor": "ab"[n % 2]}} for n, record in enumerate(records)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    common = {"path": str(tmp_path / "rows.parquet"), "captions": CAPTIONS, "streaming": streaming}
+    kept = all_rows(open_source(SourceConfig(**common, where={"meta.vendor": ["a"], "id": ["1", "2"]})))
+    assert [colour(one) for one in kept] == [COLOURS["파랑"]]
+    assert kept[0].key == ("rows/2" if streaming else "rows/2/2")
+    if not streaming:
+        with pytest.raises(SourceError, match=r"has no rows \(where: {'id': \['9'\]}\)"):
+            open_source(SourceConfig(**common, where={"id": ["9"]}))
+
+
+@pytest.mark.parametrize("write", [parquet, parquet_of_bytes, nested_parquet, csv_file, webdataset, image_folder, hub])
+@pytest.mark.parametrize("wrong", [{"image": "picture"}, {"captions": {"ko": "caption"}}, {"where": {"kind": ["x"]}}])
+def test_a_missing_column_is_named_with_those_that_exist(write, wrong, tmp_path, records) -> None:
+    config = SourceConfig(**{**vars(write(tmp_path, records)), **wrong})
+    with pytest.raises(
+        SourceError, match=r"has no column \['(picture|caption|kind)'\]; its columns are \[.*\]"
+    ) as caught:
+        open_source(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_nested_columns_are_noticed(tmp_path, records) -> None:
+    config = nested_parquet(tmp_path, records)
+    with pytest.raises(SourceError, match=r"no column \['sample.told.en'\]; .*'sample.image', 'sample.told.ko'\]"):
+        open_source(SourceConfig(path=config.path, image="sample.image", captions={"en": "sample.told.en"}))
+
+
+def test_what_cannot_be_opened_is_one_clear_line(tmp_path, records) -> None:
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 but no more")
+    (tmp_path / "empty.csv").write_bytes(b"")
+    (tmp_path / "bad.json").write_text('{"image": ')
+    (tmp_path / "bad.tar").write_bytes(b"no tar")
+    good = parquet(tmp_path, records).path
+    cases = [
+        (SourceConfig(path=str(tmp_path / "gone.parquet")), "matches no file"),
+        (SourceConfig(path=str(tmp_path / "gone"), format="image_folder"), "is not a folder"),
+        (SourceConfig(path="nobody/nothing"), "cannot be read as hub"),
+        (SourceConfig(path="typo.jpg.d"), "cannot be read as hub"),
+        (SourceConfig(path=good, captions=CAPTIONS, split="train[5:2:1]"), "cannot be read as parquet, split"),
+        *(
+            (SourceConfig(path=str(tmp_path / f"bad.{kind}")), "cannot be read as")
+            for kind in ("parquet", "json", "tar")
+        ),
+        (SourceConfig(path=str(tmp_path / "empty.csv")), "cannot be read as csv"),
+        (SourceConfig(captions={"ja": "captions_ja"}), r"'scenes' has no captions in \['ja'\]"),
+    ]
+    for config, message in cases:
+        with pytest.raises(SourceError, match=message) as caught:
+            open_source(config)
+        assert "\n" not in str(caught.value)
+
+
+def test_bad_source_configs_name_the_key() -> None:
+    for options, key in [
+        ({"captions": {}}, "captions"),
+        ({"languages": {"ja": 1.0}}, "languages"),
+        ({"languages": {"ko": -1.0}}, "languages.ko"),
+        ({"languages": {"ko": 0.0, "en": 0.0}}, "languages"),
+        ({"weight": 0.0}, "weight"),
+        ({"scenes_size": 3}, "scenes_size"),
+    ]:
+        with pytest.raises(ConfigError, match=rf"^data\.sources\[\]\.{key}: got"):
+            SourceConfig(**options)

@@ -1,0 +1,141 @@
+"""koclip.data.sources and tables: every kind of source gives the same rows."""
+
+import datasets
+import pytest
+from sources_on_disk import (
+    CAPTIONS,
+    COLOURS,
+    EXPECTED,
+    WRITERS,
+    all_rows,
+    annotations,
+    colour,
+    csv_file,
+    features,
+    nested_parquet,
+    parquet,
+    tsv_file,
+    webdataset,
+)
+
+from koclip.config import SourceConfig
+from koclip.data.sources import StreamSource, open_source, row
+from koclip.data.tables import dig
+from koclip.data.transforms import decode
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("write", WRITERS)
+def test_every_kind_of_source_gives_the_same_rows(write, streaming, tmp_path, records) -> None:
+    config = write(tmp_path, records)
+    config = SourceConfig(**{**vars(config), "streaming": streaming})
+    source = open_source(config)
+    assert isinstance(source, StreamSource) == (streaming or write is webdataset)
+    expected = EXPECTED
+    if write in (csv_file, tsv_file):
+        expected = [(colour, {**captions, "ko": captions["ko"][:1]}) for colour, captions in expected]
+    if write is annotations:
+        expected = [(colour, {"ko": captions["ko"]}) for colour, captions in expected]
+    rows = all_rows(source)
+    assert [(colour(one), one.captions) for one in rows] == expected
+    assert len({one.key for one in rows}) == 3
+    told = source.captions() if isinstance(source, StreamSource) else source.captions(range(3))
+    assert list(told) == [captions for _, captions in expected]
+
+
+def test_rows_are_read_in_the_order_asked_for(tmp_path, records) -> None:
+    source = open_source(parquet(tmp_path, records))
+    assert [colour(one) for one in source.rows([2, 0, 2])] == [EXPECTED[2][0], EXPECTED[0][0], EXPECTED[2][0]]
+    assert source.captions([1]) == [EXPECTED[1][1]]
+
+
+def test_hub_data_sets_are_asked_for_by_id_subset_split_and_revision(monkeypatch, records) -> None:
+    asked = {}
+
+    def load_dataset(*args, **options):
+        asked.update(args=args, **options)
+        table = datasets.Dataset.from_list(records, features=features())
+        return table.to_iterable_dataset() if options["streaming"] else table
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for streaming in (False, True):
+        config = SourceConfig(
+            path="owner/name", subset="ko", split="val", revision="abc", streaming=streaming, captions=CAPTIONS
+        )
+        assert [colour(one) for one in all_rows(open_source(config))] == list(COLOURS.values())
+        assert asked == {"args": ("owner/name", "ko"), "split": "val", "revision": "abc", "streaming": streaming}
+
+
+def test_remote_shards_are_handed_on(monkeypatch, records) -> None:
+    asked = {}
+
+    def load_dataset(builder, **options):
+        asked.update(builder=builder, **options)
+        return datasets.Dataset.from_list(records, features=features()).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    open_source(SourceConfig(path="s3://bucket/shard-*.tar", captions=CAPTIONS))
+    assert asked["builder"] == "webdataset"
+    assert asked["data_files"] == {"train": ["s3://bucket/shard-*.tar"]}
+
+
+def test_images_stay_encoded_whatever_they_hold(tmp_path, records) -> None:
+    records[1]["image"] = b"not an image"
+    for write in (parquet, nested_parquet, webdataset):
+        folder = tmp_path / write.__name__
+        folder.mkdir()
+        rows = all_rows(open_source(write(folder, records)))
+        assert [one.image for one in rows] == [record["image"] for record in records]
+
+
+def test_other_columns_are_not_read(tmp_path, records) -> None:
+    shape = datasets.Features({**features(), "other": datasets.Image()})
+    table = datasets.Dataset.from_list([{**record, "other": b"broken"} for record in records], features=shape)
+    table.to_parquet(tmp_path / "rows.parquet")
+    assert len(all_rows(open_source(SourceConfig(path=str(tmp_path / "rows.parquet"), captions=CAPTIONS)))) == 3
+
+
+def test_keys_find_a_row_again(tmp_path, records) -> None:
+    keys = [one.key for one in all_rows(open_source(webdataset(tmp_path, records)))]
+    assert keys == ["shard-all/shard-000.tar/00000", "shard-all/shard-001.tar/00001", "shard-all/shard-002.tar/00002"]
+    nameless = SourceConfig(captions=CAPTIONS)
+    keys = {
+        row({"image": b"", "captions_ko": "개"}, nameless).key,
+        row({"image": b"", "captions_ko": "새"}, nameless).key,
+    }
+    assert len(keys) == 2
+
+
+def test_local_files_take_any_split_name_and_slices(tmp_path, records) -> None:
+    path = parquet(tmp_path, records).path
+    assert len(open_source(SourceConfig(path=path, captions=CAPTIONS, split="val"))) == 3
+    assert len(open_source(SourceConfig(path=path, captions=CAPTIONS, split="train[:2]"))) == 2
+
+
+def test_dig() -> None:
+    record = {"a": {"b": [{"c": 1}, {"c": 2}, {}]}, "x.y": 3, "x": {"z.w": 4}}
+    assert dig(record, "a.b.c") == [1, 2, None]
+    assert dig(record, "x.y") == 3
+    assert dig(record, "x.z.w") == 4
+    assert dig(record, "a.q") is None
+    assert dig(record, "q.a") is None
+
+
+def test_scenes_are_a_source() -> None:
+    source = open_source(SourceConfig(scenes_size=6), seed=3)
+    rows = source.rows(range(6))
+    assert len(source) == 6
+    assert source.captions(range(6)) == [one.captions for one in rows]
+    assert all(one.image.shape == (48, 48, 3) for one in rows)
+    assert open_source(SourceConfig(scenes_size=6), seed=4).rows([0])[0].captions is not None
+    only = open_source(SourceConfig(captions={"en": "en"})).captions([0])[0]
+    assert list(only) == ["en"]
+
+
+def test_shared_flickr(shared_data) -> None:
+    captions = {"ko": "captions_ko", "en": "captions_en"}
+    source = open_source(SourceConfig(path=str(shared_data / "flickr8k_ko_val.parquet"), captions=captions))
+    assert len(source) == 1_000
+    first = source.rows([0])[0]
+    assert {language: len(texts) for language, texts in first.captions.items()} == {"ko": 5, "en": 5}
+    assert decode(first.image, 10**8).shape == (3, 128, 128)
