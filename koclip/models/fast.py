@@ -55,7 +55,7 @@ class QuickGELU(QuickGELUActivation):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Apply it to a tensor of any shape."""
-        activated: torch.Tensor = _QuickGELU.apply(input)  # type: ignore[no-untyped-call]
+        activated: torch.Tensor = _QuickGELU.apply(input)
         return activated
 
 
@@ -69,7 +69,8 @@ class _QuickGELU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
         (scaled,) = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradients[0], scaled)  # the factors 1.702 cancel
+        gradient: torch.Tensor = torch.ops.aten.silu_backward(gradients[0], scaled)  # the factors 1.702 cancel
+        return gradient
 
 
 class LastLayer(CLIPEncoderLayer):
@@ -96,16 +97,17 @@ class LastLayer(CLIPEncoderLayer):
         rows = torch.arange(len(hidden_states), device=hidden_states.device)
         place = 0 if end is None else end
         query = attention.q_proj(normed[rows, place]).unsqueeze(1)  # (B, 1, D)
-        heads = [
+        query, keys, values = (
             tensor.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
             for tensor in (query, attention.k_proj(normed), attention.v_proj(normed))
-        ]  # (B, heads, 1 or L, head width)
+        )  # (B, heads, 1 or L, head width)
         seen = None
         if end is not None:
             places = torch.arange(hidden_states.shape[1], device=end.device)
             seen = (places <= end[:, None])[:, None, None]  # (B, 1, 1, L)
-        mixed = F.scaled_dot_product_attention(*heads, attn_mask=seen, scale=attention.scale)
-        token = hidden_states[rows, place] + attention.out_proj(mixed.flatten(1))  # (B, D)
+        dropout = (attention.dropout or 0.0) if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, keys, values, seen, dropout, scale=attention.scale)
+        token: torch.Tensor = hidden_states[rows, place] + attention.out_proj(mixed.flatten(1))  # (B, D)
         token = token + self.mlp(self.layer_norm2(token))
         return token.unsqueeze(1).expand_as(hidden_states)
 
