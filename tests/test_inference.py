@@ -106,7 +106,7 @@ def test_texts_are_normalised_and_cut(loaded: tuple[PreTrainedModel, ProcessorMi
     composed = "빨간 원 위에 있는 별"
     decomposed = unicodedata.normalize("NFD", composed)
     assert composed != decomposed
-    texts = [composed, decomposed, f"  {composed}<|endoftext|>", "긴 " * 500, "긴 " * 600]
+    texts = [composed, decomposed, f" <|endoftext|> {composed}", "긴 " * 500, "긴 " * 600]
     got = koclip.embed_texts(*loaded, texts)
     assert torch.equal(got[0], got[1])
     torch.testing.assert_close(got[0], got[2])

@@ -81,12 +81,21 @@ def test_a_batch_of_one_caption_is_finite(loss: object, mode: str) -> None:
         assert value.item() == 0  # every pair is alone
 
 
-def test_infonce_equals_the_stock_models_loss() -> None:
-    dual_encoder = tiny_dual_encoder()
+def test_infonce_has_the_stock_models_loss_and_gradients() -> None:
+    dual_encoder = tiny_dual_encoder(temperature=0.5)
+    parameters = dict(dual_encoder.named_parameters())
     batch = tiny_batch(5)
     pixels = (batch["pixel_values"].float() - dual_encoder.pixel_mean) / dual_encoder.pixel_std
     stock = dual_encoder.model(**{**batch, "pixel_values": pixels}, return_loss=True).loss
-    assert infonce(dual_encoder(**batch), torch.arange(5)).value.item() == pytest.approx(stock.item(), abs=1e-6)
+    ours = infonce(dual_encoder(**batch), torch.arange(5)).value
+    assert ours.item() == pytest.approx(stock.item(), abs=1e-6)
+    for name, wanted, got in zip(
+        parameters,
+        torch.autograd.grad(stock, list(parameters.values())),
+        torch.autograd.grad(ours, list(parameters.values())),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("mode", ["negatives", "masked", "positives"])
