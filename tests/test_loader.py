@@ -99,6 +99,13 @@ def test_twins_stay_together(tokenizer) -> None:
         assert {number ^ 1 for number in numbers} == set(numbers)
 
 
+def test_crops_change_from_epoch_to_epoch(tokenizer) -> None:
+    drawn = batches(config(SourceConfig(scenes_size=8), length_pool=1, crop_scale=(0.3, 1.0)), tokenizer, 2)
+    first, second = (dict(zip(batch.keys, batch.pixel_values, strict=True)) for batch in drawn)
+    assert set(first) == set(second)
+    assert not any(torch.equal(first[key], second[key]) for key in first)
+
+
 def test_length_pools_lower_the_padding_and_keep_the_pairs(tokenizer, table) -> None:
     shares, keys = {}, {}
     for pool in (1, 6):
@@ -128,6 +135,15 @@ def test_sources_are_mixed_by_weight(tokenizer, write_table) -> None:
     assert shares(3.0, 1.0)["small"] == pytest.approx(304, abs=4)  # 38 of the 50 rows of an epoch
     streamed = shares(3.0, 1.0, streaming=True)
     assert 0.7 < streamed["small"] / 400 < 0.8
+
+
+def test_a_source_of_little_weight_still_shows_all_its_rows(tokenizer, write_table) -> None:
+    small, large = write_table("small.parquet", 10), write_table("large.parquet", 40, first=100)
+    sources = [
+        SourceConfig(path=path, captions={"ko": "ko"}, weight=weight) for path, weight in ((small, 9.0), (large, 1.0))
+    ]
+    drawn = batches(config(*sources), tokenizer, 250)  # 40 epochs of 5 rows each
+    assert len({key for batch in drawn for key in batch.keys if key.startswith("large")}) > 30
 
 
 def test_languages_are_drawn_by_weight(tokenizer, table) -> None:

@@ -1,5 +1,6 @@
 """koclip.text.tokenizers: a byte-level BPE that cannot ruin a CLIP, and the checks on any tokenizer."""
 
+import json
 import random
 import unicodedata
 
@@ -46,6 +47,8 @@ def test_stock_classes_reload_it_with_the_same_ids(tokenizer, captions, tmp_path
     tokenizers.encode(tokenizer, captions, padding=True, return_tensors="pt")  # leaves padding and truncation behind
     tokenizers.forget_call_state(tokenizer)
     tokenizer.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    assert (stored["padding"], stored["truncation"]) == (None, None)
     texts = fuzz(300) + captions
     for loaded in (AutoTokenizer.from_pretrained(tmp_path), CLIPTokenizer.from_pretrained(tmp_path)):
         assert loaded(texts)["input_ids"] == tokenizer(texts)["input_ids"]
