@@ -48,6 +48,14 @@ def test_too_few_shards_for_the_readers_is_an_error(tokenizer, tars, table) -> N
         train_loader(config(tars, table), tokenizer, 16, Shard(8))
 
 
+def test_a_shard_that_breaks_off_is_a_clear_error(tokenizer, tars, tmp_path) -> None:
+    whole = (tmp_path / "shard-2.tar").read_bytes()
+    (tmp_path / "shard-2.tar").write_bytes(whole[: len(whole) // 2 - 300])
+    message = r"shard-\*.tar' cannot be read on behind row shard-all/shard-2.tar/\d+: ReadError: .*; mend that file"
+    with pytest.raises(SourceError, match=message):
+        batches(config(tars, shuffle_buffer=1), tokenizer, 20)
+
+
 def test_resuming_a_stream_with_other_readers_is_an_error(tokenizer, tars) -> None:
     positions = [batch.position for batch in batches(config(tars, num_workers=2), tokenizer, 2)]
     with pytest.raises(SourceError, match=r"made by 2 readers .* this run has 1"):

@@ -15,7 +15,7 @@ from xxhash import xxh3_64_hexdigest
 
 from koclip.config import SourceConfig
 from koclip.data import scenes
-from koclip.data.tables import SourceError, dig, file_format, open_table
+from koclip.data.tables import UNREADABLE, SourceError, dig, file_format, open_table
 from koclip.text.normalize import clean_captions
 
 
@@ -116,16 +116,29 @@ class StreamSource:
         return int(self._stream.num_shards)
 
     def rows(self, epoch: int, seed: int, buffer_size: int, reader: int, num_readers: int) -> Iterator[Row]:
-        """Yield the rows of one pass that belong to `reader`; the order is a function of (seed, epoch, reader)."""
+        """Yield the rows of one pass that belong to `reader`; the order is a function of (seed, epoch, reader).
+
+        Raises:
+            SourceError: a shard is broken.
+        """
         rng = np.random.default_rng((seed, epoch))  # equal for all readers: they split the same order of shards
         # One shard at a time: reading several takes threads, and seconds to stop them at the end of a pass.
         stream = self._stream.shuffle(generator=rng, buffer_size=buffer_size, max_buffer_input_shards=1)
         if num_readers > 1:
             stream = stream.shard(num_readers, reader, contiguous=False)
         # Read by iter(): iterating the stream itself would split the shards once more over the data loader's workers.
-        for columns in stream.iter(batch_size=1):
-            for record in _records(columns):
-                yield row(record, self.config)
+        last = None
+        try:
+            for columns in stream.iter(batch_size=1):
+                for record in _records(columns):
+                    last = row(record, self.config)
+                    yield last
+        except UNREADABLE as error:
+            place = f"behind row {last.key}" if last else "at the start of its shards"
+            raise SourceError(
+                f"source {self.config.path!r} cannot be read on {place}: {type(error).__name__}: {error}; "
+                "mend that file or take it out"
+            ) from error
 
     def stored_rows(self) -> Iterator[Row]:
         """Yield every row in stored order."""
@@ -133,8 +146,10 @@ class StreamSource:
             yield row(record, self.config)
 
     def captions(self) -> Iterator[dict[str, list[str]]]:
-        """Yield every row's captions in stored order."""
-        for record in self._stream:
+        """Yield every row's captions in stored order, without the images where the format allows."""
+        names = self._stream.column_names or []
+        told = [name for name in names if any(_under(name, column) for column in self.config.captions.values())]
+        for record in self._stream.select_columns(told) if told else self._stream:
             yield row_captions(record, self.config)
 
 

@@ -19,7 +19,8 @@ _BUILDERS = {
     ".tsv": "csv",
     ".tar": "webdataset",
 }
-_UNREADABLE = (OSError, ValueError, TypeError, LookupError, DatasetsError, tarfile.TarError)
+# What `datasets` and the readers below it raise on files that are missing or broken.
+UNREADABLE = (OSError, ValueError, TypeError, LookupError, DatasetsError, tarfile.TarError)
 _LISTS = (datasets.List, datasets.LargeList)
 _KEYS = ("__key__", "__url__", "id")  # columns that name a row
 
@@ -54,7 +55,7 @@ def open_table(config: SourceConfig) -> Table:
         features: Mapping[str, Any] = table.features or next(iter(table.take(1)), {})
     except SourceError:
         raise
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         cause = error.__cause__ or error  # `datasets` wraps what went wrong
         reason = f"{type(cause).__name__}: {cause}".split("\n")[0]
         raise SourceError(
