@@ -1,0 +1,142 @@
+"""Do koclip and open_clip take the same training steps?
+
+    python recipes/benchmarks/parity_open_clip.py            # 50 steps, a minute on one core
+
+One small model, built by koclip, is copied into an `open_clip.CLIP`. Both train on the same batches: koclip with its
+own recipe's pieces (text padded to the batch's longest, fused AdamW, its kernels), open_clip with its own loop,
+ClipLoss, AdamW groups and schedule (text padded to 77). The table shows both losses; the last line is the largest
+difference of any step. Exit code 1 if that is above 1e-4.
+
+Batches are Flickr8k-ko photos and captions where ../shared/data has them, else the built-in scenes. Five batches come
+up again and again, so that the loss falls far within 50 steps: a flat curve would hide a wrong learning rate or decay.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from pairs import CONTEXT, real_pairs, record
+from torch import Tensor
+
+from koclip import training
+from koclip.config import DataConfig, LossConfig, ModelConfig, OptimConfig, SourceConfig, TrainConfig
+from koclip.data.batches import Batch
+from koclip.data.loader import training_captions
+from koclip.models.dual_encoder import DualEncoder, from_scratch
+from koclip.text.tokenizers import train_bpe
+
+TOLERANCE = 1e-4
+NUM_BATCHES = 5  # distinct ones
+MODEL = ModelConfig(preset="small", image_size=64, patch_size=16, text_layers=3)
+RENAMED = {  # CLIPModel's name: open_clip's
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding": "visual.conv1",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm": "visual.ln_pre",
+    "vision_model.post_layernorm": "visual.ln_post",
+    "vision_model.encoder.layers": "visual.transformer.resblocks",
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm": "ln_final",
+    "text_model.encoder.layers": "transformer.resblocks",
+    "self_attn.": "attn.",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+class Curves(NamedTuple):
+    """The loss of every step, of both."""
+
+    koclip: list[float]
+    open_clip: list[float]
+
+    @property
+    def difference(self) -> float:
+        """The largest difference of any step."""
+        return max(abs(ours - theirs) for ours, theirs in zip(*self, strict=True))
+
+
+def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a `CLIPModel` state dict under open_clip's names: q, k and v stacked, projections transposed."""
+    converted = {
+        "visual.proj": state["visual_projection.weight"].T,
+        "text_projection": state["text_projection.weight"].T,
+    }
+    for name, tensor in state.items():
+        if name.startswith(("visual_projection", "text_projection")) or ".k_proj." in name or ".v_proj." in name:
+            continue
+        if ".q_proj." in name:
+            tensor = torch.cat([state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
+            name = name.replace("q_proj.", "in_proj_")
+        for ours, theirs in RENAMED.items():
+            name = name.replace(ours, theirs)
+        converted[name] = tensor
+    return converted
+
+
+def compare(source: SourceConfig, num_steps: int, batch_size: int, model: ModelConfig = MODEL) -> Curves:
+    """Train both for `num_steps` and return their losses."""
+    from open_clip_peer import OpenClip, as_pairs
+
+    optim = OptimConfig(lr=5e-4, warmup_steps=max(1, num_steps // 5))
+    data = DataConfig(sources=[source])
+    tokenizer = train_bpe(training_captions(data), vocab_size=4_096, max_tokens=CONTEXT)
+    clip, processor = from_scratch(model, tokenizer)
+    recorded = record(data, tokenizer, processor.image_processor.crop_size["height"], batch_size, NUM_BATCHES)
+    batches = [recorded[step % NUM_BATCHES] for step in range(num_steps)]
+
+    peer = OpenClip(clip.config, optim, num_steps)
+    peer.model.load_state_dict(to_open_clip(clip.state_dict()))
+    peer.train([as_pairs(batch, processor.image_processor) for batch in batches])
+    return Curves(koclip_losses(DualEncoder(clip, processor), optim, batches), [one.item() for one in peer.losses])
+
+
+def koclip_losses(model: DualEncoder, optim: OptimConfig, batches: Sequence[Batch]) -> list[float]:
+    """Train as the recipe does, with the CLIP paper's loss, and return the loss of every step."""
+    train = TrainConfig(num_steps=len(batches), log_every=1, tracker="none")
+    accelerator = training.start(train)
+    loss = LossConfig(name="infonce", equal_captions="negatives")
+    trainer = training.prepare(accelerator, model, loss, optim, train)
+    return [stats["loss"] for _, stats in training.steps(trainer, iter(batches), 0, len(batches), log_every=1)]
+
+
+def table(curves: Curves) -> str:
+    """Return about ten of the steps, and the verdict."""
+    count = len(curves.koclip)
+    rows = ["| step | koclip | open_clip | difference |", "|---|---|---|---|"]
+    for step in sorted({*range(0, count, max(1, count // 10)), count - 1}):
+        ours, theirs = curves.koclip[step], curves.open_clip[step]
+        rows.append(f"| {step + 1} | {ours:.6f} | {theirs:.6f} | {ours - theirs:+.1e} |")
+    verdict = "equal" if curves.difference <= TOLERANCE else "DIFFERENT"
+    return "\n".join([*rows, f"{verdict}: largest difference {curves.difference:.1e}, allowed {TOLERANCE:.0e}"])
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--steps", type=int, default=50, help="optimizer steps (default: 50)")
+    made.add_argument("--batch_size", type=int, default=64, help="pairs per step (default: 64)")
+    made.add_argument("--data", help="pairs to train on: any path that data.sources[].path takes")
+    made.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    return made
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Print the comparison; return the exit code."""
+    options = parser().parse_args(args)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(options.threads)
+    source = real_pairs(options.data) or SourceConfig()
+    print(f"{options.steps} steps of {options.batch_size} pairs of {source.path}, fp32, torch {torch.__version__}")
+    curves = compare(source, options.steps, options.batch_size)
+    print(table(curves))
+    return int(curves.difference > TOLERANCE)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
