@@ -33,7 +33,7 @@ def two(folder: Path) -> dict[str, Any]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=540,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr[-5000:]
@@ -97,10 +97,11 @@ def test_sharded_logit_scale_is_clamped(two: dict[str, Any]) -> None:
 
 
 def test_sharded_weights_evaluate_resume_and_publish(folder: Path, two: dict[str, Any]) -> None:
-    model, processor = koclip.load(folder / "fsdp2" / "model", device="cpu")
+    model, processor = koclip.load(folder / "fsdp2" / "published" / "model", device="cpu")
     assert model.logit_scale.shape == ()
     texts: Tensor = koclip.embed_texts(model, processor, ["빨간 원", "파란 별"])
-    torch.testing.assert_close(two["fsdp2"]["texts"], texts, atol=1e-6, rtol=0)
+    for found in two["fsdp2"]["texts"]:
+        torch.testing.assert_close(found, texts, atol=1e-6, rtol=0)
 
 
 def test_another_number_of_processes_than_asked_for_is_refused() -> None:

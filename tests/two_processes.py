@@ -117,15 +117,18 @@ def sharded(folder: Path) -> dict[str, object]:
     trainer.dual_encoder.clamp_logit_scale()
     scale = trainer.dual_encoder.logit_scale()
 
-    run = Run("test", str(folder), resume=False)
-    run.save(trainer, 1, keep=1)
+    Run("test", str(folder), resume=False).save(trainer, 1, keep=1)
     again = prepare(accelerator, LossConfig(name="sigmoid"))
     Run("test", str(folder), resume=True).load(again)
     _, processor = from_scratch(tiny_config(), tiny_tokenizer())
-    with again.evaluating() as model:
-        texts = embed_texts(model, processor, ["빨간 원", "파란 별"])
-    step(again)  # training goes on after an evaluation
-    run.save_model(trainer, processor)
+    texts = []
+    for one in (trainer, again):
+        with one.evaluating() as model:
+            texts.append(embed_texts(model, processor, ["빨간 원", "파란 별"]))
+        step(one)  # training goes on after an evaluation
+    published = Run("test", str(folder / "published"), resume=False)
+    Run("test", str(folder), resume=True).load(trainer)
+    published.save_model(trainer, processor)
     return {"loss": loss, "gradients": found, "scale": scale, "texts": texts}
 
 
