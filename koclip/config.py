@@ -5,12 +5,13 @@ A recipe's configuration is the dataclass that lists the sections it uses. `pars
 """
 
 import dataclasses
+import difflib
 import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -110,7 +111,7 @@ class DataConfig:
         crop_scale: Range of the share of the image's area that a random crop keeps.
         horizontal_flip: Chance of mirroring an image. 0 keeps "left" and "right" true.
         rotation: Images are turned by up to this many degrees either way, on white.
-        color_jitter: Brightness, contrast and saturation change by up to this share, the hue by an eighth of it.
+        color_jitter: Brightness, contrast and saturation change by up to this share; the hue, which captions name, stays.
         grayscale: Chance of taking an image's colours away.
         word_dropout: Chance of leaving a word out of a caption (never all of them).
         length_pool: Batches are grouped by caption length within pools of this many batches; 1 turns it off.
@@ -382,7 +383,7 @@ def parse(schema: type[Config], args: Sequence[str] | None = None) -> Config:
     Exits with code 2 and one line on stderr on an unknown key, a wrong type, a missing file or a value out of range.
     """
     summary = (schema.__doc__ or "").split("\n")[0]
-    parser = ArgumentParser(description=summary, exit_on_error=False, default_meta=False, allow_abbrev=False)
+    parser = ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
     parser.add_class_arguments(schema, as_group=False)
     try:
@@ -390,9 +391,20 @@ def parse(schema: type[Config], args: Sequence[str] | None = None) -> Config:
         values = {f.name: sections[f.name] for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
         return schema(**values)
     except (ArgumentError, ConfigError, OSError) as error:
-        line = " ".join(str(error).split())
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-        raise SystemExit(2) from None
+        known = [option for action in parser._actions for option in action.option_strings]
+        _explain(" ".join(str(error).split()) + _nearest(str(error), known))
+
+
+def _nearest(message: str, known: list[str]) -> str:
+    """Return " Did you mean ...?" for the options in a message that are no known option but look like one."""
+    unknown = [word.strip("'\"") for word in message.split() if word.startswith("--")]
+    near = [match for word in unknown for match in difflib.get_close_matches(word.split("=")[0], known, n=1)]
+    return f" Did you mean {', '.join(near)}?" if near else ""
+
+
+def _explain(message: str) -> NoReturn:
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def run(main: Callable[[Config], None], schema: type[Config]) -> None:
@@ -401,8 +413,7 @@ def run(main: Callable[[Config], None], schema: type[Config]) -> None:
     try:
         main(config)
     except ConfigError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _explain(str(error))
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Train a CLIP from random weights on (image, caption) pairs; leave a model that stock transformers loads.
 
-    accelerate launch recipes/pretrain.py                       # the built-in data set, minutes on a laptop
-    accelerate launch recipes/pretrain.py --config recipes/configs/pretrain/flickr8k_ko_small.yaml
-    accelerate launch recipes/pretrain.py --help                # every key, its unit and default
+accelerate launch recipes/pretrain.py                       # the built-in data set, minutes on a laptop
+accelerate launch recipes/pretrain.py --config recipes/configs/pretrain/flickr8k_ko_small.yaml
+accelerate launch recipes/pretrain.py --help                # every key, its unit and default
 """
 
 from tqdm.auto import tqdm
@@ -39,7 +39,7 @@ def main(cfg: config.PretrainConfig) -> None:
     progress = run.load(trainer)
     shard = Shard(cfg.train.batch_size, accelerator.process_index, accelerator.num_processes)
     image_size = processor.image_processor.crop_size["height"]
-    loader = train_loader(cfg.data, tokenizer, image_size, shard, progress.step, progress.positions)
+    loader = train_loader(cfg.data, tokenizer, image_size, shard, progress.step, progress.all_positions)
     batches = run.watch(loader, cfg.data.max_skipped_fraction)
 
     num_steps, every = cfg.train.num_steps, cfg.train

@@ -34,8 +34,9 @@ needs_open_clip = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):
-    """Benchmarks set threads and the device for the whole process: undo that."""
+    """Benchmarks set threads and the device for the whole process: undo that. One thread is enough for tiny sizes."""
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     yield
     torch.set_num_threads(threads)

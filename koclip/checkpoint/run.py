@@ -49,7 +49,6 @@ class Run:
                 f"output_dir: {self.path} already holds a run; pass --resume auto to go on with it, or another one"
             )
         distributed.barrier()
-        self.resuming = resume and self.latest() is not None
         self.positions: dict[int, Position] = {}
         self._skipped: set[str] = set()
         self.num_skipped = self._drawn = 0

@@ -1,5 +1,6 @@
 """Everything a run needs to go on as if it had never stopped, as safetensors and JSON."""
 
+import itertools
 import json
 import os
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class Progress:
 
     step: int = 0
     positions: tuple[Position, ...] = ()  # of this process's readers of streamed sources
+    all_positions: tuple[Position, ...] = ()  # of every process's
 
 
 def write(directory: Path, trainer: Trainer, progress: Progress) -> None:
@@ -97,9 +99,9 @@ def read(directory: Path, trainer: Trainer) -> Progress:
     if trainer.accelerator.scaler is not None and facts["scaler"]:
         trainer.accelerator.scaler.load_state_dict(facts["scaler"])
     _set_rng_state(parts["rng"], distributed.rank())
-    # Readers of streamed sources belong to processes; StreamPairs refuses positions of another number of readers.
-    mine = facts["positions"][distributed.rank() % len(facts["positions"])]
-    return Progress(facts["step"], tuple(Position(*position) for position in mine))
+    by_process = [tuple(Position(*one) for one in part) for part in facts["positions"]]
+    mine = by_process[distributed.rank()] if distributed.rank() < len(by_process) else ()
+    return Progress(facts["step"], mine, tuple(itertools.chain(*by_process)))
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:

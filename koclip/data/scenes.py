@@ -20,17 +20,24 @@ from koclip.text.particles import attach
 Part = Literal["train", "test"]
 Kind = Literal["single", "relation", "count"]
 KINDS: tuple[Kind, ...] = ("single", "relation", "count")
+_KIND_CHANCES = (0.2, 0.65, 0.15)
 SIDE = 48  # pixels
 LANGUAGES = ["ko", "en"]
 
+# Many colours for few shapes: a shape is learnt as such only if no colour goes along with it.
 COLOURS = {
     "red": ((214, 40, 40), "빨간"),
-    "blue": ((38, 84, 196), "파란"),
     "yellow": ((247, 201, 20), "노란"),
     "green": ((38, 150, 66), "초록색"),
+    "cyan": ((0, 190, 200), "청록색"),
+    "blue": ((38, 84, 196), "파란"),
     "purple": ((138, 43, 190), "보라색"),
+    "pink": ((245, 120, 180), "분홍색"),
+    "brown": ((125, 75, 40), "갈색"),
     "black": ((25, 25, 25), "검은"),
+    "gray": ((125, 125, 125), "회색"),
 }
+_SHADE = 15  # steps of 255 by which each channel of an object's colour varies
 SHAPES = {"circle": "원", "square": "사각형", "triangle": "삼각형", "star": "별"}
 SIZES = {"large": "큰", "small": "작은"}
 COUNTS = {2: ("two", "두"), 3: ("three", "세"), 4: ("four", "네")}
@@ -41,7 +48,10 @@ RELATIONS = {
     "below": ("below", "아래에", (0, 1)),
 }
 HELD_OUT = frozenset(
-    {("red", "star"), ("blue", "triangle"), ("yellow", "circle"), ("green", "square"), ("purple", "star")}
+    {
+        *(("red", "star"), ("purple", "star"), ("blue", "triangle"), ("black", "triangle")),
+        *(("yellow", "circle"), ("green", "square")),
+    }
 )
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 _AXIS = (np.arange(SIDE, dtype=np.float32) + 0.5) / np.float32(SIDE)  # centres of the pixels
@@ -99,14 +109,19 @@ def captions(scene: Scene) -> dict[str, list[str]]:
         told = [f"{ko} {korean_words} 개", f"{attach(ko, '이/가')} {korean_words} 개 있다"]
         return {"ko": told, "en": [f"{words} {english(first.colour, first.shape, count)}"]}
     size = SIZES[scene.size]
-    return {"ko": [ko, f"{size} {ko}", f"{size} {attach(ko, '이/가')} 있다"], "en": [f"a {en}", f"a {scene.size} {en}"]}
+    # Captions of the colour or the shape alone teach both as words of their own, not only as pairs.
+    parts = {"ko": [f"{COLOURS[first.colour][1]} 도형", SHAPES[first.shape]], "en": [f"a {first.colour} shape", f"a {first.shape}"]}
+    return {
+        "ko": [ko, f"{size} {ko}", f"{size} {attach(ko, '이/가')} 있다", *parts["ko"]],
+        "en": [f"a {en}", f"a {scene.size} {en}", *parts["en"]],
+    }
 
 
 Question = Callable[[Scene], tuple[dict[str, list[str]], int]]
 
 
 def pair_question(scene: Scene) -> tuple[dict[str, list[str]], int]:
-    """Return the 24 (colour, shape) prompts by language and the place of the right one."""
+    """Return the 40 (colour, shape) prompts by language and the place of the right one."""
     first = scene.things[0]
     texts = {"ko": [korean(*pair) for pair in PAIRS], "en": [f"a {english(*pair)}" for pair in PAIRS]}
     return texts, PAIRS.index((first.colour, first.shape))
@@ -144,7 +159,7 @@ def scene(part: Part, seed: int, index: int) -> Scene:
     """Return scene `index`; scenes 2k and 2k + 1 are twins."""
     rng = np.random.default_rng((seed, part == "test", index // 2))
     pairs = SEEN_PAIRS
-    kind = rng.choice(("single", "relation", "relation", "count"))
+    kind = rng.choice(KINDS, p=_KIND_CHANCES)
     if kind == "single":
         return _single(rng, index % 2, pairs)
     return _relation(rng, index % 2, pairs) if kind == "relation" else _count(rng, index % 2, pairs)
@@ -157,7 +172,7 @@ def unseen_pair(seed: int, index: int) -> Scene:
 
 
 def _radius(rng: np.random.Generator, size: str) -> float:
-    return float(rng.uniform(0.20, 0.25) if size == "large" else rng.uniform(0.11, 0.135))
+    return float(rng.uniform(0.24, 0.29) if size == "large" else rng.uniform(0.14, 0.17))
 
 
 def _pick(rng: np.random.Generator, pairs: tuple[tuple[str, str], ...]) -> tuple[str, str]:
@@ -167,7 +182,7 @@ def _pick(rng: np.random.Generator, pairs: tuple[tuple[str, str], ...]) -> tuple
 def _single(rng: np.random.Generator, twin: int, pairs: tuple[tuple[str, str], ...]) -> Scene:
     colour, shape = _pick(rng, pairs)
     size = str(rng.choice(tuple(SIZES)))
-    x, y = rng.uniform(0.27, 0.73, 2)
+    x, y = rng.uniform(0.4, 0.6, 2)
     radius, other_radius = _radius(rng, size), _radius(rng, "small" if size == "large" else "large")
     thing = Thing(colour, shape, float(x), float(y), radius)
     same_colour = [pair for pair in pairs if pair[0] == colour and pair[1] != shape]
@@ -189,10 +204,14 @@ def _relation(rng: np.random.Generator, twin: int, pairs: tuple[tuple[str, str],
     gap = rng.uniform(0.22, 0.27)
     slip_x, slip_y = rng.uniform(-0.06, 0.06, 2)
     mid_x, mid_y = rng.uniform(0.46, 0.54, 2)
-    radii = rng.uniform(0.16, 0.2, 2)
+    radii = rng.uniform(0.18, 0.21, 2)
     off_x, off_y = dx * gap + dy * slip_x, dy * gap + dx * slip_y
     places = [(mid_x + off_x, mid_y + off_y), (mid_x - off_x, mid_y - off_y)]
-    if twin:
+    exchanged = [(first[0], second[1]), (second[0], first[1])]
+    exchange_shapes = rng.random() < 0.5 and first[1] != second[1] and set(exchanged) <= set(pairs)
+    if twin and exchange_shapes:
+        first, second = exchanged
+    elif twin:
         places.reverse()
         relation = {"left": "right", "right": "left", "above": "below", "below": "above"}[relation]
     things = tuple(
@@ -211,21 +230,23 @@ def _count(rng: np.random.Generator, twin: int, pairs: tuple[tuple[str, str], ..
     for cell in cells:
         slip_x, slip_y = slips[cell]
         x, y = 0.27 + 0.46 * (cell % 2) + slip_x, 0.27 + 0.46 * (cell // 2) + slip_y
-        things.append(Thing(colour, shape, float(x), float(y), 0.125))
+        things.append(Thing(colour, shape, float(x), float(y), 0.15))
     return Scene("count", tuple(things))
 
 
 def draw(scene: Scene, background: int) -> npt.NDArray[np.uint8]:
-    """Return the picture of a scene, (SIDE, SIDE, 3) RGB, edges antialiased; `background` seeds the ground's tint."""
-    ground = np.random.default_rng(background).uniform(205, 245, 3)
+    """Return the picture of a scene, (SIDE, SIDE, 3) RGB, edges antialiased; `background` seeds tints."""
+    rng = np.random.default_rng(background)
+    ground = rng.uniform(205, 245, 3)
     picture = np.empty((SIDE, SIDE, 3), np.float32)
     picture[:] = ground
     for thing in scene.things:
         (rows, dy), (columns, dx) = _span(thing.y, thing.radius), _span(thing.x, thing.radius)
         distance = _distance(thing.shape, dx[None, :], dy[:, None]) * thing.radius * SIDE  # pixels
         part = picture[rows, columns]
-        part += np.clip(0.5 - distance, 0, 1)[..., None] * (np.array(COLOURS[thing.colour][0], np.float32) - part)
-    return picture.round().astype(np.uint8)
+        colour = np.array(COLOURS[thing.colour][0] + rng.uniform(-_SHADE, _SHADE, 3), np.float32)
+        part += np.clip(0.5 - distance, 0, 1)[..., None] * (colour - part)
+    return picture.round().clip(0, 255).astype(np.uint8)
 
 
 def _span(centre: float, radius: float) -> tuple[slice, npt.NDArray[np.float32]]:

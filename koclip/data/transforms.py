@@ -95,7 +95,7 @@ class TrainTransform:
             steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
         if config.color_jitter:
             jitter = config.color_jitter
-            steps.append(v2.ColorJitter(jitter, jitter, jitter, jitter / 8))
+            steps.append(v2.ColorJitter(jitter, jitter, jitter))
         if config.grayscale:
             steps.append(v2.RandomGrayscale(config.grayscale))
         self._transform = v2.Compose(steps)

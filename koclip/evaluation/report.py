@@ -62,9 +62,7 @@ def print_table(metrics: dict[str, Metric]) -> None:
         low, high = first.ci95
         rest = [row.get("recall@5") or row.get("accuracy@5"), row.get("recall@10")]
         cells = [f"{100 * metric.value:.1f}" if metric else "" for metric in rest]
-        table.add_row(
-            *key, f"{100 * first.value:.1f} ({100 * low:.1f}-{100 * high:.1f})", *cells, f"{first.n:,}"
-        )
+        table.add_row(*key, f"{100 * first.value:.1f} ({100 * low:.1f}-{100 * high:.1f})", *cells, f"{first.n:,}")
     Console(width=None if Console().is_terminal else 110).print(table)
 
 

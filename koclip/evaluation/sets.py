@@ -122,7 +122,7 @@ def _captions(config: SourceConfig) -> Iterator[dict[str, list[str]]]:
 def scene_choices() -> list[Choice]:
     """Return the built-in set's zero-shot tasks.
 
-    `unseen_pairs`: the (colour, shape) of a lone object, among all 24, though training never showed that pair.
+    `unseen_pairs`: the (colour, shape) of a lone object, among all 40, though training never showed that pair.
     `relation`: where one object is from another (4-way). `size` (2-way) and `count` (3-way).
     """
     unseen = [scenes.unseen_pair(1, index) for index in range(_TASK_SIZE)]

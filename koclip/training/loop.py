@@ -76,9 +76,9 @@ def steps(
     trainer.model.train()
     for step in range(start_step + 1, num_steps + 1):
         began = time.perf_counter()
-        batch = next(batches).to(trainer.accelerator.device)
+        batch = next(batches)
         window.waited += time.perf_counter() - began
-        window.add(batch, *_step(trainer, batch))
+        window.add(batch, *_step(trainer, batch.to(trainer.accelerator.device)))
         if step % log_every == 0 or step == num_steps:
             yield step, window.summarize(trainer)
             window = _Window()

@@ -1,0 +1,187 @@
+"""Whole runs of recipes/pretrain.py, small: what they leave behind, that they resume bit for bit, that they survive."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+from koclip import config
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "pretrain.py"
+SMALL = [
+    *("--train.num_threads", "1", "--train.tracker", "none", "--train.batch_size", "8", "--train.log_every", "5"),
+    *("--optim.warmup_steps", "3", "--tokenizer.train_captions", "500", "--tokenizer.vocab_size", "600"),
+    *("--model.image_width", "32", "--model.text_width", "32", "--model.image_layers", "1"),
+    *("--eval.sets", "[{source: {scenes_part: test, scenes_size: 20}}]"),
+]
+
+
+def pretrain(*args: str) -> None:
+    """Run the recipe's main() in this process."""
+    spec = importlib.util.spec_from_file_location("pretrain", RECIPE)
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recipe.main(config.parse(config.PretrainConfig, [*SMALL, *args]))
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    return {name: value.numpy().tobytes() for name, value in load_file(run / "model" / "model.safetensors").items()}
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of 20 steps with everything random turned on."""
+    run = tmp_path_factory.mktemp("run") / "whole"
+    pretrain(*RANDOM, "--output_dir", str(run))
+    return run
+
+
+RANDOM = [
+    *("--train.num_steps", "20", "--train.save_every", "10", "--train.ema_decay", "0.9"),
+    *("--model.patch_dropout", "0.3", "--data.word_dropout", "0.2", "--data.color_jitter", "0.2"),
+]
+
+
+def test_a_run_leaves_what_the_design_says(finished):
+    left = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "results.json", "model/model.safetensors"):
+        assert name in left
+    assert "checkpoints/step-00000020/state.safetensors" in left
+    assert {"pictures/queries-scenes.png", "pictures/example.png"} <= left
+    assert not [name for name in left if name.endswith((".bin", ".pt", ".pkl", ".pth"))]
+    config.parse(config.PretrainConfig, ["--config", str(finished / "config.yaml")])
+
+
+def test_metrics_hold_every_promised_number(finished):
+    logged = lines(finished / "metrics.jsonl")
+    assert [line["step"] for line in logged] == [5, 10, 15, 20]
+    promised = {"loss", "accuracy", "logit_scale", "lr", "grad_norm", "images_per_second", "data_wait_share"}
+    assert promised | {"padding_share", "skipped"} <= set(logged[0])
+    assert logged[-1]["loss"] < logged[0]["loss"]
+
+
+def test_results_name_sets_languages_tasks_and_intervals(finished):
+    results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
+    assert set(results) == {"model", "data", "metrics", "environment"}
+    for language in ("ko", "en"):
+        for name in ("text_to_image/recall@10", "image_to_text/recall@1", "unseen_pairs/accuracy", "relation/accuracy"):
+            metric = results["metrics"][f"scenes/{language}/{name}"]
+            low, high = metric["ci95"]
+            assert low <= metric["value"] <= high
+            assert metric["n"] > 0
+    assert results["environment"]["packages"]["torch"]
+
+
+def test_stopped_and_resumed_equals_uninterrupted(finished, tmp_path):
+    """A run that SIGTERM stops somewhere and --resume auto continues ends with the same bits."""
+    run = tmp_path / "stopped"
+    command = [sys.executable, str(RECIPE), *SMALL, *RANDOM, "--output_dir", str(run)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+    give_up = time.time() + 240
+    while not (run / "metrics.jsonl").exists() and time.time() < give_up and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "Stopped at step" in output
+    assert "--resume auto" in output
+    assert not (run / "model").exists()
+    pretrain(*RANDOM, "--output_dir", str(run), "--resume", "auto")
+    assert weights(run) == weights(finished)
+    assert [line["step"] for line in lines(run / "metrics.jsonl")] == [5, 10, 15, 20]
+
+
+def test_evaluating_during_training_changes_nothing(finished, tmp_path):
+    pretrain(*RANDOM, "--train.eval_every", "7", "--output_dir", str(tmp_path / "watched"))
+    assert weights(tmp_path / "watched") == weights(finished)
+    evaluated = [line["step"] for line in lines(tmp_path / "watched" / "metrics.jsonl") if "loss" not in line]
+    assert evaluated == [7, 14]
+
+
+def test_another_seed_gives_another_model(finished, tmp_path):
+    pretrain(*RANDOM, "--data.seed", "1", "--output_dir", str(tmp_path / "other"))
+    assert weights(tmp_path / "other") != weights(finished)
+
+
+def test_a_used_directory_is_not_overwritten(finished):
+    with pytest.raises(config.ConfigError, match="--resume auto"):
+        pretrain(*RANDOM, "--output_dir", str(finished))
+
+
+def test_the_wrong_number_of_processes_is_refused(tmp_path):
+    with pytest.raises(config.ConfigError, match="torchrun"):
+        pretrain("--train.num_steps", "4", "--train.num_processes", "2", "--output_dir", str(tmp_path / "run"))
+
+
+@pytest.fixture
+def dirty(tmp_path) -> Path:
+    """300 pairs, 5 % broken images, some captions empty or no strings."""
+    rows = []
+    for index in range(300):
+        name = f"{index}.png"
+        Image.new("RGB", (40, 30), (index % 256, 90, 40)).save(tmp_path / name)
+        rows.append({"file": name, "ko": f"{index}번 그림", "en": [f"picture {index}"]})
+    for index in range(0, 300, 20):
+        whole = (tmp_path / rows[index]["file"]).read_bytes()
+        (tmp_path / rows[index]["file"]).write_bytes(whole[: len(whole) // 2] if index % 40 else b"no picture")
+    rows[7] |= {"ko": "", "en": ["", None]}
+    rows[8] |= {"ko": None, "en": []}
+    rows[11]["en"] = ["<|endoftext|>", "picture 11"]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return tmp_path
+
+
+def test_dirty_data_trains_to_the_end_and_every_bad_sample_is_listed(dirty):
+    source = f"[{{path: {dirty / 'pairs.jsonl'}, image: file, captions: {{ko: ko, en: en}}}}]"
+    pretrain("--data.sources", source, "--train.num_steps", "80", "--output_dir", str(dirty / "run"))
+    listed = lines(dirty / "run" / "skipped.jsonl")
+    bad = {index for index in range(300) if index % 20 == 0 or index in (7, 8)}
+    assert {int(line["key"].split("/")[1]) for line in listed} == bad
+    assert len(listed) == len(bad)
+    assert all(line["reason"] for line in listed)
+    assert lines(dirty / "run" / "metrics.jsonl")[-1]["step"] == 80
+
+
+def test_too_much_dirt_stops_the_run_with_the_list(dirty):
+    source = f"[{{path: {dirty / 'pairs.jsonl'}, image: file, captions: {{ko: ko, en: en}}}}]"
+    args = ["--data.sources", source, "--train.num_steps", "200", "--data.max_skipped_fraction", "0.02"]
+    with pytest.raises(config.ConfigError, match=r"max_skipped_fraction.*skipped\.jsonl"):
+        pretrain(*args, "--output_dir", str(dirty / "run"))
+
+
+def test_a_missing_column_is_one_line_and_exit_code_2(dirty):
+    source = f"[{{path: {dirty / 'pairs.jsonl'}, image: photo, captions: {{ko: ko}}}}]"
+    command = [sys.executable, str(RECIPE), *SMALL, "--data.sources", source, "--output_dir", str(dirty / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=dirty, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert "photo" in last
+    assert "'file'" in last
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["flickr8k_ko_small", "emoji_small"])
+def test_the_real_configs_run(name, shared_data, tmp_path, monkeypatch):
+    """Two steps of each small config on the real data."""
+    monkeypatch.chdir(ROOT)
+    file = ROOT / "recipes" / "configs" / "pretrain" / f"{name}.yaml"
+    sets = config.parse(config.PretrainConfig, ["--config", str(file)]).eval.sets
+    spec = json.dumps([{**config.to_dict(one), "max_images": 30, "gallery": []} for one in sets])
+    args = ["--config", str(file), "--train.num_steps", "2", "--optim.warmup_steps", "1", "--eval.sets", spec]
+    pretrain(*args, "--tokenizer.train_captions", "2000", "--output_dir", str(tmp_path / "run"))
+    assert (tmp_path / "run" / "results.json").exists()
