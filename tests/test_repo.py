@@ -61,7 +61,7 @@ def test_nothing_imports_a_recipe():
 def test_files_and_functions_stay_short():
     for file in [*(ROOT / "koclip").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]:
         source = file.read_text(encoding="utf-8")
-        limit = 450 if file.name == "config.py" else 300
+        limit = 300
         assert source.count("\n") <= limit, f"{file.relative_to(ROOT)} has {source.count(chr(10))} lines"
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef):
@@ -87,7 +87,9 @@ def documented_commands() -> list[tuple[str, list[str]]]:
     for document in [*DOCS, *YAMLS, *(ROOT / "recipes").glob("*.py")]:
         text = document.read_text(encoding="utf-8").replace("\\\n", " ")
         for line in re.findall(r"(?:accelerate launch|torchrun)[^`\n]*recipes/\w+\.py[^`\n]*", text):
-            words = shlex.split(line.split("  #")[0].replace("{{", "{").replace("}}", "}"), comments=False)
+            if document.suffix == ".py":  # in a format string, braces are doubled
+                line = line.replace("{{", "{").replace("}}", "}")
+            words = shlex.split(line.split("  #")[0])
             commands.append((f"{document.name}: {line}", words))
     return commands
 

@@ -20,7 +20,7 @@ from koclip.text.particles import attach
 Part = Literal["train", "test"]
 Kind = Literal["single", "relation", "count"]
 KINDS: tuple[Kind, ...] = ("single", "relation", "count")
-_KIND_CHANCES = (0.2, 0.65, 0.15)
+_KIND_CHANCES = (0.35, 0.5, 0.15)
 SIDE = 48  # pixels
 LANGUAGES = ["ko", "en"]
 
@@ -110,10 +110,11 @@ def captions(scene: Scene) -> dict[str, list[str]]:
         return {"ko": told, "en": [f"{words} {english(first.colour, first.shape, count)}"]}
     size = SIZES[scene.size]
     # Captions of the colour or the shape alone teach both as words of their own, not only as pairs.
-    parts = {"ko": [f"{COLOURS[first.colour][1]} 도형", SHAPES[first.shape]], "en": [f"a {first.colour} shape", f"a {first.shape}"]}
+    ko_parts = [f"{COLOURS[first.colour][1]} 도형", SHAPES[first.shape]]
+    en_parts = [f"a {first.colour} shape", f"a {first.shape}"]
     return {
-        "ko": [ko, f"{size} {ko}", f"{size} {attach(ko, '이/가')} 있다", *parts["ko"]],
-        "en": [f"a {en}", f"a {scene.size} {en}", *parts["en"]],
+        "ko": [ko, f"{size} {ko}", f"{size} {attach(ko, '이/가')} 있다", *ko_parts],
+        "en": [f"a {en}", f"a {scene.size} {en}", *en_parts],
     }
 
 
@@ -172,7 +173,7 @@ def unseen_pair(seed: int, index: int) -> Scene:
 
 
 def _radius(rng: np.random.Generator, size: str) -> float:
-    return float(rng.uniform(0.24, 0.29) if size == "large" else rng.uniform(0.14, 0.17))
+    return float(rng.uniform(0.2, 0.23) if size == "large" else rng.uniform(0.13, 0.15))
 
 
 def _pick(rng: np.random.Generator, pairs: tuple[tuple[str, str], ...]) -> tuple[str, str]:
@@ -187,7 +188,7 @@ def _single(rng: np.random.Generator, twin: int, pairs: tuple[tuple[str, str], .
     thing = Thing(colour, shape, float(x), float(y), radius)
     same_colour = [pair for pair in pairs if pair[0] == colour and pair[1] != shape]
     same_shape = [pair for pair in pairs if pair[1] == shape and pair[0] != colour]
-    change = rng.integers(3)
+    change = rng.choice(3, p=(0.2, 0.6, 0.2))  # size, shape, colour
     if not twin:
         return Scene("single", (thing,), size=size)
     if change == 0 or not (same_colour and same_shape):

@@ -1,0 +1,32 @@
+"""Every knob of koclip, once: frozen dataclasses, one per room, and the parser that fills them.
+
+A recipe's configuration is the dataclass that lists the sections it uses. `parse()` builds it from
+`--config FILE.yaml` and `--section.key value` overrides, and stops with one clear line on any mistake.
+"""
+
+from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
+from koclip.config.errors import ConfigError, check
+from koclip.config.evaluation import EvalConfig, EvalSetConfig
+from koclip.config.model import LossConfig, ModelConfig
+from koclip.config.parsing import dump, parse, run, to_dict
+from koclip.config.recipes import PretrainConfig
+from koclip.config.training import OptimConfig, TrainConfig
+
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "EvalSetConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PretrainConfig",
+    "SourceConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "check",
+    "dump",
+    "parse",
+    "run",
+    "to_dict",
+]

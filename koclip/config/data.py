@@ -1,0 +1,151 @@
+"""What is read and how batches are made of it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from koclip.config.errors import check
+
+Format = Literal[
+    "auto",
+    "scenes",
+    "hub",
+    "parquet",
+    "arrow",
+    "json",
+    "csv",
+    "image_folder",
+    "webdataset",
+    "annotations",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One set of (image, captions) rows.
+
+    Args:
+        path: `scenes` (built in), a local file, folder or glob, or a Hub data set id such as `owner/name`.
+        format: How to read it; `auto` decides by the file name. `annotations` is KoCLIP's and COCO's
+            `[{"file_path": ..., "captions": [...]}]`.
+        name: Short name used in logs and metric names; default: the last part of the path.
+        split: Split to read; of local files too a slice, such as `train[:1000]`.
+        subset: Configuration of a Hub data set that has several.
+        revision: Git revision of a Hub data set; default: its main branch.
+        streaming: Read rows as they arrive instead of preparing the whole set on disk first.
+            WebDataset shards are always streamed.
+        image: Column that holds the image (bytes, a file path, or an Image feature). Dots reach into nested columns.
+        image_root: Folder that relative image paths start from; default: the folder of `path`.
+        captions: Caption column by language, for example `{ko: captions_ko, en: captions_en}`. A cell is a string
+            or a list of strings.
+        languages: Relative chance of drawing each language; default: all alike.
+        where: Keep only rows whose column holds one of the listed values, for example `{vendor: [noto, twemoji]}`.
+        weight: Relative number of rows drawn from this source when there are several; default: its size, 1 for
+            streamed sources.
+        scenes_size: Number of images that `scenes` holds; even, because they come in pairs.
+        scenes_part: `train` and `test` hold different scenes. Neither shows the (colour, shape) pairs that are kept for
+            zero-shot evaluation.
+    """
+
+    path: str = "scenes"
+    format: Format = "auto"
+    name: str | None = None
+    split: str = "train"
+    subset: str | None = None
+    revision: str | None = None
+    streaming: bool = False
+    image: str = "image"
+    image_root: str | None = None
+    captions: dict[str, str] = field(default_factory=lambda: {"ko": "captions_ko", "en": "captions_en"})
+    languages: dict[str, float] | None = None
+    where: dict[str, list[str]] | None = None
+    weight: float | None = None
+    scenes_size: int = 100_000
+    scenes_part: Literal["train", "test"] = "train"
+
+    def __post_init__(self) -> None:
+        check(bool(self.captions), "data.sources[].captions", self.captions, "name at least one caption column")
+        unknown = set(self.languages or {}) - set(self.captions)
+        check(not unknown, "data.sources[].languages", sorted(unknown), f"captions has {sorted(self.captions)}")
+        for language, chance in (self.languages or {}).items():
+            check(chance >= 0, f"data.sources[].languages.{language}", chance, "expected 0 or more")
+        if self.languages is not None:
+            check(sum(self.languages.values()) > 0, "data.sources[].languages", self.languages, "give one a chance > 0")
+        even = self.scenes_size >= 2 and self.scenes_size % 2 == 0
+        check(even, "data.sources[].scenes_size", self.scenes_size, "expected an even number")
+        check(self.weight is None or self.weight > 0, "data.sources[].weight", self.weight, "expected more than 0")
+
+    @property
+    def label(self) -> str:
+        """The name that logs and metrics use for this source."""
+        return self.name or Path(self.path.rstrip("/")).name.split(".")[0].replace("*", "all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Training data and the way batches are made of it.
+
+    Args:
+        sources: Where pairs come from; several are mixed by their `weight`.
+        crop_scale: Range of the share of the image's area that a random crop keeps.
+        horizontal_flip: Chance of mirroring an image. 0 keeps "left" and "right" true.
+        rotation: Images are turned by up to this many degrees either way, on white.
+        color_jitter: Brightness, contrast and saturation change by up to this share; the hue, which captions name, stays.
+        grayscale: Chance of taking an image's colours away.
+        word_dropout: Chance of leaving a word out of a caption (never all of them).
+        length_pool: Batches are grouped by caption length within pools of this many batches; 1 turns it off.
+        num_workers: Processes that decode images, per training process; 0 decodes in the training process.
+        shuffle_buffer: Rows that a streamed source shuffles within.
+        max_skipped_fraction: Stop when more than this share of the rows drawn is unusable.
+        max_image_pixels: Refuse larger images (width x height) as decompression bombs.
+        seed: Seed of the order, the captions drawn and the augmentation.
+    """
+
+    sources: list[SourceConfig] = field(default_factory=lambda: [SourceConfig()])
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    horizontal_flip: float = 0.0
+    rotation: float = 0.0
+    color_jitter: float = 0.0
+    grayscale: float = 0.0
+    word_dropout: float = 0.0
+    length_pool: int = 8
+    num_workers: int = 0
+    shuffle_buffer: int = 10_000
+    max_skipped_fraction: float = 0.1
+    max_image_pixels: int = 89_478_485
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(len(self.sources) > 0, "data.sources", self.sources, "list at least one source")
+        low, high = self.crop_scale
+        check(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "expected 0 < low <= high <= 1")
+        for name in ("horizontal_flip", "color_jitter", "grayscale"):
+            check(0 <= getattr(self, name) <= 1, f"data.{name}", getattr(self, name), "expected 0 to 1")
+        check(0 <= self.word_dropout < 1, "data.word_dropout", self.word_dropout, "expected 0 or more and less than 1")
+        check(0 <= self.rotation <= 180, "data.rotation", self.rotation, "expected 0 to 180")
+        check(self.length_pool >= 1, "data.length_pool", self.length_pool, "expected 1 or more")
+        check(self.num_workers >= 0, "data.num_workers", self.num_workers, "expected 0 or more")
+        check(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "expected 1 or more")
+        share = self.max_skipped_fraction
+        check(0 <= share < 1, "data.max_skipped_fraction", share, "expected 0 or more and less than 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """The text tokenizer.
+
+    Args:
+        path: Directory or Hub id of an existing tokenizer; default: train a byte-level BPE on the captions.
+        vocab_size: Entries of a trained vocabulary, the 512 byte symbols and 2 special tokens included.
+        max_tokens: Longest caption in tokens, both special tokens included; longer ones are cut.
+        train_captions: Captions that a tokenizer is trained on at most (the first ones of the sources).
+    """
+
+    path: str | None = None
+    vocab_size: int = 1_000
+    max_tokens: int = 32
+    train_captions: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        check(self.vocab_size > 514, "tokenizer.vocab_size", self.vocab_size, "expected more than 514 (512 bytes + 2)")
+        check(self.max_tokens >= 3, "tokenizer.max_tokens", self.max_tokens, "expected 3 or more")

@@ -1,0 +1,66 @@
+"""From the command line to a configuration, and from a configuration to YAML."""
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from koclip.config.errors import ConfigError
+
+Config = TypeVar("Config")
+
+
+def parse(schema: type[Config], args: Sequence[str] | None = None) -> Config:
+    """Build `schema` from the command line: `--config FILE.yaml` and `--section.key value`.
+
+    Exits with code 2 and one line on stderr on an unknown key, a wrong type, a missing file or a value out of range.
+    """
+    summary = (schema.__doc__ or "").split("\n")[0]
+    parser = ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
+    parser.add_class_arguments(schema, as_group=False)
+    try:
+        sections = parser.instantiate(parser.parse_args(sys.argv[1:] if args is None else list(args)))
+        values = {f.name: sections[f.name] for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
+        return schema(**values)
+    except (ArgumentError, ConfigError, OSError) as error:
+        known = [option for action in parser._actions for option in action.option_strings]
+        _explain(" ".join(str(error).split()) + _nearest(str(error), known))
+
+
+def _nearest(message: str, known: list[str]) -> str:
+    """Return " Did you mean ...?" for the options in a message that are no known option but look like one."""
+    unknown = [word.strip("'\"") for word in message.split() if word.startswith("--")]
+    near = [match for word in unknown for match in difflib.get_close_matches(word.split("=")[0], known, n=1)]
+    return f" Did you mean {', '.join(near)}?" if near else ""
+
+
+def _explain(message: str) -> NoReturn:
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def run(main: Callable[[Config], None], schema: type[Config]) -> None:
+    """Parse the command line and run a recipe; a mistake in the configuration or the data it names is one line."""
+    config = parse(schema)
+    try:
+        main(config)
+    except ConfigError as error:
+        _explain(str(error))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a configuration as plain dictionaries, lists and scalars."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
+    return plain
+
+
+def dump(config: Any, path: Path) -> None:
+    """Write a configuration as YAML that `--config` reads back to an equal one."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")

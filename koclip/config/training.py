@@ -1,0 +1,81 @@
+"""The optimizer and the run."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from koclip.config.errors import check
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay.
+
+    Args:
+        lr: Peak learning rate.
+        min_lr_ratio: Learning rate at the last step, as a share of the peak.
+        warmup_steps: Steps of linear warm-up.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Term that keeps the denominator above zero.
+        weight_decay: Decoupled decay; norms, biases and the logit scale have none.
+        max_grad_norm: Gradients are clipped to this norm; 0 turns clipping off (the norm is logged either way).
+    """
+
+    lr: float = 1e-3
+    min_lr_ratio: float = 0.0
+    warmup_steps: int = 100
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.2
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self.lr > 0, "optim.lr", self.lr, "expected more than 0")
+        check(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "expected 0 to 1")
+        check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "expected 0 or more")
+        check(self.max_grad_norm >= 0, "optim.max_grad_norm", self.max_grad_norm, "expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training run.
+
+    Args:
+        num_steps: Optimizer steps.
+        batch_size: Pairs per process and step; the loss sees batch_size x num_processes pairs.
+        num_processes: Processes this run must have; the run stops if it was launched with another number.
+            Default: any number.
+        precision: `fp32`, `bf16` or `fp16` (autocast; weights stay fp32).
+        compile: Compile the model with torch.compile.
+        ema_decay: Decay of an exponential moving average of the weights; 0 turns it off. Evaluation and the
+            published model use the average when it is on.
+        log_every: Steps between two lines of metrics.jsonl.
+        eval_every: Steps between two evaluations; 0 evaluates at the end only.
+        save_every: Steps between two checkpoints; 0 saves at the end only.
+        keep_checkpoints: Newest checkpoints kept.
+        num_threads: CPU threads per process; 0 leaves PyTorch's choice.
+        tracker: Where metrics go besides metrics.jsonl.
+        seed: Seed of dropout.
+    """
+
+    num_steps: int = 3_000
+    batch_size: int = 64
+    num_processes: int | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    ema_decay: float = 0.0
+    log_every: int = 50
+    eval_every: int = 0
+    save_every: int = 1_000
+    keep_checkpoints: int = 2
+    num_threads: int = 0
+    tracker: Literal["tensorboard", "trackio", "wandb", "none"] = "tensorboard"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self.num_steps >= 1, "train.num_steps", self.num_steps, "expected 1 or more")
+        check(self.batch_size >= 2, "train.batch_size", self.batch_size, "a contrastive loss needs 2 pairs or more")
+        check(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "expected 0 or more and less than 1")
+        check(self.log_every >= 1, "train.log_every", self.log_every, "expected 1 or more")
+        check(self.keep_checkpoints >= 1, "train.keep_checkpoints", self.keep_checkpoints, "expected 1 or more")
