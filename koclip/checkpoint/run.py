@@ -105,8 +105,8 @@ class Run:
             if self._drawn >= _MIN_DRAWN and self.num_skipped > max_skipped_fraction * self._drawn:
                 last = "\n".join(f"  {skip.key}: {skip.reason}" for skip in batch.skipped[-10:])
                 raise SkippedError(
-                    f"data.max_skipped_fraction: {self.num_skipped} of {self._drawn} samples could not be used, more than "
-                    f"{max_skipped_fraction:.0%}; {self.path / 'skipped.jsonl'} lists them all, the last ones are:\n{last}"
+                    f"data.max_skipped_fraction: {self.num_skipped} of {self._drawn} samples could not be used, more "
+                    f"than {max_skipped_fraction:.0%}; {self.path / 'skipped.jsonl'} lists them, the last are:\n{last}"
                 )
             yield batch
 

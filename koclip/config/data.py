@@ -90,7 +90,8 @@ class DataConfig:
         crop_scale: Range of the share of the image's area that a random crop keeps.
         horizontal_flip: Chance of mirroring an image. 0 keeps "left" and "right" true.
         rotation: Images are turned by up to this many degrees either way, on white.
-        color_jitter: Brightness, contrast and saturation change by up to this share; the hue, which captions name, stays.
+        color_jitter: Brightness, contrast and saturation change by up to this share; the hue, which captions name,
+            stays.
         grayscale: Chance of taking an image's colours away.
         word_dropout: Chance of leaving a word out of a caption (never all of them).
         length_pool: Batches are grouped by caption length within pools of this many batches; 1 turns it off.
