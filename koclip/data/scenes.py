@@ -202,14 +202,15 @@ def _relation(rng: np.random.Generator, twin: int, pairs: tuple[tuple[str, str],
     second = _pick(rng, tuple(pair for pair in pairs if pair != first))
     relation = str(rng.choice(tuple(RELATIONS)))
     dx, dy = RELATIONS[relation][2]
-    gap = rng.uniform(0.22, 0.27)
+    gap = rng.uniform(0.22, 0.25)
     slip_x, slip_y = rng.uniform(-0.06, 0.06, 2)
-    mid_x, mid_y = rng.uniform(0.46, 0.54, 2)
-    radii = rng.uniform(0.18, 0.21, 2)
+    mid_x, mid_y = rng.uniform(0.48, 0.52, 2)
+    radii = rng.uniform(0.17, 0.2, 2)
     off_x, off_y = dx * gap + dy * slip_x, dy * gap + dx * slip_y
     places = [(mid_x + off_x, mid_y + off_y), (mid_x - off_x, mid_y - off_y)]
     exchanged = [(first[0], second[1]), (second[0], first[1])]
-    exchange_shapes = rng.random() < 0.5 and first[1] != second[1] and set(exchanged) <= set(pairs)
+    differ = first[0] != second[0] and first[1] != second[1]
+    exchange_shapes = rng.random() < 0.5 and differ and set(exchanged) <= set(pairs)
     if twin and exchange_shapes:
         first, second = exchanged
     elif twin:
