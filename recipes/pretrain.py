@@ -1,9 +1,11 @@
 """Train a CLIP from random weights on (image, caption) pairs; leave a model that stock transformers loads.
 
-accelerate launch recipes/pretrain.py                       # the built-in data set, minutes on a laptop
+accelerate launch recipes/pretrain.py                       # configs/pretrain/scenes.yaml, minutes on a laptop
 accelerate launch recipes/pretrain.py --config recipes/configs/pretrain/flickr8k_ko_small.yaml
 accelerate launch recipes/pretrain.py --help                # every key, its unit and default
 """
+
+from pathlib import Path
 
 from tqdm.auto import tqdm
 
@@ -31,6 +33,7 @@ def main(cfg: config.PretrainConfig) -> None:
     run.start(cfg, accelerator)
 
     eval_sets = [open_set(one) for one in cfg.eval.sets]
+    run.list_skipped([skip for one in eval_sets for skip in one.skipped])
     tokenizer = run.tokenizer(cfg.tokenizer, training_captions(cfg.data))
     model, processor = from_scratch(cfg.model, tokenizer)
     dual_encoder = DualEncoder(model, processor, losses.initial_bias(cfg.loss))
@@ -42,23 +45,23 @@ def main(cfg: config.PretrainConfig) -> None:
     loader = train_loader(cfg.data, tokenizer, image_size, shard, progress.step, progress.all_positions)
     batches = run.watch(loader, cfg.data.max_skipped_fraction)
 
-    num_steps, every = cfg.train.num_steps, cfg.train
-    steps = training.steps(trainer, batches, progress.step, num_steps, cfg.train.log_every)
-    bar = tqdm(steps, "training", num_steps, initial=progress.step, disable=not accelerator.is_main_process)
+    train = cfg.train
+    steps = training.steps(trainer, batches, progress.step, train.num_steps, train.log_every)
+    bar = tqdm(steps, "training", train.num_steps, initial=progress.step, disable=not accelerator.is_main_process)
     with training.StopRequest(accelerator.device) as stop:
         for step, stats in bar:
-            last, stopping = step == num_steps, stop.asked()
+            last, stopping = step == train.num_steps, stop.asked()
             if stats:
                 run.log(step, stats)
                 bar.set_postfix(loss=f"{stats['loss']:.3f}", accuracy=f"{stats['accuracy']:.0%}")
-            if every.eval_every and step % every.eval_every == 0 and not last:
+            if train.eval_every and step % train.eval_every == 0 and not last:
                 with trainer.evaluating() as whole:
                     encoder = Encoder(whole, processor, cfg.eval.batch_size)
                     run.log(step, {name: metric.value for name, metric in evaluate(encoder, eval_sets).items()})
-            if last or stopping or (every.save_every and step % every.save_every == 0):
-                run.save(trainer, step, cfg.train.keep_checkpoints)
+            if last or stopping or (train.save_every and step % train.save_every == 0):
+                run.save(trainer, step, train.keep_checkpoints)
             if stopping and not last:
-                accelerator.print(f"Stopped at step {step}; go on with --resume auto --output_dir {run.path}")
+                accelerator.print(f"Stopped at step {step}; to go on, add: --resume auto --output_dir {run.path}")
                 return
 
     model_dir = run.save_model(trainer, processor)
@@ -69,4 +72,4 @@ def main(cfg: config.PretrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    config.run(main, config.PretrainConfig)
+    config.run(main, config.PretrainConfig, default=Path(__file__).parent / "configs" / "pretrain" / "scenes.yaml")

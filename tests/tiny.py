@@ -8,7 +8,7 @@ from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.text.tokenizers import train_bpe
 
 CAPTIONS = ["빨간 원", "파란 사각형", "노란 삼각형 위에 작은 별", "a red circle", "a blue square", "a small green star"]
-IMAGE_SIZES = {"image_width": 64, "image_layers": 2}
+IMAGE_SIZES = {"image_size": 32, "patch_size": 8, "image_width": 64, "image_layers": 2}
 TEXT_SIZES = {"text_width": 64, "text_layers": 2, "embed_dim": 32}
 
 

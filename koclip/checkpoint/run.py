@@ -101,7 +101,7 @@ class Run:
                 self.positions[batch.position.reader] = batch.position
             self._drawn += batch.num_drawn
             self.num_skipped += len(batch.skipped)
-            self._list(batch.skipped)
+            self.list_skipped(batch.skipped)
             if self._drawn >= _MIN_DRAWN and self.num_skipped > max_skipped_fraction * self._drawn:
                 last = "\n".join(f"  {skip.key}: {skip.reason}" for skip in batch.skipped[-10:])
                 raise SkippedError(
@@ -110,7 +110,7 @@ class Run:
                 )
             yield batch
 
-    def _list(self, skipped: list[Skip]) -> None:
+    def list_skipped(self, skipped: list[Skip]) -> None:
         """Append samples to skipped.jsonl, each once."""
         new = {skip.key: skip for skip in skipped if skip.key not in self._skipped}
         self._skipped.update(new)

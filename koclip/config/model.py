@@ -12,7 +12,8 @@ class ModelConfig:
 
     Args:
         preset: `tiny`, `small`, the paper's `vit_b32`, `vit_b16`, `vit_l14`, `vit_l14_336`, `rn50`, `rn101`,
-            `rn50x4`, `rn50x16`, `rn50x64`, or `auto:<path or Hub id>` for any image tower that transformers loads.
+            `rn50x4`, `rn50x16`, `rn50x64`, or another image tower, from random weights too: `timm:<architecture>`, or
+            `auto:<path or Hub id>` of a configuration that transformers' AutoModel builds.
         image_size: Side of the square input, pixels.
         patch_size: Side of a patch, pixels; image_size must be a multiple.
         image_width: Width of the image tower.
@@ -45,7 +46,15 @@ class ModelConfig:
         # exp(logit_scale) is clamped to 100, so a temperature below 0.01 could not be kept.
         check(0.01 <= self.temperature <= 1, "model.temperature", self.temperature, "expected 0.01 to 1")
         check(0 <= self.patch_dropout < 1, "model.patch_dropout", self.patch_dropout, "expected 0 or more, less than 1")
-        for name in ("image_size", "patch_size", "image_width", "image_layers", "text_width", "text_layers"):
+        for name in (
+            "image_size",
+            "patch_size",
+            "image_width",
+            "image_layers",
+            "text_width",
+            "text_layers",
+            "embed_dim",
+        ):
             value = getattr(self, name)
             check(value is None or value >= 1, f"model.{name}", value, "expected 1 or more")
 

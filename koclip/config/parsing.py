@@ -16,17 +16,25 @@ from koclip.config.errors import ConfigError
 Config = TypeVar("Config")
 
 
-def parse(schema: type[Config], args: Sequence[str] | None = None) -> Config:
+def parse(schema: type[Config], args: Sequence[str] | None = None, default: Path | None = None) -> Config:
     """Build `schema` from the command line: `--config FILE.yaml` and `--section.key value`.
+
+    Args:
+        schema: The recipe's configuration.
+        args: The command line without the program's name; default: this process's.
+        default: YAML file to start from when `args` names none.
 
     Exits with code 2 and one line on stderr on an unknown key, a wrong type, a missing file or a value out of range.
     """
+    words = sys.argv[1:] if args is None else list(args)
+    if default is not None and not any(word.split("=")[0] == "--config" for word in words):
+        words = ["--config", str(default), *words]
     summary = (schema.__doc__ or "").split("\n")[0]
     parser = ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
     parser.add_class_arguments(schema, as_group=False)
     try:
-        sections = parser.instantiate(parser.parse_args(sys.argv[1:] if args is None else list(args)))
+        sections = parser.instantiate(parser.parse_args(words))
         values = {f.name: sections[f.name] for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
         return schema(**values)
     except (ArgumentError, ConfigError, OSError) as error:
@@ -46,9 +54,9 @@ def _explain(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def run(main: Callable[[Config], None], schema: type[Config]) -> None:
+def run(main: Callable[[Config], None], schema: type[Config], default: Path | None = None) -> None:
     """Parse the command line and run a recipe; a mistake in the configuration or the data it names is one line."""
-    config = parse(schema)
+    config = parse(schema, default=default)
     try:
         main(config)
     except ConfigError as error:

@@ -173,7 +173,7 @@ def unseen_pair(seed: int, index: int) -> Scene:
 
 
 def _radius(rng: np.random.Generator, size: str) -> float:
-    return float(rng.uniform(0.2, 0.23) if size == "large" else rng.uniform(0.13, 0.15))
+    return float(rng.uniform(0.25, 0.29) if size == "large" else rng.uniform(0.16, 0.185))
 
 
 def _pick(rng: np.random.Generator, pairs: tuple[tuple[str, str], ...]) -> tuple[str, str]:
@@ -202,10 +202,10 @@ def _relation(rng: np.random.Generator, twin: int, pairs: tuple[tuple[str, str],
     second = _pick(rng, tuple(pair for pair in pairs if pair != first))
     relation = str(rng.choice(tuple(RELATIONS)))
     dx, dy = RELATIONS[relation][2]
-    gap = rng.uniform(0.22, 0.25)
+    gap = rng.uniform(0.23, 0.25)
     slip_x, slip_y = rng.uniform(-0.06, 0.06, 2)
-    mid_x, mid_y = rng.uniform(0.48, 0.52, 2)
-    radii = rng.uniform(0.17, 0.2, 2)
+    mid_x, mid_y = rng.uniform(0.49, 0.51, 2)
+    radii = rng.uniform(0.19, 0.215, 2)
     off_x, off_y = dx * gap + dy * slip_x, dy * gap + dx * slip_y
     places = [(mid_x + off_x, mid_y + off_y), (mid_x - off_x, mid_y - off_y)]
     exchanged = [(first[0], second[1]), (second[0], first[1])]

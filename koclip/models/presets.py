@@ -35,12 +35,12 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(
-        image_size=32,
+        image_size=40,
         patch_size=8,
         image_width=128,
         image_layers=3,
         text_width=128,
-        text_layers=1,
+        text_layers=2,
         embed_dim=128,
         head_width=32,
     ),
