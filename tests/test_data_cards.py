@@ -1,10 +1,14 @@
 """data_cards: complete, in the index, and of the very files at hand."""
 
 import hashlib
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
+
+from koclip.data import scenes
 
 ROOT = Path(__file__).parents[1]
 CARDS = sorted(path for path in (ROOT / "data_cards").glob("*.md") if path.name != "README.md")
@@ -29,7 +33,19 @@ def test_a_card_is_complete(card):
     assert f"]({card.name})" in (ROOT / "data_cards" / "README.md").read_text(encoding="utf-8")
     for config in facts["used_by"]:
         text = (ROOT / config).read_text(encoding="utf-8")
-        assert any(path in text for path in facts["files"]), f"{config} reads no file of {card.stem}"
+        assert any(path in text for path in facts["files"] or ["path: scenes"]), (
+            f"{config} reads no file of {card.stem}"
+        )
+
+
+def test_the_card_of_scenes_counts_as_the_code_does():
+    text = " ".join((ROOT / "data_cards" / "scenes.md").read_text(encoding="utf-8").split())
+    assert f"{len(scenes.COLOURS)} colours x {len(scenes.SHAPES)} shapes" in text
+    assert f"{len(scenes.HELD_OUT)} of the {len(scenes.PAIRS)} (colour, shape) pairs" in text
+    kinds = Counter(scenes.scene("train", 0, 2 * index).kind for index in range(2_000))
+    for kind, share in re.findall(r"\| (relation|single|count) \| (\d+) % \|", text):
+        assert abs(100 * kinds.pop(kind) / 2_000 - int(share)) < 3
+    assert not kinds
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
