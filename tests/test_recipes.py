@@ -17,9 +17,11 @@ from koclip import config
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "pretrain.py"
+SCENES = ROOT / "recipes" / "configs" / "pretrain" / "scenes.yaml"  # what the recipe runs without --config
 SMALL = [
     *("--train.num_threads", "1", "--train.tracker", "none", "--train.batch_size", "8", "--train.log_every", "5"),
     *("--optim.warmup_steps", "3", "--tokenizer.train_captions", "500", "--tokenizer.vocab_size", "600"),
+    *("--data.num_workers", "0", "--data.length_pool", "2"),
     *("--model.image_width", "32", "--model.text_width", "32", "--model.image_layers", "1"),
     *("--eval.sets", "[{source: {scenes_part: test, scenes_size: 20}}]"),
 ]
@@ -31,7 +33,7 @@ def pretrain(*args: str) -> None:
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
     AcceleratorState._reset_state(reset_partial_state=True)
-    recipe.main(config.parse(config.PretrainConfig, [*SMALL, *args]))
+    recipe.main(config.parse(config.PretrainConfig, [*SMALL, *args], default=SCENES))
 
 
 def weights(run: Path) -> dict[str, bytes]:

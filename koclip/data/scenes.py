@@ -20,7 +20,7 @@ from koclip.text.particles import attach
 Part = Literal["train", "test"]
 Kind = Literal["single", "relation", "count"]
 KINDS: tuple[Kind, ...] = ("single", "relation", "count")
-_KIND_CHANCES = (0.35, 0.5, 0.15)
+_KIND_CHANCES = (0.45, 0.42, 0.13)
 SIDE = 48  # pixels
 LANGUAGES = ["ko", "en"]
 
@@ -173,7 +173,7 @@ def unseen_pair(seed: int, index: int) -> Scene:
 
 
 def _radius(rng: np.random.Generator, size: str) -> float:
-    return float(rng.uniform(0.25, 0.29) if size == "large" else rng.uniform(0.16, 0.185))
+    return float(rng.uniform(0.28, 0.32) if size == "large" else rng.uniform(0.18, 0.205))
 
 
 def _pick(rng: np.random.Generator, pairs: tuple[tuple[str, str], ...]) -> tuple[str, str]:
