@@ -1,6 +1,7 @@
 """Before the first step: the accelerator, and what a step changes."""
 
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
@@ -19,6 +20,7 @@ def start(config: TrainConfig) -> Accelerator:
         ConfigError: it was launched with another number of processes. On a CPU several processes need
             ACCELERATE_USE_CPU=true and torchrun: a plain launch silently gives independent runs.
     """
+    transformers.utils.logging.disable_progress_bar()  # of files that load in a moment
     precision = "no" if config.precision == "fp32" else config.precision
     tracker = None if config.tracker == "none" else config.tracker
     # The tracker's directory is set when the run's directory is known; accelerate wants one at once.
