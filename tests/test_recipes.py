@@ -68,6 +68,11 @@ def test_a_run_leaves_what_the_design_says(finished):
     config.parse(config.PretrainConfig, ["--config", str(finished / "config.yaml")])
 
 
+def test_the_tracker_writes_into_the_run(tmp_path):
+    pretrain("--train.num_steps", "4", "--train.tracker", "tensorboard", "--output_dir", str(tmp_path / "run"))
+    assert list((tmp_path / "run" / "tracker").glob("events.out.tfevents.*"))
+
+
 def test_metrics_hold_every_promised_number(finished):
     logged = lines(finished / "metrics.jsonl")
     assert [line["step"] for line in logged] == [5, 10, 15, 20]

@@ -57,7 +57,7 @@ class Run:
     def start(self, config: Any, accelerator: Accelerator) -> None:
         """Write config.yaml and environment.json, and start the tracker that `accelerator` was made with."""
         self._accelerator = accelerator
-        accelerator.project_configuration.set_directories(str(self.path))
+        accelerator.project_configuration.logging_dir = str(self.path)
         accelerator.init_trackers("tracker")
         if distributed.rank() == 0:
             dump(config, self.path / "config.yaml")
