@@ -61,7 +61,10 @@ def test_a_sped_up_model_gives_the_stock_embeddings_and_gradients(attention: str
     fast.model.set_attn_implementation(attention)
     (expected, expected_gradients), (got, got_gradients) = embed(stock, batch), embed(fast, batch)
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
-    torch.testing.assert_close(got_gradients, expected_gradients, atol=1e-5, rtol=1e-5)
+    # fp32 sums differ by the order of their terms, so by a share of the largest gradient and not of each small one.
+    scale = max(float(gradient.abs().max()) for gradient in expected_gradients.values())
+    assert scale > 0.1
+    torch.testing.assert_close(got_gradients, expected_gradients, atol=1e-5 * scale, rtol=0)
 
 
 def test_the_end_of_a_text_is_found_without_a_mask_and_without_padding() -> None:
