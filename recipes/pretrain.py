@@ -20,7 +20,7 @@ from koclip.models.dual_encoder import DualEncoder, from_scratch
 NEXT = """
 Saved {model}, a stock transformers model. Next:
   python -c "from transformers import pipeline; print(pipeline('zero-shot-image-classification', model='{model}')\
-('{run}/pictures/example.png', candidate_labels=['빨간 원', '파란 사각형'], hypothesis_template='{{}}'))"
+('{run}/pictures/example.png', candidate_labels={labels}, hypothesis_template='{{}}'))"
   tensorboard --logdir {run}
   accelerate launch recipes/pretrain.py --data.sources "[{{path: pairs.csv, image: file, captions: {{ko: caption}}}}]"
 """
@@ -68,7 +68,9 @@ def main(cfg: config.PretrainConfig) -> None:
     if accelerator.is_main_process:
         encoder = Encoder(*koclip.load(model_dir), cfg.eval.batch_size)  # what was saved, as a user loads it
         report(run.path, cfg, encoder, eval_sets)
-        print(NEXT.format(model=model_dir, run=run.path))
+        captions = [next(iter(captions.values()))[0] for captions in eval_sets[0].captions[:3]]
+        labels = [caption.replace("'", " ").replace('"', " ") for caption in captions]  # quotable in a shell
+        print(NEXT.format(model=model_dir, run=run.path, labels=labels))
 
 
 if __name__ == "__main__":
