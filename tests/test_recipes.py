@@ -163,6 +163,22 @@ def test_dirty_data_trains_to_the_end_and_every_bad_sample_is_listed(dirty):
     assert lines(dirty / "run" / "metrics.jsonl")[-1]["step"] == 80
 
 
+def test_unusable_evaluation_images_are_listed_once_across_resumes(dirty):
+    source = {"path": str(dirty / "pairs.jsonl"), "image": "file", "captions": {"ko": "ko", "en": "en"}}
+    args = [
+        "--train.num_steps",
+        "4",
+        "--eval.sets",
+        json.dumps([{"source": source}]),
+        "--output_dir",
+        str(dirty / "run"),
+    ]
+    pretrain(*args)
+    pretrain(*args, "--resume", "auto")
+    listed = [line["key"] for line in lines(dirty / "run" / "skipped.jsonl")]
+    assert len(listed) == len(set(listed)) == 17  # 15 broken images and 2 rows without a caption
+
+
 def test_too_much_dirt_stops_the_run_with_the_list(dirty):
     source = f"[{{path: {dirty / 'pairs.jsonl'}, image: file, captions: {{ko: ko, en: en}}}}]"
     args = ["--data.sources", source, "--train.num_steps", "200", "--data.max_skipped_fraction", "0.02"]

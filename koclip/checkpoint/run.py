@@ -50,7 +50,9 @@ class Run:
             )
         distributed.barrier()
         self.positions: dict[int, Position] = {}
-        self._skipped: set[str] = set()
+        listed = self.path / "skipped.jsonl"
+        known = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []
+        self._skipped = {json.loads(line)["key"] for line in known}
         self.num_skipped = self._drawn = 0
         (self.path / "pictures").mkdir(parents=True, exist_ok=True)
 
@@ -149,9 +151,6 @@ class Run:
             return state.Progress()
         progress = state.read(latest, trainer)
         self.positions = {position.reader: position for position in progress.positions}
-        listed = self.path / "skipped.jsonl"
-        if listed.exists():
-            self._skipped = {json.loads(line)["key"] for line in listed.read_text(encoding="utf-8").splitlines()}
         if distributed.rank() == 0:
             self._forget_metrics_after(progress.step)
         return progress

@@ -8,7 +8,7 @@ from typing import overload
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
-from koclip.config import EvalSetConfig, SourceConfig
+from koclip.config import DataConfig, EvalSetConfig, SourceConfig
 from koclip.data import scenes
 from koclip.data.batches import Skip
 from koclip.data.sources import Row, StreamSource, open_source
@@ -16,7 +16,7 @@ from koclip.data.tables import SourceError
 from koclip.data.transforms import ImageError, decode
 
 _BATCH = 256  # rows read at once
-_MAX_PIXELS = 89_478_485
+_MAX_PIXELS = DataConfig.max_image_pixels
 _TASK_SIZE = 400  # questions per scenes task
 
 
