@@ -49,6 +49,17 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     return gathered
 
 
+def logsumexp(values: torch.Tensor) -> torch.Tensor:
+    """Return log(sum(exp(value))) over the processes, element by element. No gradient flows."""
+    if world_size() == 1:
+        return values
+    largest = values.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    total = (values - largest).exp()
+    dist.all_reduce(total)
+    return largest + total.log()
+
+
 def mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
     """Return each value's mean over the processes."""
     if world_size() == 1:

@@ -41,12 +41,12 @@ def main(cfg: config.PretrainConfig) -> None:
     trainer = training.prepare(accelerator, dual_encoder, cfg.loss, cfg.optim, cfg.train)
 
     progress = run.load(trainer)
-    shard = Shard(cfg.train.batch_size, accelerator.process_index, accelerator.num_processes)
+    train = cfg.train
+    shard = Shard(train.batch_size, accelerator.process_index, accelerator.num_processes, train.micro_batch_size)
     image_size = processor.image_processor.crop_size["height"]
     loader = train_loader(cfg.data, tokenizer, image_size, shard, progress.step, progress.all_positions)
     batches = run.watch(loader, cfg.data.max_skipped_fraction)
 
-    train = cfg.train
     steps = training.steps(trainer, batches, progress.step, train.num_steps, train.log_every)
     bar = tqdm(steps, "training", train.num_steps, initial=progress.step, disable=not accelerator.is_main_process)
     with training.StopRequest(accelerator.device) as stop:
@@ -54,13 +54,14 @@ def main(cfg: config.PretrainConfig) -> None:
             last, stopping = step == train.num_steps, stop.asked()
             if stats:
                 run.log(step, stats)
-                bar.set_postfix(loss=f"{stats['loss']:.3f}", accuracy=f"{stats['accuracy']:.0%}")
+                bar.set_postfix_str(training.progress_text(stats))
+            run.list_events(trainer.health.take_events())
             if train.eval_every and step % train.eval_every == 0 and not last:
                 with trainer.evaluating() as whole:
                     encoder = Encoder(whole, processor, cfg.eval.batch_size)
                     run.log(step, {name: metric.value for name, metric in evaluate(encoder, eval_sets).items()})
             if last or stopping or (train.save_every and step % train.save_every == 0):
-                run.save(trainer, step, train.keep_checkpoints)
+                run.save(trainer, step, train.keep_checkpoints, wait=last or stopping)
             if stopping and not last:
                 accelerator.print(f"Stopped at step {step}; to go on, add: --resume auto --output_dir {run.path}")
                 return

@@ -42,6 +42,14 @@ def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
+@pytest.fixture(autouse=True)
+def new_accelerator() -> None:
+    """Let every test choose its own precision: accelerate keeps the first choice for good."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Return the folder of data sets that are at hand for development but may not be published."""

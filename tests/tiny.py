@@ -4,6 +4,7 @@ import torch
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from koclip.config import ModelConfig
+from koclip.data.batches import Batch
 from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.text.tokenizers import train_bpe
 
@@ -39,3 +40,23 @@ def tiny_batch(size: int, seed: int = 0, image_size: int = 32) -> dict[str, torc
     captions = [f"{CAPTIONS[index % len(CAPTIONS)]} {index}" for index in range(size)]
     text = tiny_tokenizer()(captions, padding=True, return_tensors="pt")
     return {"pixel_values": pixels, "input_ids": text["input_ids"], "attention_mask": text["attention_mask"]}
+
+
+def tiny_pieces(sizes: list[int], seed: int = 0) -> list[Batch]:
+    """A batch in pieces of these sizes, each padded to its own longest caption; some captions are equal."""
+    pieces = []
+    for number, size in enumerate(sizes):
+        inputs = tiny_batch(size, seed=100 * seed + number)
+        longest = int(inputs["attention_mask"].sum(dim=1).max())
+        pieces.append(
+            Batch(
+                pixel_values=inputs["pixel_values"],
+                input_ids=inputs["input_ids"][:, :longest],
+                attention_mask=inputs["attention_mask"][:, :longest],
+                caption_ids=torch.arange(size) + 2 * number,
+                keys=[f"{seed}/{number}/{place}" for place in range(size)],
+                skipped=[],
+                num_drawn=size,
+            )
+        )
+    return pieces

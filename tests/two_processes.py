@@ -3,32 +3,45 @@
 ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 tests/two_processes.py FOLDER
 """
 
+import dataclasses
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from tiny import tiny_batch, tiny_config, tiny_dual_encoder, tiny_tokenizer
+from tiny import tiny_batch, tiny_config, tiny_dual_encoder, tiny_pieces, tiny_tokenizer
 from torch.distributed.tensor import DTensor
 
 from koclip import distributed, training
 from koclip.checkpoint import Run
-from koclip.config import LossConfig, OptimConfig, TrainConfig
-from koclip.models.dual_encoder import from_scratch
+from koclip.config import LossConfig, OptimConfig, PretrainConfig, TrainConfig
+from koclip.data.batches import Batch
+from koclip.losses import Loss
+from koclip.models.dual_encoder import Embeddings, from_scratch
 from koclip.models.inference import embed_texts
+from koclip.training import grad_cache
 
-LOSSES = [(name, mode) for name in ("infonce", "sigmoid") for mode in ("negatives", "masked", "positives")]
+LOSSES = {
+    f"{name}/{mode}/{'tiled' if tile_rows else 'dense'}": LossConfig(
+        name=name, equal_captions=mode, tile_rows=tile_rows
+    )  # type: ignore[arg-type]
+    for name in ("infonce", "sigmoid")
+    for mode in ("negatives", "masked", "positives")
+    for tile_rows in (None, 1)
+}
 CAPTION_IDS = torch.tensor([0, 1, 2, 3, 0, 5, 1, 1])  # equal captions within a process and across two
 TRAIN = TrainConfig(batch_size=2, num_steps=10, tracker="none")
 OPTIM = OptimConfig(warmup_steps=1)
+CONFIG = PretrainConfig(train=TRAIN, optim=OPTIM)
 
 
-def prepare(accelerator: Accelerator, loss: LossConfig) -> training.Trainer:
+def prepare(accelerator: Accelerator, loss: LossConfig, **model: object) -> training.Trainer:
     # These keep losses and gradients near 1: float32 could not resolve 1e-6 of the 10 that a bias of -10 begins with.
     bias = -2.0 if loss.name == "sigmoid" else None
-    dual_encoder = tiny_dual_encoder(logit_bias=bias, temperature=0.5).train()
+    dual_encoder = tiny_dual_encoder(logit_bias=bias, temperature=0.5, **model).train()
     return training.prepare(accelerator, dual_encoder, loss, OPTIM, TRAIN)
 
 
@@ -60,10 +73,69 @@ def gradients(trainer: training.Trainer) -> dict[str, torch.Tensor]:
 
 def losses_and_gradients(accelerator: Accelerator) -> dict[str, object]:
     results = {}
-    for name, mode in LOSSES:
-        trainer = prepare(accelerator, LossConfig(name=name, equal_captions=mode))  # type: ignore[arg-type]
-        results[f"{name}/{mode}"] = {"loss": backward(trainer), "gradients": gradients(trainer)}
+    for name, loss in LOSSES.items():
+        trainer = prepare(accelerator, loss)
+        results[name] = {"loss": backward(trainer), "gradients": gradients(trainer)}
     return results
+
+
+def pieces_of(step: int, sizes: tuple[int, ...] = (2, 2, 1)) -> list[Batch]:
+    """This process's share of a step's batch, in uneven pieces."""
+    return tiny_pieces(list(sizes), seed=2 * step + distributed.rank())
+
+
+def at_once(trainer: training.Trainer, pieces: Sequence[Batch]) -> Loss:
+    """The plain way: one forward pass of each piece, one backward pass of them all, which synchronises once."""
+    made = [trainer.dual_encoder(*piece.inputs) for piece in pieces]
+    image, text = (torch.cat([getattr(one, side) for one in made]) for side in ("image", "text"))
+    whole = Embeddings(image, text, made[0].logit_scale, made[0].logit_bias)
+    loss = trainer.loss(whole, torch.cat([piece.caption_ids for piece in pieces]))
+    loss.value.backward()
+    for parameter in trainer.dual_encoder.parameters():
+        torch.distributed.all_reduce(parameter.grad)
+        parameter.grad /= distributed.world_size()  # type: ignore[operator]
+    return loss
+
+
+def grad_cached(accelerator: Accelerator) -> dict[str, object]:
+    """Gradients in pieces and at once, with dropout, and the weights after 20 steps of either."""
+    results = {}
+    for name in ("infonce", "sigmoid"):
+        found: dict[str, list[object]] = {"loss": [], "gradients": [], "weights": []}
+        for backward in (at_once, cached):
+            trainer = prepare(accelerator, LossConfig(name=name), patch_dropout=0.3)  # type: ignore[arg-type]
+            torch.manual_seed(distributed.rank())
+            for step in range(20):
+                loss = backward(trainer, pieces_of(step))
+                if step == 0:
+                    value = distributed.mean({"loss": loss.value.item()}, accelerator.device)["loss"]
+                    found["loss"].append(value)
+                    found["gradients"].append({key: one.clone() for key, one in gradients(trainer).items()})
+                trainer.optimizer.step()
+                trainer.optimizer.zero_grad()
+            found["weights"].append(trainer.dual_encoder.state_dict())
+        results[name] = found
+    return results
+
+
+def cached(trainer: training.Trainer, pieces: Sequence[Batch]) -> Loss:
+    return grad_cache.backward(trainer.accelerator, trainer.model, trainer.dual_encoder, trainer.loss, pieces)
+
+
+def with_one_bad_process(accelerator: Accelerator) -> dict[str, object]:
+    """Three steps; in the second, only the last process has a batch that is not finite."""
+    trainer = prepare(accelerator, LossConfig())
+
+    def batches() -> Iterator[Batch]:
+        for step in range(3):
+            (piece,) = pieces_of(step, (2,))
+            if step == 1 and distributed.rank() == 1:
+                piece = dataclasses.replace(piece, pixel_values=piece.pixel_values.float() * float("nan"))
+            yield piece
+
+    list(training.steps(trainer, batches(), 0, 3, log_every=3))
+    weights = torch.cat([one.detach().flatten() for one in trainer.dual_encoder.parameters()])
+    return {"events": distributed.gather_objects(trainer.health.take_events()), "weights": distributed.gather(weights)}
 
 
 def collectives(device: torch.device) -> dict[str, object]:
@@ -80,15 +152,21 @@ def collectives(device: torch.device) -> dict[str, object]:
     }
 
 
+def open_run(folder: Path, accelerator: Accelerator, resume: bool = False) -> Run:
+    run = Run("test", str(folder), resume)
+    run.start(CONFIG, accelerator)
+    return run
+
+
 def resumed(accelerator: Accelerator, folder: Path) -> dict[str, object]:
     """Train two steps with a checkpoint after the first; then the second again, from the checkpoint."""
     trainer = prepare(accelerator, LossConfig())
-    run = Run("test", str(folder), resume=False)
+    run = open_run(folder, accelerator)
     step(trainer)
-    run.save(trainer, 1, keep=1)
+    run.save(trainer, 1, keep=1, wait=True)
     step(trainer)
     again = prepare(accelerator, LossConfig())
-    progress = Run("test", str(folder), resume=True).load(again)
+    progress = open_run(folder, accelerator, resume=True).load(again)
     step(again)
     return {
         "step": progress.step,
@@ -117,9 +195,9 @@ def sharded(folder: Path) -> dict[str, object]:
     trainer.dual_encoder.clamp_logit_scale()
     scale = trainer.dual_encoder.logit_scale()
 
-    Run("test", str(folder), resume=False).save(trainer, 1, keep=1)
+    open_run(folder, accelerator).save(trainer, 1, keep=1, wait=True)
     again = prepare(accelerator, LossConfig(name="sigmoid"))
-    Run("test", str(folder), resume=True).load(again)
+    open_run(folder, accelerator, resume=True).load(again)
     _, processor = from_scratch(tiny_config(), tiny_tokenizer())
     texts = []
     for one in (trainer, again):
@@ -127,7 +205,7 @@ def sharded(folder: Path) -> dict[str, object]:
             texts.append(embed_texts(model, processor, ["빨간 원", "파란 별"]))
         step(one)  # training goes on after an evaluation
     published = Run("test", str(folder / "published"), resume=False)
-    Run("test", str(folder), resume=True).load(trainer)
+    open_run(folder, accelerator, resume=True).load(trainer)
     published.save_model(trainer, processor)
     return {"loss": loss, "gradients": found, "scale": scale, "texts": texts}
 
@@ -140,6 +218,8 @@ def main(folder: Path) -> None:
         "ddp": losses_and_gradients(accelerator),
         "collectives": collectives(accelerator.device),
         "resumed": resumed(accelerator, folder / "ddp"),
+        "grad_cache": grad_cached(accelerator),
+        "bad": with_one_bad_process(accelerator),
         "fsdp2": sharded(folder / "fsdp2"),
     }
     if distributed.rank() == 0:

@@ -2,25 +2,27 @@
 
 import itertools
 import json
-import os
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from koclip import distributed
-from koclip.checkpoint import state
+from koclip.checkpoint import lines, state
 from koclip.checkpoint.environment import environment
 from koclip.checkpoint.model import publish
-from koclip.config import ConfigError, TokenizerConfig, dump
+from koclip.checkpoint.series import Series
+from koclip.config import ConfigError, TokenizerConfig, check_changes, dump, to_dict
 from koclip.data.batches import Batch, Position, Skip
 from koclip.text.tokenizers import load as load_tokenizer
 from koclip.text.tokenizers import train_bpe
-from koclip.training.loop import Trainer
+from koclip.training import Event, Trainer
 
 _MIN_DRAWN = 1_000  # rows drawn before the skipped share is judged
 
@@ -49,22 +51,31 @@ class Run:
                 f"output_dir: {self.path} already holds a run; pass --resume auto to go on with it, or another one"
             )
         distributed.barrier()
+        self._series = Series(self.path / "checkpoints")
         self.positions: dict[int, Position] = {}
-        listed = self.path / "skipped.jsonl"
-        known = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []
-        self._skipped = {json.loads(line)["key"] for line in known}
+        self._skipped = {item["key"] for item in lines.read(self.path / "skipped.jsonl")}
         self.num_skipped = self._drawn = 0
         (self.path / "pictures").mkdir(parents=True, exist_ok=True)
 
     def start(self, config: Any, accelerator: Accelerator) -> None:
-        """Write config.yaml and environment.json, and start the tracker that `accelerator` was made with."""
-        self._accelerator = accelerator
+        """Find the checkpoint to go on from, write config.yaml and environment.json, and start the tracker.
+
+        Raises:
+            ConfigError: `config` differs from the checkpoint's in what would change the result.
+            RunError: there are checkpoints, but none is intact.
+        """
+        self._accelerator, self._config = accelerator, to_dict(config)
+        found = self._series.newest_intact() if distributed.rank() == 0 else None
+        self._checkpoint = distributed.gather_objects(found)[0]
+        if self._checkpoint is not None:
+            self._check_changes(state.read_facts(self._checkpoint), config.resume_with)
         accelerator.project_configuration.logging_dir = str(self.path)
         accelerator.init_trackers("tracker")
         if distributed.rank() == 0:
+            lines.keep(self.path / "skipped.jsonl", lambda _: True)  # but a line that was cut off
             dump(config, self.path / "config.yaml")
             facts = json.dumps(environment(), indent=2, ensure_ascii=False)
-            (self.path / "environment.json").write_text(facts + "\n", encoding="utf-8")
+            lines.replace(self.path / "environment.json", facts + "\n")
 
     def tokenizer(self, config: TokenizerConfig, captions: Iterator[str]) -> PreTrainedTokenizerBase:
         """Return the run's tokenizer: the one it began with, the one that `config` names, or one trained now.
@@ -86,19 +97,32 @@ class Run:
         return load_tokenizer(str(directory), config.max_tokens)
 
     def log(self, step: int, stats: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl and hand it to the tracker."""
+        """Append one line to metrics.jsonl and hand it to the tracker; what is not finite is null in it."""
         self._accelerator.log(stats, step=step)
         if distributed.rank() == 0:
-            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **stats}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in stats.items()}
+            lines.append(self.path / "metrics.jsonl", [{"step": step, **finite}])
+
+    def list_events(self, events: list[Event]) -> None:
+        """Append bad steps and loss spikes to events.jsonl, with their samples, and say so."""
+        if distributed.rank() != 0 or not events:
+            return
+        # JSON knows no nan: these numbers are strings.
+        items = [event._asdict() | {"loss": str(event.loss), "grad_norm": str(event.grad_norm)} for event in events]
+        lines.append(self.path / "events.jsonl", items)
+        for event in events:
+            numbers = f"loss {event.loss:.4g}, gradient norm {event.grad_norm:.4g}"
+            tqdm.write(f"Step {event.step}: {event.kind.replace('_', ' ')}, {numbers} (events.jsonl)")
 
     def watch(self, batches: Iterator[Batch], max_skipped_fraction: float) -> Iterator[Batch]:
         """Pass batches on; list their skipped samples in skipped.jsonl and note the readers' positions.
 
         Raises:
             SkippedError: more than `max_skipped_fraction` of the rows drawn could not be used.
+            RunError: a checkpoint could not be written.
         """
         for batch in batches:
+            self._series.stop_if_failed()
             if batch.position is not None:
                 self.positions[batch.position.reader] = batch.position
             self._drawn += batch.num_drawn
@@ -117,49 +141,60 @@ class Run:
         new = {skip.key: skip for skip in skipped if skip.key not in self._skipped}
         self._skipped.update(new)
         if new:
-            with (self.path / "skipped.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(skip._asdict(), ensure_ascii=False) + "\n" for skip in new.values())
+            lines.append(self.path / "skipped.jsonl", [skip._asdict() for skip in new.values()])
 
-    def latest(self) -> Path | None:
-        """Return the newest complete checkpoint. One that was being written has another name."""
-        found = sorted((self.path / "checkpoints").glob("step-*/state.json"))
-        return found[-1].parent if found else None
+    def save(self, trainer: Trainer, step: int, keep: int, wait: bool = False) -> None:
+        """Begin checkpoints/step-<step>/, which will be there whole or not at all; keep the newest `keep`.
 
-    def save(self, trainer: Trainer, step: int, keep: int) -> Path:
-        """Write checkpoints/step-<step>/ so that it is there whole or not at all; keep the newest `keep`."""
-        final = self.path / "checkpoints" / f"step-{step:08d}"
-        partial = final.with_name(f"writing-{final.name}")
+        Training waits for a copy in host memory, not for the disk.
+
+        Args:
+            trainer: What to save.
+            step: Steps done.
+            keep: Checkpoints kept.
+            wait: Return when it is on disk.
+
+        Raises:
+            RunError: this or the last checkpoint could not be written.
+        """
+        partial = self._series.begin(step) if distributed.rank() == 0 else self.path
+        partial = distributed.gather_objects(partial)[0]
+        progress = state.Progress(step, tuple(self.positions.values()))
+        snapshot = state.collect(partial, trainer, progress, self._config)
         if distributed.rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        distributed.barrier()
-        state.write(partial, trainer, state.Progress(step, tuple(self.positions.values())))
-        distributed.barrier()
-        if distributed.rank() == 0:
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            _sync_directory(final.parent)
-            for old in sorted(final.parent.glob("step-*"))[:-keep]:
-                shutil.rmtree(old)
-        distributed.barrier()
-        return final
+            self._series.finish(partial, snapshot.write, keep)
+        if wait:
+            self._series.wait()
+            distributed.barrier()
 
     def load(self, trainer: Trainer) -> state.Progress:
-        """Put the newest checkpoint's state into `trainer`; a fresh run starts at step 0."""
-        latest = self.latest()
-        if latest is None:
+        """Put the newest intact checkpoint's state into `trainer`; a fresh run starts at step 0."""
+        if self._checkpoint is None:
             return state.Progress()
-        progress = state.read(latest, trainer)
+        progress = state.read(self._checkpoint, trainer)
         self.positions = {position.reader: position for position in progress.positions}
         if distributed.rank() == 0:
-            self._forget_metrics_after(progress.step)
+            for name in ("metrics.jsonl", "events.jsonl"):  # without what the run will write again
+                lines.keep(self.path / name, lambda item: item["step"] <= progress.step)
         return progress
 
-    def _forget_metrics_after(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl that the resumed run will write again."""
-        file = self.path / "metrics.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-        file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+    def _check_changes(self, facts: dict[str, Any], accepted: Sequence[str]) -> None:
+        """Compare this launch with the one that made a checkpoint; say what changed.
+
+        Raises:
+            ConfigError: a change that would change the result.
+        """
+        then, now = facts["num_processes"], distributed.world_size()
+        if then != now and any(facts["positions"]):
+            raise ConfigError(
+                f"resume: the checkpoint was made by {then} processes and this run has {now}; streamed data goes on in "
+                f"the same order with {then} only (data in files that are not streamed takes any number)"
+            )
+        changed = check_changes(facts["config"], self._config, (then, now), accepted)
+        if then != now:
+            changed.append(f"processes: {then} -> {now}; dropout and patch dropout draw other numbers")
+        if changed and distributed.rank() == 0:
+            tqdm.write("\n  ".join(["Changed since the checkpoint:", *changed]))
 
     def save_model(self, trainer: Trainer, processor: ProcessorMixin) -> Path:
         """Write model/: what `from_pretrained` of stock transformers loads. fp32, safetensors."""
@@ -168,15 +203,9 @@ class Run:
             weights = trainer.averaged.state_dict()
         directory = self.path / "model"
         if distributed.rank() == 0:
-            publish(directory, trainer.dual_encoder.model, processor, weights)
+            partial = directory.with_name("writing-model")
+            publish(partial, trainer.dual_encoder.model, processor, weights)
+            shutil.rmtree(directory, ignore_errors=True)
+            partial.rename(directory)
         distributed.barrier()
         return directory
-
-
-def _sync_directory(path: Path) -> None:
-    """Make a rename in `path` survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,10 +2,10 @@
 
 import itertools
 import json
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -22,7 +22,9 @@ from torch.distributed.checkpoint.state_dict import (
 from koclip import distributed
 from koclip.data.batches import Position
 from koclip.models.dual_encoder import MAX_LOGIT_SCALE
-from koclip.training.loop import Trainer
+from koclip.training import Trainer, rng
+
+Item = TypeVar("Item")
 
 # Whole tensors on the CPU, whatever shards the model.
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -38,70 +40,114 @@ class Progress:
     all_positions: tuple[Position, ...] = ()  # of every process's
 
 
-def write(directory: Path, trainer: Trainer, progress: Progress) -> None:
-    """Write the whole state of a run into `directory` and sync it to disk; call it on every process.
+@dataclass
+class Snapshot:
+    """A run's state in host memory, which training no longer touches."""
 
-    Weights, moments and random-number states go into state.safetensors, the rest into state.json: no pickle.
+    tensors: dict[str, torch.Tensor]
+    facts: dict[str, Any]
+
+    def write(self, directory: Path) -> None:
+        """Write state.safetensors and state.json: no pickle."""
+        save_file(self.tensors, directory / "state.safetensors")
+        text = json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n"
+        (directory / "state.json").write_text(text, encoding="utf-8")
+
+
+def collect(directory: Path, trainer: Trainer, progress: Progress, config: dict[str, Any]) -> Snapshot:
+    """Copy the whole state of a run; call it on every process.
+
+    `directory` is where the checkpoint is being made: DeepSpeed's engine writes its shards there, pickles of its own.
     """
-    rngs = distributed.gather_objects(_rng_state())
-    positions = distributed.gather_objects(progress.positions)
-    model, optimizer = _weights_and_moments(directory, trainer)
-    if distributed.rank() != 0:
-        return
-    state = {f"model.{name}": value for name, value in model.items()}
-    for name, moments in optimizer["state"].items():
-        state |= {f"optimizer.{name}/{moment}": value for moment, value in moments.items()}
-    for rank, rng in enumerate(rngs):
-        state |= {f"rng.{rank}.{name}": value for name, value in rng.items()}
-    if trainer.ema is not None:
-        state |= {f"ema.{name}": value for name, value in trainer.ema.state_dict().items()}
-    scaler = trainer.accelerator.scaler
-    save_file({name: value.contiguous() for name, value in state.items()}, directory / "state.safetensors")
-    facts = {
+    tensors = {f"rng.{rank}.{name}": one for rank, states in _all(rng.states()) for name, one in states.items()}
+    facts: dict[str, Any] = {
         "step": progress.step,
-        "positions": positions,
-        "param_groups": optimizer["param_groups"],
-        "scheduler": trainer.scheduler.state_dict(),
-        "scaler": scaler.state_dict() if scaler is not None else None,
+        "positions": distributed.gather_objects(progress.positions),
+        "health": trainer.health.state_dict(),
+        "scaler": trainer.accelerator.scaler.state_dict() if trainer.accelerator.scaler is not None else None,
         "num_processes": distributed.world_size(),
+        "config": config,
     }
-    (directory / "state.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    for name in ("state.safetensors", "state.json"):
-        with (directory / name).open("rb") as file:
-            os.fsync(file.fileno())
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        trainer.model.save_checkpoint(directory, tag=_DEEPSPEED, save_latest=False)  # type: ignore[operator]
+        found: Any = {}, {"state": {}, "param_groups": []}
+    else:
+        found = get_state_dict(trainer.model, _plain(trainer.optimizer), options=FULL)
+    if distributed.rank() != 0:
+        return Snapshot({}, {})
+    model, optimizer = found
+    facts["param_groups"] = optimizer["param_groups"]
+    tensors |= {f"model.{name}": one for name, one in model.items()}
+    for name, moments in optimizer["state"].items():
+        tensors |= {f"optimizer.{name}/{moment}": one for moment, one in moments.items()}
+    if trainer.ema is not None:
+        tensors |= {f"ema.{name}": one for name, one in trainer.ema.state_dict().items()}
+    # On a CPU these still are the tensors that the next step changes.
+    return Snapshot({name: one.to("cpu", copy=True).contiguous() for name, one in tensors.items()}, facts)
+
+
+def read_facts(directory: Path) -> dict[str, Any]:
+    """Return the part of a checkpoint that is not tensors."""
+    facts: dict[str, Any] = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+    return facts
 
 
 def read(directory: Path, trainer: Trainer) -> Progress:
-    """Put the state in `directory` into `trainer` and this process's generators; call it on every process."""
-    facts = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+    """Put the state in `directory` into `trainer` and this process's generators; call it on every process.
+
+    Learning rate, decay and the like are the trainer's own: they follow from the configuration and the step.
+    """
+    facts = read_facts(directory)
     parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}, "rng": {}, "ema": {}}
     with safe_open(directory / "state.safetensors", framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - not a dict
             part, name = key.split(".", 1)
             parts[part][name] = file.get_tensor(key)
-    moments: dict[str, dict[str, torch.Tensor]] = {}
-    for name, value in parts["optimizer"].items():
-        parameter, moment = name.rsplit("/", 1)
-        moments.setdefault(parameter, {})[moment] = value
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         trainer.model.load_checkpoint(directory, tag=_DEEPSPEED)  # type: ignore[operator]
     else:
-        set_state_dict(
-            trainer.model,
-            _plain(trainer.optimizer),
-            model_state_dict=cast(dict[str, Any], parts["model"]),
-            optim_state_dict={"state": moments, "param_groups": facts["param_groups"]},  # type: ignore[dict-item]
-            options=FULL,
-        )
-    trainer.scheduler.load_state_dict(facts["scheduler"])
+        _set_weights_and_moments(trainer, parts["model"], parts["optimizer"], facts["param_groups"])
+    _set_learning_rate(trainer, facts["step"])
+    trainer.health.load_state_dict(facts["health"])
     if trainer.ema is not None:
         trainer.ema.load_state_dict(parts["ema"])
     if trainer.accelerator.scaler is not None and facts["scaler"]:
         trainer.accelerator.scaler.load_state_dict(facts["scaler"])
-    _set_rng_state(parts["rng"], distributed.rank())
+    mine = f"{distributed.rank()}."
+    rng.restore({name.removeprefix(mine): one for name, one in parts["rng"].items() if name.startswith(mine)})
     by_process = [tuple(Position(*one) for one in part) for part in facts["positions"]]
-    mine = by_process[distributed.rank()] if distributed.rank() < len(by_process) else ()
-    return Progress(facts["step"], mine, tuple(itertools.chain(*by_process)))
+    positions = by_process[distributed.rank()] if distributed.rank() < len(by_process) else ()
+    return Progress(facts["step"], positions, tuple(itertools.chain(*by_process)))
+
+
+def _set_weights_and_moments(
+    trainer: Trainer, model: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], groups: list[dict[str, Any]]
+) -> None:
+    by_parameter: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in moments.items():
+        parameter, moment = name.rsplit("/", 1)
+        by_parameter.setdefault(parameter, {})[moment] = value
+    optimizer = _plain(trainer.optimizer)
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    set_state_dict(
+        trainer.model,
+        optimizer,
+        model_state_dict=cast(dict[str, Any], model),
+        optim_state_dict={"state": by_parameter, "param_groups": groups},  # type: ignore[dict-item]
+        options=FULL,
+    )
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
+def _set_learning_rate(trainer: Trainer, step: int) -> None:
+    """Put the schedule where it is after `step` steps."""
+    schedule = trainer.scheduler
+    schedule.last_epoch = step
+    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -115,31 +161,11 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return cast(dict[str, torch.Tensor], get_model_state_dict(trainer.model, options=FULL))
 
 
-def _weights_and_moments(directory: Path, trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return both whole. DeepSpeed's engine writes its shards, pickles of its own, beside them instead."""
-    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
-        trainer.model.save_checkpoint(directory, tag=_DEEPSPEED, save_latest=False)  # type: ignore[operator]
-        return {}, {"state": {}, "param_groups": []}
-    return cast(
-        tuple[dict[str, torch.Tensor], dict[str, Any]],
-        get_state_dict(trainer.model, _plain(trainer.optimizer), options=FULL),
-    )
-
-
 def _plain(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Return the optimizer inside accelerate's wrapper."""
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def _rng_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_rng_state(states: dict[str, torch.Tensor], rank: int) -> None:
-    if f"{rank}.cpu" in states:
-        torch.set_rng_state(states[f"{rank}.cpu"])
-    if torch.cuda.is_available() and f"{rank}.cuda" in states:
-        torch.cuda.set_rng_state(states[f"{rank}.cuda"])
+def _all(item: Item) -> Iterator[tuple[int, Item]]:
+    """Yield (rank, item) of every process."""
+    yield from enumerate(distributed.gather_objects(item))

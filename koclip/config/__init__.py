@@ -4,8 +4,9 @@ A recipe's configuration is the dataclass that lists the sections it uses. `pars
 `--config FILE.yaml` and `--section.key value` overrides, and stops with one clear line on any mistake.
 """
 
+from koclip.config.changes import check_changes
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
-from koclip.config.errors import ConfigError, check
+from koclip.config.errors import ConfigError, RunError, check
 from koclip.config.evaluation import EvalConfig, EvalSetConfig
 from koclip.config.model import LossConfig, ModelConfig
 from koclip.config.parsing import dump, parse, run, to_dict
@@ -21,10 +22,12 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "PretrainConfig",
+    "RunError",
     "SourceConfig",
     "TokenizerConfig",
     "TrainConfig",
     "check",
+    "check_changes",
     "dump",
     "parse",
     "run",

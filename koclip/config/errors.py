@@ -1,8 +1,12 @@
-"""The one error of a run that cannot start, and the check that raises it."""
+"""The errors that end a run with one line, and the check that raises the first."""
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run. The message names the key, what was got and the fix."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on. The message says why, what is kept and what to do."""
 
 
 def check(condition: bool, key: str, got: object, fix: str) -> None:

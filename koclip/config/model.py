@@ -67,7 +67,13 @@ class LossConfig:
         name: `infonce` (CLIP) or `sigmoid` (SigLIP).
         equal_captions: What another image with the very same caption counts as: `positives`, `masked` (neither)
             or `negatives` (as in the CLIP paper).
+        tile_rows: Rows of the similarities (batch_size x global batch) that are in memory at a time; the result is the
+            same. Default: all of them while they are few, else as many as 16 MiB hold on a CPU, 256 MiB on a GPU.
     """
 
     name: Literal["infonce", "sigmoid"] = "infonce"
     equal_captions: Literal["positives", "masked", "negatives"] = "positives"
+    tile_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        check(self.tile_rows is None or self.tile_rows >= 1, "loss.tile_rows", self.tile_rows, "expected 1 or more")

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from koclip.config.errors import ConfigError
+from koclip.config.errors import ConfigError, RunError
 
 Config = TypeVar("Config")
 
@@ -49,18 +49,23 @@ def _nearest(message: str, known: list[str]) -> str:
     return f" Did you mean {', '.join(near)}?" if near else ""
 
 
-def _explain(message: str) -> NoReturn:
+def _explain(message: str, code: int = 2) -> NoReturn:
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def run(main: Callable[[Config], None], schema: type[Config], default: Path | None = None) -> None:
-    """Parse the command line and run a recipe; a mistake in the configuration or the data it names is one line."""
+    """Parse the command line and run a recipe.
+
+    A mistake in the configuration or the data it names is one line and exit code 2; a run that cannot go on, 1.
+    """
     config = parse(schema, default=default)
     try:
         main(config)
     except ConfigError as error:
         _explain(str(error))
+    except RunError as error:
+        _explain(str(error), code=1)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

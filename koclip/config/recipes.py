@@ -16,11 +16,13 @@ class PretrainConfig:
 
     Args:
         output_dir: Run directory; default: runs/pretrain-<date and time>.
-        resume: `auto` continues from the newest checkpoint in output_dir, `no` refuses a directory that has one.
+        resume: `auto` continues from the newest intact checkpoint in output_dir, `no` refuses a directory that has one.
+        resume_with: Keys that a resumed run may change although its model then comes out different, as `[optim.lr]`.
     """
 
     output_dir: str | None = None
     resume: Literal["auto", "no"] = "no"
+    resume_with: tuple[str, ...] = ()
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

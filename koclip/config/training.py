@@ -44,6 +44,8 @@ class TrainConfig:
     Args:
         num_steps: Optimizer steps.
         batch_size: Pairs per process and step; the loss sees batch_size x num_processes pairs.
+        micro_batch_size: Pairs in the model at a time. The gradient is still that of the whole batch (GradCache), for
+            about a third more work. Default: all of them.
         num_processes: Processes this run must have; the run stops if it was launched with another number.
             Default: any number.
         precision: `fp32`, `bf16` or `fp16` (autocast; weights stay fp32).
@@ -54,6 +56,9 @@ class TrainConfig:
         eval_every: Steps between two evaluations; 0 evaluates at the end only.
         save_every: Steps between two checkpoints; 0 saves at the end only.
         keep_checkpoints: Newest checkpoints kept.
+        max_bad_steps: The run stops after so many steps in a row without a finite loss and gradient. Such steps never
+            change the model; they are listed in events.jsonl.
+        spike_sigmas: A loss so many standard deviations above its running mean is listed too; 0 turns it off.
         num_threads: CPU threads per process; 0 leaves PyTorch's choice.
         tracker: Where metrics go besides metrics.jsonl.
         seed: Seed of dropout.
@@ -61,6 +66,7 @@ class TrainConfig:
 
     num_steps: int = 3_000
     batch_size: int = 64
+    micro_batch_size: int | None = None
     num_processes: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
@@ -69,6 +75,8 @@ class TrainConfig:
     eval_every: int = 0
     save_every: int = 1_000
     keep_checkpoints: int = 2
+    max_bad_steps: int = 10
+    spike_sigmas: float = 6.0
     num_threads: int = 0
     tracker: Literal["tensorboard", "trackio", "wandb", "none"] = "tensorboard"
     seed: int = 0
@@ -76,6 +84,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check(self.num_steps >= 1, "train.num_steps", self.num_steps, "expected 1 or more")
         check(self.batch_size >= 2, "train.batch_size", self.batch_size, "a contrastive loss needs 2 pairs or more")
+        micro = self.micro_batch_size
+        fits = micro is None or 1 <= micro <= self.batch_size
+        check(fits, "train.micro_batch_size", micro, f"expected 1 to train.batch_size ({self.batch_size})")
         check(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "expected 0 or more and less than 1")
         check(self.log_every >= 1, "train.log_every", self.log_every, "expected 1 or more")
         check(self.keep_checkpoints >= 1, "train.keep_checkpoints", self.keep_checkpoints, "expected 1 or more")
+        check(self.max_bad_steps >= 1, "train.max_bad_steps", self.max_bad_steps, "expected 1 or more")
+        check(self.spike_sigmas >= 0, "train.spike_sigmas", self.spike_sigmas, "expected 0 or more")

@@ -61,6 +61,11 @@ class Batch:
     position: Position | None = None  # of a streamed source's reader
 
     @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the model takes."""
+        return self.pixel_values, self.input_ids, self.attention_mask
+
+    @property
     def padding_share(self) -> float:
         """Share of the text positions that hold padding."""
         return 1.0 - self.attention_mask.float().mean().item()

@@ -55,14 +55,15 @@ class StreamPairs(IterableDataset[Batch]):
         self, sources: Sequence[StreamSource], assembler: Assembler, shard: Shard, start: Sequence[Position], step: int
     ) -> None:
         self._sources, self._assembler, self._shard = sources, assembler, shard
+        self._size = shard.micro_batch_size or shard.batch_size
         self._start = {position.reader: position for position in start}
-        self._step = step
+        self._made = step * len(shard.pieces)
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
         # The loader asks its workers in turn, from 0: after a resume the first of them must play the next reader.
-        reader = self._shard.rank * count + (number + self._step) % count
+        reader = self._shard.rank * count + (number + self._made) % count
         position = self._start.get(reader, Position(reader))
         rows = MixedRows(self._sources, self._assembler.config, position, self._shard.world_size * count)
         made = position.batches
@@ -75,7 +76,7 @@ class StreamPairs(IterableDataset[Batch]):
 
     def _pool(self, rows: "MixedRows") -> Iterator[Batch]:
         """Read a pool of rows and yield batches of it, each of captions of similar length."""
-        size = self._shard.batch_size
+        size = self._size
         pool = list(itertools.islice(rows, self._assembler.config.length_pool * size))
         lengths = self._assembler.lengths([self._assembler.caption(one.row.captions, *one[1:]) for one in pool])
         order = sorted(range(len(pool)), key=lengths.__getitem__)
@@ -143,7 +144,7 @@ def train_loader(
     start_step: int = 0,
     positions: Sequence[Position] = (),
 ) -> Iterator[Batch]:
-    """Yield this process's batches from `start_step` on, without end.
+    """Yield this process's batches from `start_step` on, without end; if the shard has pieces, piece by piece.
 
     Args:
         config: What to read and how to mix it.
@@ -166,6 +167,11 @@ def train_loader(
         return _load(MapPairs(maps, assembler), config.num_workers, sampler=order)
     if len(streams) < len(sources):
         raise SourceError("data.sources mixes streamed sources with others; set streaming: true on all of them or none")
+    if shard.micro_batch_size and shard.batch_size % shard.micro_batch_size:
+        raise SourceError(
+            f"train.micro_batch_size: got {shard.micro_batch_size}; with streamed sources train.batch_size "
+            f"({shard.batch_size}) must be a multiple of it"
+        )
     _check_readers(streams, shard, max(1, config.num_workers), start_step, positions)
     return _load(StreamPairs(streams, assembler, shard, positions, start_step), config.num_workers)
 
@@ -198,7 +204,7 @@ def _check_readers(
                 f"source {stream.config.path!r} is streamed from {stream.num_shards} shards, too few for {num_readers} "
                 "readers (data.num_workers x processes); write it in more files, set fewer workers or streaming: false"
             )
-    started = min(start_step, count)
+    started = min(start_step * len(shard.pieces), count)
     expected = {rank * count + reader for rank in range(shard.world_size) for reader in range(started)}
     found = {position.reader for position in positions}
     if positions and found != expected:

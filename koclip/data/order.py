@@ -24,15 +24,22 @@ class Draw(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """This process's part of every global batch of `batch_size * world_size` pairs."""
+    """This process's part of every global batch of `batch_size * world_size` pairs, in pieces."""
 
     batch_size: int
     rank: int = 0
     world_size: int = 1
+    micro_batch_size: int | None = None  # pairs in a piece; the last one may be smaller
+
+    @property
+    def pieces(self) -> list[slice]:
+        """Where each piece of this process's part begins and ends."""
+        size = self.micro_batch_size or self.batch_size
+        return [slice(start, min(start + size, self.batch_size)) for start in range(0, self.batch_size, size)]
 
 
 class MapOrder(Sampler[list[Draw]]):
-    """Yields this process's draws of every step from `start_step` on, without end.
+    """Yields this process's draws from `start_step` on, without end, piece by piece.
 
     Rows of a source are permuted anew each epoch; nothing is dropped at an epoch's end. Within a pool of
     `length_pool` global batches, groups of rows are sorted by caption length, so that batches need little padding.
@@ -51,7 +58,7 @@ class MapOrder(Sampler[list[Draw]]):
         return sum(count * source.group for count, source in groups)
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        batch_size, rank, world_size = self._shard
+        batch_size, rank, world_size, _ = self._shard
         global_batch = batch_size * world_size
         pool, skip = divmod(self._start_step, self._config.length_pool)
         size = self._config.length_pool * global_batch
@@ -60,7 +67,8 @@ class MapOrder(Sampler[list[Draw]]):
             starts = self._rng(pool, 1).permutation(range(0, size, global_batch))
             for start in starts[skip:]:
                 first = start + rank * batch_size
-                yield draws[first : first + batch_size]
+                for piece in self._shard.pieces:
+                    yield draws[first : first + batch_size][piece]
             pool, skip = pool + 1, 0
 
     def _rng(self, *key: int) -> np.random.Generator:

@@ -7,7 +7,7 @@ Letters in shape comments: B pairs per process, N pairs in the global batch, L t
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -70,15 +70,44 @@ class DualEncoder(nn.Module):
         self.register_buffer("pixel_std", 255 * torch.tensor(images.image_std).view(3, 1, 1), persistent=False)
         self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(logit_bias))
 
-    def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Embeddings:
-        """Embed B pairs: pixels (B, 3, H, W) uint8, ids and mask (B, L)."""
-        pixels = (pixel_values.float() - self.pixel_mean) / self.pixel_std
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
+    ) -> Embeddings:
+        """Embed B pairs.
+
+        Args:
+            pixel_values: (B, 3, H, W) uint8.
+            input_ids: (B, L).
+            attention_mask: (B, L).
+            image: (B, D) unit norm, if known: the image tower does not run.
+            text: (B, D) unit norm, if known: the text tower does not run.
+        """
+        if image is None:
+            image = encode_images(self.model, (pixel_values.float() - self.pixel_mean) / self.pixel_std)
         return Embeddings(
-            image=encode_images(self.model, pixels),
-            text=encode_texts(self.model, input_ids, attention_mask),
+            image=image,
+            text=encode_texts(self.model, input_ids, attention_mask) if text is None else text,
             logit_scale=self.model.logit_scale.exp().reshape(()),
             logit_bias=None if self.logit_bias is None else self.logit_bias.reshape(()),
         )
+
+    def trains(self, side: Literal["image", "text"]) -> bool:
+        """Return whether any parameter that makes the image or the text embeddings is trained."""
+        modules = {"image": ("vision_model", "visual_projection"), "text": ("text_model", "text_projection")}[side]
+        return any(one.requires_grad for name in modules for one in getattr(self.model, name).parameters())
+
+    def train(self, mode: bool = True) -> "DualEncoder":
+        """Set training mode; frozen towers stay in evaluation mode, without dropout of any kind."""
+        super().train(mode)
+        for tower in (self.model.vision_model, self.model.text_model):
+            if not any(parameter.requires_grad for parameter in tower.parameters()):
+                tower.eval()
+        return self
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

@@ -1,7 +1,8 @@
-"""The training loop and what comes right before it."""
+"""The training loop, what comes right before it, and what keeps it exact and healthy."""
 
-from koclip.training.loop import Trainer, steps
+from koclip.training.health import DivergedError, Event
+from koclip.training.loop import Trainer, progress_text, steps
 from koclip.training.setup import prepare, start
 from koclip.training.signals import StopRequest
 
-__all__ = ["StopRequest", "Trainer", "prepare", "start", "steps"]
+__all__ = ["DivergedError", "Event", "StopRequest", "Trainer", "prepare", "progress_text", "start", "steps"]

@@ -1,22 +1,29 @@
 """The training loop: a generator that yields after every step. When to log, evaluate and save is the recipe's."""
 
+import itertools
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from koclip import distributed
 from koclip.data.batches import Batch
-from koclip.losses import LossFn
+from koclip.losses import Loss, LossFn
 from koclip.models import StockModel
 from koclip.models.dual_encoder import DualEncoder
+from koclip.training import grad_cache
+from koclip.training.health import Health
+
+_MEANS = ("loss", "accuracy", "grad_norm")
 
 
 @dataclass
@@ -27,9 +34,11 @@ class Trainer:
     model: nn.Module
     dual_encoder: DualEncoder  # the same, out of its distributed and compiled wrappers
     optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler
+    scheduler: LambdaLR
     loss: LossFn
     max_grad_norm: float
+    num_pieces: int  # of every step's batch
+    health: Health
     ema: AveragedModel | None = None
 
     @property
@@ -70,37 +79,90 @@ def steps(
     """Train from `start_step` to `num_steps` and yield (step, stats) after every step.
 
     Stats are empty but every `log_every` steps and at the end, when they hold means over the steps since the last
-    ones and over all processes: reading a number from a GPU would hold it up.
+    ones and over all processes. What went wrong in a step is in `trainer.health`.
+
+    Args:
+        trainer: What a step changes.
+        batches: Pieces of batches, `trainer.num_pieces` to a step.
+        start_step: Steps already done.
+        num_steps: Steps in all.
+        log_every: Steps between two stats.
+
+    Raises:
+        DivergedError: too many steps in a row had no finite loss and gradient; none of them changed the model.
     """
     window = _Window()
     trainer.model.train()
     for step in range(start_step + 1, num_steps + 1):
         began = time.perf_counter()
-        batch = next(batches)
+        pieces = list(itertools.islice(batches, trainer.num_pieces))
         window.waited += time.perf_counter() - began
-        window.add(batch, *_step(trainer, batch.to(trainer.accelerator.device)))
+        window.add(pieces, _step(trainer, step, pieces))
         if step % log_every == 0 or step == num_steps:
             yield step, window.summarize(trainer)
             window = _Window()
             trainer.model.train()  # an evaluation may have come between
         else:
             yield step, {}
+        trainer.health.stop_if_diverged()
 
 
-def _step(trainer: Trainer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Do one optimizer step; return the loss, the accuracy in the batch and the gradient norm, all ()."""
-    embeddings = trainer.model(batch.pixel_values, batch.input_ids, batch.attention_mask)
-    loss = trainer.loss(embeddings, batch.caption_ids)
-    trainer.accelerator.backward(loss.value)
+def progress_text(stats: dict[str, float]) -> str:
+    """Return the stats that a progress bar has room for."""
+    return (
+        f"loss {stats['loss']:.3f}, accuracy {stats['accuracy']:.0%}, {stats['images_per_second']:,.0f} images/s, "
+        f"{stats['memory_gib']:.1f} GiB"
+    )
+
+
+def _step(trainer: Trainer, step: int, pieces: Sequence[Batch]) -> dict[str, float]:
+    """Do one optimizer step, unless its loss or gradient is not finite; return the step's numbers."""
+    statistics = [one for one in trainer.dual_encoder.model.buffers() if one.is_floating_point()]  # of batch norms
+    kept = [one.clone() for one in statistics]
+    loss = _backward(trainer, pieces)
     max_norm = trainer.max_grad_norm or float("inf")
     norm = trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), max_norm)
-    trainer.optimizer.step()
+    numbers = _numbers(trainer, loss, torch.as_tensor(norm))
+    keys = [key for piece in pieces for key in piece.keys]
+    scaler = trainer.accelerator.scaler
+    scale = None if scaler is None else scaler.get_scale()
+    good = trainer.health.judge(step, numbers["loss"], numbers["grad_norm"], keys, scale)
+    if good or scaler is not None:  # the scaler skips what is not finite by itself, and learns from it
+        trainer.optimizer.step()
     trainer.scheduler.step()
     trainer.optimizer.zero_grad()
     trainer.dual_encoder.clamp_logit_scale()
-    if trainer.ema is not None:
+    if good and trainer.ema is not None:
         trainer.ema.update_parameters(trainer.dual_encoder)
-    return loss.value.detach(), loss.accuracy, torch.as_tensor(norm)
+    if not good:
+        for buffer, before in zip(statistics, kept, strict=True):
+            buffer.copy_(before)
+    return numbers
+
+
+def _backward(trainer: Trainer, pieces: Sequence[Batch]) -> Loss:
+    """Accumulate the gradient of the loss over the batch that the pieces make up."""
+    accelerator = trainer.accelerator
+    if len(pieces) > 1:
+        return grad_cache.backward(accelerator, trainer.model, trainer.dual_encoder, trainer.loss, pieces)
+    batch = pieces[0].to(accelerator.device)
+    loss = trainer.loss(trainer.model(*batch.inputs), batch.caption_ids)
+    accelerator.backward(loss.value)
+    return Loss(loss.value.detach(), loss.accuracy)
+
+
+def _numbers(trainer: Trainer, loss: Loss, norm: torch.Tensor) -> dict[str, float]:
+    """Return a step's numbers, means over the processes, so that all of these judge the step alike."""
+    numbers = torch.stack([one.float().to(loss.value.device) for one in (*loss, norm)]).tolist()
+    return distributed.mean(dict(zip(_MEANS, numbers, strict=True)), trainer.accelerator.device)
+
+
+def _memory(device: torch.device) -> float:
+    """Return the memory in use, GiB: the peak on a GPU, without one what this process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    held: int = psutil.Process().memory_info().rss
+    return held / 2**30
 
 
 @dataclass
@@ -110,32 +172,41 @@ class _Window:
     began: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
     images: int = 0
+    num_pieces: int = 0
     padding: float = 0.0
     skipped: int = 0
-    scalars: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    numbers: list[dict[str, float]] = field(default_factory=list)
 
-    def add(self, batch: Batch, *scalars: torch.Tensor) -> None:
-        self.scalars.append(scalars)
-        self.images += len(batch.keys)
-        self.padding += batch.padding_share
-        self.skipped += len(batch.skipped)
+    def add(self, pieces: Sequence[Batch], numbers: dict[str, float]) -> None:
+        self.numbers.append(numbers)
+        self.num_pieces += len(pieces)
+        for piece in pieces:
+            self.images += len(piece.keys)
+            self.padding += piece.padding_share
+            self.skipped += len(piece.skipped)
 
     def summarize(self, trainer: Trainer) -> dict[str, float]:
-        count = len(self.scalars)
-        loss, accuracy, norm = (torch.stack(column).float().mean().item() for column in zip(*self.scalars, strict=True))
+        """Return the stats; losses and gradient norms of steps that were skipped do not count."""
         seconds = time.perf_counter() - self.began
+        device = trainer.accelerator.device
         local = {
-            "loss": loss,
-            "accuracy": accuracy,
-            "grad_norm": norm,
             "data_wait_share": self.waited / seconds,
-            "padding_share": self.padding / count,
+            "padding_share": self.padding / self.num_pieces,
             "images_per_second": self.images / seconds,
             "skipped": float(self.skipped),
+            "memory_gib": _memory(device),
         }
-        stats = distributed.mean(local, trainer.accelerator.device)
+        stats = distributed.mean(local, device)
         for total in ("images_per_second", "skipped"):
             stats[total] *= distributed.world_size()
-        stats["logit_scale"] = trainer.dual_encoder.logit_scale()
-        stats["lr"] = float(trainer.scheduler.get_last_lr()[0])
-        return stats
+        finite = [one for one in self.numbers if all(map(math.isfinite, one.values()))]
+        means = {name: math.fsum(one[name] for one in finite) / len(finite) if finite else math.nan for name in _MEANS}
+        return (
+            means
+            | stats
+            | {
+                "bad_steps": float(trainer.health.counts.bad_steps),
+                "logit_scale": trainer.dual_encoder.logit_scale(),
+                "lr": float(trainer.scheduler.get_last_lr()[0]),
+            }
+        )

@@ -6,10 +6,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from koclip.config import ConfigError, LossConfig, OptimConfig, TrainConfig
+from koclip.data.order import Shard
 from koclip.losses import build
 from koclip.models.dual_encoder import DualEncoder
 from koclip.models.fast import speed_up
 from koclip.optim import adamw, warmup_cosine
+from koclip.training.health import Health
 from koclip.training.loop import Trainer, ema_of
 
 
@@ -43,8 +45,13 @@ def prepare(
     """Put the model on its device, wrap it for distributed training and build its optimizer.
 
     Raises:
-        ConfigError: an average of sharded weights was asked for.
+        ConfigError: an average of sharded weights was asked for, or micro-batches of DeepSpeed.
     """
+    if train.micro_batch_size and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ConfigError(
+            "train.micro_batch_size: DeepSpeed updates the weights inside of each backward pass, so it cannot put a "
+            "batch's gradient together from pieces; leave it out, or use DDP or FSDP2 (recipes/accelerate/)"
+        )
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if train.ema_decay and sharded:
         raise ConfigError("train.ema_decay: an average of sharded weights is not supported; set it to 0 or use DDP")
@@ -68,5 +75,7 @@ def prepare(
         scheduler=warmup_cosine(optimizer, optim, train.num_steps),
         loss=build(loss),
         max_grad_norm=optim.max_grad_norm,
+        num_pieces=len(Shard(train.batch_size, micro_batch_size=train.micro_batch_size).pieces),
+        health=Health(train.max_bad_steps, train.spike_sigmas),
         ema=ema,
     )

@@ -1,0 +1,60 @@
+"""What a resumed run may change: the keys that cannot alter the model it ends with, and those named on purpose."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from koclip.config.errors import ConfigError
+
+# Where, how fast and how loudly a run goes, not what it computes. The number of readers of streamed data, which
+# decides on their order, is checked where they are opened.
+FREE = (
+    *("output_dir", "resume", "resume_with", "eval", "data.num_workers", "data.max_skipped_fraction"),
+    *("model.image_gradient_checkpointing", "model.text_gradient_checkpointing", "loss.tile_rows"),
+    *("train.num_processes", "train.num_threads", "train.micro_batch_size", "train.compile", "train.tracker"),
+    *("train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints"),
+    *("train.max_bad_steps", "train.spike_sigmas"),
+)
+
+
+def check_changes(
+    before: dict[str, Any], now: dict[str, Any], processes: tuple[int, int], accepted: Sequence[str]
+) -> list[str]:
+    """Compare the configuration of a checkpoint with the one that is to go on; return what changed, a line per key.
+
+    Args:
+        before: The checkpoint's configuration, as `to_dict` gives it.
+        now: The run's.
+        processes: Number of processes then and now. Their batches may change as long as the global batch does not.
+        accepted: Keys that may change although they change the result.
+
+    Raises:
+        ConfigError: other keys changed that change the result, or `accepted` names one that does not exist.
+    """
+    old, new = _flat(before), _flat(now)
+    for key in accepted:
+        if key not in new:
+            raise ConfigError(f"resume_with: {key} is not a key of this recipe; it takes names such as optim.lr")
+    for config, count in zip((old, new), processes, strict=True):
+        config["global batch (train.batch_size x processes)"] = config.pop("train.batch_size") * count
+    changed = {key: (old.get(key), new.get(key)) for key in old | new if old.get(key) != new.get(key)}
+    lines = {key: f"{key}: {was} -> {now}" for key, (was, now) in changed.items()}
+    named = {*accepted, *(["global batch (train.batch_size x processes)"] if "train.batch_size" in accepted else [])}
+    refused = [line for key, line in lines.items() if not _is_free(key) and key not in named]
+    if refused:
+        raise ConfigError(
+            "resume: these keys changed since the checkpoint, and the model would come out different: "
+            f"{'; '.join(refused)}. Set them back, or accept them by name, as in --resume_with '[optim.lr]'"
+        )
+    return list(lines.values())
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested sections as one dictionary of dotted keys; lists are values."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -1,0 +1,77 @@
+"""Exact gradients of a large contrastive batch in the memory of a small one (GradCache, Gao et al. 2021).
+
+A contrastive loss ties all pairs of a batch together, so gradient accumulation over pieces is not the gradient of the
+batch. But given the gradient of the loss with respect to every embedding, each piece's part can be computed alone:
+
+1. embed the pieces one by one, without a graph;
+2. one loss over all embeddings (and all processes), and its gradient with respect to each of them;
+3. embed every piece again, with a graph and the random numbers of the first time, and propagate its embeddings'
+   gradients. Processes synchronise after the last piece.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from koclip.data.batches import Batch
+from koclip.losses import Loss, LossFn
+from koclip.models.dual_encoder import DualEncoder, Embeddings
+from koclip.training import rng
+
+
+def backward(
+    accelerator: Accelerator, model: nn.Module, dual_encoder: DualEncoder, loss: LossFn, pieces: Sequence[Batch]
+) -> Loss:
+    """Accumulate the gradient of the loss over `pieces`, taken as one batch, and return that loss.
+
+    The pieces stay where they are (on the host) and go to the device one at a time. Pieces may differ in size and in
+    padding. The embeddings of a tower without trained parameters are computed once. A batch norm sees each piece as a
+    batch of its own and updates its running statistics in both passes.
+
+    Args:
+        accelerator: Scales the loss and says when processes synchronise.
+        model: `dual_encoder` as the accelerator prepared it.
+        dual_encoder: Says which towers are trained.
+        loss: The loss over the whole batch.
+        pieces: The batch of this process.
+    """
+    states, made = [], []
+    for piece in pieces:
+        states.append(rng.states())
+        with torch.no_grad():
+            made.append(model(*piece.to(accelerator.device).inputs))
+    whole = _join(made)
+    value, accuracy = loss(whole, torch.cat([piece.caption_ids for piece in pieces]).to(accelerator.device))
+    value.backward()
+    start = 0
+    for piece, state, first in zip(pieces, states, made, strict=True):
+        last = piece is pieces[-1]
+        rows = slice(start, start := start + len(piece.keys))
+        rng.restore(state)
+        # What a frozen tower made is passed in, not made again.
+        known = {side: getattr(first, side) for side in ("image", "text") if not dual_encoder.trains(side)}
+        with nullcontext() if last else accelerator.no_sync(model):
+            again = model(*piece.to(accelerator.device).inputs, **known)
+            parts = [_pull(again.image, whole.image, rows), _pull(again.text, whole.text, rows)]
+            if last:
+                parts += [_pull(again.logit_scale, whole.logit_scale), _pull(again.logit_bias, whole.logit_bias)]
+            accelerator.backward(torch.stack([part for part in parts if part is not None]).sum())
+    return Loss(value.detach(), accuracy)
+
+
+def _join(made: Sequence[Embeddings]) -> Embeddings:
+    """Return the embeddings of all pieces as leaves that collect gradients; scale and bias are the same in each."""
+    image = torch.cat([one.image for one in made]).requires_grad_()
+    text = torch.cat([one.text for one in made]).requires_grad_()
+    scale, bias = made[0].logit_scale.detach().clone().requires_grad_(), made[0].logit_bias
+    return Embeddings(image, text, scale, None if bias is None else bias.detach().clone().requires_grad_())
+
+
+def _pull(tensor: torch.Tensor | None, leaf: torch.Tensor | None, rows: slice = slice(None)) -> torch.Tensor | None:
+    """Return a scalar whose gradient with respect to `tensor` is `leaf`'s, or None for what is not trained."""
+    if tensor is None or leaf is None or leaf.grad is None or not tensor.requires_grad:
+        return None
+    return (tensor * (leaf.grad[rows] if leaf.grad.ndim else leaf.grad)).sum()

@@ -1,0 +1,190 @@
+"""GradCache: the gradient of pieces is that of the batch, with the same random numbers, for every kind of model."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from tiny import tiny_dual_encoder, tiny_pieces
+from torch import Tensor
+
+from koclip import losses, training
+from koclip.config import LossConfig, OptimConfig, TrainConfig
+from koclip.data.batches import Batch
+from koclip.losses import Loss
+from koclip.models.dual_encoder import DualEncoder, Embeddings
+from koclip.training import Trainer, grad_cache
+
+SIZES = [4, 4, 4, 3]  # K = 4, and the last piece is smaller
+LOSSES = [LossConfig(), LossConfig(name="sigmoid"), LossConfig(tile_rows=2)]
+
+
+def random_model(loss: LossConfig, **changes: object) -> DualEncoder:
+    """A model with dropout in both towers and patch dropout."""
+    torch.manual_seed(0)
+    bias = -2.0 if loss.name == "sigmoid" else None
+    model = tiny_dual_encoder(logit_bias=bias, temperature=0.5, patch_dropout=0.3, **changes)
+    for module in model.modules():
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.1
+    return model
+
+
+def prepare(model: DualEncoder, loss: LossConfig, precision: str = "fp32") -> Trainer:
+    train = TrainConfig(batch_size=sum(SIZES), micro_batch_size=SIZES[0], tracker="none", precision=precision)  # type: ignore[arg-type]
+    return training.prepare(training.start(train), model, loss, OptimConfig(warmup_steps=1), train)
+
+
+def at_once(trainer: Trainer, pieces: Sequence[Batch]) -> Loss:
+    """The plain way: every piece keeps its graph until the one backward pass."""
+    made = [trainer.model(*piece.inputs) for piece in pieces]
+    image, text = (torch.cat([getattr(one, side) for one in made]) for side in ("image", "text"))
+    whole = Embeddings(image, text, made[0].logit_scale, made[0].logit_bias)
+    loss = trainer.loss(whole, torch.cat([piece.caption_ids for piece in pieces]))
+    trainer.accelerator.backward(loss.value)
+    return loss
+
+
+def in_pieces(trainer: Trainer, pieces: Sequence[Batch]) -> Loss:
+    return grad_cache.backward(trainer.accelerator, trainer.model, trainer.dual_encoder, trainer.loss, pieces)
+
+
+def gradients(trainer: Trainer, backward: Callable[[Trainer, Sequence[Batch]], Loss]) -> dict[str, Tensor]:
+    """Return the loss and every gradient of one batch, from the same random numbers."""
+    trainer.model.train()
+    torch.manual_seed(5)
+    loss = backward(trainer, tiny_pieces(SIZES))
+    found = {"loss": loss.value.detach(), "rng": torch.get_rng_state()}
+    found |= {name: one.grad for name, one in trainer.dual_encoder.named_parameters() if one.grad is not None}
+    trainer.model.zero_grad()
+    return found
+
+
+def assert_equal_gradients(trainer: Trainer, cosine: float = 0.99999, ratio: float = 1e-4) -> set[str]:
+    wanted, got = gradients(trainer, at_once), gradients(trainer, in_pieces)
+    assert got.keys() == wanted.keys()
+    torch.testing.assert_close(got.pop("loss"), wanted.pop("loss"), atol=1e-6, rtol=1e-6)
+    assert torch.equal(got.pop("rng"), wanted.pop("rng"))  # what comes after draws the same numbers too
+    largest = max(one.norm() for one in wanted.values())
+    for name, gradient in wanted.items():
+        if gradient.norm() < 1e-6 * largest:  # a key's bias: zero but for rounding
+            assert got[name].norm() < 1e-5 * largest
+            continue
+        both = gradient.flatten().double(), got[name].flatten().double()
+        assert torch.nn.functional.cosine_similarity(*both, dim=0) >= cosine, name
+        assert abs(both[1].norm() / both[0].norm() - 1) <= ratio, name
+    return set(wanted)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.name}-{loss.tile_rows}")
+def test_gradients_are_those_of_the_whole_batch(loss: LossConfig) -> None:
+    found = assert_equal_gradients(prepare(random_model(loss), loss))
+    assert {"model.logit_scale", *(["logit_bias"] if loss.name == "sigmoid" else [])} <= found
+
+
+def test_without_the_random_numbers_of_the_first_pass_gradients_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check above can fail."""
+    monkeypatch.setattr("koclip.training.rng.restore", lambda _: None)
+    with pytest.raises(AssertionError):
+        assert_equal_gradients(prepare(random_model(LOSSES[0]), LOSSES[0]))
+
+
+def test_gradient_checkpointing() -> None:
+    model = random_model(LOSSES[0], image_gradient_checkpointing=True, text_gradient_checkpointing=True)
+    assert_equal_gradients(prepare(model, LOSSES[0]))
+
+
+def test_bf16() -> None:
+    trainer = prepare(random_model(LOSSES[0]), LOSSES[0], "bf16")
+    assert_equal_gradients(trainer, cosine=0.999, ratio=2e-2)  # bf16 sums of one piece and of four round differently
+
+
+def test_lora() -> None:
+    """Only adapters are trained; their dropout is replayed too."""
+    model = random_model(LOSSES[0])
+    for tower in (model.model.vision_model, model.model.text_model):
+        inject_adapter_in_model(LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.1), tower)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or "logit_scale" in name)
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)  # zeros would hide half of the gradients
+    found = assert_equal_gradients(prepare(model, LOSSES[0]))
+    assert sum("lora_A" in name for name in found) > 4
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_a_frozen_tower_runs_once_and_without_dropout(side: str) -> None:
+    model = random_model(LOSSES[0])
+    tower = {"image": "vision", "text": "text"}[side]
+    frozen = [model.model.get_submodule(f"{tower}_model"), model.model.get_submodule(f"{side_of(side)}_projection")]
+    for module in frozen:
+        module.requires_grad_(False)
+    calls = []
+    trainer = prepare(model, LOSSES[0])
+    trainer.model.train()
+    assert not frozen[0].training
+    frozen[0].register_forward_hook(lambda *_: calls.append(1))
+    gradients(trainer, in_pieces)
+    assert len(calls) == len(SIZES)
+    found = assert_equal_gradients(trainer)
+    assert not [name for name in found if name.startswith((f"model.{tower}_model", f"model.{side_of(side)}_proj"))]
+
+
+def side_of(side: str) -> str:
+    return {"image": "visual", "text": "text"}[side]
+
+
+@pytest.mark.parametrize("loss", LOSSES[:2], ids=lambda loss: loss.name)
+def test_weights_after_20_steps(loss: LossConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train() -> dict[str, Tensor]:
+        trainer = prepare(random_model(loss), loss)
+        torch.manual_seed(9)
+        for _ in training.steps(trainer, pieces(), 0, 20, log_every=10):
+            pass
+        return trainer.dual_encoder.state_dict()
+
+    def pieces() -> Iterator[Batch]:
+        return itertools.chain.from_iterable(tiny_pieces(SIZES, seed) for seed in range(20))
+
+    cached = train()
+    called = []
+
+    def plain(accelerator: object, model: object, dual_encoder: object, loss: object, pieces: Sequence[Batch]) -> Loss:
+        called.append(1)
+        trainer = Plain(accelerator, model, loss)
+        return at_once(trainer, pieces)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(grad_cache, "backward", plain)
+    whole = train()
+    assert len(called) == 20
+    worst = max((cached[name] - one).abs().max().item() for name, one in whole.items())
+    assert worst <= 1e-5
+
+
+class Plain:
+    """As much of a trainer as `at_once` needs."""
+
+    def __init__(self, accelerator: object, model: object, loss: object) -> None:
+        self.accelerator, self.model, self.loss = accelerator, model, loss
+
+
+def test_without_dropout_pieces_equal_the_one_forward_pass() -> None:
+    """The plain way itself is the literal big batch: padding and pieces make no difference."""
+    loss = LossConfig()
+    trainer = prepare(tiny_dual_encoder(temperature=0.5), loss)
+    pieces = tiny_pieces(SIZES)
+    length = max(piece.input_ids.shape[1] for piece in pieces)
+    pad = trainer.dual_encoder.model.config.text_config.pad_token_id
+    ids = torch.cat(
+        [torch.nn.functional.pad(p.input_ids, (0, length - p.input_ids.shape[1]), value=pad) for p in pieces]
+    )
+    mask = torch.cat([torch.nn.functional.pad(p.attention_mask, (0, length - p.input_ids.shape[1])) for p in pieces])
+    made = trainer.model(torch.cat([piece.pixel_values for piece in pieces]), ids, mask)
+    literal = losses.infonce(made, torch.cat([piece.caption_ids for piece in pieces]), "positives")
+    literal.value.backward()
+    wanted = {name: one.grad.clone() for name, one in trainer.dual_encoder.named_parameters()}  # type: ignore[union-attr]
+    trainer.model.zero_grad()
+    assert in_pieces(trainer, pieces).value.item() == pytest.approx(literal.value.item(), abs=1e-6)
+    for name, one in trainer.dual_encoder.named_parameters():
+        torch.testing.assert_close(one.grad, wanted[name], atol=1e-6, rtol=1e-4, msg=name)

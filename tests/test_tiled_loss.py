@@ -1,0 +1,103 @@
+"""The tiled losses: equal to the dense ones, and linear in memory."""
+
+import pytest
+import torch
+from test_losses import random_embeddings
+from torch import Tensor
+
+from koclip import losses
+from koclip.config import ConfigError, LossConfig
+from koclip.models.dual_encoder import Embeddings
+
+LOSSES = [(name, mode) for name in ("infonce", "sigmoid") for mode in ("negatives", "masked", "positives")]
+
+
+def large_embeddings(count: int, width: int) -> Embeddings:
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(2, count, width, generator=generator)
+    noise[1] += 0.5 * noise[0]  # pairs belong together
+    image, text = torch.nn.functional.normalize(noise, dim=-1)
+    return Embeddings(*(one.clone().requires_grad_() for one in (image, text, torch.tensor(20.0), torch.tensor(-8.0))))
+
+
+def value_and_gradients(loss: losses.LossFn, embeddings: Embeddings, captions: Tensor) -> tuple[Tensor, ...]:
+    found = loss(embeddings, captions)
+    gradients = torch.autograd.grad(found.value, list(embeddings), allow_unused=True)
+    return found.value, found.accuracy, *(one for one in gradients if one is not None)
+
+
+@pytest.mark.parametrize(("name", "mode"), LOSSES)
+@pytest.mark.parametrize("tile_rows", [1, 5, 16])
+def test_tiles_equal_the_dense_loss(name: str, mode: str, tile_rows: int) -> None:
+    captions = torch.tensor([0, 1, 0, 2, 3, 1, 4, 5, 0, 6, 7, 8, 9, 2, 11, 12, 1])
+    dense = value_and_gradients(
+        losses.build(LossConfig(name=name, equal_captions=mode, tile_rows=99)), random_embeddings(17), captions
+    )  # type: ignore[arg-type]
+    tiled = value_and_gradients(
+        losses.build(LossConfig(name=name, equal_captions=mode, tile_rows=tile_rows)), random_embeddings(17), captions
+    )  # type: ignore[arg-type]
+    assert len(dense) == (5 if name == "infonce" else 6)
+    for wanted, got in zip(dense, tiled, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["infonce", "sigmoid"])
+def test_tiles_pass_gradcheck(name: str) -> None:
+    """The hand-written backward pass against finite differences, in float64."""
+    image, text, scale, bias = (one.detach().double() for one in random_embeddings(5))
+    captions = torch.tensor([0, 1, 0, 2, 3])
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return losses.tiled(name, Embeddings(image, text, scale, bias), captions, "positives", 2).value
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        leaves = [one.requires_grad_() for one in (image, text, scale, bias)]
+        assert torch.autograd.gradcheck(loss, leaves, eps=1e-6, atol=1e-5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def saved_bytes(loss: losses.LossFn, embeddings: Embeddings) -> int:
+    """Return the bytes that wait for the backward pass, each storage once."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss(embeddings, torch.arange(len(embeddings.image)))
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("name", ["infonce", "sigmoid"])
+def test_8192_pairs_keep_little_more_than_the_features(name: str) -> None:
+    """Bar: at most 1.2 times the features; by default, without any setting."""
+    embeddings = large_embeddings(8_192, 512)
+    features = 2 * embeddings.image.nbytes
+    assert saved_bytes(losses.build(LossConfig(name=name)), embeddings) <= 1.2 * features  # type: ignore[arg-type]
+
+
+def test_the_dense_loss_keeps_many_times_the_features() -> None:
+    """The check above can fail."""
+    embeddings = large_embeddings(2_048, 64)
+    dense = saved_bytes(losses.build(LossConfig(tile_rows=2_048)), embeddings)
+    assert dense > 10 * 2 * embeddings.image.nbytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["infonce", "sigmoid"])
+def test_8192_pairs_have_the_dense_loss_and_gradients(name: str) -> None:
+    captions = torch.arange(8_192)
+    found = [
+        value_and_gradients(losses.build(LossConfig(name=name, tile_rows=rows)), large_embeddings(8_192, 512), captions)  # type: ignore[arg-type]
+        for rows in (8_192, None)
+    ]
+    for wanted, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_few_rows_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"loss\.tile_rows: got 0"):
+        LossConfig(tile_rows=0)
