@@ -85,8 +85,8 @@ def test_clean_captions_leaves_out_what_is_no_caption() -> None:
         ("2", "이/가", "2가"),
         ("'별'", "이/가", "'별'이"),
         (unicodedata.normalize("NFD", "강"), "이/가", unicodedata.normalize("NFD", "강") + "이"),
-        ("CLIP", "을/를", "CLIP을(를)"),
-        ("CLIP", "으로/로", "CLIP(으)로"),
+        ("漢字", "을/를", "漢字을(를)"),
+        ("漢字", "으로/로", "漢字(으)로"),
     ],
 )
 def test_particles(word: str, pair: str, result: str) -> None:

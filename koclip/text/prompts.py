@@ -2,22 +2,36 @@
 
 import re
 
-from koclip.text.particles import particle
+from koclip.text.particles import attach, particle
 
 _SLOT = re.compile(r"\{([^{}]*)\}")
 
 
-def fill(template: str, name: str) -> str:
-    """Return the template with `{}` replaced by `name`, and `{이/가}` by the form that fits what stands before it.
+def fill(template: str, label: str, **others: str) -> str:
+    """Return the template with its slots filled.
+
+    `{}` and `{label}` stand for `label`, `{who}` for `others["who"]`, `{label:을/를}` for a value with its particle,
+    and `{이/가}` for the particle that fits what stands before it.
 
     Raises:
-        ValueError: the template has no `{}`, or names an unknown particle.
+        ValueError: the template has no slot for `label`, or one that is neither a value nor a known particle.
     """
-    if "{}" not in template:
-        raise ValueError(f"template {template!r} has no slot; write {{}} where the class name goes")
+    values = {**others, "": label, "label": label}
+    slots = [(slot, *slot[1].partition(":")[::2]) for slot in _SLOT.finditer(template)]
+    if not any(key in ("", "label") for _, key, _ in slots):
+        raise ValueError(
+            f"template {template!r} has no slot; write {{}}, {{label}} or {{label:을/를}} where the class name goes"
+        )
     filled, end = "", 0
-    for slot in _SLOT.finditer(template):
+    for slot, key, pair in slots:
         filled += template[end : slot.start()]
-        filled += particle(filled, slot[1]) if slot[1] else name
+        try:
+            if key in values:
+                filled += attach(values[key], pair) if pair else values[key]
+            else:
+                filled += particle(filled, slot[1])
+        except ValueError as error:
+            known = ", ".join(["label", *others])
+            raise ValueError(f"template {template!r}, slot {slot[0]!r}: {error}; values: {known}") from None
         end = slot.end()
     return filled + template[end:]
