@@ -2,6 +2,6 @@
 
 from typing import TypeAlias
 
-from transformers import CLIPModel, VisionTextDualEncoderModel
+from transformers import ChineseCLIPModel, CLIPModel, VisionTextDualEncoderModel
 
-StockModel: TypeAlias = CLIPModel | VisionTextDualEncoderModel
+StockModel: TypeAlias = CLIPModel | ChineseCLIPModel | VisionTextDualEncoderModel

@@ -1,0 +1,203 @@
+"""Give a CLIP another text encoder. Its image space stays as it is, bit for bit: image tower, projection, logit scale.
+
+The result is a stock class, which training works on, so that publishing converts nothing:
+
+| image tower | text encoder | class |
+|---|---|---|
+| CLIP's ViT | BERT and its like: RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT | `ChineseCLIPModel` |
+| CLIP's ViT | CLIP's text transformer, with a tokenizer of its own | `CLIPModel` |
+| any other, or CLIP's ViT | any encoder with a pooler | `VisionTextDualEncoderModel` |
+
+A text's embedding is a bias-free projection of its first token's last hidden state (`ChineseCLIPModel`), of its end
+token's (`CLIPModel`), or of what the encoder's pooler returns (`VisionTextDualEncoderModel`).
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    ChineseCLIPConfig,
+    ChineseCLIPModel,
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedModel,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+)
+
+from koclip.config import ConfigError
+from koclip.models import StockModel
+
+_BERT = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
+_POOLED = ("albert", "mpnet", "big_bird", "roberta-prelayernorm", "ernie", "xlm-roberta-xl", "data2vec-text")
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # whose positions begin behind the padding id
+_BERT_SETTINGS = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "type_vocab_size", "layer_norm_eps"),
+    *("initializer_range", "pad_token_id", "bos_token_id", "eos_token_id"),
+)
+_DISTILBERT_NAMES = {
+    "transformer.layer": "encoder.layer",
+    "attention.q_lin": "attention.self.query",
+    "attention.k_lin": "attention.self.key",
+    "attention.v_lin": "attention.self.value",
+    "attention.out_lin": "attention.output.dense",
+    "sa_layer_norm": "attention.output.LayerNorm",
+    "ffn.lin1": "intermediate.dense",
+    "ffn.lin2": "output.dense",
+    "output_layer_norm": "output.LayerNorm",
+}
+
+
+def swap_text_tower(clip: StockModel, text_encoder: PreTrainedModel, seed: int = 0) -> StockModel:
+    """Return a dual encoder of `clip`'s image side and `text_encoder`, with a new text projection.
+
+    Args:
+        clip: A `CLIPModel`, or any dual encoder whose image side is to stay.
+        text_encoder: The encoder, without a head.
+        seed: Seed of the text projection, whose standard deviation is that of CLIP: width ** -0.5.
+
+    Raises:
+        ConfigError: no stock class holds this pair.
+    """
+    vision: Any = clip.config.vision_config
+    kind = text_encoder.config.model_type
+    clip_image = vision.model_type in ("clip_vision_model", "chinese_clip_vision_model")
+    swapped: Any
+    if clip_image and kind == "clip_text_model":
+        swapped = _as_clip(clip, text_encoder)
+    elif clip_image and kind in _BERT:
+        swapped = _as_chinese_clip(clip, text_encoder)
+    elif kind in (*_BERT, *_POOLED):
+        swapped = _as_pair(clip, text_encoder)
+    else:
+        raise ConfigError(
+            f"text encoder: no stock class holds a {kind} beside this image tower; CLIP's ViT takes "
+            f"{', '.join(('clip_text_model', *_BERT, *_POOLED))}, other image towers need an encoder with a pooler"
+        )
+    with torch.no_grad():
+        swapped.visual_projection.weight.copy_(clip.visual_projection.weight)
+        swapped.logit_scale.copy_(clip.logit_scale)
+        generator = torch.Generator().manual_seed(seed)
+        width = swapped.text_projection.in_features
+        swapped.text_projection.weight.normal_(std=width**-0.5, generator=generator)
+    stock: StockModel = swapped.to(clip.dtype)
+    return stock
+
+
+def _as_clip(clip: StockModel, text_encoder: PreTrainedModel) -> StockModel:
+    config = CLIPConfig(
+        text_config=text_encoder.config.to_dict() | {"projection_dim": clip.config.projection_dim},
+        vision_config=_vision_config(clip),
+        projection_dim=clip.config.projection_dim,
+        logit_scale_init_value=clip.logit_scale.item(),
+    )
+    swapped = CLIPModel(config)
+    swapped.vision_model.load_state_dict(clip.vision_model.state_dict())
+    swapped.text_model.load_state_dict(text_encoder.state_dict())
+    return swapped
+
+
+def _as_chinese_clip(clip: StockModel, text_encoder: PreTrainedModel) -> StockModel:
+    text, weights = _as_bert(text_encoder)
+    config = ChineseCLIPConfig(
+        text_config=text,
+        vision_config=_vision_config(clip),
+        projection_dim=clip.config.projection_dim,
+        logit_scale_init_value=clip.logit_scale.item(),
+    )
+    swapped = ChineseCLIPModel(config)
+    swapped.vision_model.load_state_dict(clip.vision_model.state_dict())
+    swapped.text_model.load_state_dict(weights)
+    with torch.no_grad():  # as `from_pretrained` leaves it; padding is masked, so that no embedding changes
+        swapped.text_model.embeddings.word_embeddings.weight[text["pad_token_id"]] = 0
+    return swapped
+
+
+def _as_pair(clip: StockModel, text_encoder: PreTrainedModel) -> StockModel:
+    if getattr(text_encoder, "pooler", None) is None:
+        raise ConfigError(
+            f"text encoder: this {type(text_encoder).__name__} has no pooler, whose output a "
+            "VisionTextDualEncoderModel projects; load it with its pooling layer, or take a CLIP image tower"
+        )
+    vision: Any = clip.config.vision_config
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(
+        vision,
+        text_encoder.config,
+        projection_dim=clip.config.projection_dim,
+        logit_scale_init_value=clip.logit_scale.item(),
+    )
+    return VisionTextDualEncoderModel(config=config, vision_model=clip.vision_model, text_model=text_encoder)
+
+
+def _vision_config(clip: StockModel) -> dict[str, Any]:
+    config: Any = clip.config.vision_config
+    return {name: value for name, value in config.to_dict().items() if name != "model_type"}
+
+
+def _as_bert(encoder: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the configuration and the weights of the BERT that computes what `encoder` computes, exactly.
+
+    Raises:
+        ConfigError: an ELECTRA whose embeddings are narrower than its layers, or attention that BERT does not have.
+    """
+    theirs = encoder.config
+    if theirs.model_type == "distilbert":
+        return _from_distilbert(encoder)
+    if getattr(theirs, "embedding_size", theirs.hidden_size) != theirs.hidden_size:
+        raise ConfigError(
+            f"text encoder: this ELECTRA embeds tokens in {theirs.embedding_size} dimensions and computes in "
+            f"{theirs.hidden_size}; no stock class holds that. Take the base size, whose widths are equal"
+        )
+    _check_attention(theirs)
+    weights = {name: one.clone() for name, one in encoder.state_dict().items() if not name.startswith("pooler.")}
+    positions = "embeddings.position_embeddings.weight"
+    if theirs.model_type in _OFFSET_POSITIONS:
+        weights[positions] = weights[positions][theirs.pad_token_id + 1 :]
+    text = {name: getattr(theirs, name, None) for name in _BERT_SETTINGS}
+    return text | {"max_position_embeddings": len(weights[positions])}, weights
+
+
+def _from_distilbert(encoder: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    theirs, weights = encoder.config, {}
+    for name, value in encoder.state_dict().items():
+        for old, new in _DISTILBERT_NAMES.items():
+            name = name.replace(old, new)
+        weights[name] = value.clone()
+    weights["embeddings.token_type_embeddings.weight"] = torch.zeros(1, theirs.dim)
+    text = {
+        "vocab_size": theirs.vocab_size,
+        "hidden_size": theirs.dim,
+        "num_hidden_layers": theirs.n_layers,
+        "num_attention_heads": theirs.n_heads,
+        "intermediate_size": theirs.hidden_dim,
+        "hidden_act": theirs.activation,
+        "hidden_dropout_prob": theirs.dropout,
+        "attention_probs_dropout_prob": theirs.attention_dropout,
+        "max_position_embeddings": theirs.max_position_embeddings,
+        "type_vocab_size": 1,
+        "layer_norm_eps": 1e-12,
+        "initializer_range": theirs.initializer_range,
+        "pad_token_id": theirs.pad_token_id,
+    }
+    return text, weights
+
+
+def _check_attention(config: Any) -> None:
+    kind = getattr(config, "position_embedding_type", None) or "absolute"
+    if kind != "absolute" or getattr(config, "is_decoder", False):
+        raise ConfigError(f"text encoder: expected absolute positions and an encoder, got {kind} positions")
+
+
+def linear_pooler(vision_model: nn.Module) -> None:
+    """Make a ViT's pooler return the class token: checkpoints of google/vit-* have none, and a random one is no good.
+
+    The stock configuration says so (`pooler_act: linear`), so that the published model computes the same.
+    """
+    pooler: Any = vision_model.pooler
+    with torch.no_grad():
+        pooler.dense.weight.copy_(torch.eye(len(pooler.dense.weight)))
+        pooler.dense.bias.zero_()
+    pooler.activation = nn.Identity()
+    vision_model.config.pooler_act = "linear"  # type: ignore[union-attr]

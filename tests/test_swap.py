@@ -1,0 +1,129 @@
+"""Text towers swapped: the image side bit for bit, the text side exactly the encoder's, the result a stock class."""
+
+import pytest
+import torch
+import transformers
+from tiny import tiny_dual_encoder
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, CLIPModel, PreTrainedModel
+
+from koclip.config import ConfigError
+from koclip.models.swap import linear_pooler, swap_text_tower
+
+WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+SIZES = {**WIDTH, "vocab_size": 90}
+KLUE = {"pad_token_id": 1, "max_position_embeddings": 42, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+FAMILIES = {
+    "bert": {"pad_token_id": 0, "max_position_embeddings": 40},
+    "roberta": KLUE | {"bos_token_id": 0, "eos_token_id": 2},
+    "xlm-roberta": KLUE,
+    "camembert": KLUE,
+    "electra": {"embedding_size": 32, "pad_token_id": 0, "max_position_embeddings": 40},
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48, "max_position_embeddings": 40},
+}
+
+
+def encoder(kind: str, **options: object) -> PreTrainedModel:
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 90} if kind == "distilbert" else SIZES
+    made = AutoModel.from_config(AutoConfig.for_model(kind, **{**sizes, **FAMILIES.get(kind, {}), **options}))
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)  # biases and norms too: a lost one would show
+    return made.eval()
+
+
+@pytest.fixture
+def clip() -> CLIPModel:
+    model = tiny_dual_encoder().model.eval()
+    torch.nn.init.constant_(model.logit_scale, 3.21)
+    return model  # type: ignore[return-value]
+
+
+def tokens(pad: int, length: int = 12) -> tuple[Tensor, Tensor]:
+    """Five texts of different lengths, padded on the right; the last fills all positions."""
+    ids = torch.randint(5, 90, (5, length), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(length) < torch.tensor([[3], [7], [1], [9], [length]])).long()
+    return ids.masked_fill(mask == 0, pad), mask
+
+
+def images(model: object) -> Tensor:
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.get_image_features(pixel_values=pixels.to(model.dtype)).pooler_output  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [*FAMILIES, "clip_text_model", "albert", "mpnet"])
+def test_the_image_side_stays_bit_for_bit(kind, dtype, clip, tmp_path) -> None:
+    clip = clip.to(dtype)
+    options = {"embedding_size": 32} if kind == "albert" else {}
+    swapped = swap_text_tower(clip, encoder(kind, **options).to(dtype)).eval()
+    before = images(clip)
+    assert torch.equal(images(swapped), before)
+    swapped.save_pretrained(tmp_path)
+    loaded, info = AutoModel.from_pretrained(tmp_path, dtype=dtype, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(images(loaded.eval()), before)
+    assert torch.equal(loaded.logit_scale, clip.logit_scale)
+    assert loaded.config.projection_dim == clip.config.projection_dim
+    classes = {"clip_text_model": "CLIPModel", "albert": "VisionTextDualEncoderModel"}
+    expected = classes.get(kind, "VisionTextDualEncoderModel" if kind == "mpnet" else "ChineseCLIPModel")
+    assert type(loaded).__name__ == expected
+
+
+@pytest.mark.parametrize("length", [12, 40])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_hidden_states_are_the_encoders(kind, length, clip, tmp_path) -> None:
+    """To 0.0, at every place that is not padding, for texts as long as the encoder takes too."""
+    original = encoder(kind)
+    ids, mask = tokens(original.config.pad_token_id, length)
+    swap_text_tower(clip, original).eval().save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        wanted = original(input_ids=ids, attention_mask=mask).last_hidden_state
+        got = loaded.text_model(input_ids=ids, attention_mask=mask).last_hidden_state
+        features = loaded.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
+    assert torch.equal(got[mask == 1], wanted[mask == 1])
+    assert torch.equal(features, loaded.text_projection(wanted[:, 0]))  # a bias-free projection of the first token
+
+
+def test_the_projection_has_clips_spread_and_the_seed_decides(clip) -> None:
+    one, same, other = (swap_text_tower(clip, encoder("bert"), seed).text_projection.weight for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert one.std().item() == pytest.approx(32**-0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["modernbert", "deberta-v2", "gpt2", "t5"])
+def test_encoders_of_no_stock_class_are_refused_by_name(kind, clip) -> None:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_head": 2, "n_layer": 1} if kind == "gpt2" else {**SIZES, "pad_token_id": 0}
+    if kind == "t5":
+        sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2, "vocab_size": 90}
+    config = AutoConfig.for_model(kind, **sizes)
+    made = transformers.T5EncoderModel(config) if kind == "t5" else AutoModel.from_config(config)
+    with pytest.raises(ConfigError, match=f"no stock class holds a {kind} .*bert, roberta, xlm-roberta"):
+        swap_text_tower(clip, made)
+
+
+def test_a_narrow_electra_is_refused(clip) -> None:
+    with pytest.raises(ConfigError, match="embeds tokens in 16 dimensions and computes in 32"):
+        swap_text_tower(clip, encoder("electra", embedding_size=16))
+
+
+def test_an_encoder_without_a_pooler_beside_another_image_tower_is_refused(clip) -> None:
+    made = tiny_dual_encoder(preset="timm:test_vit").model
+    with pytest.raises(ConfigError, match="has no pooler"):
+        swap_text_tower(made, encoder("electra"))
+
+
+def test_a_vit_without_a_pooler_returns_its_class_token(tmp_path) -> None:
+    torch.manual_seed(0)
+    vit = AutoModel.from_config(AutoConfig.for_model("vit", **WIDTH, image_size=32, patch_size=8)).eval()
+    linear_pooler(vit)
+    vit.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        made = loaded(torch.randn(2, 3, 32, 32))
+    assert torch.equal(made.pooler_output, made.last_hidden_state[:, 0])
