@@ -12,22 +12,27 @@ _SPECIAL = re.compile(
 )
 # Soft hyphen, zero-width space, direction marks, word joiner, byte-order mark. The zero-width joiners stay: emoji
 # and some scripts are spelt with them.
-_INVISIBLE = frozenset("\u00ad\u200b\u200e\u200f\u2060\ufeff")
-_HANGUL_FILLER = "\u3164"  # a letter by its category, a blank on the screen
+_INVISIBLE = frozenset("\u00ad\u061c\u180e\u200b\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff") | frozenset(
+    chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x2070))
+)
+_HANGUL_FILLERS = str.maketrans(dict.fromkeys("\u3164\uffa0", " "))  # letters by category, blanks on the screen
+# Nothing to be seen: joiners, variation selectors and the fillers of incomplete syllables, without a letter.
+_BARE = re.compile(r"[\s\u115f\u1160\u200c\u200d\ufe00-\ufe0f]*")
+_LONGEST = 10_000  # characters; Python's NFC takes time quadratic in a run of combining marks
 _MISSING = frozenset({"nan", "none", "null", "<na>"})  # what pandas, Python and JSON write for "no value"
 
 
 def normalize(text: str) -> str:
-    """Return `text` in NFC, without control characters and special-token strings, white space collapsed.
+    """Return `text` (its first 10,000 characters) in NFC, single-spaced, without control characters and special tokens.
 
     Korean comes decomposed (NFD) from macOS file names and some corpora; many fast tokenizers do not compose it.
     """
-    text = text.replace(_HANGUL_FILLER, " ")
+    text = text.translate(_HANGUL_FILLERS)
     if not text.isprintable():
         text = "".join(character for character in text if _is_text(character))
-    text = unicodedata.normalize("NFC", text)
+    text = unicodedata.normalize("NFC", text[:_LONGEST])
     text = _SPECIAL.sub(" ", text)  # last: what was removed above may have hidden one
-    return " ".join(text.split())
+    return "" if _BARE.fullmatch(text) else " ".join(text.split())
 
 
 def clean_captions(cell: object) -> list[str]:
