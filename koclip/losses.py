@@ -17,7 +17,8 @@ from koclip.config import LossConfig
 from koclip.models.dual_encoder import Embeddings
 
 SIGMOID_BIAS = -10.0  # initial bias of the sigmoid loss (Zhai et al. 2023, section 3.2)
-TILE_SIZE = {"cpu": 2**22, "cuda": 2**26}  # similarities in memory at a time
+TILE_SIZE = {"cpu": 2**20, "cuda": 2**26}  # similarities in memory at a time, but
+MIN_TILE_ROWS = 64  # rows at least: thinner products are slow
 
 
 class Loss(NamedTuple):
@@ -37,7 +38,7 @@ def build(config: LossConfig) -> LossFn:
     def loss(embeddings: Embeddings, caption_ids: torch.Tensor) -> Loss:
         rows = len(caption_ids)
         size = TILE_SIZE["cpu" if embeddings.image.device.type == "cpu" else "cuda"]
-        tile_rows = config.tile_rows or max(1, size // (rows * distributed.world_size()))
+        tile_rows = config.tile_rows or max(MIN_TILE_ROWS, size // (rows * distributed.world_size()))
         if tile_rows >= rows:
             return dense(embeddings, caption_ids, config.equal_captions)
         return tiled(config.name, embeddings, caption_ids, config.equal_captions, tile_rows)

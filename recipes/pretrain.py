@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 
 import koclip
 from koclip import checkpoint, config, losses, training
-from koclip.data.loader import Shard, train_loader, training_captions
+from koclip.data.loader import train_loader, training_captions
+from koclip.data.order import Shard
 from koclip.evaluation.evaluate import Encoder, evaluate
 from koclip.evaluation.report import report
 from koclip.evaluation.sets import open_set

@@ -1,5 +1,6 @@
 """Two processes do what one does: losses, gradients, checkpoints, sharded weights; launched once for all tests."""
 
+import math
 import os
 import subprocess
 import sys
@@ -77,6 +78,7 @@ def test_grad_cache_in_two_processes_equals_the_plain_way(name: str, two: dict[s
             both = gradient.flatten().double(), cached[key].flatten().double()
             assert torch.nn.functional.cosine_similarity(*both, dim=0) >= 0.99999, key
             assert abs(both[1].norm() / both[0].norm() - 1) <= 1e-4, key
+    assert found["syncs"] == [0, 20]  # once a step, whatever the number of pieces; the plain way averages by itself
     plain, cached = found["weights"]
     assert max((cached[key] - one).abs().max().item() for key, one in plain.items()) <= 1e-5
 
@@ -112,6 +114,14 @@ def test_resuming_in_two_processes_changes_nothing(two: dict[str, Any]) -> None:
 
 def test_sharded_weights_have_the_gradients_of_one_process(one: dict[str, Any], two: dict[str, Any]) -> None:
     assert_same(two["fsdp2"], one["sigmoid/positives/dense"])
+
+
+def test_sharded_weights_train_in_pieces_too(two: dict[str, Any]) -> None:
+    whole, pieces = two["fsdp2"]["in_pieces"]["at once"], two["fsdp2"]["in_pieces"]["pieces"]
+    assert whole.keys() == pieces.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(pieces[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+    assert all(math.isfinite(stats["grad_norm"]) and stats["bad_steps"] == 0 for stats in two["fsdp2"]["stats"])
 
 
 def test_sharded_logit_scale_is_clamped(two: dict[str, Any]) -> None:

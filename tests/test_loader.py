@@ -93,6 +93,37 @@ def test_two_processes_share_one_processs_batches(tokenizer, table) -> None:
         assert torch.equal(one.caption_ids, torch.cat([part.caption_ids for part in parts]))
 
 
+def test_pieces_make_up_the_batches(tokenizer, table) -> None:
+    """Uneven ones too; each is padded to its own longest caption, and nothing is dropped at an epoch's end."""
+    data = config(table, crop_scale=(0.5, 1.0))
+    whole = batches(data, tokenizer, 13)
+    pieces = batches(data, tokenizer, 3 * 13, Shard(8, micro_batch_size=3))
+    assert [len(piece.keys) for piece in pieces] == [3, 3, 2] * 13
+    for number, batch in enumerate(whole):
+        parts = pieces[3 * number : 3 * number + 3]
+        assert batch.keys == [key for part in parts for key in part.keys]
+        assert torch.equal(batch.pixel_values, torch.cat([part.pixel_values for part in parts]))
+        assert torch.equal(batch.caption_ids, torch.cat([part.caption_ids for part in parts]))
+        assert max(part.input_ids.shape[1] for part in parts) == batch.input_ids.shape[1]
+    resumed = batches(data, tokenizer, 6, Shard(8, micro_batch_size=3), start_step=11)
+    assert_equal(pieces[33:], resumed)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resumed_pieces_of_a_stream_equal_uninterrupted_ones(tokenizer, tars, num_workers) -> None:
+    data, shard = config(tars, num_workers=num_workers), Shard(9, micro_batch_size=3)
+    whole = batches(data, tokenizer, 30, shard)
+    assert {len(piece.keys) for piece in whole} == {3}
+    seen = {piece.position.reader: piece.position for piece in whole[:12] if piece.position}
+    resumed = batches(data, tokenizer, 18, shard, start_step=4, positions=list(seen.values()))
+    assert_equal(whole[12:], resumed)
+
+
+def test_uneven_pieces_of_a_stream_are_refused(tokenizer, tars) -> None:
+    with pytest.raises(ConfigError, match=r"train\.micro_batch_size: got 3; .* \(8\) must be a multiple"):
+        batches(config(tars), tokenizer, 1, Shard(8, micro_batch_size=3))
+
+
 def test_twins_stay_together(tokenizer) -> None:
     for batch in batches(config(SourceConfig(scenes_size=62)), tokenizer, 20):
         numbers = sorted(int(key.rsplit("/", 1)[1]) for key in batch.keys)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from koclip import config
+from koclip import config, training
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "pretrain.py"
@@ -63,7 +65,7 @@ def test_a_run_leaves_what_the_design_says(finished):
     for name in ("config.yaml", "environment.json", "metrics.jsonl", "results.json", "model/model.safetensors"):
         assert name in left
     assert "checkpoints/step-00000020/state.safetensors" in left
-    assert {"pictures/queries-scenes.png", "pictures/example.png"} <= left
+    assert {"pictures/queries-scenes.png", "pictures/example.png", "pictures/training.png"} <= left
     assert not [name for name in left if name.endswith((".bin", ".pt", ".pkl", ".pth"))]
     config.parse(config.PretrainConfig, ["--config", str(finished / "config.yaml")])
 
@@ -110,6 +112,32 @@ def test_stopped_and_resumed_equals_uninterrupted(finished, tmp_path):
     pretrain(*RANDOM, "--output_dir", str(run), "--resume", "auto")
     assert weights(run) == weights(finished)
     assert [line["step"] for line in lines(run / "metrics.jsonl")] == [5, 10, 15, 20]
+
+
+def test_a_second_signal_exits_at_once():
+    stop = training.StopRequest(torch.device("cpu"))
+    with stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_pieces_train_what_the_whole_batch_trains(tmp_path):
+    """The literal recipe in pieces of 3 and at once, without dropout: the same losses, but for rounding."""
+    steps = ("--train.num_steps", "10", "--optim.warmup_steps", "1", "--train.log_every", "1")
+    pretrain(*steps, "--output_dir", str(tmp_path / "whole"))
+    pretrain(*steps, "--train.micro_batch_size", "3", "--output_dir", str(tmp_path / "pieces"))
+    whole, pieces = (
+        [line["loss"] for line in lines(tmp_path / name / "metrics.jsonl")] for name in ("whole", "pieces")
+    )
+    assert pieces == pytest.approx(whole, abs=1e-4)
+
+
+def test_a_change_that_changes_the_result_is_refused_by_name(finished):
+    with pytest.raises(config.ConfigError, match=r"data\.seed: 0 -> 1.*--resume_with"):
+        pretrain(*RANDOM, "--output_dir", str(finished), "--resume", "auto", "--data.seed", "1")
 
 
 def test_evaluating_during_training_changes_nothing(finished, tmp_path):

@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from tiny import tiny_batch, tiny_config, tiny_dual_encoder, tiny_pieces, tiny_tokenizer
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
 
 from koclip import distributed, training
@@ -97,6 +99,22 @@ def at_once(trainer: training.Trainer, pieces: Sequence[Batch]) -> Loss:
     return loss
 
 
+def at_once_sharded(trainer: training.Trainer, pieces: Sequence[Batch]) -> None:
+    """The plain way for sharded weights, which are gathered for one forward pass only: padding all pieces alike."""
+    length = max(piece.input_ids.shape[1] for piece in pieces)
+    pad = trainer.dual_encoder.model.config.text_config.pad_token_id
+    inputs = [
+        (
+            piece.pixel_values,
+            F.pad(piece.input_ids, (0, length - piece.input_ids.shape[1]), value=pad),
+            F.pad(piece.attention_mask, (0, length - piece.input_ids.shape[1])),
+        )
+        for piece in pieces
+    ]
+    made = trainer.model(*(torch.cat(parts) for parts in zip(*inputs, strict=True)))
+    trainer.accelerator.backward(trainer.loss(made, torch.cat([piece.caption_ids for piece in pieces])).value)
+
+
 def grad_cached(accelerator: Accelerator) -> dict[str, object]:
     """Gradients in pieces and at once, with dropout, and the weights after 20 steps of either."""
     results = {}
@@ -105,6 +123,7 @@ def grad_cached(accelerator: Accelerator) -> dict[str, object]:
         for backward in (at_once, cached):
             trainer = prepare(accelerator, LossConfig(name=name), patch_dropout=0.3)  # type: ignore[arg-type]
             torch.manual_seed(distributed.rank())
+            syncs = count_syncs(trainer)
             for step in range(20):
                 loss = backward(trainer, pieces_of(step))
                 if step == 0:
@@ -114,8 +133,21 @@ def grad_cached(accelerator: Accelerator) -> dict[str, object]:
                 trainer.optimizer.step()
                 trainer.optimizer.zero_grad()
             found["weights"].append(trainer.dual_encoder.state_dict())
+            found.setdefault("syncs", []).append(len(syncs))
         results[name] = found
     return results
+
+
+def count_syncs(trainer: training.Trainer) -> list[int]:
+    """Return a list that grows by one whenever DDP averages a bucket of gradients; a tiny model is one bucket."""
+    syncs: list[int] = []
+
+    def hook(_: object, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        syncs.append(1)
+        return allreduce_hook(torch.distributed.group.WORLD, bucket)
+
+    trainer.model.register_comm_hook(None, hook)
+    return syncs
 
 
 def cached(trainer: training.Trainer, pieces: Sequence[Batch]) -> Loss:
@@ -204,10 +236,20 @@ def sharded(folder: Path) -> dict[str, object]:
         with one.evaluating() as model:
             texts.append(embed_texts(model, processor, ["빨간 원", "파란 별"]))
         step(one)  # training goes on after an evaluation
+    stats = [last for _, last in training.steps(again, iter(pieces_of(0, (2,))), 0, 1, log_every=1)]
+    again.num_pieces = 3
+    stats += [last for _, last in training.steps(again, iter(pieces_of(1)), 0, 1, log_every=1)]
     published = Run("test", str(folder / "published"), resume=False)
     open_run(folder, accelerator, resume=True).load(trainer)
     published.save_model(trainer, processor)
-    return {"loss": loss, "gradients": found, "scale": scale, "texts": texts}
+    in_pieces = {}
+    for name, way in (("at once", at_once_sharded), ("pieces", cached)):
+        one = prepare(accelerator, LossConfig(name="sigmoid"))
+        way(one, pieces_of(0))
+        in_pieces[name] = {key: value.clone() for key, value in gradients(one).items()}
+    return {
+        "loss": loss, "gradients": found, "scale": scale, "texts": texts, "stats": stats, "in_pieces": in_pieces,
+    }  # fmt: skip
 
 
 def main(folder: Path) -> None:

@@ -82,8 +82,8 @@ def collect(directory: Path, trainer: Trainer, progress: Progress, config: dict[
         tensors |= {f"optimizer.{name}/{moment}": one for moment, one in moments.items()}
     if trainer.ema is not None:
         tensors |= {f"ema.{name}": one for name, one in trainer.ema.state_dict().items()}
-    # On a CPU these still are the tensors that the next step changes.
-    return Snapshot({name: one.to("cpu", copy=True).contiguous() for name, one in tensors.items()}, facts)
+    shared = trainer.accelerator.device.type == "cpu"  # then these still are what the next step changes
+    return Snapshot({name: one.to("cpu", copy=shared).contiguous() for name, one in tensors.items()}, facts)
 
 
 def read_facts(directory: Path) -> dict[str, Any]:

@@ -68,7 +68,8 @@ class LossConfig:
         equal_captions: What another image with the very same caption counts as: `positives`, `masked` (neither)
             or `negatives` (as in the CLIP paper).
         tile_rows: Rows of the similarities (batch_size x global batch) that are in memory at a time; the result is the
-            same. Default: all of them while they are few, else as many as 16 MiB hold on a CPU, 256 MiB on a GPU.
+            same. Default: all of them while they are few, else as many as 4 MiB hold on a CPU, 256 MiB on a GPU, but 64
+            or more.
     """
 
     name: Literal["infonce", "sigmoid"] = "infonce"

@@ -59,6 +59,7 @@ def backward(
             if last:
                 parts += [_pull(again.logit_scale, whole.logit_scale), _pull(again.logit_bias, whole.logit_bias)]
             accelerator.backward(torch.stack([part for part in parts if part is not None]).sum())
+            del again, parts  # else this graph would still be there while the next one is built
     return Loss(value.detach(), accuracy)
 
 

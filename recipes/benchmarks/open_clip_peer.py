@@ -28,20 +28,28 @@ VERSION = open_clip.__version__
 class OpenClip:
     """open_clip's training of a model with random weights, of the same shape as a `CLIPModel`.
 
-    `losses` holds the loss of every step.
+    `losses` holds the loss of every step. With `accum_freq` it takes so many batches together for one step.
     """
 
-    def __init__(self, shape: CLIPConfig, optim: OptimConfig, num_steps: int, precision: str = "fp32") -> None:
-        self.model = build(shape)
+    def __init__(
+        self,
+        shape: CLIPConfig,
+        optim: OptimConfig,
+        num_steps: int,
+        precision: str = "fp32",
+        accum_freq: int = 1,
+        device: str = "cpu",
+    ) -> None:
+        self.model = build(shape).to(device)
         self.losses: list[Tensor] = []
         self._optimizer = adamw(self.model, optim)
         self._schedule = cosine_lr(self._optimizer, optim.lr, optim.warmup_steps, num_steps)
         self._clip_loss = open_clip.ClipLoss(cache_labels=True)
         self._epoch = 0
         self._args = SimpleNamespace(
-            device="cpu", rank=0, world_size=1, distributed=False, horovod=False, precision=precision, accum_freq=1,
-            distill=False, skip_scheduler=False, grad_clip_norm=optim.max_grad_norm or None, log_every_n_steps=100,
-            batch_size=0, wandb=False,
+            device=device, rank=0, world_size=1, distributed=False, horovod=False, precision=precision,
+            accum_freq=accum_freq, distill=False, skip_scheduler=False, grad_clip_norm=optim.max_grad_norm or None,
+            log_every_n_steps=100, batch_size=0, wandb=False,
         )  # fmt: skip
 
     def train(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -13,7 +13,8 @@ from transformers import CLIPImageProcessor, PreTrainedTokenizerBase
 
 from koclip.config import DataConfig, SourceConfig
 from koclip.data.batches import Batch
-from koclip.data.loader import Shard, train_loader
+from koclip.data.loader import train_loader
+from koclip.data.order import Shard
 
 FLICKR8K_KO = Path("../shared/data/flickr8k_ko_train.parquet")
 CONTEXT = 77  # tokens; what CLIP pads every text to

@@ -1,0 +1,144 @@
+"""How much memory and time does the contrastive loss of N pairs take, forward and backward, next to the dense losses?
+
+    python recipes/benchmarks/loss_memory.py                                   # N = 4,096, 8,192 and 16,384
+    python recipes/benchmarks/loss_memory.py --sizes 32768 --ways tiled        # the dense losses do not fit sensibly
+
+Every measurement runs in a process of its own, the ways in turns. Memory is the peak of the process less what it held
+when the features (N x 512, fp32) had been made, so it includes their gradients. "Kept" is what autograd holds between
+the forward and the backward pass, in multiples of the features. Bars of the project: at N = 8,192 at most 1.2x the
+features, the loss and its gradients equal to 1e-6 (tests/test_tiled_loss.py); at 16,384 at most 300 MB and no longer
+than the dense loss; at 32,768 at most 600 MB.
+
+- tiled: koclip's default at these sizes (loss.tile_rows);
+- dense: koclip's own loss with all similarities at once, which it takes for small batches;
+- open_clip: its ClipLoss, where open_clip_torch is installed.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from ratios import hardware, spread
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from koclip import losses
+from koclip.config import LossConfig
+from koclip.models.dual_encoder import Embeddings
+
+WIDTH = 512
+WAYS = ("dense", "open_clip", "tiled")
+
+
+def features(count: int) -> Embeddings:
+    """Return `count` pairs of noise that belong together a little."""
+    noise = torch.randn(2, count, WIDTH, generator=torch.Generator().manual_seed(0))
+    noise[1] += 0.2 * noise[0]
+    image, text = F.normalize(noise, dim=-1)
+    return Embeddings(*(one.clone().requires_grad_() for one in (image, text, torch.tensor(20.0), torch.tensor(-8.0))))
+
+
+def loss_of(way: str, name: str, count: int) -> Callable[[Embeddings], Tensor]:
+    """Return the loss that a way computes, (): a function of the embeddings."""
+    if way == "open_clip":
+        import open_clip
+
+        clip_loss = open_clip.ClipLoss() if name == "infonce" else open_clip.SigLipLoss()
+        return lambda made: clip_loss(
+            made.image, made.text, made.logit_scale, *([made.logit_bias] if name == "sigmoid" else [])
+        )
+    tile_rows = count if way == "dense" else None
+    loss = losses.build(LossConfig(name=name, equal_captions="negatives", tile_rows=tile_rows))  # type: ignore[arg-type]
+    return lambda made: loss(made, torch.arange(count)).value
+
+
+def kept(loss: Callable[[Embeddings], Tensor], made: Embeddings) -> tuple[Tensor, int]:
+    """Return the loss and the bytes that wait for its backward pass, each storage once."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = loss(made)
+    return value, sum(storages.values())
+
+
+def peak() -> float:
+    """Return the peak memory of this process so far, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def worker(options: argparse.Namespace) -> None:
+    """Measure one way at one size in this process, and print what was found as JSON."""
+    torch.set_num_threads(options.threads)
+    (way,), (count,) = options.ways, options.sizes
+    loss, made = loss_of(way, options.loss, count), features(count)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    before, began = peak(), clock()
+    value, held = kept(loss, made)
+    value.backward()
+    found = {"seconds": clock() - began, "megabytes": peak() - before, "value": value.item()}
+    print(json.dumps(found | {"kept": held / (2 * made.image.nbytes)}))
+
+
+def run(way: str, count: int, options: argparse.Namespace) -> dict[str, float]:
+    """Run `worker` in a process of its own."""
+    words = ["--worker", "--ways", way, "--sizes", str(count), "--loss", options.loss]
+    words += ["--threads", str(options.threads), *(["--cpu_time"] if options.cpu_time else [])]
+    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{way} at {count} pairs failed:\n{done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    options = parser().parse_args(args)
+    if options.worker:
+        worker(options)
+        return
+    ways = [way for way in options.ways if way != "open_clip" or find_spec("open_clip")]
+    clock = "CPU time" if options.cpu_time else "wall time"
+    found: dict[tuple[int, str], list[dict[str, float]]] = {}
+    for count, way in tqdm([(n, way) for n in options.sizes for _ in range(options.rounds) for way in ways], "losses"):
+        found.setdefault((count, way), []).append(run(way, count, options))
+    print(f"{hardware()}; torch {torch.__version__}; {options.threads} thread(s), {clock}, {options.rounds} round(s)")
+    print(f"{options.loss}, {WIDTH} wide, fp32\n")
+    print("| pairs | loss | peak memory | kept, x features | s | faster than dense | value |")
+    print("|---|---|---|---|---|---|---|")
+    for (count, way), rounds in found.items():
+        memory, share, seconds = (
+            statistics.median(one[key] for one in rounds) for key in ("megabytes", "kept", "seconds")
+        )
+        dense = [one["seconds"] for one in found.get((count, "dense"), [])]
+        ratio = spread([one["seconds"] for one in rounds], dense) if dense else "-"
+        cells = [f"{count:,}", way, f"{memory:,.0f} MB", f"{share:.2f}", f"{seconds:.1f}", ratio]
+        print(f"| {' | '.join(cells)} | {rounds[0]['value']:.6f} |")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--sizes", type=int, nargs="+", default=[4_096, 8_192, 16_384], help="pairs")
+    made.add_argument("--ways", choices=WAYS, nargs="+", default=list(WAYS), help="default: all")
+    made.add_argument("--loss", choices=["infonce", "sigmoid"], default="infonce")
+    made.add_argument("--rounds", type=int, default=1, help="rounds (default: 1)")
+    made.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    made.add_argument("--cpu_time", action="store_true", help="count CPU seconds (for one thread, on a busy machine)")
+    made.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return made
+
+
+if __name__ == "__main__":
+    main()
