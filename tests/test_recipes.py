@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,22 +21,22 @@ from koclip import config, training
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "pretrain.py"
 SCENES = ROOT / "recipes" / "configs" / "pretrain" / "scenes.yaml"  # what the recipe runs without --config
-SMALL = [
+QUICK = [
     *("--train.num_threads", "1", "--train.tracker", "none", "--train.batch_size", "8", "--train.log_every", "5"),
     *("--optim.warmup_steps", "3", "--tokenizer.train_captions", "500", "--tokenizer.vocab_size", "600"),
     *("--data.num_workers", "0", "--data.length_pool", "2"),
-    *("--model.image_width", "32", "--model.text_width", "32", "--model.image_layers", "1"),
     *("--eval.sets", "[{source: {scenes_part: test, scenes_size: 20}}]"),
 ]
+SMALL = [*QUICK, *("--model.image_width", "32", "--model.text_width", "32", "--model.image_layers", "1")]
 
 
-def pretrain(*args: str) -> None:
+def pretrain(*args: str, base: Sequence[str] = SMALL) -> None:
     """Run the recipe's main() in this process."""
     spec = importlib.util.spec_from_file_location("pretrain", RECIPE)
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
     AcceleratorState._reset_state(reset_partial_state=True)
-    recipe.main(config.parse(config.PretrainConfig, [*SMALL, *args], default=SCENES))
+    recipe.main(config.parse(config.PretrainConfig, [*base, *args], default=SCENES))
 
 
 def weights(run: Path) -> dict[str, bytes]:
@@ -233,5 +234,5 @@ def test_the_real_configs_run(name, shared_data, tmp_path, monkeypatch):
     sets = config.parse(config.PretrainConfig, ["--config", str(file)]).eval.sets
     spec = json.dumps([{**config.to_dict(one), "max_images": 30, "gallery": []} for one in sets])
     args = ["--config", str(file), "--train.num_steps", "2", "--optim.warmup_steps", "1", "--eval.sets", spec]
-    pretrain(*args, "--tokenizer.train_captions", "2000", "--output_dir", str(tmp_path / "run"))
+    pretrain(*args, "--tokenizer.train_captions", "2000", "--output_dir", str(tmp_path / "run"), base=QUICK)
     assert (tmp_path / "run" / "results.json").exists()

@@ -28,7 +28,7 @@ def report(run: Path, config: Any, encoder: Encoder, sets: Sequence[EvalSet]) ->
     write_results(run / "results.json", str(run / "model"), data, metrics, environment)
     for one in sets:
         draw_queries(run / "pictures" / f"queries-{one.name}.png", encoder, one)
-    draw_training(run / "pictures" / "training.png", run / "metrics.jsonl")
+    draw_training(run / "pictures" / "training.png", run / "metrics.jsonl", metrics)
     sets[0].pictures[0].save(run / "pictures" / "example.png")
     print_table(metrics)
     return metrics
@@ -91,26 +91,23 @@ def draw_queries(path: Path, encoder: Encoder, one: EvalSet) -> None:
     figure.savefig(path, dpi=110)
 
 
-def draw_training(path: Path, log: Path) -> None:
-    """Draw the loss of a run, and its recall or accuracy where it was evaluated on the way, over the steps."""
+def draw_training(path: Path, log: Path, final: dict[str, Metric]) -> None:
+    """Draw the loss of a run over its steps, and recall or accuracy where it was evaluated; `final` is at the end."""
     _use_korean_font()
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(7.5, 4.2))
-    axis = figure.subplots()
     losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    lines.append({"step": lines[-1]["step"], **{name: metric.value for name, metric in final.items()}})
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    axis = figure.subplots()
     axis.plot(*zip(*losses, strict=True), color="tab:grey", label="loss")
-    axis.set(xlabel="step", ylabel="loss", title="training")
+    axis.set(xlabel="step", ylabel="loss")
     axis.set_ylim(bottom=0)
-    scores = {name for line in lines for name in line if name.endswith(("text_to_image/recall@10", "/accuracy"))}
-    if scores:
-        percent = axis.twinx()
-        percent.set(ylabel="%", ylim=(0, 100))
-        for name in sorted(scores):
-            points = [(line["step"], 100 * line[name]) for line in lines if name in line]
-            percent.plot(*zip(*points, strict=True), marker="o", label=name)
-        percent.legend(loc="upper left", fontsize=8)
-    axis.legend(loc="upper right", fontsize=8)
-    figure.tight_layout()
+    percent = axis.twinx()
+    percent.set(ylabel="%", ylim=(0, 100))
+    for name in sorted(name for name in final if name.endswith(("text_to_image/recall@10", "/accuracy"))):
+        points = [(line["step"], 100 * line[name]) for line in lines if name in line]
+        percent.plot(*zip(*points, strict=True), marker="o", label=name)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
