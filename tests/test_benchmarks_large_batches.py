@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 
-from koclip.config import ModelConfig
+from koclip.config import ModelConfig, TrainConfig
 
 BENCHMARKS = Path(__file__).parents[1] / "recipes" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # as Python does for the script that it runs
@@ -115,6 +115,17 @@ def test_a_gpu_benchmark_without_a_gpu_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="needs an NVIDIA GPU"):
         gpu.main([])
+
+
+def test_the_gpu_benchmarks_step_trains():
+    model, processor = grad_cache.build()
+    before = model.logit_scale.clone()
+    batch = list(grad_cache.noise(model, 8, 4))
+    train = TrainConfig(num_steps=100, batch_size=8, micro_batch_size=4, tracker="none")
+    step = gpu.koclip_step(model, processor, batch, train)
+    step()
+    step()
+    assert not torch.equal(model.logit_scale, before)
 
 
 def test_floating_point_operations_are_the_papers():

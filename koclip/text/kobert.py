@@ -1,0 +1,154 @@
+"""Convert KoBERT's tokenizer, whose classes are remote code over sentencepiece, to a stock fast one with the same ids.
+
+Both publications are read: `monologg/kobert` and its like (tokenizer_78b3253a26.model, ids by vocab.txt) and
+`skt/kobert-base-v1` (spiece.model, ids by the model). What they do to a text, in this order: split off special tokens;
+collapse white space; `` and '' become "; NFKD without combining marks; sentencepiece; [CLS] and [SEP] around it.
+The package sentencepiece is not needed. Sources: monologg/KoBERT-Transformers,
+kobert_transformers/tokenization_kobert.py; SKTBrain/KoBERT, kobert_hf/kobert_tokenizer/kobert_tokenizer.py.
+"""
+
+import json
+import re
+import sys
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import Unigram
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import import_protobuf
+
+from koclip.config import ConfigError, check
+
+_MODEL, _VOCABULARY, _SKT_MODEL = "tokenizer_78b3253a26.model", "vocab.txt", "spiece.model"
+_SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "pad", "cls", "sep", "mask")}
+_POSITIONS = 512  # of both publications' models
+_NORMAL, _USER_DEFINED = 1, 4  # ModelProto.SentencePiece.Type: the pieces that sentencepiece finds in a text
+_UNIGRAM = 1  # TrainerSpec.ModelType
+
+
+class PreTrainedTokenizerFast(transformers.PreTrainedTokenizerFast):
+    """The stock class under its old name, which is saved: transformers 4 refuses the new one, "TokenizersBackend"."""
+
+
+def convert(directory: str | Path) -> PreTrainedTokenizerBase:
+    """Return the KoBERT tokenizer whose files are in `directory` as a stock fast tokenizer that gives the same ids.
+
+    Composed (NFC) and decomposed (NFD) text get the same ids. Ids differ from the original's in two cases: characters
+    that Unicode 12.1 or later brought and NFKD changes (`tokenizers` has older tables), such as U+32FF; and texts with
+    two segmentations of equal score, where sentencepiece's choice hangs on the rounding of float32.
+
+    Raises:
+        ConfigError: the files are missing, or hold something that would make ids differ.
+    """
+    folder = Path(directory)
+    proto, tokens = _read(folder)
+    _check(proto, tokens, folder)
+    known = {piece.piece: piece for piece in proto.pieces if piece.type in (_NORMAL, _USER_DEFINED)}
+    # sentencepiece gives a user-defined piece the score -0.1. The others are never found in a text: see _cut.
+    scores = {text: piece.score if piece.type == _NORMAL else -0.1 for text, piece in known.items()}
+    backend = Tokenizer(
+        Unigram([(token, scores.get(token, 0.0)) for token in tokens], unk_id=tokens.index(_SPECIAL["unk_token"]))
+    )
+    backend.normalizer = _normalizer(proto.normalizer_spec.precompiled_charsmap)
+    backend.pre_tokenizer = _cut([token for token in tokens if token not in known], scores, folder)
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[(token, tokens.index(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    backend.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend,
+        padding_side="right",
+        model_max_length=_POSITIONS,
+        bos_token=_SPECIAL["cls_token"],  # as skt has it; a text tower of CLIP's needs an end
+        eos_token=_SPECIAL["sep_token"],
+        **_SPECIAL,
+    )
+
+
+def _read(folder: Path) -> tuple[Any, list[str]]:
+    """Return the sentencepiece model and the tokens in the order of their ids."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    ours = next((name for name in (_MODEL, _SKT_MODEL) if name in names), None)
+    if ours is None or (ours == _MODEL and _VOCABULARY not in names):
+        raise ConfigError(
+            f"no KoBERT tokenizer in {str(folder)!r}: found {sorted(names)}, expected {_MODEL} and {_VOCABULARY} "
+            f"(as in monologg/kobert) or {_SKT_MODEL} (as in skt/kobert-base-v1); download the repository's files there"
+        )
+    proto = import_protobuf().ModelProto()
+    try:
+        proto.ParseFromString((folder / ours).read_bytes())
+    except DecodeError as error:
+        raise ConfigError(f"{str(folder / ours)!r} is no sentencepiece model, perhaps a Git LFS pointer") from error
+    if ours == _SKT_MODEL:
+        return proto, [piece.piece for piece in proto.pieces]
+    with (folder / _VOCABULARY).open(encoding="utf-8") as lines:  # str.splitlines would also split at U+2028
+        return proto, [line.strip() for line in lines]
+
+
+def _check(proto: Any, tokens: list[str], folder: Path) -> None:
+    """Refuse what the conversion below would turn into other ids, instead of doing so in silence."""
+    where = f"the tokenizer in {str(folder)!r}"
+    fix = "which cannot be converted to the same ids; expected KoBERT's own files"
+    settings = folder / "tokenizer_config.json"
+    options = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    for name, expected in (("do_lower_case", False), ("keep_accents", False), ("remove_space", True)):
+        got = options.get(name, expected)
+        check(got == expected, f"{where}: {name}", got, fix)
+    spec = proto.normalizer_spec
+    check(proto.trainer_spec.model_type == _UNIGRAM, f"{where}: model_type", proto.trainer_spec.model_type, fix)
+    check(spec.name in ("nmt_nfkc", "nfkc"), f"{where}: normalizer", spec.name, fix)  # they compose, as NFC below does
+    check(not proto.trainer_spec.treat_whitespace_as_suffix, f"{where}: treat_whitespace_as_suffix", True, fix)
+    for name in ("add_dummy_prefix", "remove_extra_whitespaces", "escape_whitespaces"):
+        check(getattr(spec, name), f"{where}: {name}", False, fix)
+
+    pieces = [piece.piece for piece in proto.pieces if piece.type in (_NORMAL, _USER_DEFINED)]
+    absent = sorted({*_SPECIAL.values(), *pieces, ","} - set(tokens))
+    check(not absent, f"{where}: tokens without an id", absent[:10], "which the model can produce or needs; " + fix)
+    check(len(set(tokens)) == len(tokens), f"{where}: tokens", "duplicates", fix)
+    # The original cuts such a piece again, with no regard to what stands around it, which Unigram cannot do.
+    numbers = [piece for piece in pieces if len(piece) > 1 and piece[-1] == "," and piece[-2].isdigit()]
+    check(not numbers, f"{where}: pieces of a digit and a comma", numbers[:10], fix)
+
+
+def _normalizer(charsmap: bytes) -> normalizers.Normalizer:
+    """Return the original's preparation of a text, and sentencepiece's: all white space becomes "▁", one in front."""
+    steps = [
+        normalizers.Replace(_any_of(str.isspace), " "),
+        normalizers.Replace("``", '"'),
+        normalizers.Replace("''", '"'),
+        normalizers.NFKD(),
+        normalizers.Replace(_any_of(lambda character: unicodedata.combining(character) > 0), ""),
+        normalizers.NFC(),  # sentencepiece's map composes Hangul, but `Precompiled` reads it a few bytes at a time
+        normalizers.Precompiled(charsmap),
+        normalizers.Replace(Regex(r"\A +|[ ▁]+\z"), ""),
+        normalizers.Prepend("▁"),
+        normalizers.Replace(Regex(" +"), "▁"),
+    ]
+    return normalizers.Sequence(steps)
+
+
+def _any_of(condition: Callable[[str], Any]) -> Regex:
+    """Return a pattern for a run of the characters of which `condition` holds; no class of Oniguruma's is the same."""
+    characters = filter(condition, map(chr, range(sys.maxunicode + 1)))
+    return Regex("[" + "".join(rf"\x{{{ord(character):X}}}" for character in characters) + "]+")
+
+
+def _cut(unmatched: list[str], scores: dict[str, float], folder: Path) -> pre_tokenizers.PreTokenizer:
+    """Return a cut behind the first character of each of `unmatched`, so that Unigram does not find it in a text.
+
+    Special tokens are split off before the text is normalised. Only then does "[SEP]" in full-width letters become
+    "[SEP]": five characters to sentencepiece, one token to Unigram, and CLIP's end. The cut changes no other id where
+    no piece reaches across it.
+    """
+    for token in unmatched:
+        safe = len(token) > 1 and token[0] in scores and not any(token[:2] in piece for piece in scores)
+        check(safe, f"the tokenizer in {str(folder)!r}: control token", token, "whose text other tokens overlap")
+    cuts = "|".join(rf"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in unmatched)
+    return pre_tokenizers.Split(Regex(cuts), behavior="merged_with_previous")
