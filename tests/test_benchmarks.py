@@ -27,19 +27,10 @@ import parity_open_clip  # noqa: E402
 import ratios  # noqa: E402
 import train_speed  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("as_before")
 needs_open_clip = pytest.mark.skipif(
     find_spec("open_clip") is None, reason="open_clip_torch is not installed; it belongs into a venv of its own"
 )
-
-
-@pytest.fixture(autouse=True)
-def as_before(monkeypatch):
-    """Benchmarks set threads and the device for the whole process: undo that. One thread is enough for tiny sizes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("benchmark", [train_speed, decode_speed, parity_open_clip], ids=lambda module: module.__name__)

@@ -18,16 +18,12 @@ import grad_cache  # noqa: E402
 import loss_memory  # noqa: E402
 import text_batches  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("as_before")
+
 
 @pytest.fixture(autouse=True)
-def as_before(monkeypatch: pytest.MonkeyPatch):
-    """Benchmarks set threads and the device for the whole process: undo that."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grad_cache, "MODEL", ModelConfig(preset="tiny", image_size=16))
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("benchmark", [gpu, grad_cache, loss_memory, text_batches], ids=lambda module: module.__name__)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from koclip.checkpoint import integrity
@@ -78,7 +79,7 @@ class Series:
         try:
             write(partial)
             integrity.seal(partial)
-        except Exception as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise RunError(
                 f"{final} could not be written: {error}. The checkpoints before it are intact; make room or choose "
