@@ -214,6 +214,13 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
     assert log.read_text() == '{"step": 1}\n'
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_its_logs_anew(tmp_path: Path) -> None:
+    lines.append(tmp_path / "metrics.jsonl", [{"step": 1}, {"step": 2}])
+    trainer = prepare()
+    assert open_run(tmp_path, trainer).load(trainer).step == 0
+    assert lines.read(tmp_path / "metrics.jsonl") == []
+
+
 def changed(**sections: dict[str, object]) -> PretrainConfig:
     parts = {name: dataclasses.replace(getattr(CONFIG, name), **values) for name, values in sections.items()}  # type: ignore[arg-type]
     return dataclasses.replace(CONFIG, **parts)  # type: ignore[arg-type]

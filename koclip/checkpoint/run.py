@@ -169,9 +169,7 @@ class Run:
 
     def load(self, trainer: Trainer) -> state.Progress:
         """Put the newest intact checkpoint's state into `trainer`; a fresh run starts at step 0."""
-        if self._checkpoint is None:
-            return state.Progress()
-        progress = state.read(self._checkpoint, trainer)
+        progress = state.read(self._checkpoint, trainer) if self._checkpoint else state.Progress()
         self.positions = {position.reader: position for position in progress.positions}
         if distributed.rank() == 0:
             for name in ("metrics.jsonl", "events.jsonl"):  # without what the run will write again
