@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
+import psutil
 import torch
 import torch.nn.functional as F
 from ratios import hardware, spread
@@ -40,10 +41,12 @@ WAYS = ("dense", "open_clip", "tiled")
 
 def features(count: int) -> Embeddings:
     """Return `count` pairs of noise that belong together a little."""
-    noise = torch.randn(2, count, WIDTH, generator=torch.Generator().manual_seed(0))
-    noise[1] += 0.2 * noise[0]
-    image, text = F.normalize(noise, dim=-1)
-    return Embeddings(*(one.clone().requires_grad_() for one in (image, text, torch.tensor(20.0), torch.tensor(-8.0))))
+    random = torch.Generator().manual_seed(0)
+    image, text = (torch.randn(count, WIDTH, generator=random) for _ in range(2))
+    text.add_(image, alpha=0.2)
+    for one in (image, text):
+        F.normalize(one, dim=-1, out=one)
+    return Embeddings(*(one.requires_grad_() for one in (image, text, torch.tensor(20.0), torch.tensor(-8.0))))
 
 
 def loss_of(way: str, name: str, count: int) -> Callable[[Embeddings], Tensor]:
@@ -84,7 +87,7 @@ def worker(options: argparse.Namespace) -> None:
     (way,), (count,) = options.ways, options.sizes
     loss, made = loss_of(way, options.loss, count), features(count)
     clock = time.process_time if options.cpu_time else time.perf_counter
-    before, began = peak(), clock()
+    before, began = psutil.Process().memory_info().rss / 2**20, clock()
     value, held = kept(loss, made)
     value.backward()
     found = {"seconds": clock() - began, "megabytes": peak() - before, "value": value.item()}
