@@ -92,21 +92,23 @@ def draw_queries(path: Path, encoder: Encoder, one: EvalSet) -> None:
 
 
 def draw_training(path: Path, log: Path, final: dict[str, Metric]) -> None:
-    """Draw the loss of a run over its steps, and recall or accuracy where it was evaluated; `final` is at the end."""
+    """Draw the loss of a run over its steps, and the recall or accuracy it was watched on; `final` is at the end."""
     _use_korean_font()
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    watched = {name for line in lines for name in line if name.endswith(("text_to_image/recall@10", "/accuracy"))}
     lines.append({"step": lines[-1]["step"], **{name: metric.value for name, metric in final.items()}})
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axis = figure.subplots()
     axis.plot(*zip(*losses, strict=True), color="tab:grey", label="loss")
     axis.set(xlabel="step", ylabel="loss")
     axis.set_ylim(bottom=0)
-    percent = axis.twinx()
-    percent.set(ylabel="%", ylim=(0, 100))
-    for name in sorted(name for name in final if name.endswith(("text_to_image/recall@10", "/accuracy"))):
-        points = [(line["step"], 100 * line[name]) for line in lines if name in line]
-        percent.plot(*zip(*points, strict=True), marker="o", label=name)
+    if watched:
+        percent = axis.twinx()
+        percent.set(ylabel="%", ylim=(0, 100))
+        for name in sorted(watched):
+            points = [(line["step"], 100 * line[name]) for line in lines if name in line]
+            percent.plot(*zip(*points, strict=True), marker="o", label=name)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)
 
