@@ -22,9 +22,13 @@ BENCHMARKS = Path(__file__).parents[1] / "recipes" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # as Python does for the script that it runs
 
 import decode_speed  # noqa: E402
+import gpu  # noqa: E402
+import grad_cache  # noqa: E402
+import loss_memory  # noqa: E402
 import pairs  # noqa: E402
 import parity_open_clip  # noqa: E402
 import ratios  # noqa: E402
+import text_batches  # noqa: E402
 import train_speed  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("as_before")
@@ -33,7 +37,11 @@ needs_open_clip = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("benchmark", [train_speed, decode_speed, parity_open_clip], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "benchmark",
+    [train_speed, decode_speed, parity_open_clip, gpu, grad_cache, loss_memory, text_batches],
+    ids=lambda module: module.__name__,
+)
 def test_the_command_in_a_benchmarks_first_lines_parses(benchmark):
     script = f"python recipes/benchmarks/{benchmark.__name__}.py"
     commands = [line.split("  #")[0].split() for line in benchmark.__doc__.splitlines() if script in line]

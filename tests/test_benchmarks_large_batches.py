@@ -26,17 +26,6 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grad_cache, "MODEL", ModelConfig(preset="tiny", image_size=16))
 
 
-@pytest.mark.parametrize("benchmark", [gpu, grad_cache, loss_memory, text_batches], ids=lambda module: module.__name__)
-def test_the_commands_in_a_benchmarks_first_lines_parse(benchmark):
-    script = f"python recipes/benchmarks/{benchmark.__name__}.py"
-    commands = [line.split("  #")[0].split() for line in benchmark.__doc__.splitlines() if script in line]
-    assert commands
-    for words in commands:
-        benchmark.parser().parse_args(words[2:])
-    with pytest.raises(SystemExit, match="2"):
-        benchmark.parser().parse_args(["--no_such_option"])
-
-
 def test_noise_is_pairs_in_pieces_with_coco_lengths():
     model, _ = grad_cache.build()
     pieces = list(grad_cache.noise(model, 256, 24))

@@ -214,6 +214,12 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
     assert log.read_text() == '{"step": 1}\n'
 
 
+def test_a_line_break_of_unicode_is_part_of_its_item(tmp_path: Path) -> None:
+    items = [{"key": "a\u2028b"}, {"key": "c\x85d\n\r"}]
+    lines.append(tmp_path / "skipped.jsonl", items)
+    assert lines.read(tmp_path / "skipped.jsonl") == items
+
+
 def test_a_run_killed_before_its_first_checkpoint_begins_its_logs_anew(tmp_path: Path) -> None:
     lines.append(tmp_path / "metrics.jsonl", [{"step": 1}, {"step": 2}])
     trainer = prepare()

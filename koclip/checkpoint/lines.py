@@ -16,8 +16,8 @@ def read(file: Path) -> list[dict[str, Any]]:
     """Return the items of a log; a last line that was cut off is no item. A missing log is empty."""
     if not file.exists():
         return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    *lines, _ = file.read_text(encoding="utf-8").split("\n")  # str.splitlines would also split at U+2028 in a key
+    return [json.loads(line) for line in lines]
 
 
 def keep(file: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
