@@ -1,6 +1,7 @@
 """AdamW's parameter groups and the learning-rate schedule."""
 
 import math
+from collections.abc import Mapping
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -9,24 +10,49 @@ from torch.optim.lr_scheduler import LambdaLR
 from koclip.config import OptimConfig
 
 
-def adamw(model: nn.Module, config: OptimConfig) -> AdamW:
-    """Return AdamW; norms, biases and scalars have no weight decay (Radford et al. 2021, section 2.5)."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+def adamw(model: nn.Module, config: OptimConfig, rates: Mapping[str, float] | None = None) -> AdamW:
+    """Return AdamW; norms, biases and scalars have no weight decay (Radford et al. 2021, section 2.5).
+
+    Args:
+        model: Those of its parameters that require a gradient are trained.
+        config: Learning rate, decay and moments.
+        rates: Learning rates of parameters by name, as shares of `config.lr`; of all others it is 1.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault(((rates or {}).get(name, 1.0), decay), []).append(parameter)
+    settings = [
+        {"params": parameters, "lr": config.lr * rate, "weight_decay": decay}
+        for (rate, decay), parameters in sorted(groups.items(), key=lambda one: one[0], reverse=True)
     ]
-    betas = (config.beta1, config.beta2)
-    return AdamW([group for group in groups if group["params"]], lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    return AdamW(settings, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
-def warmup_cosine(optimizer: Optimizer, config: OptimConfig, num_steps: int) -> LambdaLR:
-    """Return a schedule that rises linearly for `warmup_steps` and falls along a cosine until `num_steps`."""
+def warmup_cosine(optimizer: Optimizer, config: OptimConfig, num_steps: int, start: int = 0) -> LambdaLR:
+    """Return a schedule that rises linearly for `warmup_steps` and falls along a cosine until `num_steps`.
+
+    It begins behind step `start`, where `set_step` puts it.
+    """
+    num_steps -= start
 
     def factor(step: int) -> float:
+        step -= start
         if step < config.warmup_steps:
             return (step + 1) / config.warmup_steps
         progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
         return config.min_lr_ratio + (1 - config.min_lr_ratio) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
-    return LambdaLR(optimizer, factor)
+    schedule = LambdaLR(optimizer, factor)
+    set_step(schedule, start)
+    return schedule
+
+
+def set_step(schedule: LambdaLR, step: int) -> None:
+    """Put a schedule, and its optimizer's learning rates, where they are after `step` steps."""
+    schedule.last_epoch = step
+    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates

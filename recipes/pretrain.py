@@ -13,6 +13,7 @@ import koclip
 from koclip import checkpoint, config, losses, training
 from koclip.data.loader import train_loader, training_captions
 from koclip.data.order import Shard
+from koclip.data.transforms import Views, centre_view, view_size
 from koclip.evaluation.evaluate import Encoder, evaluate
 from koclip.evaluation.report import report
 from koclip.evaluation.sets import open_set
@@ -44,8 +45,8 @@ def main(cfg: config.PretrainConfig) -> None:
     progress = run.load(trainer)
     train = cfg.train
     shard = Shard(train.batch_size, accelerator.process_index, accelerator.num_processes, train.micro_batch_size)
-    image_size = processor.image_processor.crop_size["height"]
-    loader = train_loader(cfg.data, tokenizer, image_size, shard, progress.step, progress.all_positions)
+    views = Views(cfg.data, view_size(processor.image_processor), centre_view(processor.image_processor))
+    loader = train_loader(cfg.data, tokenizer, views, shard, progress.step, progress.all_positions)
     batches = run.watch(loader, cfg.data.max_skipped_fraction)
 
     steps = training.steps(trainer, batches, progress.step, train.num_steps, train.log_every)

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, CLIPImageProcessor
 
 from koclip.config import DataConfig
-from koclip.data.transforms import ImageError, TrainTransform, decode
+from koclip.data.transforms import ImageError, Views, decode
 
 MAX_PIXELS = 10_000
 
@@ -174,7 +174,7 @@ def picture(side: int = 48) -> torch.Tensor:
 
 def test_equal_seeds_give_equal_crops_and_leave_pytorch_alone() -> None:
     config = DataConfig(crop_scale=(0.3, 1.0), horizontal_flip=0.5, color_jitter=0.3, grayscale=0.2, rotation=10)
-    transform = TrainTransform(config, 32)
+    transform = Views(config, 32).random
     before = torch.get_rng_state()
     crops = [transform(picture(), seed) for seed in range(8)]
     assert torch.equal(torch.get_rng_state(), before)
@@ -186,16 +186,16 @@ def test_equal_seeds_give_equal_crops_and_leave_pytorch_alone() -> None:
 
 def test_crops_keep_the_share_they_are_told_to_keep() -> None:
     ramp = torch.arange(100, dtype=torch.uint8).expand(3, 100, 100)
-    wide = [TrainTransform(DataConfig(crop_scale=(0.9, 1.0)), 100)(ramp, seed) for seed in range(40)]
-    tight = [TrainTransform(DataConfig(crop_scale=(0.1, 0.2)), 100)(ramp, seed) for seed in range(40)]
+    wide = [Views(DataConfig(crop_scale=(0.9, 1.0)), 100).random(ramp, seed) for seed in range(40)]
+    tight = [Views(DataConfig(crop_scale=(0.1, 0.2)), 100).random(ramp, seed) for seed in range(40)]
     assert min(int(crop.max()) - int(crop.min()) for crop in wide) >= 80  # 0.9 of the area at most 1.11 : 1
     assert max(int(crop.max()) - int(crop.min()) for crop in tight) <= 55
 
 
 def test_flips_are_off_unless_asked_for() -> None:
     ramp = torch.arange(32, dtype=torch.uint8).expand(3, 32, 32)
-    plain = [TrainTransform(DataConfig(), 32)(ramp, seed) for seed in range(50)]
-    flipped = [TrainTransform(DataConfig(horizontal_flip=0.5), 32)(ramp, seed) for seed in range(50)]
+    plain = [Views(DataConfig(), 32).random(ramp, seed) for seed in range(50)]
+    flipped = [Views(DataConfig(horizontal_flip=0.5), 32).random(ramp, seed) for seed in range(50)]
     assert all(crop[0, 0, 0] < crop[0, 0, -1] for crop in plain)
     assert 10 < sum(bool(crop[0, 0, 0] > crop[0, 0, -1]) for crop in flipped) < 40
 
@@ -207,7 +207,7 @@ def test_an_uncropped_square_equals_the_saved_processor(side, backend, tmp_path)
     CLIPImageProcessor(**sizes).save_pretrained(tmp_path)
     processor = AutoImageProcessor.from_pretrained(tmp_path, backend=backend)
     expected = processor(noise(size=(side, side)), return_tensors="pt")["pixel_values"][0]
-    cropped = TrainTransform(DataConfig(crop_scale=(1.0, 1.0)), 48)(picture(side), 0)
+    cropped = Views(DataConfig(crop_scale=(1.0, 1.0)), 48).random(picture(side), 0)
     mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
     assert ((cropped / 255 - mean) / std - expected).abs().max() <= 1.01 / 255 / min(processor.image_std)
 
@@ -215,4 +215,4 @@ def test_an_uncropped_square_equals_the_saved_processor(side, backend, tmp_path)
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 2)])
 def test_odd_sizes_survive(size) -> None:
     image = decode(save(Image.new("RGB", size, "red"), "PNG"), MAX_PIXELS)
-    assert TrainTransform(DataConfig(), 16)(image, 0).shape == (3, 16, 16)
+    assert Views(DataConfig(), 16).random(image, 0).shape == (3, 16, 16)

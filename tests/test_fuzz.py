@@ -24,7 +24,7 @@ from koclip.config import DataConfig, SourceConfig
 from koclip.data.batches import Assembler, Sample, Skip
 from koclip.data.order import Shard
 from koclip.data.sources import row
-from koclip.data.transforms import ImageError, decode
+from koclip.data.transforms import ImageError, Views, decode
 from koclip.text.normalize import clean_captions, normalize
 
 SEED = 20_240_607
@@ -237,7 +237,7 @@ def assert_tokens(ids: torch.Tensor, mask: torch.Tensor, tokenizer) -> None:
 
 def test_hostile_captions_become_tokens_or_skips(tokenizer, encoded) -> None:
     source = SourceConfig(path="rows.jsonl", captions={"ko": "text"})
-    assembler = Assembler(config(source), tokenizer, 16)
+    assembler = Assembler(config(source), tokenizer, Views(DataConfig(), 16))
     samples = []
     for number, (cell, good) in enumerate(hostile_captions()):
         sample = assembler.sample(row({"image": encoded(), "text": cell}, source, str(number)), 0, (0, number))

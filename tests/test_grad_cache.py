@@ -38,10 +38,10 @@ def prepare(model: DualEncoder, loss: LossConfig, precision: str = "fp32") -> Tr
 
 def at_once(trainer: Trainer, pieces: Sequence[Batch]) -> Loss:
     """The plain way: every piece keeps its graph until the one backward pass."""
-    made = [trainer.model(*piece.inputs) for piece in pieces]
-    image, text = (torch.cat([getattr(one, side) for one in made]) for side in ("image", "text"))
-    whole = Embeddings(image, text, made[0].logit_scale, made[0].logit_bias)
-    loss = trainer.loss(whole, torch.cat([piece.caption_ids for piece in pieces]))
+    made = [trainer.model(**piece.inputs) for piece in pieces]
+    image, text, norm = (torch.cat([getattr(one, side) for one in made]) for side in ("image", "text", "text_norm"))
+    whole = Embeddings(image, text, made[0].logit_scale, made[0].logit_bias, norm)
+    loss = trainer.loss(whole, *(torch.cat(parts) for parts in zip(*(piece.targets for piece in pieces), strict=True)))
     trainer.accelerator.backward(loss.value)
     return loss
 
@@ -181,7 +181,7 @@ def test_without_dropout_pieces_equal_the_one_forward_pass() -> None:
     )
     mask = torch.cat([torch.nn.functional.pad(p.attention_mask, (0, length - p.input_ids.shape[1])) for p in pieces])
     made = trainer.model(torch.cat([piece.pixel_values for piece in pieces]), ids, mask)
-    literal = losses.infonce(made, torch.cat([piece.caption_ids for piece in pieces]), "positives")
+    literal = losses.infonce(made, torch.cat([piece.pair_ids for piece in pieces]), "positives")
     literal.value.backward()
     wanted = {name: one.grad.clone() for name, one in trainer.dual_encoder.named_parameters()}  # type: ignore[union-attr]
     trainer.model.zero_grad()

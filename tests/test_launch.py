@@ -95,7 +95,7 @@ def test_lab_configurations_are_the_papers(name: str, expected: tuple[int, float
     assert (config.optim.beta2, config.optim.eps) == ((0.999, 1e-8) if name == "rn50" else (0.98, 1e-6))
     assert (config.optim.beta1, config.optim.weight_decay, config.optim.warmup_steps) == (0.9, 0.2, 2_000)
     assert config.train.num_steps * expected[0] == 32 * 400_000_000
-    assert (config.loss.name, config.loss.equal_captions, config.model.temperature) == ("infonce", "negatives", 0.07)
+    assert (config.loss.name, config.loss.duplicates, config.model.temperature) == ("infonce", "negatives", 0.07)
     assert config.train.precision == "bf16"
     assert config.data.sources[0].format == "webdataset"
 

@@ -13,6 +13,7 @@ from koclip.data.batches import Assembler, Position
 from koclip.data.loader import training_captions
 from koclip.data.order import MapOrder, Shard
 from koclip.data.sources import open_source
+from koclip.data.transforms import Views
 
 
 def test_a_batch_has_the_shapes_it_tells(tokenizer, table) -> None:
@@ -25,17 +26,17 @@ def test_a_batch_has_the_shapes_it_tells(tokenizer, table) -> None:
     assert batch.padding_share == pytest.approx(1 - batch.attention_mask.float().mean().item())
     assert (batch.input_ids == tokenizer.eos_token_id).any(dim=1).all()
     assert (len(batch.keys), batch.num_drawn, batch.skipped, batch.position) == (8, 8, [], None)
-    assert batch.caption_ids.dtype == torch.int64
+    assert batch.pair_ids.dtype == torch.int64
 
 
-def test_equal_captions_have_equal_ids(tokenizer, write_table) -> None:
+def test_duplicates_have_equal_ids(tokenizer, write_table) -> None:
     path = write_table("rows.parquet", 8, same=["원", "별"] * 4)
     (batch,) = batches(config(SourceConfig(path=path, captions={"ko": "same"})), tokenizer, 1)
     words = tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True)
     assert [words.index(word) for word in words] == [
-        batch.caption_ids.tolist().index(number) for number in batch.caption_ids.tolist()
+        batch.pair_ids[:, 0].tolist().index(number) for number in batch.pair_ids[:, 0].tolist()
     ]
-    assert len(set(batch.caption_ids.tolist())) == 2
+    assert len(set(batch.pair_ids[:, 0].tolist())) == 2
 
 
 def test_every_row_comes_once_per_epoch_in_another_order(tokenizer, table) -> None:
@@ -90,7 +91,7 @@ def test_two_processes_share_one_processs_batches(tokenizer, table) -> None:
     for one, *parts in zip(whole, *halves, strict=True):
         assert one.keys == [key for part in parts for key in part.keys]
         assert torch.equal(one.pixel_values, torch.cat([part.pixel_values for part in parts]))
-        assert torch.equal(one.caption_ids, torch.cat([part.caption_ids for part in parts]))
+        assert torch.equal(one.pair_ids, torch.cat([part.pair_ids for part in parts]))
 
 
 def test_pieces_make_up_the_batches(tokenizer, table) -> None:
@@ -103,7 +104,7 @@ def test_pieces_make_up_the_batches(tokenizer, table) -> None:
         parts = pieces[3 * number : 3 * number + 3]
         assert batch.keys == [key for part in parts for key in part.keys]
         assert torch.equal(batch.pixel_values, torch.cat([part.pixel_values for part in parts]))
-        assert torch.equal(batch.caption_ids, torch.cat([part.caption_ids for part in parts]))
+        assert torch.equal(batch.pair_ids, torch.cat([part.pair_ids for part in parts]))
         assert max(part.input_ids.shape[1] for part in parts) == batch.input_ids.shape[1]
     resumed = batches(data, tokenizer, 6, Shard(8, micro_batch_size=3), start_step=11)
     assert_equal(pieces[33:], resumed)
@@ -190,7 +191,7 @@ def test_languages_are_drawn_by_weight(tokenizer, table) -> None:
 
 
 def test_a_row_without_one_language_gives_the_other(tokenizer) -> None:
-    assembler = Assembler(DataConfig(), tokenizer, 16)
+    assembler = Assembler(DataConfig(), tokenizer, Views(DataConfig(), 16))
     assert {assembler.caption({"en": ["a star"]}, 0, (0, n)) for n in range(20)} == {"a star"}
     assert {assembler.caption({"ko": ["별", "원"]}, 0, (0, n)) for n in range(20)} == {"별", "원"}
     assert assembler.caption({}, 0, (0,)) is None
@@ -200,13 +201,13 @@ def test_captions_change_from_epoch_to_epoch(tokenizer, table) -> None:
     drawn = batches(config(table, length_pool=1), tokenizer, 100, Shard(5))
     captions: dict[str, set[int]] = {}
     for batch in drawn:
-        for key, number in zip(batch.keys, batch.caption_ids.tolist(), strict=True):
+        for key, number in zip(batch.keys, batch.pair_ids[:, 0].tolist(), strict=True):
             captions.setdefault(key, set()).add(number)
     assert all(len(numbers) == 2 for numbers in captions.values())
 
 
 def test_word_dropout_leaves_words_out_but_never_all(tokenizer) -> None:
-    assembler = Assembler(DataConfig(word_dropout=0.5), tokenizer, 16)
+    assembler = Assembler(DataConfig(word_dropout=0.5), tokenizer, None)
     captions = {assembler.caption({"ko": ["하나 둘 셋"]}, 0, (0, n)) for n in range(200)}
     assert len(captions) == 7  # every way to keep at least one of three words, in order
 
@@ -219,7 +220,9 @@ def test_training_captions_come_from_all_sources_in_turn(table, tars) -> None:
 
 
 def test_the_order_of_many_rows_is_cheap(tokenizer) -> None:
-    order = MapOrder([open_source(SCENES)], Assembler(config(SCENES), tokenizer, 16), Shard(8), start_step=10**6)
+    order = MapOrder(
+        [open_source(SCENES)], Assembler(config(SCENES), tokenizer, Views(DataConfig(), 16)), Shard(8), start_step=10**6
+    )
     assert order.epoch_size == 80
     assert len(next(iter(order))) == 8
 

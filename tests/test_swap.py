@@ -118,6 +118,34 @@ def test_an_encoder_without_a_pooler_beside_another_image_tower_is_refused(clip)
         swap_text_tower(made, encoder("electra"))
 
 
+@pytest.mark.parametrize("kind", ["bert", "clip_text_model", "albert"])
+def test_the_source_is_not_changed_by_training(kind, clip) -> None:
+    """It may be the teacher."""
+    before = {name: value.clone() for name, value in clip.state_dict().items()}
+    swapped = swap_text_tower(clip, encoder(kind, **({"embedding_size": 32} if kind == "albert" else {})))
+    with torch.no_grad():
+        for parameter in swapped.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(value, before[name]) for name, value in clip.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["bert", "albert", "clip_text_model"])
+@pytest.mark.parametrize("tower", ["vit", "clip_vision_model"])
+def test_an_image_tower_alone_is_its_own_image_space(tower, kind) -> None:
+    torch.manual_seed(0)
+    alone = AutoModel.from_config(AutoConfig.for_model(tower, **WIDTH, image_size=32, patch_size=8)).eval()
+    swapped = swap_text_tower(alone, encoder(kind, **({"embedding_size": 16} if kind == "albert" else {}))).eval()
+    with torch.no_grad():
+        wanted = alone(torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))).pooler_output
+    assert torch.equal(images(swapped), wanted)
+    assert swapped.config.projection_dim == 32
+    assert swapped.logit_scale.exp().item() == pytest.approx(1 / 0.07)
+    as_clip = {"clip_text_model": "CLIPModel", "bert": "ChineseCLIPModel"} if tower == "clip_vision_model" else {}
+    assert type(swapped).__name__ == as_clip.get(kind, "VisionTextDualEncoderModel")
+    text = swapped.get_text_features(input_ids=tokens(swapped.config.text_config.pad_token_id)[0]).pooler_output
+    assert text.shape == (5, 32)
+
+
 def test_a_vit_without_a_pooler_returns_its_class_token(tmp_path) -> None:
     torch.manual_seed(0)
     vit = AutoModel.from_config(AutoConfig.for_model("vit", **WIDTH, image_size=32, patch_size=8)).eval()

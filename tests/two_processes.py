@@ -27,9 +27,7 @@ from koclip.models.inference import embed_texts
 from koclip.training import grad_cache
 
 LOSSES = {
-    f"{name}/{mode}/{'tiled' if tile_rows else 'dense'}": LossConfig(
-        name=name, equal_captions=mode, tile_rows=tile_rows
-    )  # type: ignore[arg-type]
+    f"{name}/{mode}/{'tiled' if tile_rows else 'dense'}": LossConfig(name=name, duplicates=mode, tile_rows=tile_rows)  # type: ignore[arg-type]
     for name in ("infonce", "sigmoid")
     for mode in ("negatives", "masked", "positives")
     for tile_rows in (None, 1)
@@ -88,10 +86,10 @@ def pieces_of(step: int, sizes: tuple[int, ...] = (2, 2, 1)) -> list[Batch]:
 
 def at_once(trainer: training.Trainer, pieces: Sequence[Batch]) -> Loss:
     """The plain way: one forward pass of each piece, one backward pass of them all, which synchronises once."""
-    made = [trainer.dual_encoder(*piece.inputs) for piece in pieces]
+    made = [trainer.dual_encoder(**piece.inputs) for piece in pieces]
     image, text = (torch.cat([getattr(one, side) for one in made]) for side in ("image", "text"))
     whole = Embeddings(image, text, made[0].logit_scale, made[0].logit_bias)
-    loss = trainer.loss(whole, torch.cat([piece.caption_ids for piece in pieces]))
+    loss = trainer.loss(whole, torch.cat([piece.pair_ids for piece in pieces]))
     loss.value.backward()
     for parameter in trainer.dual_encoder.parameters():
         torch.distributed.all_reduce(parameter.grad)
@@ -112,7 +110,7 @@ def at_once_sharded(trainer: training.Trainer, pieces: Sequence[Batch]) -> None:
         for piece in pieces
     ]
     made = trainer.model(*(torch.cat(parts) for parts in zip(*inputs, strict=True)))
-    trainer.accelerator.backward(trainer.loss(made, torch.cat([piece.caption_ids for piece in pieces])).value)
+    trainer.accelerator.backward(trainer.loss(made, torch.cat([piece.pair_ids for piece in pieces])).value)
 
 
 def grad_cached(accelerator: Accelerator) -> dict[str, object]:

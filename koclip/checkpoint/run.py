@@ -4,14 +4,14 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from koclip import distributed
 from koclip.checkpoint import lines, state
@@ -24,6 +24,7 @@ from koclip.text.tokenizers import load as load_tokenizer
 from koclip.text.tokenizers import train_bpe
 from koclip.training import Event, Trainer
 
+_PROBES = 300  # captions that a tokenizer is tried on
 _MIN_DRAWN = 1_000  # rows drawn before the skipped share is judged
 
 
@@ -77,15 +78,23 @@ class Run:
             facts = json.dumps(environment(), indent=2, ensure_ascii=False)
             lines.replace(self.path / "environment.json", facts + "\n")
 
-    def tokenizer(self, config: TokenizerConfig, captions: Iterator[str]) -> PreTrainedTokenizerBase:
+    def tokenizer(
+        self, config: TokenizerConfig, captions: Iterator[str], encoder: PreTrainedConfig | None = None
+    ) -> PreTrainedTokenizerBase:
         """Return the run's tokenizer: the one it began with, the one that `config` names, or one trained now.
 
         It is kept in tokenizer/, so that a resumed run reads the same ids.
+
+        Args:
+            config: What is asked for.
+            captions: What one is trained on, or tried on.
+            encoder: Configuration of the text encoder it belongs to, if that is not CLIP's own.
         """
         directory = self.path / "tokenizer"
         if distributed.rank() == 0 and not directory.exists():
             if config.path is not None:
-                made = load_tokenizer(config.path, config.max_tokens)
+                probes = list(itertools.islice(captions, _PROBES))
+                made = load_tokenizer(config.path, config.max_tokens, encoder, probes)
             else:
                 made = train_bpe(
                     itertools.islice(captions, config.train_captions), config.vocab_size, config.max_tokens
@@ -94,7 +103,7 @@ class Run:
             made.save_pretrained(partial)
             partial.rename(directory)
         distributed.barrier()
-        return load_tokenizer(str(directory), config.max_tokens)
+        return load_tokenizer(str(directory), config.max_tokens, encoder, probes=())  # tried when it was made
 
     def log(self, step: int, stats: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and hand it to the tracker; what is not finite is null in it."""
@@ -167,9 +176,15 @@ class Run:
             self._series.wait()
             distributed.barrier()
 
-    def load(self, trainer: Trainer) -> state.Progress:
-        """Put the newest intact checkpoint's state into `trainer`; a fresh run starts at step 0."""
-        progress = state.read(self._checkpoint, trainer) if self._checkpoint else state.Progress()
+    @property
+    def step(self) -> int:
+        """Steps done by the checkpoint that the run goes on from, until it is loaded."""
+        return 0 if self._checkpoint is None else int(state.read_facts(self._checkpoint)["step"])
+
+    def load(self, trainer: Trainer, start: int = 0) -> state.Progress:
+        """Put the newest intact checkpoint's state into `trainer`; without one, a run or stage begins at `start`."""
+        progress = state.read(self._checkpoint, trainer, start) if self._checkpoint else state.Progress(start)
+        self._checkpoint = None
         self.positions = {position.reader: position for position in progress.positions}
         if distributed.rank() == 0:
             for name in ("metrics.jsonl", "events.jsonl"):  # without what the run will write again
@@ -194,15 +209,21 @@ class Run:
         if changed and distributed.rank() == 0:
             tqdm.write("\n  ".join(["Changed since the checkpoint:", *changed]))
 
-    def save_model(self, trainer: Trainer, processor: ProcessorMixin) -> Path:
-        """Write model/: what `from_pretrained` of stock transformers loads. fp32, safetensors."""
+    def save_model(self, trainer: Trainer, processor: ProcessorMixin, write: Callable[..., None] = publish) -> Path:
+        """Write model/: what `from_pretrained` of stock transformers loads. fp32, safetensors.
+
+        Args:
+            trainer: Its weights, or their average, are published.
+            processor: The model's.
+            write: Takes directory, model, processor and weights.
+        """
         weights = state.weights(trainer)
         if trainer.ema is not None:
             weights = trainer.averaged.state_dict()
         directory = self.path / "model"
         if distributed.rank() == 0:
             partial = directory.with_name("writing-model")
-            publish(partial, trainer.dual_encoder.model, processor, weights)
+            write(partial, trainer.dual_encoder.model, processor, weights)
             shutil.rmtree(directory, ignore_errors=True)
             partial.rename(directory)
         distributed.barrier()

@@ -16,12 +16,14 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 
 from koclip import distributed
 from koclip.data.batches import Position
 from koclip.models.dual_encoder import MAX_LOGIT_SCALE
+from koclip.optim import set_step
 from koclip.training import Trainer, rng
 
 Item = TypeVar("Item")
@@ -92,10 +94,12 @@ def read_facts(directory: Path) -> dict[str, Any]:
     return facts
 
 
-def read(directory: Path, trainer: Trainer) -> Progress:
+def read(directory: Path, trainer: Trainer, start: int = 0) -> Progress:
     """Put the state in `directory` into `trainer` and this process's generators; call it on every process.
 
-    Learning rate, decay and the like are the trainer's own: they follow from the configuration and the step.
+    Learning rate, decay and the like are the trainer's own: they follow from the configuration and the step. A
+    checkpoint of step `start`, where the trainer's stage begins, is the end of the stage before: only its weights and
+    generators go on.
     """
     facts = read_facts(directory)
     parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}, "rng": {}, "ema": {}}
@@ -103,18 +107,24 @@ def read(directory: Path, trainer: Trainer) -> Progress:
         for key in file.keys():  # noqa: SIM118 - not a dict
             part, name = key.split(".", 1)
             parts[part][name] = file.get_tensor(key)
+    begins = 0 < start == facts["step"]
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
-        trainer.model.load_checkpoint(directory, tag=_DEEPSPEED)  # type: ignore[operator]
+        trainer.model.load_checkpoint(directory, tag=_DEEPSPEED, load_module_only=begins)  # type: ignore[operator]
+    elif begins:
+        set_model_state_dict(trainer.model, cast(dict[str, Any], parts["model"]), options=FULL)
     else:
         _set_weights_and_moments(trainer, parts["model"], parts["optimizer"], facts["param_groups"])
-    _set_learning_rate(trainer, facts["step"])
-    trainer.health.load_state_dict(facts["health"])
-    if trainer.ema is not None:
-        trainer.ema.load_state_dict(parts["ema"])
+    if not begins:
+        set_step(trainer.scheduler, facts["step"])
+        trainer.health.load_state_dict(facts["health"])
+        if trainer.ema is not None:
+            trainer.ema.load_state_dict(parts["ema"])
     if trainer.accelerator.scaler is not None and facts["scaler"]:
         trainer.accelerator.scaler.load_state_dict(facts["scaler"])
     mine = f"{distributed.rank()}."
     rng.restore({name.removeprefix(mine): one for name, one in parts["rng"].items() if name.startswith(mine)})
+    if begins:  # its readers of streamed sources begin anew
+        return Progress(start)
     by_process = [tuple(Position(*one) for one in part) for part in facts["positions"]]
     positions = by_process[distributed.rank()] if distributed.rank() < len(by_process) else ()
     return Progress(facts["step"], positions, tuple(itertools.chain(*by_process)))
@@ -138,16 +148,6 @@ def _set_weights_and_moments(
     )
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
-
-
-def _set_learning_rate(trainer: Trainer, step: int) -> None:
-    """Put the schedule where it is after `step` steps."""
-    schedule = trainer.scheduler
-    schedule.last_epoch = step
-    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    schedule._last_lr = rates
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:

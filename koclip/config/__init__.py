@@ -4,18 +4,23 @@ A recipe's configuration is the dataclass that lists the sections it uses. `pars
 `--config FILE.yaml` and `--section.key value` overrides, and stops with one clear line on any mistake.
 """
 
+from koclip.config.alignment import AdapterConfig, AlignMethodConfig, DistillConfig, SwapConfig
 from koclip.config.changes import check_changes
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
 from koclip.config.errors import ConfigError, RunError, check
 from koclip.config.evaluation import EvalConfig, EvalSetConfig
 from koclip.config.model import LossConfig, ModelConfig
 from koclip.config.parsing import dump, parse, run, to_dict
-from koclip.config.recipes import PretrainConfig
+from koclip.config.recipes import AlignConfig, PretrainConfig, Stage
 from koclip.config.training import OptimConfig, TrainConfig
 
 __all__ = [
+    "AdapterConfig",
+    "AlignConfig",
+    "AlignMethodConfig",
     "ConfigError",
     "DataConfig",
+    "DistillConfig",
     "EvalConfig",
     "EvalSetConfig",
     "LossConfig",
@@ -24,6 +29,8 @@ __all__ = [
     "PretrainConfig",
     "RunError",
     "SourceConfig",
+    "Stage",
+    "SwapConfig",
     "TokenizerConfig",
     "TrainConfig",
     "check",

@@ -9,6 +9,7 @@ from koclip.config.errors import ConfigError
 # decides on their order, is checked where they are opened.
 FREE = (
     *("output_dir", "resume", "resume_with", "eval", "data.num_workers", "data.max_skipped_fraction"),
+    "align.cache_dir",
     *("model.image_gradient_checkpointing", "model.text_gradient_checkpointing", "loss.tile_rows"),
     *("train.num_processes", "train.num_threads", "train.micro_batch_size", "train.compile", "train.tracker"),
     *("train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints"),

@@ -35,7 +35,9 @@ class SourceConfig:
         streaming: Read rows as they arrive instead of preparing the whole set on disk first.
             WebDataset shards are always streamed.
         image: Column that holds the image (bytes, a file path, or an Image feature). Dots reach into nested columns.
+            null: parallel sentences without images, for `align.method: distill`.
         image_root: Folder that relative image paths start from; default: the folder of `path`.
+        columns: Names of the columns of a CSV or TSV file that has no header line.
         captions: Caption column by language, for example `{ko: captions_ko, en: captions_en}`. A cell is a string
             or a list of strings.
         languages: Relative chance of drawing each language; default: all alike.
@@ -54,8 +56,9 @@ class SourceConfig:
     subset: str | None = None
     revision: str | None = None
     streaming: bool = False
-    image: str = "image"
+    image: str | None = "image"
     image_root: str | None = None
+    columns: list[str] | None = None
     captions: dict[str, str] = field(default_factory=lambda: {"ko": "captions_ko", "en": "captions_en"})
     languages: dict[str, float] | None = None
     where: dict[str, list[str]] | None = None
@@ -87,6 +90,8 @@ class DataConfig:
 
     Args:
         sources: Where pairs come from; several are mixed by their `weight`.
+        num_crops: Different views of an image: 0 cuts a new random crop each time; 1 is the view of evaluation; more
+            are that one and random crops. Embeddings of a frozen image tower can be kept if it is not 0.
         crop_scale: Range of the share of the image's area that a random crop keeps.
         horizontal_flip: Chance of mirroring an image. 0 keeps "left" and "right" true.
         rotation: Images are turned by up to this many degrees either way, on white.
@@ -103,6 +108,7 @@ class DataConfig:
     """
 
     sources: list[SourceConfig] = field(default_factory=lambda: [SourceConfig()])
+    num_crops: int = 0
     crop_scale: tuple[float, float] = (0.9, 1.0)
     horizontal_flip: float = 0.0
     rotation: float = 0.0
@@ -118,6 +124,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check(len(self.sources) > 0, "data.sources", self.sources, "list at least one source")
+        check(self.num_crops >= 0, "data.num_crops", self.num_crops, "expected 0 or more")
         low, high = self.crop_scale
         check(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "expected 0 < low <= high <= 1")
         for name in ("horizontal_flip", "color_jitter", "grayscale"):
@@ -136,7 +143,8 @@ class TokenizerConfig:
     """The text tokenizer.
 
     Args:
-        path: Directory or Hub id of an existing tokenizer; default: train a byte-level BPE on the captions.
+        path: Directory or Hub id of an existing tokenizer; default: that of the text encoder if one is named, else a
+            byte-level BPE is trained on the captions.
         vocab_size: Entries of a trained vocabulary, the 512 byte symbols and 2 special tokens included.
         max_tokens: Longest caption in tokens, both special tokens included; longer ones are cut.
         train_captions: Captions that a tokenizer is trained on at most (the first ones of the sources).

@@ -65,15 +65,15 @@ class LossConfig:
 
     Args:
         name: `infonce` (CLIP) or `sigmoid` (SigLIP).
-        equal_captions: What another image with the very same caption counts as: `positives`, `masked` (neither)
-            or `negatives` (as in the CLIP paper).
+        duplicates: What another pair of the batch with the very same caption or image counts as: `positives`,
+            `masked` (neither) or `negatives` (as in the CLIP paper).
         tile_rows: Rows of the similarities (batch_size x global batch) that are in memory at a time; the result is the
             same. Default: all of them while they are few, else as many as 4 MiB hold on a CPU, 256 MiB on a GPU, but 64
             or more.
     """
 
     name: Literal["infonce", "sigmoid"] = "infonce"
-    equal_captions: Literal["positives", "masked", "negatives"] = "positives"
+    duplicates: Literal["positives", "masked", "negatives"] = "positives"
     tile_rows: int | None = None
 
     def __post_init__(self) -> None:

@@ -2,18 +2,20 @@
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 from xxhash import xxh3_64_intdigest
 
 from koclip.config import DataConfig
+from koclip.data.features import Features, MissingError, digest_of
 from koclip.data.sources import Row
 from koclip.data.tables import SourceError
-from koclip.data.transforms import ImageError, TrainTransform, decode
+from koclip.data.transforms import ImageError, Views, decode, read
 from koclip.text import tokenizers
 
 MAX_REPLACEMENTS = 1_000  # rows tried in a row before a source counts as unusable
@@ -51,19 +53,27 @@ class Candidate(NamedTuple):
 class Batch:
     """B pairs on their way to the model."""
 
-    pixel_values: torch.Tensor  # (B, 3, H, W) uint8; the model normalises
     input_ids: torch.Tensor  # (B, L) int64
     attention_mask: torch.Tensor  # (B, L) int64
-    caption_ids: torch.Tensor  # (B,) int64, equal for equal captions
+    pair_ids: torch.Tensor  # (B, 2) int64, equal for equal captions and equal images; (B, 3) with teacher's sentences
     keys: list[str]
     skipped: list[Skip]
     num_drawn: int  # rows looked at to fill this batch
+    pixel_values: torch.Tensor | None = None  # (B, 3, H, W) uint8; the model normalises
+    image: torch.Tensor | None = None  # (B, D) unit norm, where it is known already
+    teacher: torch.Tensor | None = None  # (B, D) the teacher's features
     position: Position | None = None  # of a streamed source's reader
 
     @property
-    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def inputs(self) -> dict[str, torch.Tensor | None]:
         """What the model takes."""
-        return self.pixel_values, self.input_ids, self.attention_mask
+        inputs = {"pixel_values": self.pixel_values, "input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return inputs if self.image is None else inputs | {"image": self.image}
+
+    @property
+    def targets(self) -> tuple[torch.Tensor, ...]:
+        """What the loss takes besides the embeddings."""
+        return (self.pair_ids,) if self.teacher is None else (self.pair_ids, self.teacher)
 
     @property
     def padding_share(self) -> float:
@@ -71,13 +81,8 @@ class Batch:
         return 1.0 - self.attention_mask.float().mean().item()
 
     def _map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        return dataclasses.replace(
-            self,
-            pixel_values=move(self.pixel_values),
-            input_ids=move(self.input_ids),
-            attention_mask=move(self.attention_mask),
-            caption_ids=move(self.caption_ids),
-        )
+        moved: dict[str, Any] = {name: move(one) for name, one in vars(self).items() if isinstance(one, torch.Tensor)}
+        return dataclasses.replace(self, **moved)
 
     def pin_memory(self) -> "Batch":
         """Copy the tensors to page-locked memory; the data loader calls this."""
@@ -91,9 +96,29 @@ class Batch:
 class Sample(NamedTuple):
     """One pair before collation."""
 
-    image: torch.Tensor  # (3, H, W) uint8
-    caption: str
     key: str
+    caption: str
+    image_id: int
+    pixels: torch.Tensor | None  # (3, H, W) uint8
+    image: torch.Tensor | None  # (D,)
+    sentence: str | None
+    teacher: torch.Tensor | None  # (D,)
+
+
+class Drawn(NamedTuple):
+    """A caption that was drawn of a row, before words are left out of it, and its place."""
+
+    language: str
+    place: int
+    caption: str
+
+
+class Known(NamedTuple):
+    """What frozen towers have made of the data already."""
+
+    images: Features | None = None  # used in the place of pixels
+    teacher: Features | None = None  # of the sentences that correspond to the captions drawn,
+    language: str = "en"  # in this language
 
 
 def generator(purpose: str, *key: int) -> random.Random:
@@ -104,21 +129,33 @@ def generator(purpose: str, *key: int) -> random.Random:
 class Assembler:
     """Makes batches of rows. Every random choice about a row comes from that row's own seed."""
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, image_size: int) -> None:
+    def __init__(
+        self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, views: Views | None, known: Known | None = None
+    ) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self._transform = TrainTransform(config, image_size)
+        self._views, self._known = views, known or Known()
         self._languages = [source.languages or dict.fromkeys(source.captions, 1.0) for source in config.sources]
+
+    @property
+    def sees(self) -> bool:
+        """Whether batches have anything to do with images."""
+        return self._views is not None
 
     def caption(self, captions: dict[str, list[str]], source: int, seed: tuple[int, ...]) -> str | None:
         """Draw a language by its weight among those a row has captions in, then one of these; None if there is none."""
+        drawn = self._draw(captions, source, seed)
+        return drawn.caption if drawn else None
+
+    def _draw(self, captions: dict[str, list[str]], source: int, seed: tuple[int, ...]) -> Drawn | None:
         weights = self._languages[source]
         languages = [language for language in captions if weights.get(language)]
         if not languages:
             return None
         rng = generator("caption", *seed)
         language = rng.choices(languages, [weights[language] for language in languages])[0]
-        caption = rng.choice(captions[language])
-        return self._drop_words(caption, rng) if self.config.word_dropout else caption
+        place = rng.randrange(len(captions[language]))
+        caption = captions[language][place]
+        return Drawn(language, place, self._drop_words(caption, rng) if self.config.word_dropout else caption)
 
     def lengths(self, captions: list[str | None]) -> list[int]:
         """Return each caption's length in tokens (0 for none)."""
@@ -128,15 +165,45 @@ class Assembler:
     def sample(self, row: Row, source: int, seed: tuple[int, ...]) -> Sample | Skip:
         """Turn one row into a training pair, or say why it cannot be one."""
         path = self.config.sources[source].path
-        caption = self.caption(row.captions, source, seed)
-        if caption is None:
+        drawn = self._draw(row.captions, source, seed)
+        if drawn is None:
             return Skip(row.key, "no usable caption", path)
         try:
-            image = decode(row.image, self.config.max_image_pixels)
-        except ImageError as error:
+            image_id, pixels, image = self._see(row, seed)
+            sentence, teacher = self._teach(row, drawn, seed)
+        except (ImageError, MissingError) as error:
             return Skip(row.key, str(error), path)
-        crop_seed = generator("crop", *seed).getrandbits(62)
-        return Sample(self._transform(image, crop_seed), caption, row.key)
+        return Sample(row.key, drawn.caption, image_id, pixels, image, sentence, teacher)
+
+    def _see(self, row: Row, seed: tuple[int, ...]) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
+        """Return a number of the image, and a view of it as pixels (3, H, W) or as a known embedding (D,)."""
+        if self._views is None:
+            return xxh3_64_intdigest(row.key.encode()) >> 1, None, None
+        content = read(row.image)
+        digest = digest_of(content)
+        image_id = int.from_bytes(digest[:8], "little") >> 1  # 63 bits fit an int64
+        count = self._views.count
+        number = generator("view", *seed).randrange(count) if count else 0
+        if self._known.images is not None:
+            return image_id, None, self._known.images.embedding(digest, number)
+        decoded = decode(content, self.config.max_image_pixels)
+        if count:
+            return image_id, self._views.numbered(decoded, digest, number), None
+        return image_id, self._views.random(decoded, generator("crop", *seed).getrandbits(62)), None
+
+    def _teach(self, row: Row, drawn: Drawn, seed: tuple[int, ...]) -> tuple[str | None, torch.Tensor | None]:
+        """Return the sentence in the teacher's language that corresponds to a caption, and its features (D,).
+
+        It is the one in the same place where both languages have equally many, else any of the row's.
+        """
+        if self._known.teacher is None:
+            return None, None
+        sentences = row.captions.get(self._known.language, [])
+        if not sentences:
+            raise MissingError(f"no caption in the teacher's language, {self._known.language}")
+        aligned = len(sentences) == len(row.captions[drawn.language])
+        sentence = sentences[drawn.place] if aligned else generator("sentence", *seed).choice(sentences)
+        return sentence, self._known.teacher.embedding(digest_of(sentence.encode()))
 
     def _drop_words(self, caption: str, rng: random.Random) -> str:
         """Leave each word out with the chance that `data.word_dropout` names, but never all of them."""
@@ -173,13 +240,27 @@ class Assembler:
         """Stack samples; captions are padded on the right to the longest of them."""
         captions = [sample.caption for sample in samples]
         text: Any = tokenizers.encode(self.tokenizer, captions, padding=True, return_tensors="pt")
-        caption_ids = [xxh3_64_intdigest(caption.encode()) >> 1 for caption in captions]  # 63 bits fit an int64
+        ids = [_numbers(captions), [sample.image_id for sample in samples]]
+        sentences = [sample.sentence for sample in samples if sample.sentence is not None]
+        image = _stack([sample.image for sample in samples])
         return Batch(
-            pixel_values=torch.stack([sample.image for sample in samples]),
             input_ids=text["input_ids"],
             attention_mask=text["attention_mask"],
-            caption_ids=torch.tensor(caption_ids),
+            pair_ids=torch.tensor([*ids, _numbers(sentences)] if sentences else ids).T.contiguous(),
             keys=[sample.key for sample in samples],
             skipped=skipped,
             num_drawn=num_drawn,
+            pixel_values=_stack([sample.pixels for sample in samples]),
+            image=None if image is None else F.normalize(image, dim=-1),  # fp16 rounds them off the unit sphere
+            teacher=_stack([sample.teacher for sample in samples]),
         )
+
+
+def _numbers(texts: Sequence[str]) -> list[int]:
+    """Return a number for each text; 63 bits of its hash fit an int64."""
+    return [xxh3_64_intdigest(text.encode()) >> 1 for text in texts]
+
+
+def _stack(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    found = [one for one in tensors if one is not None]
+    return torch.stack(found) if found else None

@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from transformers import PreTrainedTokenizerBase
 
 from koclip.config import DataConfig
-from koclip.data.batches import Assembler, Batch, Candidate, Position, generator
+from koclip.data.batches import Assembler, Batch, Candidate, Known, Position, generator
 from koclip.data.order import Draw, MapOrder, Shard, row_seed
 from koclip.data.sources import MapSource, Row, StreamSource, open_source
 from koclip.data.tables import SourceError
+from koclip.data.transforms import Views
 
 
 class MapPairs(Dataset[Batch]):
@@ -33,7 +34,8 @@ class MapPairs(Dataset[Batch]):
         for number, source in enumerate(self._sources):
             wanted = [draw for draw in draws if draw.source == number]
             if wanted:
-                rows.update(zip(wanted, source.rows([draw.row for draw in wanted]), strict=True))
+                read = source.rows([draw.row for draw in wanted], self._assembler.sees)
+                rows.update(zip(wanted, read, strict=True))
         return [self._candidate(draw, rows[draw]) for draw in draws]
 
     def _others(self, draws: list[Draw]) -> Iterator[Candidate]:
@@ -42,7 +44,7 @@ class MapPairs(Dataset[Batch]):
             draw = rng.choice(draws)
             source = self._sources[draw.source]
             other = draw._replace(row=rng.randrange(len(source)))
-            yield self._candidate(other, source.rows([other.row])[0])
+            yield self._candidate(other, source.rows([other.row], self._assembler.sees)[0])
 
     def _candidate(self, draw: Draw, row: Row) -> Candidate:
         return Candidate(row, draw.source, row_seed(self._seed, draw))
@@ -139,27 +141,31 @@ class _Endless(Iterator[Row]):
 def train_loader(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
-    image_size: int,
+    views: Views | None,
     shard: Shard,
     start_step: int = 0,
     positions: Sequence[Position] = (),
+    known: Known | None = None,
+    first_step: int = 0,
 ) -> Iterator[Batch]:
     """Yield this process's batches from `start_step` on, without end; if the shard has pieces, piece by piece.
 
     Args:
         config: What to read and how to mix it.
         tokenizer: Tokenizes the captions.
-        image_size: Side of the crops, pixels.
+        views: What the model is shown of an image; None for batches without images.
         shard: This process's part of the global batch.
         start_step: Steps already done.
         positions: Where the readers of streamed sources were, from a checkpoint.
+        known: Features that frozen towers made of the data.
+        first_step: Steps that were done when the readers of streamed sources began.
 
     Raises:
         SourceError: a source cannot be opened, streamed sources are mixed with others or have too few shards, or
             `positions` are of another number of readers.
     """
     sources = [open_source(source, config.seed) for source in config.sources]
-    assembler = Assembler(config, tokenizer, image_size)
+    assembler = Assembler(config, tokenizer, views, known)
     streams = [source for source in sources if isinstance(source, StreamSource)]
     if not streams:
         maps = cast(list[MapSource], sources)
@@ -172,7 +178,8 @@ def train_loader(
             f"train.micro_batch_size: got {shard.micro_batch_size}; with streamed sources train.batch_size "
             f"({shard.batch_size}) must be a multiple of it"
         )
-    _check_readers(streams, shard, max(1, config.num_workers), start_step, positions)
+    done = range(first_step * len(shard.pieces), start_step * len(shard.pieces))
+    _check_readers(streams, shard, max(1, config.num_workers), done, positions)
     return _load(StreamPairs(streams, assembler, shard, positions, start_step), config.num_workers)
 
 
@@ -194,9 +201,9 @@ def _load(pairs: Dataset[Batch], num_workers: int, **options: Any) -> Iterator[B
 
 
 def _check_readers(
-    streams: Sequence[StreamSource], shard: Shard, count: int, start_step: int, positions: Sequence[Position]
+    streams: Sequence[StreamSource], shard: Shard, count: int, done: range, positions: Sequence[Position]
 ) -> None:
-    """Make sure that every reader (`count` per process) has a shard of every stream, and its own position."""
+    """Make sure that every reader (`count` per process) has a shard of every stream, and its position of `done`."""
     num_readers = shard.world_size * count
     for stream in streams:
         if stream.num_shards < num_readers:
@@ -204,8 +211,8 @@ def _check_readers(
                 f"source {stream.config.path!r} is streamed from {stream.num_shards} shards, too few for {num_readers} "
                 "readers (data.num_workers x processes); write it in more files, set fewer workers or streaming: false"
             )
-    started = min(start_step * len(shard.pieces), count)
-    expected = {rank * count + reader for rank in range(shard.world_size) for reader in range(started)}
+    started = {batch % count for batch in done[:count]}  # they are asked in turn
+    expected = {rank * count + reader for rank in range(shard.world_size) for reader in started}
     found = {position.reader for position in positions}
     if positions and found != expected:
         raise SourceError(

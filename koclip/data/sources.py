@@ -35,8 +35,8 @@ class MapSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def rows(self, indices: Sequence[int]) -> list[Row]:
-        """Return these rows, in this order."""
+    def rows(self, indices: Sequence[int], images: bool = True) -> list[Row]:
+        """Return these rows, in this order; without images if they are not asked for."""
 
     def captions(self, indices: Sequence[int]) -> list[dict[str, list[str]]]:
         """Return these rows' captions without touching the images."""
@@ -60,12 +60,12 @@ class ScenesSource:
     def __len__(self) -> int:
         return self.config.scenes_size
 
-    def rows(self, indices: Sequence[int]) -> list[Row]:
+    def rows(self, indices: Sequence[int], images: bool = True) -> list[Row]:
         """Draw these scenes."""
         part = self.config.scenes_part
         drawn = [scenes.scene(part, self.seed, index) for index in indices]
         return [
-            Row(scenes.draw(scene, index), self._choose(scene), f"scenes/{part}/{index}")
+            Row(scenes.draw(scene, index) if images else None, self._choose(scene), f"scenes/{part}/{index}")
             for scene, index in zip(drawn, indices, strict=True)
         ]
 
@@ -92,10 +92,10 @@ class TableSource:
     def __len__(self) -> int:
         return len(self._table)
 
-    def rows(self, indices: Sequence[int]) -> list[Row]:
+    def rows(self, indices: Sequence[int], images: bool = True) -> list[Row]:
         """Read these rows."""
         numbers = indices if self._numbers is None else [self._numbers[index] for index in indices]
-        records = _records(self._table[list(indices)])
+        records = _records((self._table if images else self._captions)[list(indices)])
         return [row(record, self.config, str(number)) for record, number in zip(records, numbers, strict=True)]
 
     def captions(self, indices: Sequence[int]) -> list[dict[str, list[str]]]:
@@ -187,7 +187,7 @@ def row(record: Mapping[str, Any], config: SourceConfig, number: str = "") -> Ro
     Its key is made of the source's name, the row's number and name. Rows of a stream have no number; one without a
     name either is known by a hash of its captions.
     """
-    value = dig(record, config.image)
+    value = dig(record, config.image) if config.image else None
     captions = row_captions(record, config)
     path = value.get("path") if isinstance(value, Mapping) else value
     name = record.get("__key__") or (Path(path).name if isinstance(path, str) else None) or record.get("id")

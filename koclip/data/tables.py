@@ -62,12 +62,13 @@ def open_table(config: SourceConfig) -> Table:
             f"source {config.path!r} cannot be read as {kind}, split {config.split!r}: {reason}; "
             "check path, format and split"
         ) from error
-    named = [config.image, *config.captions.values(), *(config.where or {})]
+    named = [*([config.image] if config.image else []), *config.captions.values(), *(config.where or {})]
     missing = sorted({column for column in named if not _has(features, column)})
     if missing:
         raise SourceError(f"source {config.path!r} has no column {missing}; its columns are {sorted(_names(features))}")
     needed = {_top(features, column) for column in named}
-    return _undecoded(table.select_columns(sorted(needed | (features.keys() & _KEYS))), config.image)
+    table = table.select_columns(sorted(needed | (features.keys() & _KEYS)))
+    return _undecoded(table, config.image) if config.image else table
 
 
 def dig(record: Any, column: str) -> Any:
@@ -147,6 +148,8 @@ def _load(config: SourceConfig, kind: str) -> Table:
         )
     if config.path.endswith(".tsv"):
         options["sep"] = "\t"
+    if config.columns:
+        options["column_names"] = config.columns
     builder = "json" if kind == "annotations" else kind
     return datasets.load_dataset(builder, data_files={config.split.split("[")[0]: files}, **options)
 

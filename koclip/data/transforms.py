@@ -1,10 +1,12 @@
 """Decode any picture to RGB and cut training crops out of it, in uint8: the model normalises on its device."""
 
+import random
 import struct
 import warnings
 import zlib
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +32,25 @@ _BROKEN = (
 )
 
 
+_PIL_MODES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # PIL's numbers
+
+
 class ImageError(ValueError):
     """A picture that cannot be used; the message says why."""
+
+
+def read(image: bytes | Path | npt.NDArray[np.uint8] | None) -> bytes | npt.NDArray[np.uint8]:
+    """Return the bytes of an image that may be given by its path.
+
+    Raises:
+        ImageError: there is none, or it cannot be read.
+    """
+    if image is None:
+        raise ImageError("no image")
+    try:
+        return image.read_bytes() if isinstance(image, Path) else image
+    except OSError as error:
+        raise ImageError(f"{type(error).__name__}: {error}".split("\n")[0]) from error
 
 
 def decode(image: bytes | Path | npt.NDArray[np.uint8] | None, max_pixels: int) -> torch.Tensor:
@@ -44,12 +63,11 @@ def decode(image: bytes | Path | npt.NDArray[np.uint8] | None, max_pixels: int) 
     Raises:
         ImageError: it is missing, truncated, no image, or has more than `max_pixels` pixels.
     """
-    if image is None:
-        raise ImageError("no image")
+    image = read(image)
     if isinstance(image, np.ndarray):
         return torch.from_numpy(image).permute(2, 0, 1)
     try:
-        return _decode(image.read_bytes() if isinstance(image, Path) else image, max_pixels)
+        return _decode(image, max_pixels)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -85,14 +103,24 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-class TrainTransform:
-    """The random crop and the other augmentations that `data` names, of one image, drawn from a seed of its own."""
+class Views:
+    """What a model is shown of an image: random crops, drawn from a seed of their own, or the view of evaluation.
 
-    def __init__(self, config: DataConfig, image_size: int) -> None:
+    Args:
+        config: `crop_scale` and the other augmentations; `num_crops` of them per image, 0 for a new one each time.
+        image_size: Side of a view, pixels.
+        centre: What evaluation shows, which is an image's first view where `num_crops` is not 0; default: CLIP's way,
+            the shorter side resized to `image_size` and the middle cut out.
+    """
+
+    def __init__(self, config: DataConfig, image_size: int, centre: v2.Transform | None = None) -> None:
+        bicubic = v2.InterpolationMode.BICUBIC
+        resize = v2.Resize(image_size, interpolation=bicubic, antialias=True)
+        self.count = config.num_crops
+        self._centre = centre or v2.Compose([resize, v2.CenterCrop(image_size)])
         steps: list[v2.Transform] = []
         if config.rotation:
             steps.append(v2.RandomRotation(config.rotation, v2.InterpolationMode.BILINEAR, fill=255))
-        bicubic = v2.InterpolationMode.BICUBIC
         steps.append(v2.RandomResizedCrop(image_size, config.crop_scale, interpolation=bicubic, antialias=True))
         if config.horizontal_flip:
             steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
@@ -101,9 +129,9 @@ class TrainTransform:
             steps.append(v2.ColorJitter(jitter, jitter, jitter))
         if config.grayscale:
             steps.append(v2.RandomGrayscale(config.grayscale))
-        self._transform = v2.Compose(steps)
+        self._random = v2.Compose(steps)
 
-    def __call__(self, image: torch.Tensor, seed: int) -> torch.Tensor:
+    def random(self, image: torch.Tensor, seed: int) -> torch.Tensor:
         """Return (3, image_size, image_size) uint8 for an image (3, H, W) uint8; equal seeds give equal crops."""
         # torchvision draws from PyTorch's global CPU generator: lend it this seed. (torch.manual_seed would also
         # seed every accelerator, a hundred times slower.)
@@ -111,7 +139,36 @@ class TrainTransform:
         state = generator.get_state()
         generator.manual_seed(seed)
         try:
-            cropped: torch.Tensor = self._transform(image)
+            cropped: torch.Tensor = self._random(image)
         finally:
             generator.set_state(state)
         return cropped
+
+    def numbered(self, image: torch.Tensor, digest: bytes, number: int) -> torch.Tensor:
+        """Return view `number` of an image (3, H, W) uint8 whose content has this digest; view 0 is evaluation's."""
+        if number == 0:
+            centred: torch.Tensor = self._centre(image)
+            return centred
+        return self.random(image, random.Random(f"view {digest.hex()} {number}").getrandbits(62))
+
+    def __repr__(self) -> str:
+        """Describe the views: equal texts make equal views of an image."""
+        return f"{self._centre}" if self.count == 1 else f"{self._centre} and {self.count - 1} of {self._random}"
+
+
+def centre_view(processor: Any) -> v2.Transform:
+    """Return the resizing and cropping of a stock image processor, for uint8 tensors (3, H, W)."""
+    size = processor.size
+    sides: int | list[int] = size["shortest_edge"] or [size["height"], size["width"]]
+    interpolation = v2.functional.InterpolationMode(_PIL_MODES[int(processor.resample)])
+    steps: list[v2.Transform] = [v2.Resize(sides, interpolation=interpolation, antialias=True)]
+    if getattr(processor, "do_center_crop", False):
+        steps.append(v2.CenterCrop([processor.crop_size["height"], processor.crop_size["width"]]))
+    return v2.Compose(steps)
+
+
+def view_size(processor: Any) -> int:
+    """Return the side of the square that a stock image processor makes, pixels."""
+    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+    side: int = size["height"]
+    return side

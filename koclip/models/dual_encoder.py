@@ -42,10 +42,11 @@ LEGACY_EOS_ID = 2  # transformers' CLIP pools at the largest id, not at the end 
 class Embeddings(NamedTuple):
     """A batch in the shared space."""
 
-    image: torch.Tensor  # (B, D) unit norm
+    image: torch.Tensor  # (B, D) unit norm; (B, 0) in batches without images
     text: torch.Tensor  # (B, D) unit norm
     logit_scale: torch.Tensor  # () already exponentiated: the inverse temperature
-    logit_bias: torch.Tensor | None  # () of the sigmoid loss
+    logit_bias: torch.Tensor | None = None  # () of the sigmoid loss
+    text_norm: torch.Tensor | None = None  # (B,) of the texts' features before they were normalised
 
 
 class DualEncoder(nn.Module):
@@ -72,29 +73,39 @@ class DualEncoder(nn.Module):
 
     def forward(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         image: torch.Tensor | None = None,
         text: torch.Tensor | None = None,
+        text_norm: torch.Tensor | None = None,
     ) -> Embeddings:
         """Embed B pairs.
 
         Args:
-            pixel_values: (B, 3, H, W) uint8.
+            pixel_values: (B, 3, H, W) uint8; None in batches without images, or whose embeddings are known.
             input_ids: (B, L).
             attention_mask: (B, L).
             image: (B, D) unit norm, if known: the image tower does not run.
             text: (B, D) unit norm, if known: the text tower does not run.
+            text_norm: (B,) of the features, where `text` is known.
         """
-        if image is None:
-            image = encode_images(self.model, (pixel_values.float() - self.pixel_mean) / self.pixel_std)
+        if image is None and pixel_values is not None:
+            image = encode_images(self.model, self.normalized(pixel_values))
+        if text is None:
+            features = text_features(self.model, input_ids, attention_mask)
+            text, text_norm = F.normalize(features, dim=-1), features.norm(dim=-1)
         return Embeddings(
-            image=image,
-            text=encode_texts(self.model, input_ids, attention_mask) if text is None else text,
+            image=text.new_empty(len(text), 0) if image is None else image,
+            text=text,
             logit_scale=self.model.logit_scale.exp().reshape(()),
             logit_bias=None if self.logit_bias is None else self.logit_bias.reshape(()),
+            text_norm=text_norm,
         )
+
+    def normalized(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return pixels (B, 3, H, W) uint8 as the image tower takes them."""
+        return (pixel_values.float() - self.pixel_mean) / self.pixel_std
 
     def trains(self, side: Literal["image", "text"]) -> bool:
         """Return whether any parameter that makes the image or the text embeddings is trained."""
@@ -122,9 +133,10 @@ class DualEncoder(nn.Module):
 
     def lift_scalars(self) -> None:
         """Give the logit scale and bias one dimension, because FSDP2 shards no scalars; `publish` takes it away."""
-        self.model.logit_scale = nn.Parameter(self.model.logit_scale.detach().reshape(1))
-        if self.logit_bias is not None:
-            self.logit_bias = nn.Parameter(self.logit_bias.detach().reshape(1))
+        scale, bias = self.model.logit_scale, self.logit_bias
+        self.model.logit_scale = nn.Parameter(scale.detach().reshape(1), scale.requires_grad)
+        if bias is not None:
+            self.logit_bias = nn.Parameter(bias.detach().reshape(1), bias.requires_grad)
 
 
 def encode_images(model: StockModel, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -135,8 +147,13 @@ def encode_images(model: StockModel, pixel_values: torch.Tensor) -> torch.Tensor
 
 def encode_texts(model: StockModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Return unit-norm float32 text embeddings (B, D) of ids and mask (B, L)."""
-    features = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
-    return F.normalize(features.float(), dim=-1)
+    return F.normalize(text_features(model, input_ids, attention_mask), dim=-1)
+
+
+def text_features(model: StockModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Return float32 text features (B, D) of ids and mask (B, L), not normalised."""
+    features: torch.Tensor = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+    return features.float()
 
 
 def from_scratch(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[StockModel, ProcessorMixin]:
@@ -157,17 +174,22 @@ def from_scratch(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tup
         initialize(model)
     if config.patch_dropout:
         drop_patches(model.vision_model, config.patch_dropout)
-    for name, tower, recompute in (
-        ("image", model.vision_model, config.image_gradient_checkpointing),
-        ("text", model.text_model, config.text_gradient_checkpointing),
-    ):
+    checkpoint_gradients(model, config.image_gradient_checkpointing, config.text_gradient_checkpointing)
+    return model, _processor(image_size, model, tokenizer)
+
+
+def checkpoint_gradients(model: StockModel, image: bool, text: bool) -> None:
+    """Make towers recompute their activations in the backward pass.
+
+    Raises:
+        ConfigError: a tower cannot.
+    """
+    for name, tower, recompute in (("image", model.vision_model, image), ("text", model.text_model, text)):
         if recompute:
             able = tower.supports_gradient_checkpointing
-            check(
-                able, f"model.{name}_gradient_checkpointing", recompute, f"a {type(tower).__name__} cannot: set false"
-            )
+            key = f"model.{name}_gradient_checkpointing"
+            check(able, key, recompute, f"a {type(tower).__name__} cannot: set false")
             tower.activation_checkpointing_enable({"use_reentrant": False})
-    return model, _processor(image_size, model, tokenizer)
 
 
 def text_config(preset: Preset, tokenizer: PreTrainedTokenizerBase) -> CLIPTextConfig:

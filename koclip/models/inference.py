@@ -9,12 +9,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoProcessor, ProcessorMixin
+from transformers import AutoProcessor, ProcessorMixin
 
-from koclip.config import ConfigError
+from koclip.config import check
 from koclip.data.transforms import to_rgb
 from koclip.models import StockModel
 from koclip.models.dual_encoder import encode_images, encode_texts
+from koclip.models.pretrained import read, refuse
 from koclip.text import tokenizers
 from koclip.text.normalize import normalize
 
@@ -29,16 +30,14 @@ def load(path: str | Path, device: str | torch.device | None = None) -> tuple[St
         device: Where to put the model; default: a GPU if there is one.
 
     Raises:
-        ConfigError: weights are missing, left over or of other sizes: the class and the file do not belong together.
+        ConfigError: no dual encoder is there; or weights are missing, left over or of other sizes: the class and the
+            file do not belong together.
     """
-    model, info = AutoModel.from_pretrained(
-        path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    problems = {name: sorted(keys) for name, keys in info.items() if keys}
-    if problems:
-        raise ConfigError(f"{path} does not hold exactly the weights of a {type(model).__name__}: {problems}")
+    model, problems = read(path, "model")
+    check(isinstance(model, StockModel), "model", str(path), f"a {type(model).__name__}: expected a dual encoder")
+    refuse(path, "model", model, problems)
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device or default).eval(), AutoProcessor.from_pretrained(path)
+    return model.to(device or default), AutoProcessor.from_pretrained(path)
 
 
 def embed_images(

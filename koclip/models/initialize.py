@@ -20,16 +20,22 @@ def initialize(model: StockModel) -> None:
 
     Other towers keep what transformers gave them.
     """
-    for tower in (model.vision_model, model.text_model):
-        layers = [module for module in tower.modules() if isinstance(module, CLIPEncoderLayer)]
-        for layer in layers:
-            _initialize_layer(layer, depth=len(layers))
-        for module in tower.modules():
-            _initialize_embeddings(module)
+    initialize_tower(model.vision_model)
+    initialize_tower(model.text_model)
     if isinstance(model.vision_model, TimmWrapperModel):
         _restore_timm(model.vision_model)
     for projection in (model.visual_projection, model.text_projection):
         nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+
+
+@torch.no_grad()
+def initialize_tower(tower: nn.Module) -> None:
+    """Draw the weights of one of CLIP's towers again, in place; others keep theirs."""
+    layers = [module for module in tower.modules() if isinstance(module, CLIPEncoderLayer)]
+    for layer in layers:
+        _initialize_layer(layer, depth=len(layers))
+    for module in tower.modules():
+        _initialize_embeddings(module)
 
 
 def _initialize_layer(layer: CLIPEncoderLayer, depth: int) -> None:

@@ -6,13 +6,16 @@ The result is a stock class, which training works on, so that publishing convert
 |---|---|---|
 | CLIP's ViT | BERT and its like: RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT | `ChineseCLIPModel` |
 | CLIP's ViT | CLIP's text transformer, with a tokenizer of its own | `CLIPModel` |
-| any other, or CLIP's ViT | any encoder with a pooler | `VisionTextDualEncoderModel` |
+| any other, or CLIP's ViT | any encoder with a pooler, CLIP's text transformer | `VisionTextDualEncoderModel` |
 
+An image tower alone is given the identity for a projection: its pooled output is the image space.
 A text's embedding is a bias-free projection of its first token's last hidden state (`ChineseCLIPModel`), of its end
 token's (`CLIPModel`), or of what the encoder's pooler returns (`VisionTextDualEncoderModel`).
 """
 
-from typing import Any
+import copy
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -29,7 +32,7 @@ from transformers import (
 from koclip.config import ConfigError
 from koclip.models import StockModel
 
-_BERT = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
+_BERT = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "chinese_clip_text_model")
 _POOLED = ("albert", "mpnet", "big_bird", "roberta-prelayernorm", "ernie", "xlm-roberta-xl", "data2vec-text")
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # whose positions begin behind the padding id
 _BERT_SETTINGS = (
@@ -48,37 +51,54 @@ _DISTILBERT_NAMES = {
     "ffn.lin2": "output.dense",
     "output_layer_norm": "output.LayerNorm",
 }
+_START_TEMPERATURE = 0.07  # the paper's, for an image tower that has none
 
 
-def swap_text_tower(clip: StockModel, text_encoder: PreTrainedModel, seed: int = 0) -> StockModel:
+class _ImageSide(NamedTuple):
+    """What stays: a tower, and what makes the embeddings of its pooled output."""
+
+    tower: PreTrainedModel
+    projection: torch.Tensor  # (D, W)
+    logit_scale: torch.Tensor  # ()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the configurations of all joint classes share."""
+        return {"projection_dim": len(self.projection), "logit_scale_init_value": self.logit_scale.item()}
+
+
+def swap_text_tower(clip: StockModel | PreTrainedModel, text_encoder: PreTrainedModel, seed: int = 0) -> StockModel:
     """Return a dual encoder of `clip`'s image side and `text_encoder`, with a new text projection.
 
+    Both stay as they are, but that a `VisionTextDualEncoderModel` takes `text_encoder` itself.
+
     Args:
-        clip: A `CLIPModel`, or any dual encoder whose image side is to stay.
+        clip: A `CLIPModel`, or any dual encoder whose image side is to stay; or an image tower alone, with a pooled
+            output (B, W) and W as its `config.hidden_size`.
         text_encoder: The encoder, without a head.
         seed: Seed of the text projection, whose standard deviation is that of CLIP: width ** -0.5.
 
     Raises:
         ConfigError: no stock class holds this pair.
     """
-    vision: Any = clip.config.vision_config
+    image = _image_side(clip)
     kind = text_encoder.config.model_type
-    clip_image = vision.model_type in ("clip_vision_model", "chinese_clip_vision_model")
+    clip_image = image.tower.config.model_type in ("clip_vision_model", "chinese_clip_vision_model")
     swapped: Any
     if clip_image and kind == "clip_text_model":
-        swapped = _as_clip(clip, text_encoder)
+        swapped = _as_clip(image, text_encoder)
     elif clip_image and kind in _BERT:
-        swapped = _as_chinese_clip(clip, text_encoder)
-    elif kind in (*_BERT, *_POOLED):
-        swapped = _as_pair(clip, text_encoder)
+        swapped = _as_chinese_clip(image, text_encoder)
+    elif kind in (*_BERT, *_POOLED, "clip_text_model"):
+        swapped = _as_pair(image, text_encoder)
     else:
         raise ConfigError(
             f"text encoder: no stock class holds a {kind} beside this image tower; CLIP's ViT takes "
             f"{', '.join(('clip_text_model', *_BERT, *_POOLED))}, other image towers need an encoder with a pooler"
         )
     with torch.no_grad():
-        swapped.visual_projection.weight.copy_(clip.visual_projection.weight)
-        swapped.logit_scale.copy_(clip.logit_scale)
+        swapped.visual_projection.weight.copy_(image.projection)
+        swapped.logit_scale.copy_(image.logit_scale)
         generator = torch.Generator().manual_seed(seed)
         width = swapped.text_projection.in_features
         swapped.text_projection.weight.normal_(std=width**-0.5, generator=generator)
@@ -86,54 +106,50 @@ def swap_text_tower(clip: StockModel, text_encoder: PreTrainedModel, seed: int =
     return stock
 
 
-def _as_clip(clip: StockModel, text_encoder: PreTrainedModel) -> StockModel:
+def _image_side(clip: StockModel | PreTrainedModel) -> _ImageSide:
+    if isinstance(clip, StockModel):
+        return _ImageSide(clip.vision_model, clip.visual_projection.weight, clip.logit_scale)
+    identity = torch.eye(clip.config.hidden_size, dtype=clip.dtype, device=clip.device)
+    return _ImageSide(clip, identity, torch.tensor(math.log(1 / _START_TEMPERATURE)))
+
+
+def _as_clip(image: _ImageSide, text_encoder: PreTrainedModel) -> StockModel:
     config = CLIPConfig(
-        text_config=text_encoder.config.to_dict() | {"projection_dim": clip.config.projection_dim},
-        vision_config=_vision_config(clip),
-        projection_dim=clip.config.projection_dim,
-        logit_scale_init_value=clip.logit_scale.item(),
+        text_config=text_encoder.config.to_dict() | {"projection_dim": len(image.projection)},
+        vision_config=_vision_config(image),
+        **image.config,
     )
     swapped = CLIPModel(config)
-    swapped.vision_model.load_state_dict(clip.vision_model.state_dict())
+    swapped.vision_model.load_state_dict(image.tower.state_dict())
     swapped.text_model.load_state_dict(text_encoder.state_dict())
     return swapped
 
 
-def _as_chinese_clip(clip: StockModel, text_encoder: PreTrainedModel) -> StockModel:
+def _as_chinese_clip(image: _ImageSide, text_encoder: PreTrainedModel) -> StockModel:
     text, weights = _as_bert(text_encoder)
-    config = ChineseCLIPConfig(
-        text_config=text,
-        vision_config=_vision_config(clip),
-        projection_dim=clip.config.projection_dim,
-        logit_scale_init_value=clip.logit_scale.item(),
-    )
+    config = ChineseCLIPConfig(text_config=text, vision_config=_vision_config(image), **image.config)
     swapped = ChineseCLIPModel(config)
-    swapped.vision_model.load_state_dict(clip.vision_model.state_dict())
+    swapped.vision_model.load_state_dict(image.tower.state_dict())
     swapped.text_model.load_state_dict(weights)
     with torch.no_grad():  # as `from_pretrained` leaves it; padding is masked, so that no embedding changes
         swapped.text_model.embeddings.word_embeddings.weight[text["pad_token_id"]] = 0
     return swapped
 
 
-def _as_pair(clip: StockModel, text_encoder: PreTrainedModel) -> StockModel:
-    if getattr(text_encoder, "pooler", None) is None:
+def _as_pair(image: _ImageSide, text_encoder: PreTrainedModel) -> StockModel:
+    pooled = text_encoder.config.model_type == "clip_text_model" or getattr(text_encoder, "pooler", None) is not None
+    if not pooled:
         raise ConfigError(
             f"text encoder: this {type(text_encoder).__name__} has no pooler, whose output a "
             "VisionTextDualEncoderModel projects; load it with its pooling layer, or take a CLIP image tower"
         )
-    vision: Any = clip.config.vision_config
-    config = VisionTextDualEncoderConfig.from_vision_text_configs(
-        vision,
-        text_encoder.config,
-        projection_dim=clip.config.projection_dim,
-        logit_scale_init_value=clip.logit_scale.item(),
-    )
-    return VisionTextDualEncoderModel(config=config, vision_model=clip.vision_model, text_model=text_encoder)
+    tower = copy.deepcopy(image.tower)  # the source may be the teacher while this one is trained
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(tower.config, text_encoder.config, **image.config)
+    return VisionTextDualEncoderModel(config=config, vision_model=tower, text_model=text_encoder)
 
 
-def _vision_config(clip: StockModel) -> dict[str, Any]:
-    config: Any = clip.config.vision_config
-    return {name: value for name, value in config.to_dict().items() if name != "model_type"}
+def _vision_config(image: _ImageSide) -> dict[str, Any]:
+    return {name: value for name, value in image.tower.config.to_dict().items() if name != "model_type"}
 
 
 def _as_bert(encoder: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

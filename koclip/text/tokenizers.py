@@ -1,22 +1,37 @@
 """Train a byte-level BPE in CLIP's layout; load and check any tokenizer."""
 
 import json
-from collections.abc import Iterable
+import re
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    CLIPTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from koclip.config import ConfigError
+from koclip.text.compose import composing
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 # Characters that together hold every byte that UTF-8 text can hold.
 _EVERY_BYTE = [chr(code) for code in (*range(0x21, 0x7F), *range(0xC0, 0x100), *range(0xA1, 0x800, 0x40))]
 _EVERY_BYTE += [chr(code) for code in range(0x800, 0x10000, 0x800) if not 0xD800 <= code < 0xE000]
 _EVERY_BYTE += [chr(code) for code in (0x10000, 0x40000, 0x80000, 0xC0000, 0x100000)]
+_KOREAN = ("고양이가 창가에 앉아 밖을 보고 있다", "빨간 자전거 한 대가 나무 옆에 서 있는 사진")
+_SYLLABLES, _JAMO = re.compile("[가-힣]+"), re.compile("[\u1100-\u11ff]")  # in NFC; in NFD
+_MOST_LOST = 0.5  # of a script's letters; the right tokenizer loses next to none, a wrong one nearly all
+_RARE = 0.1  # of all letters; Hanja in Korean captions may be unknown
 
 
 def train_bpe(captions: Iterable[str], vocab_size: int, max_tokens: int) -> PreTrainedTokenizerBase:
@@ -45,33 +60,94 @@ def train_bpe(captions: Iterable[str], vocab_size: int, max_tokens: int) -> PreT
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens)
 
 
-def load(path: str, max_tokens: int) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in directory or Hub repository `path` and check that a text tower can rely on it.
+def load(
+    path: str, max_tokens: int, config: PreTrainedConfig | None = None, probes: Sequence[str] | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in directory or Hub repository `path` and make sure that a text tower can rely on it.
+
+    It gives composed and decomposed text the same ids (see `composing`), and so do its saved files. Padding and
+    truncation that an earlier call left in tokenizer.json are dropped, with a warning.
+
+    Args:
+        path: Where it is.
+        max_tokens: The longest text, in tokens.
+        config: The text encoder's; default: a CLIP text tower that is made for this tokenizer.
+        probes: Captions in the language of the data, to be tried, or none; default: Korean ones for an encoder.
 
     Raises:
         ConfigError: there is none, or `check` finds a defect.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"tokenizer.path: no tokenizer can be loaded from {path!r}: {reason}") from error
-    check(tokenizer, path)
+    _drop_leaked_state(tokenizer, path)
+    check(tokenizer, path, config, probes)
+    tokenizer = composing(tokenizer)
     tokenizer.model_max_length = max_tokens
     return tokenizer
 
 
-def check(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Make sure that a CLIP text tower, which reads the embedding at the first end token, can rely on `tokenizer`.
+def check(
+    tokenizer: PreTrainedTokenizerBase,
+    path: str,
+    config: PreTrainedConfig | None = None,
+    probes: Sequence[str] | None = None,
+) -> None:
+    """Make sure that a text tower can rely on `tokenizer`: nothing else would say so, the embeddings would be noise.
+
+    A CLIP text tower reads the embedding at the first end token, any other encoder (that of `config`) at the first
+    token. See `load` for the arguments.
 
     Raises:
-        ConfigError: it has no padding or end token, pads on the left, or puts an end token anywhere but at the end.
+        ConfigError: it is a slow one; it pads or cuts on the left; it takes the Hangul of `probes` apart or loses
+            their letters; it has no padding token; for CLIP: it has no end token or puts one anywhere but at the end;
+            for an encoder: its ids are not those of `config`, or its texts do not begin with the cls token.
     """
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ConfigError(
+            f"tokenizer {path!r} is a {type(tokenizer).__name__}, a slow one; koclip needs one with a tokenizer.json: "
+            "convert it (KoBERT: koclip.text.kobert.convert) or take another encoder"
+        )
+    for side, what in (("padding_side", "pads"), ("truncation_side", "cuts long texts")):
+        if getattr(tokenizer, side) != "right":
+            raise ConfigError(
+                f"tokenizer {path!r} {what} on the left; text towers need {side}='right': set it in "
+                'tokenizer_config.json, and "padding" and "truncation" to null in tokenizer.json'
+            )
+    encoder = None if config is None or config.model_type == "clip_text_model" else config
+    if probes is None:
+        probes = () if encoder is None else _KOREAN
+    for probe in probes:
+        _check_hangul(tokenizer, path, probe)
+    _check_letters(tokenizer, path, probes)
+    if encoder is None:
+        _check_end(tokenizer, path)
+    else:
+        _check_ids(tokenizer, path, encoder)
+        _check_start(tokenizer, path)
+
+
+def _drop_leaked_state(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return
+    backend = tokenizer.backend_tokenizer
+    leaked = {"truncation": backend.truncation, "padding": backend.padding}
+    leaked = {name: state for name, state in leaked.items() if state is not None}
+    if leaked:
+        warnings.warn(
+            f"tokenizer {path!r}: an earlier call left {leaked} in its tokenizer.json; koclip drops it. To mend the "
+            "file, set these to null in it",
+            stacklevel=3,
+        )
+        forget_call_state(tokenizer)
+
+
+def _check_end(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     for name in ("pad_token_id", "eos_token_id"):
         if getattr(tokenizer, name) is None:
             raise ConfigError(f"tokenizer {path!r} has no {name}, which CLIP's text tower needs: set it and save again")
-    if tokenizer.padding_side != "right":
-        raise ConfigError(f"tokenizer {path!r} pads on the left; CLIP text towers need padding_side='right'")
     probes = ["고양이", *_EVERY_BYTE, *(character * 2 for character in _EVERY_BYTE)]
     for probe, ids in zip(probes, tokenizer(probes)["input_ids"], strict=True):
         if ids.count(tokenizer.eos_token_id) != 1 or ids[-1] != tokenizer.eos_token_id:
@@ -79,6 +155,87 @@ def check(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
                 f"tokenizer {path!r} turns {probe!r} into {ids}; expected exactly one end token "
                 f"({tokenizer.eos_token_id}), at the end, because CLIP reads the text's embedding at the first one"
             )
+
+
+def _check_hangul(tokenizer: PreTrainedTokenizerBase, path: str, probe: str) -> None:
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    for word in () if normalizer is None else _SYLLABLES.findall(unicodedata.normalize("NFC", probe)):
+        normalized = normalizer.normalize_str(word)
+        if _JAMO.search(normalized):
+            raise ConfigError(
+                f"tokenizer {path!r} splits Hangul syllables into jamo: {word!r} becomes {' '.join(normalized)!r}; "
+                "expected whole syllables. An uncased BERT does so, by strip_accents, which do_lower_case turns on: "
+                "take a cased encoder, or, if this one was trained on whole syllables, set "
+                '"do_lower_case": false or "strip_accents": false in tokenizer_config.json'
+            )
+
+
+def _check_letters(tokenizer: PreTrainedTokenizerBase, path: str, probes: Sequence[str]) -> None:
+    """Look at each script alone: English captions would hide that the Korean ones are lost."""
+    found: list[tuple[Counter[str], Counter[str], str]] = [(*_letters(tokenizer, probe), probe) for probe in probes]
+    there, lost = Counter[str](), Counter[str]()
+    for ours, missing, _ in found:
+        there, lost = there + ours, lost + missing
+    for script, count in there.items():
+        if count < _RARE * there.total() or lost[script] <= _MOST_LOST * count:
+            continue
+        worst = max(found, key=lambda one: one[1][script])[2]
+        tokens = tokenizer.convert_ids_to_tokens(tokenizer(worst)["input_ids"])
+        raise ConfigError(
+            f"tokenizer {path!r} loses {lost[script] / count:.0%} of the {script} letters of {len(probes)} captions, "
+            f"expected at most {_MOST_LOST:.0%}: {worst!r} becomes {tokens}. It was loaded as a "
+            f"{type(tokenizer).__name__} of {len(tokenizer)} tokens; if that is the wrong class, its "
+            'tokenizer_config.json lacks tokenizer_class (a KLUE-RoBERTa needs "BertTokenizer"). If not, its '
+            "vocabulary is missing, or of another language, or KoBERT's (convert it with koclip.text.kobert.convert)"
+        )
+
+
+def _letters(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[Counter[str], Counter[str]]:
+    """Count a text's letters and digits by script: all, and those that do not come back from its ids in any case."""
+    back = str(tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True))
+    there, kept = (
+        Counter(filter(str.isalnum, unicodedata.normalize("NFKD", one).casefold()))  # NFKD: without marks
+        for one in (text, back)
+    )
+    scripts = [
+        Counter(unicodedata.name(letter, "unknown").split()[0] for letter in letters.elements())
+        for letters in (there, there - kept)
+    ]
+    return scripts[0], scripts[1]
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerBase, path: str, config: PreTrainedConfig) -> None:
+    for name in ("pad_token_id", "cls_token_id"):
+        if getattr(tokenizer, name) is None:
+            raise ConfigError(f"tokenizer {path!r} has no {name}, which a text encoder needs: set it and save again")
+    sep = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    for token, ours, name in (
+        ("pad", tokenizer.pad_token_id, "pad_token_id"),
+        ("cls", tokenizer.cls_token_id, "bos_token_id"),
+        ("sep", sep, "eos_token_id"),
+    ):
+        theirs = getattr(config, name, None)
+        if ours != theirs and (token == "pad" or None not in (ours, theirs)):
+            raise ConfigError(
+                f"tokenizer {path!r}: its {token} token has id {ours}, the {config.model_type} encoder's config.json "
+                f"says {name} {theirs}; expected the same. Take the tokenizer that the encoder was trained with, or "
+                "correct the wrong one (a RoBERTa counts its positions from pad_token_id; in a BERT it is free)"
+            )
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise ConfigError(
+            f"tokenizer {path!r} has ids up to {largest}, the {config.model_type} encoder's vocabulary "
+            f"{config.vocab_size} entries; take the tokenizer that the encoder was trained with"
+        )
+
+
+def _check_start(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    ids = tokenizer(_KOREAN[0])["input_ids"]
+    if ids[:1] != [tokenizer.cls_token_id]:
+        raise ConfigError(
+            f"tokenizer {path!r} turns {_KOREAN[0]!r} into {ids}; expected the cls token ({tokenizer.cls_token_id}) at "
+            "the front, where the text's embedding is read: correct the post-processor in its tokenizer.json"
+        )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, captions: list[str], **options: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from koclip.training.health import DivergedError, Event
 from koclip.training.loop import Trainer, progress_text, steps
-from koclip.training.setup import prepare, start
+from koclip.training.setup import prepare, release, start
 from koclip.training.signals import StopRequest
 
-__all__ = ["DivergedError", "Event", "StopRequest", "Trainer", "prepare", "progress_text", "start", "steps"]
+__all__ = ["DivergedError", "Event", "StopRequest", "Trainer", "prepare", "progress_text", "release", "start", "steps"]

@@ -11,6 +11,7 @@ batch. But given the gradient of the loss with respect to every embedding, each 
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +21,12 @@ from koclip.data.batches import Batch
 from koclip.losses import Loss, LossFn
 from koclip.models.dual_encoder import DualEncoder, Embeddings
 from koclip.training import rng
+
+_KNOWN: dict[str, Literal["image", "text"]] = {
+    "image": "image",
+    "text": "text",
+    "text_norm": "text",
+}  # what is made of every pair, and by which tower
 
 
 def backward(
@@ -42,9 +49,9 @@ def backward(
     for piece in pieces:
         states.append(rng.states())
         with torch.no_grad():
-            made.append(model(*piece.to(accelerator.device).inputs))
+            made.append(model(**piece.to(accelerator.device).inputs))
     whole = _join(made)
-    value, accuracy = loss(whole, torch.cat([piece.caption_ids for piece in pieces]).to(accelerator.device))
+    value, accuracy = loss(whole, *_targets(pieces, accelerator.device))
     value.backward()
     start = 0
     for piece, state, first in zip(pieces, states, made, strict=True):
@@ -52,10 +59,10 @@ def backward(
         rows = slice(start, start := start + len(piece.keys))
         rng.restore(state)
         # What a frozen tower made is passed in, not made again.
-        known = {side: getattr(first, side) for side in ("image", "text") if not dual_encoder.trains(side)}
+        known = {name: getattr(first, name) for name in _KNOWN if not dual_encoder.trains(_KNOWN[name])}
         with nullcontext() if last else accelerator.no_sync(model):
-            again = model(*piece.to(accelerator.device).inputs, **known)
-            parts = [_pull(again.image, whole.image, rows), _pull(again.text, whole.text, rows)]
+            again = model(**piece.to(accelerator.device).inputs | known)
+            parts = [_pull(getattr(again, name), getattr(whole, name), rows) for name in _KNOWN]
             if last:
                 parts += [_pull(again.logit_scale, whole.logit_scale), _pull(again.logit_bias, whole.logit_bias)]
             accelerator.backward(torch.stack([part for part in parts if part is not None]).sum())
@@ -63,12 +70,16 @@ def backward(
     return Loss(value.detach(), accuracy)
 
 
+def _targets(pieces: Sequence[Batch], device: torch.device) -> list[torch.Tensor]:
+    """Return what the loss takes besides the embeddings, of the whole batch."""
+    return [torch.cat(parts).to(device) for parts in zip(*(piece.targets for piece in pieces), strict=True)]
+
+
 def _join(made: Sequence[Embeddings]) -> Embeddings:
     """Return the embeddings of all pieces as leaves that collect gradients; scale and bias are the same in each."""
-    image = torch.cat([one.image for one in made]).requires_grad_()
-    text = torch.cat([one.text for one in made]).requires_grad_()
+    image, text, norm = (torch.cat([getattr(one, name) for one in made]).requires_grad_() for name in _KNOWN)
     scale, bias = made[0].logit_scale.detach().clone().requires_grad_(), made[0].logit_bias
-    return Embeddings(image, text, scale, None if bias is None else bias.detach().clone().requires_grad_())
+    return Embeddings(image, text, scale, None if bias is None else bias.detach().clone().requires_grad_(), norm)
 
 
 def _pull(tensor: torch.Tensor | None, leaf: torch.Tensor | None, rows: slice = slice(None)) -> torch.Tensor | None:

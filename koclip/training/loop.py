@@ -110,7 +110,7 @@ def steps(
 def progress_text(stats: dict[str, float]) -> str:
     """Return the stats that a progress bar has room for."""
     return (
-        f"loss {stats['loss']:.3f}, accuracy {stats['accuracy']:.0%}, {stats['images_per_second']:,.0f} images/s, "
+        f"loss {stats['loss']:.3f}, accuracy {stats['accuracy']:.0%}, {stats['images_per_second']:,.0f} pairs/s, "
         f"{stats['memory_gib']:.1f} GiB"
     )
 
@@ -146,7 +146,7 @@ def _backward(trainer: Trainer, pieces: Sequence[Batch]) -> Loss:
     if len(pieces) > 1:
         return grad_cache.backward(accelerator, trainer.model, trainer.dual_encoder, trainer.loss, pieces)
     batch = pieces[0].to(accelerator.device)
-    loss = trainer.loss(trainer.model(*batch.inputs), batch.caption_ids)
+    loss = trainer.loss(trainer.model(**batch.inputs), *batch.targets)
     accelerator.backward(loss.value)
     return Loss(loss.value.detach(), loss.accuracy)
 
@@ -207,6 +207,6 @@ class _Window:
             | {
                 "bad_steps": float(trainer.health.counts.bad_steps),
                 "logit_scale": trainer.dual_encoder.logit_scale(),
-                "lr": float(trainer.scheduler.get_last_lr()[0]),
+                "lr": float(max(trainer.scheduler.get_last_lr())),
             }
         )

@@ -1,11 +1,14 @@
 """Before the first step: the accelerator, and what a step changes."""
 
+import dataclasses
+from collections.abc import Mapping
+
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from koclip.config import ConfigError, LossConfig, OptimConfig, TrainConfig
+from koclip.config import ConfigError, DistillConfig, LossConfig, OptimConfig, Stage, TrainConfig
 from koclip.data.order import Shard
 from koclip.losses import build
 from koclip.models.dual_encoder import DualEncoder
@@ -40,27 +43,38 @@ def start(config: TrainConfig) -> Accelerator:
 
 
 def prepare(
-    accelerator: Accelerator, model: DualEncoder, loss: LossConfig, optim: OptimConfig, train: TrainConfig
+    accelerator: Accelerator,
+    model: DualEncoder,
+    loss: LossConfig,
+    optim: OptimConfig,
+    train: TrainConfig,
+    stage: Stage | None = None,
+    distill: DistillConfig | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> Trainer:
     """Put the model on its device, wrap it for distributed training and build its optimizer.
+
+    Args:
+        accelerator: As `start` returned it.
+        model: The dual encoder.
+        loss: The contrastive loss.
+        optim: The optimizer; `stage` has a learning rate of its own.
+        train: The run.
+        stage: The part of the run that this trainer is for; default: all of it, with images and without a teacher.
+        distill: What the teacher adds in a stage that has one.
+        rates: Learning rates of parameters by name, as shares of the peak.
 
     Raises:
         ConfigError: an average of sharded weights was asked for, or micro-batches of DeepSpeed.
     """
-    if train.micro_batch_size and accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ConfigError(
-            "train.micro_batch_size: DeepSpeed updates the weights inside of each backward pass, so it cannot put a "
-            "batch's gradient together from pieces; leave it out, or use DDP or FSDP2 (recipes/accelerate/)"
-        )
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if train.ema_decay and sharded:
-        raise ConfigError("train.ema_decay: an average of sharded weights is not supported; set it to 0 or use DDP")
-    if sharded:
+    if _sharded(accelerator, train):
         model.lift_scalars()
     speed_up(model.model, accelerator.device)
     model.to(accelerator.device)
     ema = ema_of(model, train.ema_decay) if train.ema_decay else None
-    optimizer = adamw(model, optim)
+    stage = stage or Stage("train", 0, train.num_steps, optim.lr, images=True, taught=False, trains_image=True)
+    optim = dataclasses.replace(optim, lr=stage.lr)
+    optimizer = adamw(model, optim, rates)
     compiled = torch.compile(model) if train.compile else model
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # accelerate would take the first from a data loader and the second from its own YAML.
@@ -72,10 +86,31 @@ def prepare(
         model=wrapped,
         dual_encoder=accelerator.unwrap_model(wrapped, keep_torch_compile=False),
         optimizer=wrapped_optimizer,
-        scheduler=warmup_cosine(optimizer, optim, train.num_steps),
-        loss=build(loss),
+        scheduler=warmup_cosine(optimizer, optim, stage.end, stage.start),
+        loss=build(loss, distill if stage.taught else None, stage.images),
         max_grad_norm=optim.max_grad_norm,
         num_pieces=len(Shard(train.batch_size, micro_batch_size=train.micro_batch_size).pieces),
         health=Health(train.max_bad_steps, train.spike_sigmas),
         ema=ema,
     )
+
+
+def _sharded(accelerator: Accelerator, train: TrainConfig) -> bool:
+    """Return whether the weights will be sharded; checks that the run's other settings allow it."""
+    if train.micro_batch_size and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ConfigError(
+            "train.micro_batch_size: DeepSpeed updates the weights inside of each backward pass, so it cannot put a "
+            "batch's gradient together from pieces; leave it out, or use DDP or FSDP2 (recipes/accelerate/)"
+        )
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if train.ema_decay and sharded:
+        raise ConfigError("train.ema_decay: an average of sharded weights is not supported; set it to 0 or use DDP")
+    return sharded
+
+
+def release(trainer: Trainer) -> DualEncoder:
+    """Return the model of a stage that is over, out of its wrappers, for the next one to prepare."""
+    trainer.accelerator.free_memory()
+    plain: DualEncoder = trainer.accelerator.unwrap_model(trainer.model, False, keep_torch_compile=False)
+    plain.zero_grad(set_to_none=True)
+    return plain

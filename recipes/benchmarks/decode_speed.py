@@ -29,7 +29,7 @@ from ratios import hardware, spread
 from torch import Tensor
 
 from koclip.config import DataConfig
-from koclip.data.transforms import TrainTransform, decode
+from koclip.data.transforms import Views, decode
 
 SIZES = ((640, 480), (500, 375))  # pixels
 CROP = 224  # pixels
@@ -76,7 +76,7 @@ def pipelines(config: DataConfig) -> dict[str, Callable[[bytes, int], Tensor]]:
     """Return each pipeline: from a JPEG's bytes and a seed to a crop."""
     from open_clip_peer import train_transform
 
-    theirs, ours = train_transform(CROP, mean=MEAN, std=STD), TrainTransform(config, CROP)
+    theirs, ours = train_transform(CROP, mean=MEAN, std=STD), Views(config, CROP).random
 
     def open_clip(data: bytes, seed: int) -> Tensor:
         cropped: Tensor = theirs(Image.open(io.BytesIO(data)))

@@ -15,6 +15,7 @@ from koclip.config import DataConfig, SourceConfig
 from koclip.data.batches import Batch
 from koclip.data.loader import train_loader
 from koclip.data.order import Shard
+from koclip.data.transforms import Views
 
 FLICKR8K_KO = Path("../shared/data/flickr8k_ko_train.parquet")
 CONTEXT = 77  # tokens; what CLIP pads every text to
@@ -43,7 +44,7 @@ def record(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase, image_size: int, batch_size: int, count: int
 ) -> list[Batch]:
     """Return the first `count` batches of a training run."""
-    return list(itertools.islice(train_loader(data, tokenizer, image_size, Shard(batch_size)), count))
+    return list(itertools.islice(train_loader(data, tokenizer, Views(data, image_size), Shard(batch_size)), count))
 
 
 def normalized(batch: Batch, images: CLIPImageProcessor) -> Tensor:

@@ -100,7 +100,7 @@ def koclip_losses(model: DualEncoder, optim: OptimConfig, batches: Sequence[Batc
     """Train as the recipe does, with the CLIP paper's loss, and return the loss of every step."""
     train = TrainConfig(num_steps=len(batches), log_every=1, tracker="none")
     accelerator = training.start(train)
-    loss = LossConfig(name="infonce", equal_captions="negatives")
+    loss = LossConfig(name="infonce", duplicates="negatives")
     trainer = training.prepare(accelerator, model, loss, optim, train)
     return [stats["loss"] for _, stats in training.steps(trainer, iter(batches), 0, len(batches), log_every=1)]
 

@@ -1,0 +1,157 @@
+"""Alignment: which towers, by which method, taught by whom."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from koclip.config.errors import check
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapConfig:
+    """The dual encoder to start from, and the text encoder it gets.
+
+    Args:
+        clip: Directory or Hub id of a CLIP, or of an image tower alone such as `google/vit-large-patch16-224`. Its
+            image space stays.
+        text_encoder: Directory or Hub id of a text encoder with its tokenizer; `auto:<directory or Hub id>` builds one
+            of that configuration from random weights, with the tokenizer there; `same` keeps the CLIP's own.
+            Default: CLIP's text transformer of the sizes below from random weights.
+        text_width: Width of a new text transformer; default: the source's.
+        text_layers: Depth of a new text transformer; default: the source's.
+        image_gradient_checkpointing: Recompute the image tower's activations in the backward pass.
+        text_gradient_checkpointing: The same for the text tower.
+        seed: Seed of the weights that are new.
+    """
+
+    clip: str = ""
+    text_encoder: str | None = None
+    text_width: int | None = None
+    text_layers: int | None = None
+    image_gradient_checkpointing: bool = False
+    text_gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        named = "name the directory or Hub id of the CLIP (or image tower) whose image space stays"
+        check(bool(self.clip), "model.clip", self.clip, named)
+        for name in ("text_width", "text_layers"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"model.{name}", value, "expected 1 or more")
+            check(value is None or self.text_encoder is None, f"model.{name}", value, "model.text_encoder has its own")
+
+    @property
+    def text_encoder_named(self) -> bool:
+        """Whether an encoder is to be loaded: the CLIP's own is there, a new transformer has none."""
+        return self.text_encoder not in (None, "same")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignMethodConfig:
+    """What is trained, and when.
+
+    Args:
+        method: `frozen_image` trains the text tower against the image tower as it is (LiT, Zhai et al. 2022). `lora`
+            trains adapters, and the text projection. `full` trains both towers. `distill` needs no images: the source's
+            own text tower teaches the new one. `two_stage` distils first and contrasts with frozen images then.
+        first_steps: Steps of the first stage: of the distillation in `two_stage`; in `full`, with the image tower
+            frozen, before it is trained too.
+        second_lr: Peak learning rate of the second stage; default: optim.lr.
+        image_layers: Layers of the image tower that `full` trains, the top ones; default: all, embeddings included.
+        layer_decay: Learning rate of a layer as a share of that of the layer above it, in `full`, in both towers.
+        wise_ft: Share of the trained weights in the published model, the rest is the source's (WiSE-FT, Wortsman et al.
+            2022). Weights that the source does not have stay as they were trained.
+        cache: Keep the embeddings of a frozen image tower, so that no image is decoded or encoded twice.
+        cache_dir: Where they are kept, and the teacher's features; default: features/ in the run directory. Runs of the
+            same source and data may share it.
+        cache_dtype: `fp16` halves the disk and rounds to three digits, `fp32` keeps all.
+    """
+
+    method: Literal["frozen_image", "lora", "full", "distill", "two_stage"] = "frozen_image"
+    first_steps: int = 0
+    second_lr: float | None = None
+    image_layers: int | None = None
+    layer_decay: float = 1.0
+    wise_ft: float = 1.0
+    cache: bool = True
+    cache_dir: str | None = None
+    cache_dtype: Literal["fp16", "fp32"] = "fp16"
+
+    def __post_init__(self) -> None:
+        staged = self.method in ("full", "two_stage")
+        check(self.first_steps >= 0, "align.first_steps", self.first_steps, "expected 0 or more")
+        check(staged or not self.first_steps, "align.first_steps", self.first_steps, f"{self.method} has one stage")
+        needed = self.method != "two_stage" or self.first_steps > 0
+        check(needed, "align.first_steps", self.first_steps, "two_stage needs the steps of its distillation")
+        check(self.second_lr is None or self.second_lr > 0, "align.second_lr", self.second_lr, "expected more than 0")
+        check(
+            self.image_layers is None or self.image_layers >= 1,
+            "align.image_layers",
+            self.image_layers,
+            "expected 1 or more",
+        )
+        check(0 < self.layer_decay <= 1, "align.layer_decay", self.layer_decay, "expected more than 0, at most 1")
+        check(0 < self.wise_ft <= 1, "align.wise_ft", self.wise_ft, "expected more than 0, at most 1")
+        for name, default in (("image_layers", None), ("layer_decay", 1.0)):
+            value = getattr(self, name)
+            check(
+                self.method == "full" or value == default,
+                f"align.{name}",
+                value,
+                f"only full takes it, not {self.method}",
+            )
+        whole = self.method != "lora" or self.wise_ft == 1
+        check(whole, "align.wise_ft", self.wise_ft, "adapters are scaled by lora.alpha instead")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """The source's text tower as a teacher, on sentences in its language that correspond to the captions.
+
+    A row's captions correspond to each other by their places where both languages have equally many; else any of the
+    row's is taken. Captions in the teacher's language are taught too.
+
+    Args:
+        language: The teacher's language.
+        contrastive: Weight of the contrastive loss with the teacher's embeddings in the place of images.
+        cosine: Weight of 1 - cosine similarity to the teacher's embedding.
+        mse: Weight of the mean squared error to the teacher's features, before normalisation (as in M-CLIP).
+        anchor: Weight of these three next to the contrastive loss with images, in every method that sees images; it
+            holds retrieval in the teacher's language in place. 0: no teacher there.
+    """
+
+    language: str = "en"
+    contrastive: float = 1.0
+    cosine: float = 8.0
+    mse: float = 0.0
+    anchor: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("contrastive", "cosine", "mse", "anchor"):
+            value = getattr(self, name)
+            check(value >= 0, f"distill.{name}", value, "expected 0 or more")
+        weights = self.contrastive, self.cosine, self.mse
+        check(any(weights), "distill", weights, "contrastive, cosine or mse must be more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """LoRA (Hu et al. 2022) on the attention and MLP layers, for `align.method: lora`.
+
+    Args:
+        target: Which tower's layers: `text`, `image` or `both`. A new text projection is trained in any case.
+        rank: Rank of the update of a weight.
+        alpha: The update is scaled by alpha / rank.
+        dropout: Chance of dropping an input of the update.
+        dora: Learn magnitude and direction apart (DoRA, Liu et al. 2024).
+    """
+
+    target: Literal["text", "image", "both"] = "text"
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    dora: bool = False
+
+    def __post_init__(self) -> None:
+        check(self.rank >= 1, "lora.rank", self.rank, "expected 1 or more")
+        check(self.alpha >= 1, "lora.alpha", self.alpha, "expected 1 or more")
+        check(0 <= self.dropout < 1, "lora.dropout", self.dropout, "expected 0 or more and less than 1")

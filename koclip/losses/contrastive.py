@@ -1,0 +1,65 @@
+"""The contrastive losses as their papers write them: all similarities at once."""
+
+import torch
+import torch.nn.functional as F
+
+from koclip import distributed
+from koclip.losses.pairs import Loss, Pairs, accuracy
+from koclip.models.dual_encoder import Embeddings
+
+
+def infonce(embeddings: Embeddings, pair_ids: torch.Tensor, duplicates: str = "negatives") -> Loss:
+    """Symmetric InfoNCE over the global batch (Radford et al. 2021, figure 3).
+
+    Args:
+        embeddings: B pairs of this process.
+        pair_ids: (B, C) or (B,); pairs with an equal number in a column are equal.
+        duplicates: "negatives": only the own pair is right. "positives": the target is spread evenly over all
+            equal pairs. "masked": those other pairs take no part.
+    """
+    image, text, scale = embeddings[:3]
+    image_logits = scale * image @ distributed.gather(text).T  # (B, N)
+    text_logits = scale * text @ distributed.gather(image).T  # (B, N)
+    pairs = Pairs(pair_ids, duplicates)
+    own, equal = pairs.matches(slice(None))
+    if duplicates == "masked":
+        others = equal & ~own
+        image_logits, text_logits = (x.masked_fill(others, float("-inf")) for x in (image_logits, text_logits))
+    target = own.int().argmax(dim=1)
+    if duplicates == "positives":
+        target = equal / equal.sum(dim=1, keepdim=True)  # (B, N) shares instead of (B,) places
+    value = (F.cross_entropy(image_logits, target) + F.cross_entropy(text_logits, target)) / 2
+    return Loss(value, accuracy(image_logits, equal).mean())
+
+
+def sigmoid(embeddings: Embeddings, pair_ids: torch.Tensor, duplicates: str = "negatives") -> Loss:
+    """Pairwise sigmoid loss over the global batch (Zhai et al. 2023, equation 1): a sum over pairs, divided by N.
+
+    Args:
+        embeddings: B pairs of this process, with the loss's bias.
+        pair_ids: As for `infonce`.
+        duplicates: As for `infonce`; "positives" counts each equal pair as a match of its own.
+
+    Raises:
+        ValueError: there is no bias.
+    """
+    image, text, scale, bias = with_bias(embeddings)
+    logits = scale * image @ distributed.gather(text).T + bias  # (B, N)
+    own, equal = Pairs(pair_ids, duplicates).matches(slice(None))
+    positive = equal if duplicates == "positives" else own
+    terms = -F.logsigmoid(torch.where(positive, logits, -logits))  # (B, N)
+    if duplicates == "masked":
+        terms = terms.masked_fill(equal & ~own, 0.0)
+    return Loss(terms.sum(dim=1).mean(), accuracy(logits, equal).mean())
+
+
+def with_bias(embeddings: Embeddings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return images, texts, scale and bias.
+
+    Raises:
+        ValueError: there is no bias.
+    """
+    image, text, scale, bias = embeddings[:4]
+    if bias is None:
+        raise ValueError("the sigmoid loss needs a bias: build the DualEncoder with losses.initial_bias(config)")
+    return image, text, scale, bias

@@ -1,0 +1,136 @@
+"""The contrastive losses in tiles: equal to the dense ones, in memory linear in the number of pairs."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from koclip import distributed
+from koclip.losses.contrastive import with_bias
+from koclip.losses.pairs import Loss, Pairs, accuracy
+from koclip.models.dual_encoder import Embeddings
+
+
+def tiled(name: str, embeddings: Embeddings, pair_ids: torch.Tensor, duplicates: str, tile_rows: int) -> Loss:
+    """Return `infonce` or `sigmoid` with memory linear in N: `tile_rows` rows of similarities exist at a time.
+
+    A tile is computed again in the backward pass, of which only the embeddings and a few numbers per pair are kept.
+    InfoNCE needs each similarity once, not once per direction: the sum over a column is carried along from tile to
+    tile and over the processes (an online softmax, Milakov and Gimelshein 2018).
+
+    The value is this process's share: the mean over processes is the loss. The gradients are those of the dense loss
+    if all processes scale theirs alike.
+    """
+    image, text, scale, bias = with_bias(embeddings) if name == "sigmoid" else (*embeddings[:3], None)
+    pairs = Pairs(pair_ids, duplicates)
+    objective = _SigmoidRows(pairs) if name == "sigmoid" else _InfoNCERows(pairs)
+    value = _Tiled.apply(image, distributed.gather(text), scale, bias, objective, tile_rows)
+    return Loss(value, objective.accuracy / len(pair_ids))
+
+
+class _InfoNCERows:
+    """InfoNCE of tiles of rows: log-sums over rows and columns first, gradients of the logits when these are known."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        device = pairs.places.device
+        self.pairs, self.accuracy = pairs, torch.zeros((), device=device)
+        counts = pairs.counts()
+        self._mine, self._everyone = 1 / counts[pairs.mine], 1 / counts  # a row's and a column's weight of each match
+        # Made once and written in place: small results kept between large tiles would fragment the heap.
+        self._matched, self._row_sums = torch.empty(2, len(pairs.ids), device=device)  # (B,) each
+        self._columns = torch.full(pairs.places.shape, float("-inf"), device=device)  # (N,)
+
+    def add(self, rows: slice, logits: torch.Tensor) -> None:
+        right, equal, ignored = self.pairs.targets(rows)
+        self._matched[rows] = (self._weights(rows, right) * logits).sum(dim=1)
+        if ignored is not None:
+            logits.masked_fill_(ignored, float("-inf"))
+        self._row_sums[rows] = logits.logsumexp(dim=1)
+        torch.logaddexp(self._columns, logits.logsumexp(dim=0), out=self._columns)
+        self.accuracy += accuracy(logits, equal).sum()
+
+    def value(self) -> torch.Tensor:
+        self._columns = distributed.logsumexp(self._columns)
+        value: torch.Tensor = (self._row_sums + self._columns[self.pairs.mine]) / 2 - self._matched
+        return value.mean()
+
+    def gradient(self, rows: slice, logits: torch.Tensor) -> torch.Tensor:
+        right, _, ignored = self.pairs.targets(rows)
+        if ignored is not None:
+            logits.masked_fill_(ignored, float("-inf"))
+        gradient: torch.Tensor = (logits - self._row_sums[rows, None]).exp_()
+        gradient += logits.sub_(self._columns).exp_()
+        gradient /= 2
+        return gradient.sub_(self._weights(rows, right))
+
+    def _weights(self, rows: slice, right: torch.Tensor) -> torch.Tensor:
+        """Return how much each right pair counts (R, N): its share of its row and of its column, halved."""
+        return right * (self._mine[rows, None] + self._everyone) / 2
+
+
+class _SigmoidRows:
+    """The sigmoid loss of tiles of rows."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs, self.accuracy = pairs, torch.zeros((), device=pairs.places.device)
+        self._total = torch.zeros((), device=pairs.places.device)
+
+    def add(self, rows: slice, logits: torch.Tensor) -> None:
+        right, equal, ignored = self.pairs.targets(rows)
+        terms = -F.logsigmoid(torch.where(right, logits, -logits))
+        self._total += (terms if ignored is None else terms.masked_fill_(ignored, 0)).sum()
+        self.accuracy += accuracy(logits, equal).sum()
+
+    def value(self) -> torch.Tensor:
+        return self._total / len(self.pairs.ids)
+
+    def gradient(self, rows: slice, logits: torch.Tensor) -> torch.Tensor:
+        right, _, ignored = self.pairs.targets(rows)
+        gradient = logits.sigmoid_().sub_(right.to(logits.dtype))
+        return gradient if ignored is None else gradient.masked_fill_(ignored, 0)
+
+
+class _Tiled(torch.autograd.Function):
+    """An objective over logits = scale * image @ texts.T + bias, a tile of rows at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: torch.Tensor,  # (B, D)
+        texts: torch.Tensor,  # (N, D)
+        scale: torch.Tensor,  # ()
+        bias: torch.Tensor | None,  # ()
+        objective: _InfoNCERows | _SigmoidRows,
+        tile_rows: int,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(image, texts, scale, bias)
+        ctx.objective, ctx.tile_rows = objective, tile_rows
+        for rows, logits in _tiles(image, texts, scale, bias, tile_rows):
+            objective.add(rows, logits)
+        return objective.value()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        image, texts, scale, bias = ctx.saved_tensors
+        factor = gradients[0] / len(image)
+        to_image, to_texts = torch.empty_like(image), torch.zeros_like(texts)
+        to_bias = None if bias is None else torch.zeros_like(bias)
+        for rows, logits in _tiles(image, texts, scale, bias, ctx.tile_rows):
+            to_logits = ctx.objective.gradient(rows, logits).mul_(factor)  # (R, N)
+            torch.mm(to_logits, texts, out=to_image[rows])
+            to_texts.addmm_(to_logits.T, image[rows])
+            if to_bias is not None:
+                to_bias += to_logits.sum()
+        to_scale = (to_image * image).sum()
+        return to_image.mul_(scale), to_texts.mul_(scale), to_scale, to_bias, None, None
+
+
+def _tiles(
+    image: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, tile_rows: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield rows and their logits (R, N), which the caller may overwrite."""
+    for start in range(0, len(image), tile_rows):
+        rows = slice(start, start + tile_rows)
+        logits = scale * image[rows] @ texts.T
+        yield rows, logits if bias is None else logits.add_(bias)

@@ -1,0 +1,90 @@
+"""Put the model of an alignment together: the source's image side, a text encoder, their processor."""
+
+from typing import Any
+
+import torch
+from transformers import (
+    ChineseCLIPModel,
+    ChineseCLIPProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    VisionTextDualEncoderProcessor,
+)
+
+from koclip.config import ConfigError, SwapConfig, check
+from koclip.models import StockModel
+from koclip.models.dual_encoder import checkpoint_gradients, text_config
+from koclip.models.initialize import initialize_tower
+from koclip.models.presets import HEAD_WIDTH, Preset
+from koclip.models.swap import swap_text_tower
+from koclip.text import tokenizers
+
+_PROCESSORS = {CLIPModel: CLIPProcessor, ChineseCLIPModel: ChineseCLIPProcessor}
+
+
+def adapt(
+    config: SwapConfig,
+    clip: StockModel | PreTrainedModel,
+    encoder: PreTrainedModel | None,
+    image_processor: Any,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[StockModel, ProcessorMixin]:
+    """Return the dual encoder to be trained, and its processor.
+
+    Args:
+        config: How the text side is made.
+        clip: The source: a dual encoder, or an image tower alone.
+        encoder: The text encoder that `config` names, if it names one.
+        image_processor: The source's.
+        tokenizer: The text side's.
+
+    Raises:
+        ConfigError: no stock class holds this pair.
+    """
+    if config.text_encoder == "same":
+        if not isinstance(clip, StockModel):
+            raise ConfigError(f"model.text_encoder: `same`, but {config.clip} is an image tower without a text tower")
+        model = clip
+    else:
+        model = swap_text_tower(clip, encoder or _text_transformer(config, clip, tokenizer), config.seed)
+    checkpoint_gradients(model, config.image_gradient_checkpointing, config.text_gradient_checkpointing)
+    kind: Any = _PROCESSORS.get(type(model), VisionTextDualEncoderProcessor)
+    return model, kind(image_processor=image_processor, tokenizer=tokenizer)
+
+
+def load_teacher(clip: StockModel | PreTrainedModel, path: str) -> tuple[StockModel, PreTrainedTokenizerBase]:
+    """Return the source with the tokenizer of its text tower, to be taught by.
+
+    Raises:
+        ConfigError: it is an image tower alone, or its tokenizer cannot be relied on.
+    """
+    if not isinstance(clip, StockModel):
+        raise ConfigError(
+            f"model.clip: {path} is an image tower without a text tower, which a teacher needs: name a CLIP, or set "
+            "distill.anchor to 0 and align.method to one that sees images only"
+        )
+    text: Any = clip.config.text_config
+    return clip, tokenizers.load(path, text.max_position_embeddings, text, probes=["a photo of a cat"])
+
+
+def _text_transformer(
+    config: SwapConfig, clip: StockModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> CLIPTextModel:
+    """Return CLIP's text transformer with random weights, as large as the source's if `config` does not say."""
+    theirs: Any = getattr(clip.config, "text_config", None)
+    width = config.text_width or getattr(theirs, "hidden_size", None)
+    layers = config.text_layers or getattr(theirs, "num_hidden_layers", None)
+    if width is None or layers is None:
+        raise ConfigError("model.text_width, model.text_layers: name both, the source has no text tower to go by")
+    head_width = HEAD_WIDTH if theirs is None else theirs.hidden_size // theirs.num_attention_heads
+    check(width % head_width == 0, "model.text_width", width, f"expected a multiple of {head_width}")
+    sizes = Preset(image_size=0, embed_dim=width, text_width=width, text_layers=layers, head_width=head_width)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        tower = CLIPTextModel(text_config(sizes, tokenizer))
+        initialize_tower(tower)
+    return tower

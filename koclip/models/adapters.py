@@ -1,0 +1,195 @@
+"""LoRA and DoRA for a stock dual encoder, by PEFT. Nothing else knows PEFT.
+
+The adapted layers are the linear ones inside a tower's numbered layers: attention and MLP. A text projection that is
+new, thus random, is trained fully; so is the pooler in front of it, where the class uses one and the text tower is
+adapted. All else is frozen, the image space's projection and the logit scale too. The model keeps its class, its
+configuration and its methods; only its state dict has other names, which `merge` turns back into stock ones.
+"""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from koclip.config import AdapterConfig, check
+from koclip.models import StockModel
+
+_TOWERS = {"text": ("text_model",), "image": ("vision_model",), "both": ("text_model", "vision_model")}
+_FULL = re.compile(r"\.modules_to_save\.default\.")  # what is trained fully beside `.original_module.`, its start
+_README = """\
+# Adapter
+
+{kind} of rank {rank} on the {sides} tower of a `{model}`{full}. The merged model needs none of this.
+To load the adapter with PEFT, from this folder:
+
+```python
+from peft import PeftModel
+{base}
+model = PeftModel.from_pretrained(base, ".")
+```
+"""
+_SWAPPED = """\
+from koclip.models.pretrained import load_image_side, load_text_encoder
+from koclip.models.swap import swap_text_tower
+
+base = swap_text_tower(load_image_side("{clip}")[0], load_text_encoder("{text_encoder}"))"""
+_WHOLE = """\
+from transformers import AutoModel
+
+base = AutoModel.from_pretrained("{clip}")"""
+
+
+def attach(model: StockModel, config: AdapterConfig, new_text: bool = True, seed: int = 0) -> None:
+    """Freeze `model` and put adapters into it, in place. At first they change nothing.
+
+    Call it before `koclip.models.fast.speed_up` and before the model is wrapped or moved.
+
+    Args:
+        model: The dual encoder.
+        config: Which towers, and how.
+        new_text: Whether the text projection is new; if not, it is frozen like the rest.
+        seed: Seed of the adapters' random half.
+
+    Raises:
+        ConfigError: a chosen tower has no linear layers to adapt.
+    """
+    full = ["text_projection"] if new_text else []
+    if new_text and config.target != "image" and getattr(model.text_model, "pooler", None) is not None:
+        full.append("text_model.pooler")
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        use_dora=config.dora,
+        target_modules="|".join(_layers(model, tower) for tower in _TOWERS[config.target]),
+        modules_to_save=full or None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(lora, model)
+
+
+def merge(model: StockModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the stock weights that do what `state_dict` does, adapters merged in fp32. `model` stays as it is.
+
+    Args:
+        model: The model that adapters were attached to.
+        state_dict: Its weights, or an average's, or gathered ones; of a `DualEncoder` too, whose names stay.
+    """
+    weights = {name: one.float() if one.is_floating_point() else one for name, one in state_dict.items()}
+    layers = [name.removesuffix(".base_layer.weight") for name in weights if name.endswith(".base_layer.weight")]
+    for layer in layers:
+        parts = {name: weights.pop(name) for name in list(weights) if name.startswith(f"{layer}.")}
+        tensors = {name.removeprefix(f"{layer}."): one for name, one in parts.items()}
+        weights |= {f"{layer}.{name}": one for name, one in _merged(_config(model), tensors).items()}
+    for name in [name for name in weights if _FULL.search(name)]:
+        weights[_FULL.sub(".", name)] = weights.pop(name)
+        del weights[_FULL.sub(".original_module.", name)]
+    return weights
+
+
+def save(
+    model: StockModel,
+    state_dict: dict[str, torch.Tensor],
+    directory: Path,
+    clip: str,
+    text_encoder: str | None = "same",
+) -> None:
+    """Write the adapter alone to `directory`/adapter, as PEFT loads it: safetensors, and no path of this machine.
+
+    Args:
+        model: The model that adapters were attached to.
+        state_dict: As for `merge`.
+        directory: Where the folder `adapter` comes to be.
+        clip: Directory or Hub id of what the base is built from (`model.clip`). The files do not name directories.
+        text_encoder: The same of its text encoder (`model.text_encoder`); `same` if `clip` as it is was adapted.
+    """
+    folder = directory / "adapter"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_model.safetensors").write_bytes(_file(model, state_dict))
+    config = copy.copy(_config(model))
+    whole = text_encoder == "same"
+    config.base_model_name_or_path = _hub_id(clip) if whole else None
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    sides = [side for side in ("text", "image") if _TOWERS[side][0] in config.target_modules]
+    names = {"clip": _hub_id(clip) or "<model.clip>"}
+    names["text_encoder"] = _hub_id(text_encoder or "") or "<model.text_encoder>"
+    text = _README.format(
+        kind=_kind(config),
+        rank=config.r,
+        sides=" and the ".join(sides),
+        full="".join(f" and the whole {name}" for name in config.modules_to_save or []),
+        model=type(model).__name__,
+        base=(_WHOLE if whole else _SWAPPED).format(**names),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def report(model: StockModel) -> str:
+    """Return one line on the adapters' number and size. Call it before the model is sharded."""
+    layers = sum(isinstance(module, LoraLayer) for module in model.modules())
+    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    total = sum(one.numel() for one in model.parameters())
+    size = len(_file(model, model.state_dict()))
+    return (
+        f"{_kind(_config(model))}: {layers} modules, trainable {trained:,} of {total:,} parameters "
+        f"({trained / total:.2%}), adapter file {size / 1000:,.0f} kB"
+    )
+
+
+def _layers(model: StockModel, tower: str) -> str:
+    """Return a pattern of the linear layers inside a tower's numbered layers: tower, any number, names behind it."""
+    numbered = re.compile(rf"{tower}\..*\.\d+\.(.+)")
+    # Not subclasses: nn.MultiheadAttention reads its output projection's weight and would pass the adapter by.
+    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    tails = {found[1] for name in linear if (found := numbered.fullmatch(name))}
+    side = {"text_model": "text", "vision_model": "image"}[tower]
+    kind = type(getattr(model, tower)).__name__
+    check(bool(tails), "lora.target", side, f"a {kind} has no linear layers that could be adapted: take another")
+    return rf"{tower}\..*\.\d+\.({'|'.join(re.escape(tail) for tail in sorted(tails))})"
+
+
+def _merged(config: LoraConfig, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Merge one layer in a copy of its own, on the CPU: whatever `model` is, sharded or on a GPU, it is not needed."""
+    width_out, width_in = tensors["base_layer.weight"].shape
+    alone = copy.copy(config)
+    alone.target_modules, alone.modules_to_save = ["layer"], None
+    with torch.random.fork_rng(devices=[]):
+        box = nn.ModuleDict({"layer": nn.Linear(width_in, width_out, bias="base_layer.bias" in tensors)})
+        inject_adapter_in_model(alone, box)
+    layer: Any = box["layer"]
+    layer.load_state_dict(tensors)
+    layer.merge(safe_merge=True)
+    return {name: one.detach() for name, one in layer.base_layer.state_dict().items()}
+
+
+def _file(model: StockModel, state_dict: dict[str, torch.Tensor]) -> bytes:
+    stock = {name.removeprefix("model."): one for name, one in state_dict.items()}
+    found = get_peft_model_state_dict(model, stock)
+    weights = {f"base_model.model.{name}": one.detach().cpu().contiguous() for name, one in found.items()}
+    return safetensors.torch.save(weights, metadata={"format": "pt"})
+
+
+def _config(model: StockModel) -> Any:
+    return model.peft_config["default"]
+
+
+def _kind(config: LoraConfig) -> str:
+    return "DoRA" if config.use_dora else "LoRA"
+
+
+def _hub_id(name: str) -> str | None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return None if Path(name).exists() else name

@@ -1,0 +1,221 @@
+"""Load what training starts from: a CLIP or an image tower whose image space stays, and a text encoder.
+
+Everything is loaded in fp32, from safetensors, into stock classes: no pickles, no remote code. Weights that are
+missing, left over or of other sizes are refused, but for what a model without head has no use for (heads) and for
+poolers, which checkpoints of other tasks lack. transformers would draw those at random; here they are
+
+- of image towers (google/vit-*): the class token (`koclip.models.swap.linear_pooler`);
+- of text encoders (checkpoints of masked language models): the tanh of the first token, an identity before it. Only
+  `VisionTextDualEncoderModel` has a use for it.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    CLIPImageProcessor,
+    PreTrainedModel,
+    TimmWrapperImageProcessor,
+)
+
+from koclip.config import ConfigError, check
+from koclip.models import StockModel
+from koclip.models.swap import linear_pooler
+
+_UNREADABLE = (OSError, ValueError, ImportError, SafetensorError)  # what transformers raises
+_CLIP, _TEXT = "model.clip", "model.text_encoder"  # the keys that errors name
+
+
+def load_image_side(path: str) -> tuple[StockModel | PreTrainedModel, Any]:
+    """Load the model whose image space is to stay, and its image processor.
+
+    Args:
+        path: Directory or Hub id of a CLIP (`CLIPModel`, `ChineseCLIPModel`, `VisionTextDualEncoderModel`), or of an
+            image tower: a classifier's such as google/vit-*, DINOv2, timm, SigLIP's, any whose pooled output is (B, W).
+
+    Returns:
+        The stock dual encoder, which has a text tower to learn from; or the image tower alone, with W as its
+        `config.hidden_size`. Both in evaluation mode.
+
+    Raises:
+        ConfigError: nothing that can be loaded is there, weights are missing or left over, or it has no image space.
+    """
+    model, problems = read(path, _CLIP)
+    if isinstance(model, StockModel):
+        refuse(path, _CLIP, model, problems)
+        return model, _image_processor(path)
+    tower = model if model.main_input_name == "pixel_values" else getattr(model, "vision_model", None)
+    if tower is None or hasattr(model, "visual_projection"):
+        raise ConfigError(
+            f"{_CLIP}: {path} is a {type(model).__name__}; expected a CLIPModel, ChineseCLIPModel or "
+            "VisionTextDualEncoderModel, or an image tower: give another path"
+        )
+    if _lacks_only_the_pooler(model, problems) and hasattr(model.config, "pooler_act"):
+        del problems["missing_keys"]
+        linear_pooler(model)
+    refuse(path, _CLIP, model, _without_heads(model, problems))
+    processor = _image_processor(path)
+    _set_width(path, tower, processor)
+    return tower, processor
+
+
+def load_text_encoder(path: str, seed: int = 0) -> PreTrainedModel:
+    """Load a text encoder without its head.
+
+    Args:
+        path: Directory or Hub id of an encoder, or of a CLIP, whose text tower is taken; `auto:<path or Hub id>` gives
+            the encoder of that config.json random weights.
+        seed: Seed of the random weights.
+
+    Raises:
+        ConfigError: nothing that can be loaded is there, weights are missing or left over, or it reads no text.
+    """
+    model: Any
+    problems: dict[str, list[str]] = {}
+    if path.startswith("auto:"):
+        model = _from_config(path.removeprefix("auto:"), seed)
+    else:
+        model, problems = read(path, _TEXT)
+    encoder: PreTrainedModel = model
+    if isinstance(model, StockModel):
+        refuse(path, _TEXT, model, problems)
+        encoder = model.text_model
+    fits = encoder.main_input_name == "input_ids"
+    check(fits, _TEXT, path, f"a {type(encoder).__name__}, which reads no text: expected a text encoder")
+    if _lacks_only_the_pooler(encoder, problems):
+        del problems["missing_keys"]
+        _identity_pooler(encoder)
+    refuse(path, _TEXT, encoder, _without_heads(encoder, problems))
+    return encoder
+
+
+def read(path: str | Path, key: str) -> tuple[Any, dict[str, list[str]]]:
+    """Load a model in fp32 and evaluation mode, and say what is wrong with its weights: kind of fault -> names.
+
+    Args:
+        path: Directory or Hub id.
+        key: What errors name.
+
+    Raises:
+        ConfigError: nothing that can be loaded is there.
+    """
+    try:
+        model, info = AutoModel.from_pretrained(
+            path,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported like the others
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except _UNREADABLE as error:
+        raise _unreadable(path, key, "config.json and model.safetensors (save_pretrained makes them)", error) from error
+    return model, {name: sorted(keys) for name, keys in info.items() if keys}
+
+
+def refuse(path: str | Path, key: str, model: PreTrainedModel, problems: dict[str, list[str]]) -> None:
+    """Raise a `ConfigError` if anything is wrong with the weights: the class and the file do not belong together."""
+    if problems:
+        kind = type(model).__name__
+        raise ConfigError(f"{key}: {path} does not hold exactly the weights of a {kind}: {problems}; take another")
+
+
+def _unreadable(path: str | Path, key: str, expected: str, error: Exception) -> ConfigError:
+    place = "" if Path(path).is_dir() else "is no directory here, and as a Hub id it "
+    return ConfigError(
+        f"{key}: {path} {place}cannot be loaded: {str(error).strip().splitlines()[0]} Expected {expected} of a stock "
+        "class of transformers: no pickles, no remote code"
+    )
+
+
+def _lacks_only_the_pooler(model: PreTrainedModel, problems: dict[str, list[str]]) -> bool:
+    pooler = {name for name in model.state_dict() if name.startswith("pooler.")}
+    return bool(pooler) and set(problems.get("missing_keys", [])) == pooler
+
+
+def _without_heads(model: PreTrainedModel, problems: dict[str, list[str]]) -> dict[str, list[str]]:
+    left_over = [name for name in problems.get("unexpected_keys", []) if not _is_head(model, name)]
+    others = {fault: names for fault, names in problems.items() if fault != "unexpected_keys"}
+    return others | ({"unexpected_keys": left_over} if left_over else {})
+
+
+def _is_head(model: PreTrainedModel, name: str) -> bool:
+    """Return whether a weight that was left over is of a head: of no part of the model, or of a part timm left out."""
+    if name.startswith("visual_projection."):  # part of the image space
+        return False
+    part = name.removeprefix(f"{model.base_model_prefix}.")
+    tower = getattr(model, model.base_model_prefix, model)
+    if part.split(".")[0] not in dict(tower.named_children()):
+        return True
+    modules = dict(tower.named_modules())
+    return isinstance(modules.get(part.rpartition(".")[0]), nn.Identity)
+
+
+@torch.no_grad()
+def _identity_pooler(text_encoder: PreTrainedModel) -> None:
+    pooler: Any = text_encoder.pooler
+    linear = getattr(pooler, "dense", pooler)  # ALBERT's and BigBird's are the linear layer itself
+    nn.init.eye_(linear.weight)
+    nn.init.zeros_(linear.bias)
+
+
+def _from_config(path: str, seed: int) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = getattr(config, "text_config", config)  # of CLIP and the like: their text tower
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+    except _UNREADABLE as error:
+        raise _unreadable(path, _TEXT, "the config.json", error) from error
+
+
+def _set_width(path: str, tower: PreTrainedModel, processor: Any) -> None:
+    """Make sure that a tower's pooled output is (B, W) and that its configuration says W, as the joint class reads."""
+    try:
+        pixels = processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            pooled = tower(pixel_values=pixels).pooler_output
+    except (TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+        raise ConfigError(f"{_CLIP}: {path}, a {type(tower).__name__}, has no pooled output: {error}") from error
+    shape = None if pooled is None else tuple(pooled.shape)
+    fits = shape is not None and len(shape) == 2 and getattr(tower.config, "hidden_size", shape[1]) == shape[1]
+    check(
+        fits,
+        f"{_CLIP}: the pooled output of {path}, a {type(tower).__name__}",
+        shape,
+        "expected (images, config.hidden_size): take another image tower",
+    )
+    tower.config.hidden_size = pooled.shape[1]
+
+
+def _image_processor(path: str) -> Any:
+    try:
+        processor: Any = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
+    except _UNREADABLE as error:
+        raise _unreadable(path, _CLIP, "preprocessor_config.json", error) from error
+    return _from_timm(path, processor.data_config) if isinstance(processor, TimmWrapperImageProcessor) else processor
+
+
+def _from_timm(path: str, data: dict[str, Any]) -> CLIPImageProcessor:
+    """Return a processor that does what timm's does, which cannot be saved; crops of odd margins differ by a pixel."""
+    _, height, width = data["input_size"]
+    mode = data.get("crop_mode", "center")
+    fits = height == width and mode in ("center", "squash")
+    check(fits, f"{_CLIP}: {path}, crop", (mode, height, width), "expected a square, centered or squashed")
+    side = math.floor(height / data["crop_pct"])
+    return CLIPImageProcessor(
+        size={"shortest_edge": side} if mode == "center" else {"height": side, "width": side},
+        crop_size={"height": height, "width": width},
+        resample=Image.Resampling[data["interpolation"].upper()],
+        image_mean=list(data["mean"]),
+        image_std=list(data["std"]),
+    )

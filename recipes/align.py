@@ -1,0 +1,133 @@
+"""Give a CLIP a Korean or multilingual text encoder, or adapt its own; its image space stays unless it is trained.
+
+accelerate launch recipes/align.py --config recipes/configs/align/flickr8k_ko_two_stage.yaml
+accelerate launch recipes/align.py --config recipes/configs/align/klue_roberta_base_frozen.yaml
+accelerate launch recipes/align.py --help                   # every key, its unit and default
+"""
+
+from functools import partial
+from pathlib import Path
+
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+from transformers import ProcessorMixin
+
+import koclip
+from koclip import checkpoint, config, losses, training
+from koclip.checkpoint.model import publish_aligned
+from koclip.data.batches import Known
+from koclip.data.loader import train_loader, training_captions
+from koclip.data.order import Shard
+from koclip.data.transforms import Views, centre_view, view_size
+from koclip.evaluation.evaluate import Encoder, evaluate
+from koclip.evaluation.report import report
+from koclip.evaluation.sets import EvalSet, open_set
+from koclip.models import adapters
+from koclip.models.adapt import adapt, load_teacher
+from koclip.models.dual_encoder import DualEncoder
+from koclip.models.pretrained import load_image_side, load_text_encoder
+from koclip.models.select import layer_rates, select
+from koclip.training.frozen import image_features, teacher_features
+
+NEXT = """
+Saved {model}, a stock {kind}: AutoModel and AutoProcessor load it. Next:
+  python -c "import koclip; model, processor = koclip.load('{model}'); \
+print(koclip.embed_texts(model, processor, ['해변을 달리는 개']))"
+"""
+
+
+def main(cfg: config.AlignConfig) -> None:
+    """Run the recipe: source, text side, teacher, one stage of training after the other, evaluation."""
+    accelerator = training.start(cfg.train)
+    run = checkpoint.Run("align", cfg.output_dir, resume=cfg.resume == "auto")
+    run.start(cfg, accelerator)
+    cache = Path(cfg.align.cache_dir or run.path / "features")
+
+    eval_sets = [open_set(one) for one in cfg.eval.sets]
+    if accelerator.is_main_process:
+        run.list_skipped([skip for one in eval_sets for skip in one.skipped])
+    clip, image_processor = load_image_side(cfg.model.clip)
+    known = Known(language=cfg.distill.language)
+    if cfg.taught:
+        teacher = load_teacher(clip, cfg.model.clip)
+        made = teacher_features(
+            accelerator, teacher, cfg.data, known.language, cache / "teacher", cfg.align.cache_dtype
+        )
+        known = known._replace(teacher=made)
+    encoder = load_text_encoder(cfg.model.text_encoder, cfg.model.seed) if cfg.model.text_encoder_named else None
+    tokenizer = run.tokenizer(cfg.text_tokenizer, training_captions(cfg.data), encoder and encoder.config)
+    model, processor = adapt(cfg.model, clip, encoder, image_processor, tokenizer)
+    source = {name: one.clone() for name, one in model.state_dict().items()}
+    if cfg.align.method == "lora":
+        adapters.attach(model, cfg.lora, new_text=cfg.model.text_encoder != "same", seed=cfg.model.seed)
+        accelerator.print(adapters.report(model))
+    dual_encoder = DualEncoder(model, processor, losses.initial_bias(cfg.loss))
+
+    trainer = None
+    for stage in cfg.stages:
+        if run.step >= stage.end and stage is not cfg.stages[-1]:
+            continue  # the checkpoint is of a later stage
+        if trainer is not None:
+            dual_encoder, trainer = training.release(trainer), None
+        if cfg.align.method != "lora":
+            select(dual_encoder, cfg, stage, clip)
+        trainer = train(cfg, accelerator, run, dual_encoder, processor, stage, known, cache, eval_sets)
+        if trainer is None:
+            return
+
+    model_dir = run.save_model(trainer, processor, partial(publish_aligned, config=cfg, source=source))
+    if accelerator.is_main_process:
+        report(run.path, cfg, Encoder(*koclip.load(model_dir), cfg.eval.batch_size), eval_sets)
+        print(NEXT.format(model=model_dir, kind=type(model).__name__))
+
+
+def train(
+    cfg: config.AlignConfig,
+    accelerator: Accelerator,
+    run: checkpoint.Run,
+    dual_encoder: DualEncoder,
+    processor: ProcessorMixin,
+    stage: config.Stage,
+    known: Known,
+    cache: Path,
+    eval_sets: list[EvalSet],
+) -> training.Trainer | None:
+    """Train one stage; return None if the run was asked to stop."""
+    images = processor.image_processor
+    views = Views(cfg.data, view_size(images), centre_view(images)) if stage.images else None
+    known = known if stage.taught else Known()
+    if views and cfg.align.cache and not dual_encoder.trains("image"):
+        made = image_features(accelerator, dual_encoder, cfg.data, views, cache / "images", cfg.align.cache_dtype)
+        known = known._replace(images=made)
+    rates = layer_rates(dual_encoder, cfg.align.layer_decay)
+    trainer = training.prepare(accelerator, dual_encoder, cfg.loss, cfg.optim, cfg.train, stage, cfg.distill, rates)
+
+    progress = run.load(trainer, stage.start)
+    train = cfg.train
+    shard = Shard(train.batch_size, accelerator.process_index, accelerator.num_processes, train.micro_batch_size)
+    at = progress.step, progress.all_positions
+    loader = train_loader(cfg.data, processor.tokenizer, views, shard, *at, known, stage.start)
+    batches = run.watch(loader, cfg.data.max_skipped_fraction)
+    steps = training.steps(trainer, batches, progress.step, stage.end, train.log_every)
+    bar = tqdm(steps, stage.name, stage.end, initial=progress.step, disable=not accelerator.is_main_process)
+    with training.StopRequest(accelerator.device) as stop:
+        for step, stats in bar:
+            last, stopping = step == stage.end, stop.asked()
+            if stats:
+                run.log(step, stats)
+                bar.set_postfix_str(training.progress_text(stats))
+            run.list_events(trainer.health.take_events())
+            if train.eval_every and step % train.eval_every == 0 and step != train.num_steps:
+                with trainer.evaluating() as whole:
+                    encoder = Encoder(whole, processor, cfg.eval.batch_size)
+                    run.log(step, {name: metric.value for name, metric in evaluate(encoder, eval_sets).items()})
+            if last or stopping or (train.save_every and step % train.save_every == 0):
+                run.save(trainer, step, train.keep_checkpoints, wait=last or stopping)
+            if stopping and step != train.num_steps:
+                accelerator.print(f"Stopped at step {step}; to go on, add: --resume auto --output_dir {run.path}")
+                return None
+    return trainer
+
+
+if __name__ == "__main__":
+    config.run(main, config.AlignConfig)

@@ -1,0 +1,110 @@
+"""Every way to align, from the same English CLIPs: Korean R@10 next to the sources' English, minutes, memory.
+
+for seed in 0 1 2; do
+  accelerate launch recipes/pretrain.py --config recipes/configs/pretrain/flickr8k_en_small.yaml \
+    --output_dir runs/flickr8k_en_small_$seed --data.seed $seed --model.seed $seed --train.seed $seed
+done
+python recipes/benchmarks/align_methods.py                  # six methods, three seeds: an hour on one CPU core
+
+Each run is recipes/align.py with a configuration of recipes/configs/align, in a process of its own, from the source of
+the same seed. Minutes are of the whole run: loading, features of frozen towers, training, evaluation.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+RECIPES = Path(__file__).parents[1]
+METHODS = ("frozen", "distill", "two_stage", "anchor", "full", "lora")  # lora goes on from what distill made
+RECALL = "flickr8k_ko/{}/text_to_image/recall@10"
+
+
+class Outcome(NamedTuple):
+    """What one run came to."""
+
+    korean: float  # text-to-image R@10 of all captions of the validation photos
+    english: float
+    minutes: float
+    cpu_minutes: float
+    gib: float  # peak resident memory
+
+
+def main() -> None:
+    """Run every method with every seed and print the table."""
+    args = parser().parse_args()
+    rows: dict[str, list[Outcome]] = {}
+    english = [recall(Path(args.source.format(seed=seed)), "en") for seed in args.seeds]
+    for method in args.methods:
+        rows[method] = [align(method, seed, args) for seed in args.seeds]
+        print_table({method: rows[method]}, english)
+    print_table(rows, english)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    made = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    made.add_argument("--source", default="runs/flickr8k_en_small_{seed}", help="run directory (default: %(default)s)")
+    made.add_argument("--output_dir", default="runs/align_methods", help="of all runs (default: %(default)s)")
+    made.add_argument("options", nargs="*", help="further options of recipes/align.py, behind --")
+    return made
+
+
+def align(method: str, seed: int, args: argparse.Namespace) -> Outcome:
+    """Align the source of a seed by a method, or read what an earlier call left."""
+    run = Path(args.output_dir) / f"{method}-{seed}"
+    cost = run / "cost.json"
+    if not cost.exists():
+        source = Path(args.output_dir) / f"distill-{seed}" if method == "lora" else Path(args.source.format(seed=seed))
+        config = RECIPES / "configs" / "align" / f"flickr8k_ko_{method}.yaml"
+        command = [sys.executable, str(RECIPES / "align.py"), "--config", str(config), "--output_dir", str(run)]
+        command += ["--model.clip", str(source / "model"), *args.options]
+        command += [word for key in ("data", "model", "train") for word in (f"--{key}.seed", str(seed))]
+        began = time.perf_counter()
+        process = subprocess.Popen(command)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status != 0:
+            raise SystemExit(f"{method}, seed {seed}: recipes/align.py stopped with status {status}")
+        minutes = (time.perf_counter() - began) / 60
+        cpu_minutes, gib = (usage.ru_utime + usage.ru_stime) / 60, usage.ru_maxrss / 2**20
+        cost.write_text(json.dumps({"minutes": minutes, "cpu_minutes": cpu_minutes, "gib": gib}), encoding="utf-8")
+    return Outcome(recall(run, "ko"), recall(run, "en"), **json.loads(cost.read_text(encoding="utf-8")))
+
+
+def recall(run: Path, language: str) -> float:
+    """Return R@10 of a finished run, in percent."""
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    return 100 * float(results["metrics"][RECALL.format(language)]["value"])
+
+
+def print_table(rows: dict[str, list[Outcome]], english: list[float]) -> None:
+    """Print means over the seeds; the ratio is that of the means, in brackets each seed's own."""
+    each = "/".join(f"{one:.1f}" for one in english)
+    table = Table(title=f"Text to image, R@10, %. Sources, English: {statistics.fmean(english):.1f} ({each})")
+    for heading in ("method", "Korean", "of the source's English", "English", "minutes", "CPU minutes", "peak GiB"):
+        table.add_column(heading)
+    for method, outcomes in rows.items():
+        korean = [one.korean for one in outcomes]
+        ratios = "/".join(f"{ours / theirs:.2f}" for ours, theirs in zip(korean, english, strict=True))
+        means = [statistics.fmean(column) for column in zip(*outcomes, strict=True)]
+        table.add_row(
+            method,
+            f"{means[0]:.1f} ({'/'.join(f'{one:.1f}' for one in korean)})",
+            f"{means[0] / statistics.fmean(english):.2f} ({ratios})",
+            *(f"{mean:.1f}" for mean in means[1:]),
+        )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""Every family's tokenizer in a published directory, read by a program that has never heard of koclip."""
+
+import io
+import json
+import random
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import sentencepiece
+from test_kobert import CORPUS
+from test_kobert import write as write_kobert
+from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    CamembertConfig,
+    ChineseCLIPConfig,
+    ChineseCLIPModel,
+    ChineseCLIPProcessor,
+    CLIPImageProcessor,
+    DistilBertConfig,
+    ElectraConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
+
+from koclip.checkpoint.model import publish
+from koclip.text import kobert, tokenizers
+from koclip.text.compose import composing
+
+BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+KLUE = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
+ROBERTA = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+LENGTH = 64  # tokens
+
+
+def settle(folder: Path, model_type: str, **settings: object) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def wordpiece(folder: Path, special: tuple[str, ...], model_type: str, **settings: object) -> None:
+    trainer = BertWordPieceTokenizer(lowercase=False, strip_accents=False)
+    trainer.train_from_iterator(CORPUS, vocab_size=500, show_progress=False, special_tokens=list(special))
+    vocab = trainer.get_vocab()
+    (folder / "vocab.txt").write_text("\n".join(sorted(vocab, key=vocab.__getitem__)) + "\n", encoding="utf-8")
+    settle(folder, model_type, **{"do_lower_case": False} | settings)
+
+
+def unigram(folder: Path, model_type: str, tokenizer_class: str) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 3), model_writer=model, vocab_size=400, hard_vocab_limit=False,
+        character_coverage=1.0, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    (folder / "sentencepiece.bpe.model").write_bytes(model.getvalue())
+    settle(folder, model_type, tokenizer_class=tokenizer_class)
+
+
+def byte_bpe(folder: Path) -> None:
+    trainer = ByteLevelBPETokenizer()
+    trainer.train_from_iterator(CORPUS, vocab_size=600, show_progress=False, special_tokens=list(ROBERTA))
+    trainer.save_model(str(folder))
+    settle(folder, "roberta")
+
+
+class Family(NamedTuple):
+    write: Callable[[Path], object]
+    config: PreTrainedConfig | None
+    composes: bool = False  # by itself
+
+
+FAMILIES = {
+    "klue": Family(
+        lambda folder: wordpiece(folder, KLUE, "roberta", tokenizer_class="BertTokenizer", model_max_length=512),
+        RobertaConfig(vocab_size=500),
+    ),
+    "bert": Family(lambda folder: wordpiece(folder, BERT, "bert"), BertConfig()),
+    "electra": Family(
+        lambda folder: wordpiece(folder, BERT, "electra", tokenizer_class="ElectraTokenizer"), ElectraConfig()
+    ),
+    "distilbert": Family(
+        lambda folder: wordpiece(folder, BERT, "distilbert", tokenizer_class="DistilBertTokenizer"), DistilBertConfig()
+    ),
+    "xlm-roberta": Family(lambda folder: unigram(folder, "xlm-roberta", "XLMRobertaTokenizer"), XLMRobertaConfig()),
+    "camembert": Family(
+        lambda folder: unigram(folder, "camembert", "CamembertTokenizer"),
+        CamembertConfig(bos_token_id=5, eos_token_id=6),
+    ),
+    "roberta": Family(byte_bpe, RobertaConfig()),
+    "kobert": Family(
+        lambda folder: kobert.convert(write_kobert(folder / "original", "monologg")).save_pretrained(folder),
+        BertConfig(pad_token_id=1),
+        composes=True,
+    ),
+    "clip": Family(
+        lambda folder: tokenizers.train_bpe(CORPUS, 700, LENGTH).save_pretrained(folder), None, composes=True
+    ),
+}
+
+
+def strings(count: int = 1_000) -> list[str]:
+    """Return NFC strings: pieces of captions, Hangul words, accents, other scripts, digits, emoji."""
+    rng = random.Random(0)
+    words = [word for line in CORPUS for word in line.split()]
+    others = [
+        *("👩\u200d👧 가족", "❤\ufe0f", "🇰🇷", "👍🏽", "café", "Tiếng Việt", "Ångström", "Dvořák", "ガラスの靴", "学校"),
+        *(
+            "Ελλάδα",
+            "Киев, йод",
+            "हिन्दी",
+            "ไทย",
+            "2013년 7월",
+            "3.5kg",
+            "USB-C",
+            "[photo]",
+            "1,234원",
+            "ㅋㅋㅋ",
+            "q\u0323\u0307",
+        ),
+    ]
+
+    def part() -> str:
+        kind = rng.randrange(9)
+        if kind < 5:
+            return rng.choice(words)
+        if kind < 7:
+            return rng.choice(words)[: rng.randrange(1, 5)]
+        if kind == 7:
+            return "".join(chr(rng.randrange(0xAC00, 0xD7A4)) for _ in range(rng.randrange(1, 4)))
+        return rng.choice(others)
+
+    made = ["".join(part() + rng.choice(["", " ", " "]) for _ in range(rng.randrange(1, 9))) for _ in range(count)]
+    return [unicodedata.normalize("NFC", text) for text in made]
+
+
+class Published(NamedTuple):
+    original: PreTrainedTokenizerBase  # by the class that its repository names
+    trained: PreTrainedTokenizerBase  # what koclip trains with
+    folder: Path  # the published model
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Published]:
+    made = {}
+    for name, family in FAMILIES.items():
+        source, run, folder = (tmp_path_factory.mktemp(f"{name}-{what}") for what in ("source", "run", "model"))
+        family.write(source)
+        tokenizers.load(str(source), LENGTH, family.config, CORPUS).save_pretrained(run)  # as a run keeps it
+        trained = tokenizers.load(str(run), LENGTH, family.config, CORPUS)
+        trained(["길다 " * 40, "짧다"], truncation=True, padding="max_length", max_length=8)  # leaves state behind
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+        text = sizes | {"vocab_size": len(trained), "pad_token_id": trained.pad_token_id}
+        vision = sizes | {"image_size": 16, "patch_size": 16}
+        model = ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+        processor = ChineseCLIPProcessor(image_processor=CLIPImageProcessor(), tokenizer=trained)
+        publish(folder, model, processor, model.state_dict())
+        made[name] = Published(AutoTokenizer.from_pretrained(source), trained, folder)
+    return made
+
+
+STRANGER = """
+import json, sys
+sys.modules["koclip"] = sys.modules["sentencepiece"] = None  # importing them raises ImportError
+from transformers import AutoProcessor, AutoTokenizer
+asked, answer = json.load(sys.stdin), {}
+for name, folder in asked["folders"].items():
+    tokenizer, processor = AutoTokenizer.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    assert type(processor).__name__ == "ChineseCLIPProcessor"
+    answer[name] = {
+        "ids": {form: [tokenizer(texts)["input_ids"], processor(text=texts)["input_ids"]]
+                for form, texts in asked["texts"].items()},
+        "inputs": tokenizer.model_input_names, "special": tokenizer.special_tokens_map,
+        "extra": tokenizer.extra_special_tokens, "length": tokenizer.model_max_length,
+        "sides": [tokenizer.padding_side, tokenizer.truncation_side], "state": [
+            tokenizer.backend_tokenizer.padding, tokenizer.backend_tokenizer.truncation],
+    }
+print(json.dumps(answer))
+"""
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, list[str]]:
+    composed = strings()
+    return {"NFC": composed, "NFD": [unicodedata.normalize("NFD", text) for text in composed]}
+
+
+@pytest.fixture(scope="module")
+def read(published, texts) -> dict[str, dict]:
+    asked = {"folders": {name: str(one.folder) for name, one in published.items()}, "texts": texts}
+    ran = subprocess.run(
+        [sys.executable, "-c", STRANGER], input=json.dumps(asked), capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def test_the_strings_are_worth_asking_for(texts) -> None:
+    assert len(set(texts["NFC"])) > 950
+    assert sum(composed != decomposed for composed, decomposed in zip(*texts.values(), strict=True)) > 900
+    assert all(any(character in text for text in texts["NFC"]) for character in "가é校ガ🇰7U")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ids_are_the_same_before_and_after_publishing(name, published, texts, read) -> None:
+    expected = published[name].original(texts["NFC"])["input_ids"]
+    unknown = published[name].original.unk_token_id
+    assert sum(unknown not in ids[1:-1] for ids in expected) > 250  # unknown tokens hide differences
+    assert published[name].trained(texts["NFC"])["input_ids"] == expected
+    assert published[name].trained(texts["NFD"])["input_ids"] == expected
+    for by_tokenizer, by_processor in read[name]["ids"].values():
+        assert by_tokenizer == expected
+        assert by_processor == expected
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_only_some_families_compose_by_themselves(name, published, texts) -> None:
+    composed, decomposed = (published[name].original(texts[form])["input_ids"] for form in ("NFC", "NFD"))
+    assert (composed == decomposed) == FAMILIES[name].composes
+    assert (composing(published[name].original) is published[name].original) == FAMILIES[name].composes
+    assert published[name].original(texts["NFD"])["input_ids"] == decomposed  # `composing` works on a copy
+    assert composing(published[name].trained) is published[name].trained
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_the_class_gave_is_kept(name, published, read) -> None:
+    original, answer = published[name].original, read[name]
+    assert answer["inputs"] == original.model_input_names
+    assert answer["special"] == original.special_tokens_map
+    assert answer["extra"] == original.extra_special_tokens
+    assert answer["length"] == LENGTH
+    assert answer["sides"] == ["right", "right"]
+    assert answer["state"] == [None, None]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transformers_4_knows_every_name_in_the_files(name, published) -> None:
+    files = {path.name: path.read_text(encoding="utf-8") for path in published[name].folder.glob("*.json")}
+    settings = json.loads(files["tokenizer_config.json"])
+    assert settings["tokenizer_class"] == ("CLIPTokenizer" if name == "clip" else "PreTrainedTokenizerFast")
+    assert settings["processor_class"] == "ChineseCLIPProcessor"
+    assert "extra_special_tokens" not in settings  # a dictionary in transformers 4
+    assert settings.get("additional_special_tokens", []) == published[name].original.extra_special_tokens
+    assert [file for file, text in files.items() if "TokenizersBackend" in text or "auto_map" in text] == []
+    assert json.loads(files["processor_config.json"])["processor_class"] == "ChineseCLIPProcessor"
+
+
+def test_some_family_has_additional_special_tokens(published) -> None:
+    assert published["camembert"].original.extra_special_tokens == ["<s>", "</s>"]
