@@ -1,6 +1,6 @@
 """Give a CLIP a Korean or multilingual text encoder, or adapt its own; its image space stays unless it is trained.
 
-accelerate launch recipes/align.py --config recipes/configs/align/flickr8k_ko_two_stage.yaml
+accelerate launch recipes/align.py                          # configs/align/scenes.yaml, a minute on a laptop
 accelerate launch recipes/align.py --config recipes/configs/align/klue_roberta_base_frozen.yaml
 accelerate launch recipes/align.py --help                   # every key, its unit and default
 """
@@ -23,9 +23,9 @@ from koclip.evaluation.evaluate import Encoder, evaluate
 from koclip.evaluation.report import report
 from koclip.evaluation.sets import EvalSet, open_set
 from koclip.models import adapters
-from koclip.models.adapt import adapt, load_teacher
+from koclip.models.adapt import adapt, load_teacher, text_encoder
 from koclip.models.dual_encoder import DualEncoder
-from koclip.models.pretrained import load_image_side, load_text_encoder
+from koclip.models.pretrained import load_image_side
 from koclip.models.select import layer_rates, select
 from koclip.training.frozen import image_features, teacher_features
 
@@ -54,7 +54,7 @@ def main(cfg: config.AlignConfig) -> None:
             accelerator, teacher, cfg.data, known.language, cache / "teacher", cfg.align.cache_dtype
         )
         known = known._replace(teacher=made)
-    encoder = load_text_encoder(cfg.model.text_encoder, cfg.model.seed) if cfg.model.text_encoder_named else None
+    encoder = text_encoder(cfg.model, clip)
     tokenizer = run.tokenizer(cfg.text_tokenizer, training_captions(cfg.data), encoder and encoder.config)
     model, processor = adapt(cfg.model, clip, encoder, image_processor, tokenizer)
     source = {name: one.clone() for name, one in model.state_dict().items()}
@@ -130,4 +130,4 @@ def train(
 
 
 if __name__ == "__main__":
-    config.run(main, config.AlignConfig)
+    config.run(main, config.AlignConfig, default=Path(__file__).parent / "configs" / "align" / "scenes.yaml")

@@ -96,8 +96,8 @@ answer = {}
 asked = json.load(sys.stdin)
 for folder in asked["folders"]:
     processor = AutoProcessor.from_pretrained(folder)
-    loaded = [kind.from_pretrained(folder, output_loading_info=True) for kind in (AutoModel,
-              AutoModelForZeroShotImageClassification)]
+    kinds = [AutoModel, AutoModel if folder in asked["pairs"] else AutoModelForZeroShotImageClassification]
+    loaded = [kind.from_pretrained(folder, output_loading_info=True) for kind in kinds]
     assert not any(info[name] for _, info in loaded for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     labels, picture = ["빨간 공", "파란 상자"], Image.new("RGB", (40, 30), "red")
     inputs = processor(text=labels, images=picture, padding=True, return_tensors="pt")
@@ -117,7 +117,8 @@ def test_stock_transformers_loads_what_was_published(place: Path) -> None:
     """In a process that can import neither koclip nor PEFT: the scores, the pipeline's, and the ids of 1,000 texts."""
     folders = {family: str(aligned(place, family, method)) for family, method in RUNS[: len(ENCODERS)]}
     folders["clip"] = str(aligned(place, "clip", "frozen_image"))
-    asked = {"folders": list(folders.values()), "texts": strings()}
+    folders["vit"] = str(with_an_image_tower_alone(place))
+    asked = {"folders": list(folders.values()), "texts": strings(), "pairs": [folders["vit"]]}
     ran = subprocess.run(
         [sys.executable, "-c", STRANGER], input=json.dumps(asked), capture_output=True, text=True, check=False
     )
@@ -130,26 +131,44 @@ def test_stock_transformers_loads_what_was_published(place: Path) -> None:
         logits = (model.logit_scale.exp() * picture @ texts.T)[0].detach()
         torch.testing.assert_close(torch.tensor(answers[folder]["logits"]), logits, atol=2e-3, rtol=0)
         torch.testing.assert_close(torch.tensor(answers[folder]["pipeline"]), logits.softmax(0), atol=2e-3, rtol=0)
-        source = None if family == "clip" else place / family
-        if source is not None:
+        if family != "clip":
+            source = place / ("klue" if family == "vit" else family)
             theirs = tokenizers.load(str(source), 24, AutoModel.from_pretrained(source).config)
             assert answers[folder]["ids"] == theirs(strings())["input_ids"]
 
 
-def test_an_image_tower_alone_gets_a_text_encoder(place: Path) -> None:
+def with_an_image_tower_alone(place: Path) -> Path:
     """google/vit-*: a classifier's checkpoint, without pooler, without projection, without logit scale."""
     vit = place / "vit"
     if not vit.exists():
         sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
         ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(vit)
         ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(vit)
-    model = run(place, "vit", "--model.text_encoder", str(place / "klue"), source="vit") / "model"
-    tower = AutoModel.from_pretrained(vit, add_pooling_layer=False).eval()
+    return run(place, "vit", "--model.text_encoder", str(place / "klue"), source="vit") / "model"
+
+
+def test_an_image_tower_alone_gets_a_text_encoder(place: Path) -> None:
+    model = with_an_image_tower_alone(place)
+    tower = AutoModel.from_pretrained(place / "vit", add_pooling_layer=False).eval()
     pixels = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         token = tower(pixel_values=pixels).last_hidden_state[:, 0]
     assert torch.equal(images(model), token)
     assert weights(model)["logit_scale"] != torch.tensor(1 / 0.07).log()  # new, so it is trained
+
+
+def test_an_aligned_model_is_a_source_too(place: Path) -> None:
+    """Adapters in the text tower of what another run made, BERT's; its tokenizer comes along."""
+    aligned(place, "klue", "frozen_image")
+    same = ("--model.text_encoder", "same", "--align.method", "lora")
+    model = run(place, "again", *same, source="runs/klue-frozen_image/model") / "model"
+    first = place / "runs" / "klue-frozen_image" / "model"
+    assert torch.equal(images(model), images(place / "source"))
+    assert not torch.equal(
+        *(weights(one)["text_model.encoder.layer.0.attention.self.query.weight"] for one in (first, model))
+    )
+    ids = [AutoTokenizer.from_pretrained(one)(strings())["input_ids"] for one in (first, model)]
+    assert ids[0] == ids[1]
 
 
 def test_full_trains_the_image_tower_in_its_second_stage(place: Path) -> None:

@@ -88,7 +88,7 @@ def documented_commands() -> list[tuple[str, list[str]]]:
     """Return (document, words) of every recipe launched in a document or in a config's header."""
     commands = []
     for document in [*DOCS, *YAMLS, *(ROOT / "recipes").glob("*.py")]:
-        text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+        text = re.sub(r"\\\n#?", " ", document.read_text(encoding="utf-8"))  # lines that go on
         for line in re.findall(r"(?:accelerate launch|torchrun)[^`\n]*recipes/\w+\.py[^`\n]*", text):
             if document.suffix == ".py":  # in a format string, braces are doubled
                 line = line.replace("{{", "{").replace("}}", "}")
@@ -108,7 +108,8 @@ def test_every_documented_recipe_command_parses(monkeypatch):
         if "--help" in args or words[recipe].startswith("recipes/benchmarks"):
             continue
         try:
-            parse(SCHEMAS[Path(words[recipe]).stem], args)
+            name = Path(words[recipe]).stem
+            parse(SCHEMAS[name], args, default=ROOT / "recipes" / "configs" / name / "scenes.yaml")
         except SystemExit:
             pytest.fail(f"does not parse: {where}")
 

@@ -39,11 +39,6 @@ class SwapConfig:
             check(value is None or value >= 1, f"model.{name}", value, "expected 1 or more")
             check(value is None or self.text_encoder is None, f"model.{name}", value, "model.text_encoder has its own")
 
-    @property
-    def text_encoder_named(self) -> bool:
-        """Whether an encoder is to be loaded: the CLIP's own is there, a new transformer has none."""
-        return self.text_encoder not in (None, "same")
-
 
 @dataclass(frozen=True, kw_only=True)
 class AlignMethodConfig:

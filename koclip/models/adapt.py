@@ -20,10 +20,27 @@ from koclip.models import StockModel
 from koclip.models.dual_encoder import checkpoint_gradients, text_config
 from koclip.models.initialize import initialize_tower
 from koclip.models.presets import HEAD_WIDTH, Preset
+from koclip.models.pretrained import load_text_encoder
 from koclip.models.swap import swap_text_tower
 from koclip.text import tokenizers
 
 _PROCESSORS = {CLIPModel: CLIPProcessor, ChineseCLIPModel: ChineseCLIPProcessor}
+
+
+def text_encoder(config: SwapConfig, clip: StockModel | PreTrainedModel) -> PreTrainedModel | None:
+    """Return the text encoder that `config` names; None if a new one is to be made.
+
+    Raises:
+        ConfigError: it cannot be loaded, or is to be that of a source which has none.
+    """
+    if config.text_encoder is None:
+        return None
+    if config.text_encoder != "same":
+        return load_text_encoder(config.text_encoder, config.seed)
+    if not isinstance(clip, StockModel):
+        raise ConfigError(f"model.text_encoder: `same`, but {config.clip} is an image tower without a text tower")
+    own: PreTrainedModel = clip.text_model
+    return own
 
 
 def adapt(
@@ -38,7 +55,7 @@ def adapt(
     Args:
         config: How the text side is made.
         clip: The source: a dual encoder, or an image tower alone.
-        encoder: The text encoder that `config` names, if it names one.
+        encoder: As `text_encoder` returned it.
         image_processor: The source's.
         tokenizer: The text side's.
 
@@ -46,9 +63,7 @@ def adapt(
         ConfigError: no stock class holds this pair.
     """
     if config.text_encoder == "same":
-        if not isinstance(clip, StockModel):
-            raise ConfigError(f"model.text_encoder: `same`, but {config.clip} is an image tower without a text tower")
-        model = clip
+        model: Any = clip
     else:
         model = swap_text_tower(clip, encoder or _text_transformer(config, clip, tokenizer), config.seed)
     checkpoint_gradients(model, config.image_gradient_checkpointing, config.text_gradient_checkpointing)

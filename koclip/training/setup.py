@@ -67,12 +67,12 @@ def prepare(
     Raises:
         ConfigError: an average of sharded weights was asked for, or micro-batches of DeepSpeed.
     """
-    if _sharded(accelerator, train):
+    stage = stage or Stage("train", 0, train.num_steps, optim.lr, images=True, taught=False, trains_image=True)
+    if _sharded(accelerator, train, stage):
         model.lift_scalars()
     speed_up(model.model, accelerator.device)
     model.to(accelerator.device)
     ema = ema_of(model, train.ema_decay) if train.ema_decay else None
-    stage = stage or Stage("train", 0, train.num_steps, optim.lr, images=True, taught=False, trains_image=True)
     optim = dataclasses.replace(optim, lr=stage.lr)
     optimizer = adamw(model, optim, rates)
     compiled = torch.compile(model) if train.compile else model
@@ -95,7 +95,7 @@ def prepare(
     )
 
 
-def _sharded(accelerator: Accelerator, train: TrainConfig) -> bool:
+def _sharded(accelerator: Accelerator, train: TrainConfig, stage: Stage) -> bool:
     """Return whether the weights will be sharded; checks that the run's other settings allow it."""
     if train.micro_batch_size and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ConfigError(
@@ -105,6 +105,11 @@ def _sharded(accelerator: Accelerator, train: TrainConfig) -> bool:
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if train.ema_decay and sharded:
         raise ConfigError("train.ema_decay: an average of sharded weights is not supported; set it to 0 or use DDP")
+    if sharded and stage.end < train.num_steps:
+        raise ConfigError(
+            "align.first_steps: sharded weights cannot go from one stage to the next; use DDP (recipes/accelerate/), or "
+            "run the stages one after the other, the second from the first one's model/ with model.text_encoder: same"
+        )
     return sharded
 
 
