@@ -65,7 +65,7 @@ def main(cfg: config.AlignConfig) -> None:
 
     trainer = None
     for stage in cfg.stages:
-        if run.step >= stage.end and stage is not cfg.stages[-1]:
+        if run.step >= stage.end and stage != cfg.stages[-1]:
             continue  # the checkpoint is of a later stage
         if trainer is not None:
             dual_encoder, trainer = training.release(trainer), None

@@ -8,11 +8,14 @@ import pytest
 import torch
 from tiny import tiny_batch, tiny_dual_encoder
 from torch import nn
-from transformers import CLIPModel
+from transformers import AutoModel, BertConfig, BertModel, ChineseCLIPModel, CLIPModel
 from transformers.activations import QuickGELUActivation
 
+from koclip.config import AdapterConfig
+from koclip.models import adapters
 from koclip.models.dual_encoder import DualEncoder
-from koclip.models.fast import LastLayer, PatchEmbedding, QuickGELU, speed_up
+from koclip.models.fast import LastImageLayer, LastLayer, LastTextLayer, PatchEmbedding, QuickGELU, speed_up
+from koclip.models.swap import swap_text_tower
 
 CPU = torch.device("cpu")
 
@@ -29,6 +32,26 @@ def embed(model: DualEncoder, batch: dict[str, torch.Tensor]) -> tuple[torch.Ten
     embeddings = model(**batch)
     output = torch.cat([embeddings.image, embeddings.text])
     return output.detach(), gradients(model, output)
+
+
+def with_bert(layers: int = 2, dropout: float = 0.0, attention_dropout: float = 0.0) -> ChineseCLIPModel:
+    """A `ChineseCLIPModel`: CLIP's image tower beside a BERT whose biases and norms have random values too."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 48}
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": attention_dropout}
+    encoder = BertModel(BertConfig(vocab_size=560, max_position_embeddings=200, **sizes, **rates))
+    for parameter in encoder.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model = swap_text_tower(tiny_dual_encoder().model, encoder)
+    assert isinstance(model, ChineseCLIPModel)
+    return model.train()
+
+
+def features(model: ChineseCLIPModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Features of both sides, (2B, D)."""
+    images = model.get_image_features(pixel_values=batch["pixel_values"] / 255).pooler_output
+    texts = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    return torch.cat([images, model.get_text_features(**texts).pooler_output])
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -83,7 +106,63 @@ def test_speeding_up_reaches_every_part() -> None:
     kinds = [type(module) for module in model.modules()]
     counts = {kind: kinds.count(kind) for kind in (PatchEmbedding, QuickGELU, LastLayer)}
     assert counts == {PatchEmbedding: 1, QuickGELU: 4, LastLayer: 2}
-    assert model.config._attn_implementation == "eager"
+    assert {model.vision_model.config._attn_implementation, model.text_model.config._attn_implementation} == {"eager"}
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_sped_up_bert_text_tower_gives_the_stock_features_and_gradients(
+    attention: str, padded: bool, adapted: bool
+) -> None:
+    stock = with_bert()
+    if adapted:
+        adapters.attach(stock, AdapterConfig(target="both", rank=4))
+        for name, parameter in stock.named_parameters():
+            if "lora_B" in name:  # zeros, which would hide the adapters
+                nn.init.normal_(parameter, std=0.1)
+    batch = tiny_batch(6)
+    if padded:
+        assert (batch["attention_mask"] == 0).any()
+    else:
+        del batch["attention_mask"]
+    fast = copy.deepcopy(stock)
+    speed_up(fast, CPU)
+    fast.set_attn_implementation(attention)
+    expected, got = features(stock, batch), features(fast, batch)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    wanted, made = gradients(stock, expected), gradients(fast, got)
+    scale = max(float(gradient.abs().max()) for gradient in wanted.values())
+    assert scale > 0.1
+    torch.testing.assert_close(made, wanted, atol=1e-5 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("rates", [{"dropout": 0.3}, {"attention_dropout": 0.3}], ids=str)
+def test_a_sped_up_bert_layer_drops_out_as_much_as_the_stock_one(rates: dict[str, float]) -> None:
+    """The mean and the spread of the features of one text, over many draws."""
+    stock = with_bert(layers=1, **rates)
+    fast = copy.deepcopy(stock)
+    speed_up(fast, CPU)
+    ids = tiny_batch(1)["input_ids"].expand(20_000, -1)
+    with torch.no_grad():
+        expected, got = (model.get_text_features(input_ids=ids).pooler_output for model in (stock, fast))
+    spread = expected.std(dim=0)
+    assert spread.min() > 0.01
+    torch.testing.assert_close(got.mean(dim=0) / spread, expected.mean(dim=0) / spread, atol=0.05, rtol=0)
+    torch.testing.assert_close(got.std(dim=0) / spread, torch.ones_like(spread), atol=0.05, rtol=0)
+
+
+def test_speeding_up_reaches_every_part_of_a_chinese_clip_and_no_more_the_second_time() -> None:
+    model = with_bert()
+    speed_up(model, CPU)
+    speed_up(model, CPU)
+    kinds = [type(module) for module in model.modules()]
+    counts = {kind: kinds.count(kind) for kind in (PatchEmbedding, QuickGELU, LastImageLayer, LastTextLayer)}
+    assert counts == {PatchEmbedding: 1, QuickGELU: 2, LastImageLayer: 1, LastTextLayer: 1}
+    assert {model.vision_model.config._attn_implementation, model.text_model.config._attn_implementation} == {"eager"}
+    on_gpu = with_bert()
+    speed_up(on_gpu, torch.device("cuda"))
+    assert on_gpu.text_model.config._attn_implementation == "sdpa"
 
 
 def test_recomputing_activations_changes_nothing() -> None:
@@ -96,15 +175,17 @@ def test_recomputing_activations_changes_nothing() -> None:
     torch.testing.assert_close(embed(recomputed.train(), batch), embed(plain.train(), batch), atol=1e-6, rtol=1e-5)
 
 
-def test_what_is_saved_stays_stock(tmp_path: Path) -> None:
-    stock = tiny_dual_encoder().model
+@pytest.mark.parametrize("kind", [CLIPModel, ChineseCLIPModel])
+def test_what_is_saved_stays_stock(kind: type, tmp_path: Path) -> None:
+    stock = tiny_dual_encoder().model if kind is CLIPModel else with_bert()
     fast = copy.deepcopy(stock)
     speed_up(fast, CPU)
     for name, model in (("stock", stock), ("fast", fast)):
         model.save_pretrained(tmp_path / name)
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("stock", "fast")]
     assert configs[0] == configs[1]
-    loaded, info = CLIPModel.from_pretrained(tmp_path / "fast", output_loading_info=True)
+    loaded, info = AutoModel.from_pretrained(tmp_path / "fast", output_loading_info=True)
+    assert type(loaded) is kind
     assert not any(info.values())
     torch.testing.assert_close(loaded.state_dict(), stock.state_dict(), atol=0, rtol=0)
-    assert not any(isinstance(module, LastLayer) for module in loaded.modules())
+    assert not any(isinstance(module, LastLayer | LastTextLayer) for module in loaded.modules())

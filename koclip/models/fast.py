@@ -8,15 +8,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPTextModel, CLIPVisionModel, PreTrainedModel
+from transformers import (
+    ChineseCLIPTextModel,
+    ChineseCLIPVisionModel,
+    CLIPTextModel,
+    CLIPVisionModel,
+    PreTrainedModel,
+)
 from transformers.activations import QuickGELUActivation
+from transformers.models.chinese_clip.modeling_chinese_clip import ChineseCLIPTextLayer, ChineseCLIPVisionLayer
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 SHORT_SEQUENCE = 128  # tokens; on a CPU plain attention beats the fused kernel below this
 
 
 def speed_up(model: PreTrainedModel, device: torch.device) -> None:
-    """Switch `model` to what is fastest on `device`, in place.
+    """Switch `model` to what is fastest on `device`, in place; a second call changes nothing.
 
     Its towers then give embeddings only: the other tokens of their `last_hidden_state` mean nothing.
     """
@@ -25,15 +32,29 @@ def speed_up(model: PreTrainedModel, device: torch.device) -> None:
             module.__class__ = PatchEmbedding
         elif isinstance(module, QuickGELUActivation):
             module.__class__ = QuickGELU
-        elif isinstance(module, CLIPTextModel | CLIPVisionModel):
-            module.encoder.layers[-1].__class__ = LastLayer
-            if isinstance(module, CLIPTextModel):
-                module.register_forward_pre_hook(_name_the_end, with_kwargs=True)
-    if device.type == "cpu" and getattr(model.config, "model_type", "") == "clip":
-        vision = model.config.vision_config
-        tokens = (vision.image_size // vision.patch_size) ** 2 + 1
-        if max(tokens, model.config.text_config.max_position_embeddings) <= SHORT_SEQUENCE:
-            model.set_attn_implementation("eager")
+        elif isinstance(module, CLIPTextModel | CLIPVisionModel | ChineseCLIPTextModel | ChineseCLIPVisionModel):
+            _compute_one_token(module)
+            if device.type == "cpu" and _prefers_plain_attention(module):
+                module.set_attn_implementation("eager")
+
+
+def _compute_one_token(tower: Any) -> None:
+    layers = tower.encoder.layer if isinstance(tower, ChineseCLIPTextModel) else tower.encoder.layers
+    if isinstance(layers[-1], LastLayer | LastTextLayer):
+        return
+    kinds = {ChineseCLIPTextModel: LastTextLayer, ChineseCLIPVisionModel: LastImageLayer}
+    layers[-1].__class__ = kinds.get(type(tower), LastLayer)
+    if isinstance(tower, CLIPTextModel):
+        tower.register_forward_pre_hook(_name_the_end, with_kwargs=True)
+
+
+def _prefers_plain_attention(tower: Any) -> bool:
+    """Return whether plain attention beats PyTorch's fused kernel in a tower on a CPU: where sequences are short."""
+    if isinstance(tower, ChineseCLIPTextModel):
+        return True  # it has room for long texts, but captions are short, and the kernel cannot drop out attention
+    if isinstance(tower, CLIPTextModel):
+        return int(tower.config.max_position_embeddings) <= SHORT_SEQUENCE
+    return int((tower.config.image_size // tower.config.patch_size) ** 2 + 1) <= SHORT_SEQUENCE
 
 
 class PatchEmbedding(nn.Conv2d):
@@ -110,6 +131,35 @@ class LastLayer(CLIPEncoderLayer):
         token: torch.Tensor = hidden_states[rows, place] + attention.out_proj(mixed.flatten(1))  # (B, D)
         token = token + self.mlp(self.layer_norm2(token))
         return token.unsqueeze(1).expand_as(hidden_states)
+
+
+class LastImageLayer(LastLayer, ChineseCLIPVisionLayer):  # type: ignore[misc]  # equal attributes
+    """The same of the image tower of a `ChineseCLIPModel`, which is CLIP's under other names."""
+
+
+class LastTextLayer(ChineseCLIPTextLayer):
+    """The last layer of a BERT text tower, computed for the first token only, which alone is projected."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: object
+    ) -> torch.Tensor:
+        """Return the first token in every place, (B, L, D), for hidden states (B, L, D).
+
+        Args:
+            hidden_states: (B, L, D) from the layer before.
+            attention_mask: (B, 1, L, L), bool or added to the scores; None where there is no padding.
+        """
+        attention, first = self.attention.self, hidden_states[:, :1]
+        query, keys, values = (
+            tensor.unflatten(-1, (attention.num_attention_heads, attention.attention_head_size)).transpose(1, 2)
+            for tensor in (attention.query(first), attention.key(hidden_states), attention.value(hidden_states))
+        )  # (B, heads, 1 or L, head width)
+        seen = None if attention_mask is None else attention_mask[:, :, :1]  # (B, 1, 1, L)
+        dropout = attention.attention_dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, keys, values, seen, dropout, scale=attention.scaling)
+        token: torch.Tensor = self.attention.output(mixed.transpose(1, 2).flatten(2), first)  # (B, 1, D)
+        token = self.output(self.intermediate(token), token)
+        return token.expand_as(hidden_states)
 
 
 def _name_the_end(

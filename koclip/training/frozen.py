@@ -121,7 +121,9 @@ def teacher_features(
         "precision": f"{accelerator.mixed_precision}, kept in {dtype}",
     }
     make = partial(features.write, embed=embed, dtype=DTYPES[dtype])
-    return _features(directory, facts, config, Sentences(language), make, "teacher's features")
+    found = _features(directory, facts, config, Sentences(language), make, "teacher's features")
+    model.to("cpu")  # it is not needed again
+    return found
 
 
 def fingerprint(model: StockModel, *parts: str) -> str:

@@ -107,8 +107,8 @@ def _sharded(accelerator: Accelerator, train: TrainConfig, stage: Stage) -> bool
         raise ConfigError("train.ema_decay: an average of sharded weights is not supported; set it to 0 or use DDP")
     if sharded and stage.end < train.num_steps:
         raise ConfigError(
-            "align.first_steps: sharded weights cannot go from one stage to the next; use DDP (recipes/accelerate/), or "
-            "run the stages one after the other, the second from the first one's model/ with model.text_encoder: same"
+            "align.first_steps: sharded weights cannot go from one stage to the next; use DDP (recipes/accelerate/) "
+            "or run one after the other, the second from the first one's model/ with model.text_encoder: same"
         )
     return sharded
 

@@ -2,12 +2,17 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from pairs import normalized, padded
+from parity_open_clip import to_open_clip
+from PIL import Image
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessor
+from torch.utils.data import DataLoader, Dataset
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from koclip.config import OptimConfig
 from koclip.data.batches import Batch
@@ -26,21 +31,21 @@ VERSION = open_clip.__version__
 
 
 class OpenClip:
-    """open_clip's training of a model with random weights, of the same shape as a `CLIPModel`.
+    """open_clip's training of `shape`: a model, or random weights of the same shape as a `CLIPModel`.
 
     `losses` holds the loss of every step. With `accum_freq` it takes so many batches together for one step.
     """
 
     def __init__(
         self,
-        shape: CLIPConfig,
+        shape: CLIPConfig | torch.nn.Module,
         optim: OptimConfig,
         num_steps: int,
         precision: str = "fp32",
         accum_freq: int = 1,
         device: str = "cpu",
     ) -> None:
-        self.model = build(shape).to(device)
+        self.model = (shape if isinstance(shape, torch.nn.Module) else build(shape)).to(device)
         self.losses: list[Tensor] = []
         self._optimizer = adamw(self.model, optim)
         self._schedule = cosine_lr(self._optimizer, optim.lr, optim.warmup_steps, num_steps)
@@ -52,9 +57,10 @@ class OpenClip:
             log_every_n_steps=100, batch_size=0, wandb=False,
         )  # fmt: skip
 
-    def train(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def train(self, batches: Sequence[tuple[Tensor, Tensor]] | DataLoader[Any]) -> None:
         """Take one step per (images, texts) batch. Every call must bring as many: the schedule counts by epochs."""
-        data = {"train": SimpleNamespace(dataloader=_Loader(batches), set_epoch=lambda epoch: None)}
+        loader = batches if isinstance(batches, DataLoader) else _Loader(batches)
+        data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
         model, args = self.model, self._args
         train_one_epoch(model, data, self._loss, self._epoch, self._optimizer, None, self._schedule, None, args)
         self._epoch += 1
@@ -72,18 +78,32 @@ class _Loader(list[tuple[Tensor, Tensor]]):
     num_samples = property(lambda self: sum(len(images) for images, _ in self))
 
 
+class Photos(Dataset[tuple[Tensor, Tensor]]):
+    """(photo, text) pairs as open_clip_train/data.py's `CsvDataset` gives them, which needs packages of its own."""
+
+    def __init__(self, files: Sequence[Path], captions: Sequence[str], image_size: int, tokenizer: Any) -> None:
+        self._files, self._captions = files, captions
+        self._transform, self._tokenize = train_transform(image_size), tokenizer
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self._transform(Image.open(self._files[index])), self._tokenize([self._captions[index]])[0]
+
+    def loader(self, batch_size: int) -> DataLoader[Any]:
+        """Return the loader of `get_csv_dataset`."""
+        made: Any = DataLoader(self, batch_size, shuffle=True, drop_last=True)
+        made.num_samples, made.num_batches = len(self), len(made)
+        return made
+
+
 def build(shape: CLIPConfig) -> torch.nn.Module:
     """Return an `open_clip.CLIP` with the sizes of a `CLIPModel`'s config and random weights."""
-    vision, text = shape.vision_config, shape.text_config
+    text = shape.text_config
     return open_clip.CLIP(
         embed_dim=shape.projection_dim,
-        vision_cfg={
-            "layers": vision.num_hidden_layers,
-            "width": vision.hidden_size,
-            "head_width": vision.hidden_size // vision.num_attention_heads,
-            "patch_size": vision.patch_size,
-            "image_size": vision.image_size,
-        },
+        vision_cfg=_vision_cfg(shape),
         text_cfg={
             "layers": text.num_hidden_layers,
             "width": text.hidden_size,
@@ -96,13 +116,58 @@ def build(shape: CLIPConfig) -> torch.nn.Module:
     )
 
 
+def locked(clip: CLIPModel, encoder: Path, projection: Tensor) -> torch.nn.Module:
+    """Return open_clip's model of a CLIP's image tower and another text encoder, as `--lock-image` trains it.
+
+    The logit scale is locked too, as koclip does.
+
+    Args:
+        clip: The image tower and the logit scale are taken from it.
+        encoder: Directory of a text encoder that transformers loads.
+        projection: (D, width) makes a text's embedding of its first token.
+    """
+    shape = clip.config
+    model = open_clip.CustomTextCLIP(
+        embed_dim=shape.projection_dim,
+        vision_cfg=_vision_cfg(shape),
+        text_cfg={
+            "hf_model_name": str(encoder),
+            "hf_pooler_type": "cls_last_hidden_state_pooler",
+            "hf_proj_type": "linear",
+        },
+        quick_gelu=True,
+        output_dict=True,
+    )
+    weights = to_open_clip(clip.state_dict())
+    model.visual.load_state_dict(
+        {name.removeprefix("visual."): one for name, one in weights.items() if name.startswith("visual.")}
+    )
+    with torch.no_grad():
+        model.text.proj.weight.copy_(projection)
+        model.logit_scale.copy_(clip.logit_scale)
+    model.lock_image_tower()
+    model.logit_scale.requires_grad_(False)
+    return model
+
+
+def _vision_cfg(shape: CLIPConfig) -> dict[str, int]:
+    vision = shape.vision_config
+    return {
+        "layers": vision.num_hidden_layers,
+        "width": vision.hidden_size,
+        "head_width": vision.hidden_size // vision.num_attention_heads,
+        "patch_size": vision.patch_size,
+        "image_size": vision.image_size,
+    }
+
+
 def adamw(model: torch.nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Return AdamW with the groups of open_clip_train/main.py, which builds them inside its `main`."""
 
     def undecayed(name: str, parameter: Tensor) -> bool:
         return parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
 
-    named = list(model.named_parameters())
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
         {"params": [one for name, one in named if undecayed(name, one)], "weight_decay": 0.0},
         {"params": [one for name, one in named if not undecayed(name, one)], "weight_decay": config.weight_decay},
@@ -116,4 +181,12 @@ def as_pairs(batch: Batch, images: CLIPImageProcessor) -> tuple[Tensor, Tensor]:
     return normalized(batch, images), padded(ids, 0)
 
 
+@torch.no_grad()
+def clip_loss(model: torch.nn.Module, images: Tensor, texts: Tensor) -> Tensor:
+    """Return the loss of a batch."""
+    loss: Tensor = open_clip.ClipLoss()(**model(images, texts))
+    return loss
+
+
 train_transform = partial(open_clip.image_transform, is_train=True)
+hf_tokenizer = open_clip.tokenizer.HFTokenizer

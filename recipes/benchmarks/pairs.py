@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch.nn.functional as F
@@ -15,7 +16,8 @@ from koclip.config import DataConfig, SourceConfig
 from koclip.data.batches import Batch
 from koclip.data.loader import train_loader
 from koclip.data.order import Shard
-from koclip.data.transforms import Views
+from koclip.data.sources import StreamSource, open_source
+from koclip.data.transforms import Views, read
 
 FLICKR8K_KO = Path("../shared/data/flickr8k_ko_train.parquet")
 CONTEXT = 77  # tokens; what CLIP pads every text to
@@ -38,6 +40,31 @@ def stand_ins(folder: Path, count: int) -> SourceConfig:
     path = folder / "pairs.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return SourceConfig(path=str(path), captions={"en": "caption"})
+
+
+class Pairs(NamedTuple):
+    """Photos in files, with a caption each."""
+
+    files: list[Path]
+    captions: list[str]
+    source: SourceConfig  # of the same
+
+
+def some_pairs(path: str, count: int, folder: Path) -> Pairs:
+    """Write the first `count` photos of a source, and the first Korean caption of each, to `folder`."""
+    source = open_source(SourceConfig(path=path, captions={"ko": "captions_ko"}))
+    assert not isinstance(source, StreamSource)
+    files, captions = [], []
+    for number, row in enumerate(source.rows(range(count))):
+        content = read(row.image)
+        assert isinstance(content, bytes)
+        files.append(folder / f"{number:06}.jpg")
+        files[-1].write_bytes(content)
+        captions.append(row.captions["ko"][0])
+    listed = folder / "pairs.jsonl"
+    rows = [{"image": file.name, "caption": caption} for file, caption in zip(files, captions, strict=True)]
+    listed.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return Pairs(files, captions, SourceConfig(path=str(listed), captions={"ko": "caption"}))
 
 
 def record(

@@ -1,0 +1,283 @@
+"""Building features: what is broken is listed once, what was killed goes on, and training sees what it always saw."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from align_runs import write_pairs
+from sources_on_disk import write_tar
+from test_features import build, images_of, rewrite
+from tiny import tiny_dual_encoder, tiny_tokenizer
+
+from koclip.config import DataConfig, SourceConfig
+from koclip.data import feature_rows, features
+from koclip.data.batches import Batch, Known
+from koclip.data.feature_rows import Sentences, shards
+from koclip.data.features import Features, Inputs, digest_of
+from koclip.data.loader import train_loader
+from koclip.data.order import Shard
+from koclip.data.sources import open_source
+from koclip.data.transforms import Views
+from koclip.models.dual_encoder import encode_images
+from koclip.training import frozen
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of 8, 8 and 4 rows."""
+    monkeypatch.setattr(feature_rows, "ROWS", 8)
+    monkeypatch.setattr(feature_rows, "PIECE", 3)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> SourceConfig:
+    return SourceConfig(path=str(write_pairs(tmp_path / "rows.parquet", 20)))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL, which nothing catches."""
+
+
+@pytest.mark.parametrize("place", ["while reading", "while writing", "before the rename"])
+def test_killed_and_built_again_gives_the_same_files(
+    place: str,
+    pairs: SourceConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    build(tmp_path / "whole", pairs)
+    save, replace, decode = features.save_file, Path.replace, feature_rows.decode
+
+    def stop_in_second(wrapped):
+        calls = itertools.count()
+        limit = 11 if place == "while reading" else 1
+
+        def stopping(*args, **options):
+            if next(calls) == limit:
+                if place == "while writing":
+                    args[1].write_bytes(b"half a sha")
+                raise Killed
+            return wrapped(*args, **options)
+
+        return stopping
+
+    with monkeypatch.context() as patch:
+        if place == "while reading":
+            patch.setattr(feature_rows, "decode", stop_in_second(decode))
+        elif place == "while writing":
+            patch.setattr(features, "save_file", stop_in_second(save))
+        else:
+            patch.setattr(Path, "replace", stop_in_second(replace))
+        (tmp_path / "killed").mkdir()
+        (tmp_path / "killed" / "features.json").write_bytes((tmp_path / "whole" / "features.json").read_bytes())
+        with pytest.raises(Killed):
+            build(tmp_path / "killed", pairs)
+    first = tmp_path / "killed" / "0-rows" / "shard-000000.safetensors"
+    assert list((tmp_path / "killed").rglob("shard-*")) == [first]
+    inode = first.stat().st_ino
+    decoded = counted(monkeypatch, "decode")
+    build(tmp_path / "killed", pairs)
+    assert len(decoded) == 12  # of the shards that were missing
+    assert first.stat().st_ino == inode
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    """Count the calls of a function that reads images from now on."""
+    calls, wrapped = [], getattr(feature_rows, name)
+    monkeypatch.setattr(feature_rows, name, lambda *args: (calls.append(1), wrapped(*args))[1])
+    return calls
+
+
+def test_what_is_there_is_neither_decoded_nor_embedded(
+    pairs: SourceConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = build(tmp_path / "kept", pairs)
+    decoded = counted(monkeypatch, "decode")
+    monkeypatch.setattr(frozen, "encode_images", None)
+    again = build(tmp_path / "kept", pairs)
+    assert decoded == []
+    for image in images_of(pairs):
+        assert torch.equal(first.embedding(digest_of(image)), again.embedding(digest_of(image)))
+
+
+def test_worker_processes_make_the_same_files(pairs: SourceConfig, tmp_path: Path) -> None:
+    build(tmp_path / "none", pairs, num_crops=2)
+    build(tmp_path / "two", pairs, num_crops=2, num_workers=2)
+    assert contents(tmp_path / "none") == contents(tmp_path / "two")
+
+
+def test_a_pieces_views_travel_as_one_tensor(pairs: SourceConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor from a worker takes a file handle: with one per image, 16 workers would use up all 1,024."""
+    monkeypatch.setattr(feature_rows, "PIECE", 128)
+    reader = feature_rows.Images(Views(DataConfig(num_crops=2), 32), 10_000)
+    piece = reader.piece(open_source(pairs).rows(range(20)), wanted=True)  # type: ignore[union-attr]
+    assert piece.inputs.shape == (20, 2, 3, 32, 32)  # type: ignore[union-attr]
+    assert [one for item in piece.items for one in item if isinstance(one, torch.Tensor)] == []
+
+
+def test_a_picture_that_comes_twice_has_one_embedding(pairs: SourceConfig, tmp_path: Path) -> None:
+    rewrite(pairs, lambda rows: [*rows[:19], rows[19] | {"image": rows[2]["image"]}])  # in another shard
+    made = build(tmp_path / "kept", pairs, num_crops=3)
+    assert len({tuple(made.embedding(digest_of(image), 2).tolist()) for image in images_of(pairs)}) == 19
+
+
+def batches(config: DataConfig, steps: int = 8, known: Known | None = None) -> list[Batch]:
+    loader = train_loader(config, tiny_tokenizer(), Views(config, 32), Shard(4), known=known)
+    return list(itertools.islice(loader, steps))
+
+
+def embedded(batch: Batch) -> torch.Tensor:
+    encoder = tiny_dual_encoder().eval()
+    assert batch.pixel_values is not None
+    with torch.no_grad():
+        return encode_images(encoder.model, encoder.normalized(batch.pixel_values))
+
+
+def assert_same(plain: list[Batch], kept: list[Batch]) -> None:
+    """The same pairs, the same replacements, and embeddings of the very views that are shown otherwise."""
+    for one, other in zip(plain, kept, strict=True):
+        assert (one.keys, one.skipped, one.num_drawn) == (other.keys, other.skipped, other.num_drawn)
+        assert torch.equal(one.input_ids, other.input_ids)
+        assert torch.equal(one.pair_ids, other.pair_ids)
+        assert other.pixel_values is None
+        torch.testing.assert_close(other.image, embedded(one), atol=1e-6, rtol=0)
+
+
+def test_broken_images_are_replaced_as_without_features(
+    pairs: SourceConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Cut off, no picture, none at all, too large: the same pairs take their place, listed for the same reason."""
+    whole = images_of(pairs)
+    broken = {1: whole[1][:60], 8: b"no picture", 9: b"", 10: None, 11: whole[0][:50]}
+    rewrite(pairs, lambda rows: [row | {"image": broken.get(place, row["image"])} for place, row in enumerate(rows)])
+    monkeypatch.setattr(feature_rows, "PIECE", 4)  # so that no image of the third piece is whole
+    config = DataConfig(sources=[pairs], num_crops=3, crop_scale=(0.3, 0.6))
+    known = Known(images=build(tmp_path / "kept", pairs, num_crops=3, crop_scale=(0.3, 0.6)))
+    plain, kept = batches(config), batches(config, known=known)
+    assert_same(plain, kept)
+    skipped = {skip.key: skip.reason for batch in kept for skip in batch.skipped}
+    assert set(skipped) == {f"rows/{place}" for place in broken}
+    assert skipped["rows/10"] == "no image"
+    build(tmp_path / "kept", pairs, num_crops=3, crop_scale=(0.3, 0.6))  # they are no reason to refuse
+
+
+def test_a_source_without_one_good_image_still_says_why(pairs: SourceConfig, tmp_path: Path) -> None:
+    rewrite(pairs, lambda rows: [row | {"image": b"no picture"} for row in rows])
+    with pytest.raises(features.MissingError, match="not an image"):
+        build(tmp_path / "kept", pairs).embedding(digest_of(b"no picture"))
+
+
+def test_images_that_are_files(pairs: SourceConfig, tmp_path: Path) -> None:
+    """A missing file has no content to be known by; once it is there, the data has changed."""
+    for place, image in enumerate(images_of(pairs)):
+        (tmp_path / f"{place}.jpg").write_bytes(image)
+    rewrite(pairs, lambda rows: [row | {"image": f"{place}.jpg"} for place, row in enumerate(rows)])
+    missing = (tmp_path / "4.jpg").rename(tmp_path / "gone")
+    config = DataConfig(sources=[pairs], num_crops=1)
+    assert_same(batches(config), batches(config, known=Known(images=build(tmp_path / "kept", pairs))))
+    missing.rename(tmp_path / "4.jpg")
+    with pytest.raises(features.ConfigError, match=r"the first that differs is rows/4/4\.jpg"):
+        build(tmp_path / "kept", pairs)
+
+
+@pytest.fixture
+def tars(pairs: SourceConfig, tmp_path: Path) -> SourceConfig:
+    """Two tar shards of 10 photos, one of them broken."""
+    rows = pq.read_table(pairs.path).to_pylist()
+    samples = [
+        {"jpg": row["image"] if place != 3 else b"junk", "txt": row["captions_ko"][0].encode()}
+        for place, row in enumerate(rows)
+    ]
+    write_tar(tmp_path / "a-0.tar", samples[:10])
+    write_tar(tmp_path / "a-1.tar", samples[10:], first=10)
+    return SourceConfig(path=str(tmp_path / "a-*.tar"), image="jpg", captions={"ko": "txt"})
+
+
+def test_streamed_sources(tars: SourceConfig, tmp_path: Path) -> None:
+    made: Features = build(tmp_path / "kept", tars, num_crops=2)
+    assert len(made) == 20
+    config = DataConfig(sources=[tars], num_crops=2, shuffle_buffer=8)
+    assert_same(batches(config), batches(config, known=Known(images=made)))
+    files = contents(tmp_path / "kept")
+    (tmp_path / "kept" / "0-a-all" / "shard-000001.safetensors").unlink()
+    build(tmp_path / "kept", tars, num_crops=2)
+    assert contents(tmp_path / "kept") == files
+
+
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_processes_share_the_shards(
+    kind: str,
+    pairs: SourceConfig,
+    tars: SourceConfig,
+    tmp_path: Path,
+) -> None:
+    source = open_source(pairs if kind == "map" else tars)
+
+    def digests(rank: int, world_size: int) -> Iterator[tuple[str, list[bytes]]]:
+        for shard in shards([source], Sentences("ko"), tmp_path, rank, world_size, 0):
+            yield shard.path.name, [item.digest for piece in shard.pieces for item in piece.items]
+
+    alone = dict(digests(0, 1))
+    assert len(alone) == 3
+    parts = [dict(digests(rank, 4)) for rank in range(4)]
+    assert [len(part) for part in parts] == [1, 1, 1, 0]
+    assert {name: found for part in parts for name, found in part.items()} == alone
+
+
+def test_the_corresponding_sentence_teaches(pairs: SourceConfig, tmp_path: Path) -> None:
+    """The English caption in the place of the Korean one that was drawn."""
+    config = DataConfig(sources=[pairs], num_crops=1)
+    seen: list[str] = []
+
+    def embed(sentences: Inputs) -> torch.Tensor:
+        seen.extend(sentences)  # type: ignore[arg-type]
+        return torch.tensor([float(len(seen) - len(sentences) + n) for n in range(len(sentences))]).view(-1, 1, 1)
+
+    found = []
+    for shard in shards([open_source(pairs)], Sentences("en"), tmp_path / "en", 0, 1, 0):
+        features.write(shard.path, shard.pieces, embed, torch.float32)
+        found.append(shard.path)
+    known = Known(teacher=Features(found))
+    rows = {f"rows/{place}": row for place, row in enumerate(pq.read_table(pairs.path).to_pylist())}
+    tokenizer = tiny_tokenizer()
+    for batch in batches(config, known=known):
+        assert batch.teacher is not None
+        for key, ids, place in zip(batch.keys, batch.input_ids, batch.teacher[:, 0].tolist(), strict=True):
+            english = rows[key]["captions_en"].index(seen[int(place)])
+            for language in ("captions_ko", "captions_en"):
+                told = tokenizer(rows[key][language][english])["input_ids"]
+                if told == ids[: len(told)].tolist():
+                    break
+            else:
+                pytest.fail(f"{key}: {seen[int(place)]} does not correspond to the caption that was drawn")
+
+
+def test_a_complete_directory_is_only_read(pairs: SourceConfig, tmp_path: Path) -> None:
+    """So that several runs may share it."""
+    build(tmp_path / "kept", pairs)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*")}
+    build(tmp_path / "kept", pairs)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").rglob("*")} == times
+
+
+def test_there_is_no_dropout_in_features(pairs: SourceConfig, tmp_path: Path) -> None:
+    """A tower in training mode makes the same ones as one in evaluation mode."""
+    encoder = tiny_dual_encoder()
+    for layer in encoder.model.vision_model.encoder.layers:
+        layer.self_attn.dropout = 0.9
+    made = build(tmp_path / "trained", pairs, encoder=encoder.train())
+    plain = build(tmp_path / "plain", pairs)
+    for image in images_of(pairs):
+        torch.testing.assert_close(made.embedding(digest_of(image)), plain.embedding(digest_of(image)))
