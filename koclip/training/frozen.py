@@ -122,7 +122,7 @@ def teacher_features(
     }
     make = partial(features.write, embed=embed, dtype=DTYPES[dtype])
     found = _features(directory, facts, config, Sentences(language), make, "teacher's features")
-    model.to("cpu")  # it is not needed again
+    cast(nn.Module, model).to("cpu")  # it is not needed again
     return found
 
 

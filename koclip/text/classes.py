@@ -1,0 +1,161 @@
+"""Class names and prompt templates of zero-shot classification: built in (`assets/`), or a YAML file of yours.
+
+A class file lists the classes in the order of their label numbers. `key` is the data set's own label; every other key
+is a language and holds the name in it. A name that means several things may carry a description, in every language:
+
+    - {key: crane, ko: 크레인, en: crane, description: {ko: 짐을 들어 올리는 기계, en: machine that lifts loads}}
+    - {key: heron, ko: 왜가리, en: heron}
+
+A template file lists templates by kind of picture, with the slots of `koclip.text.prompts`. The first of a kind is its
+single prompt:
+
+    photo: ["{label:을/를} 찍은 사진", "{label} 사진"]
+    drawing: ["{label:을/를} 그린 그림"]
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from koclip.config import ConfigError, check
+from koclip.text.normalize import normalize
+from koclip.text.prompts import fill
+
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
+_CLASSES = "expected a list of classes such as {key: crane, ko: 크레인, en: crane}"
+_TEMPLATES = "expected lists of templates by kind of picture, such as {photo: ['{label} 사진']}"
+
+
+@dataclass(frozen=True)
+class ClassName:
+    """One class: the data set's own label, and by language its name and, where that is ambiguous, what it means."""
+
+    key: str
+    names: dict[str, str]
+    descriptions: dict[str, str]
+
+    def text(self, language: str, described: bool = False) -> str:
+        """Return the name, and if `described` what it means: 크레인(짐을 들어 올리는 기계), "crane (machine that ...)".
+
+        Raises:
+            ConfigError: the class has no name in that language.
+        """
+        check(language in self.names, f"class {self.key}", language, f"named in {list(self.names)}")
+        name, description = self.names[language], self.descriptions.get(language)
+        if not described or description is None:
+            return name
+        return f"{name}({description})" if language == "ko" else f"{name} ({description})"
+
+
+class _Loader(yaml.BaseLoader):
+    """Takes every value as text (`no` and `7` are names, too) and refuses a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"{key!r} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def load_classes(name: str | Path) -> list[ClassName]:
+    """Return the classes of a built-in data set (cifar10, cifar100, stl10, tiny_imagenet) or of a file.
+
+    Raises:
+        ConfigError: there is no such file, or it is not in the format above; a text is empty or not clean; a class
+            lacks a language that another has; two classes have the same key or name.
+    """
+    rows = _read("classes", name)
+    check(isinstance(rows, list) and bool(rows), str(name), str(rows)[:80], _CLASSES)
+    classes = [_class(f"{name}, class {number}", row) for number, row in enumerate(rows)]
+    languages = list(dict.fromkeys(language for one in classes for language in one.names))
+    for number, one in enumerate(classes):
+        for what, texts in (("name", one.names), ("description", one.descriptions or one.names)):
+            missing = [language for language in languages if language not in texts]
+            where = f"{name}, class {number} ({one.key}), {what}"
+            check(not missing, where, texts, f"add it in {missing}: every class is named in {languages}")
+    _check_distinct(f"{name}, key", [one.key for one in classes], [one.key for one in classes])
+    for language in languages:
+        names = [one.names[language] for one in classes]
+        _check_distinct(f"{name}, {language}", names, (_fold(text) for text in names))
+    return classes
+
+
+def load_templates(name: str | Path) -> dict[str, list[str]]:
+    """Return the built-in templates of a language (en, ko), or those of a file, by kind of picture.
+
+    Raises:
+        ConfigError: there is no such file, or it is not in the format above; a template is empty or not clean, has no
+            slot or a wrong one, or stands there twice.
+    """
+    groups = _read("templates", name)
+    check(isinstance(groups, dict) and bool(groups), str(name), str(groups)[:80], _TEMPLATES)
+    for group, templates in groups.items():
+        check(isinstance(templates, list) and bool(templates), f"{name}, {group}", templates, _TEMPLATES)
+        for number, template in enumerate(templates):
+            where = f"{name}, {group}, template {number}"
+            _check_text(where, template)
+            try:
+                fill(template, "책")
+            except ValueError as error:
+                raise ConfigError(f"{where}: {error}") from None
+    everything = [template for templates in groups.values() for template in templates]
+    _check_distinct(str(name), everything, (_fold(fill(template, "책")) for template in everything))
+    return dict(groups)
+
+
+def _read(kind: str, name: str | Path) -> Any:
+    """Return what a built-in or another YAML file holds."""
+    folder = resources.files("koclip").joinpath(f"assets/{kind}")
+    known = sorted(Path(file.name).stem for file in folder.iterdir())
+    file = folder.joinpath(f"{name}.yaml") if str(name) in known else Path(name)
+    check(file.is_file(), kind, str(name), f"expected one of {known}, or a YAML file of yours that exists")
+    try:
+        return yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{name}: cannot be read as YAML in UTF-8: {reason}") from None
+
+
+def _class(where: str, row: Any) -> ClassName:
+    check(isinstance(row, dict) and "key" in row, where, row, _CLASSES)
+    where = f"{where} ({row['key']})"
+    descriptions = row.get("description", {})
+    check(isinstance(descriptions, dict), f"{where}, description", descriptions, "expected one by language")
+    names = {language: text for language, text in row.items() if language not in ("key", "description")}
+    check(bool(names), where, row, "name it in at least one language")
+    _check_text(f"{where}, key", row["key"])
+    for texts in (names, descriptions):
+        for language, text in texts.items():
+            fix = "expected key, description or a language such as ko, en or zh-Hant"
+            check(bool(_LANGUAGE.fullmatch(language)), where, language, fix)
+            _check_text(f"{where}, {language}", text)
+    return ClassName(row["key"], names, descriptions)
+
+
+def _check_text(where: str, text: Any) -> None:
+    check(isinstance(text, str), where, text, "expected a text")
+    check(bool(normalize(text)), where, text, "it is empty: write a text, or take the whole entry out")
+    composed = unicodedata.is_normalized("NFC", text)
+    check(composed, where, text, "not in NFC (its Hangul or accents are decomposed): save the file with NFC text")
+    clean = normalize(text)
+    check(clean == text, where, text, f"expected single spaces, nothing invisible, no special token: {clean!r}")
+
+
+def _check_distinct(where: str, texts: list[str], folded: Iterable[str]) -> None:
+    places: dict[str, int] = {}
+    for number, fold in enumerate(folded):
+        first = places.setdefault(fold, number)
+        fix = f"the same as {texts[first]!r} (numbers {first} and {number}, from 0): make them different"
+        check(first == number, where, texts[number], fix)
+
+
+def _fold(text: str) -> str:
+    """Return what is the same for texts that differ in spaces, letter case or Unicode form only."""
+    return "".join(normalize(text).casefold().split())
