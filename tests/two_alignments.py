@@ -1,4 +1,4 @@
-"""What test_align_processes runs in every process of a launch, and, for reference, alone: every method once.
+"""What test_align_processes runs in every process of a launch, of two and of one: every method once.
 
 ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 tests/two_alignments.py FOLDER
 """
