@@ -10,6 +10,8 @@ import pytest
 import two_alignments
 from safetensors.torch import load_file
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2_400)]  # twelve runs, four minutes on two quiet cores
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
