@@ -57,7 +57,7 @@ def main(cfg: config.AlignConfig) -> None:
     encoder = text_encoder(cfg.model, clip)
     tokenizer = run.tokenizer(cfg.text_tokenizer, training_captions(cfg.data), encoder and encoder.config)
     model, processor = adapt(cfg.model, clip, encoder, image_processor, tokenizer)
-    source = {name: one.clone() for name, one in model.state_dict().items()}
+    source = {name: one.clone() for name, one in model.state_dict().items()} if cfg.align.wise_ft < 1 else {}
     if cfg.align.method == "lora":
         adapters.attach(model, cfg.lora, new_text=cfg.model.text_encoder != "same", seed=cfg.model.seed)
         accelerator.print(adapters.report(model))

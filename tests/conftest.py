@@ -4,10 +4,13 @@ import io
 import json
 import os
 import socket
+import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +63,20 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> Callable[..., None]:
+    """Return a function that runs a script in `count` processes on the CPU, one thread each, and waits for them."""
+
+    def run(script: str, *args: str, count: int) -> None:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        options: dict[str, Any] = {"env": environment, "capture_output": True, "text": True, "timeout": 540}
+        ran = subprocess.run([*launch, script, *args], check=False, **options)
+        assert ran.returncode == 0, ran.stderr[-5000:]
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -138,6 +155,23 @@ def write_table(tmp_path, encoded) -> Callable[..., str]:
 def table(write_table) -> SourceConfig:
     """Return a map-style source of 50 pairs."""
     return SourceConfig(path=write_table("rows.parquet", 50), captions={"ko": "ko", "en": "en"})
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> SourceConfig:
+    """Return 20 photos with captions in two languages."""
+    from align_runs import write_pairs
+
+    return SourceConfig(path=str(write_pairs(tmp_path / "rows.parquet", 20)))
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep features in shards of 8 rows, embedded 3 at a time."""
+    from koclip.data import feature_rows
+
+    monkeypatch.setattr(feature_rows, "ROWS", 8)
+    monkeypatch.setattr(feature_rows, "PIECE", 3)
 
 
 @pytest.fixture

@@ -1,35 +1,21 @@
 """Two processes align as one does, by every method: the same bytes of features, the same weights but for rounding."""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import two_alignments
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2_400)]  # twelve runs, four minutes on two quiet cores
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, torchrun: Callable[..., None]) -> Path:
     """Return where the runs of one process and of two are."""
     folder = tmp_path_factory.mktemp("alignments")
     two_alignments.write(folder)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    for count in ("1", "2"):  # both in new processes: what other tests left in this one must not matter
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, two_alignments.__file__]
-        ran = subprocess.run(
-            [sys.executable, *launch, str(folder)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=1_200,
-            check=False,
-        )
-        assert ran.returncode == 0, ran.stderr[-5000:]
+    for count in (1, 2):
+        torchrun(two_alignments.__file__, str(folder), count=count)
     return folder
 
 

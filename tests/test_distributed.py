@@ -1,9 +1,7 @@
 """Two processes do what one does: losses, gradients, checkpoints, sharded weights; launched once for all tests."""
 
 import math
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +21,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(folder: Path) -> dict[str, Any]:
+def two(folder: Path, torchrun: Callable[..., None]) -> dict[str, Any]:
     """Return what two gloo processes found."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", two_processes.__file__]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(
-        [sys.executable, *launch, str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=540,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr[-5000:]
+    torchrun(two_processes.__file__, str(folder), count=2)
     results: dict[str, Any] = torch.load(folder / "results.pt", weights_only=False)
     assert results["world_size"] == 2
     return results

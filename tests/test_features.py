@@ -18,24 +18,14 @@ from torch import Tensor
 
 import koclip
 from koclip.config import ConfigError, DataConfig, SourceConfig
-from koclip.data import feature_rows, features
+from koclip.data import features
 from koclip.data.features import Features, Item, Piece, digest_of
 from koclip.data.transforms import Views, centre_view, decode
 from koclip.models.dual_encoder import DualEncoder, encode_images, from_scratch, text_features
 from koclip.training.frozen import image_features, teacher_features
 
 ROWS = 20  # in shards of 8, 8 and 4
-
-
-@pytest.fixture(autouse=True)
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_rows, "ROWS", 8)
-    monkeypatch.setattr(feature_rows, "PIECE", 3)
-
-
-@pytest.fixture
-def pairs(tmp_path: Path) -> SourceConfig:
-    return SourceConfig(path=str(write_pairs(tmp_path / "rows.parquet", ROWS)))
+pytestmark = pytest.mark.usefixtures("small_shards")
 
 
 def build(

@@ -7,7 +7,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from align_runs import write_pairs
 from sources_on_disk import write_tar
 from test_features import build, images_of, rewrite
 from tiny import tiny_dual_encoder, tiny_tokenizer
@@ -24,17 +23,7 @@ from koclip.data.transforms import Views
 from koclip.models.dual_encoder import encode_images
 from koclip.training import frozen
 
-
-@pytest.fixture(autouse=True)
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards of 8, 8 and 4 rows."""
-    monkeypatch.setattr(feature_rows, "ROWS", 8)
-    monkeypatch.setattr(feature_rows, "PIECE", 3)
-
-
-@pytest.fixture
-def pairs(tmp_path: Path) -> SourceConfig:
-    return SourceConfig(path=str(write_pairs(tmp_path / "rows.parquet", 20)))
+pytestmark = pytest.mark.usefixtures("small_shards")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -46,13 +46,13 @@ def publish_aligned(
         processor: Its processor.
         weights: Its `DualEncoder`'s state dict.
         config: The run's.
-        source: The stock weights that training began with.
+        source: The stock weights that training began with, if they are averaged with.
     """
     if config.align.method == "lora":
         adapters.save(model, weights, directory, config.model.clip, config.model.text_encoder)
         weights = adapters.merge(model, weights)
     new_text = config.model.text_encoder != "same"
-    for name, before in source.items() if config.align.wise_ft < 1 else ():
+    for name, before in source.items():
         if before.is_floating_point() and not (new_text and name.startswith("text_")):
             after = weights[f"model.{name}"]
             weights[f"model.{name}"] = torch.lerp(before.to(after).reshape(after.shape), after, config.align.wise_ft)

@@ -14,7 +14,9 @@ import functools
 import re
 import string
 import unicodedata
-from importlib import resources
+
+from koclip.text.hangul import CODAS, coda, is_syllable
+from koclip.text.tables import read_table
 
 # after a final consonant / after a vowel
 _PAIRS = (
@@ -50,19 +52,15 @@ _JAMO = {unicodedata.normalize("NFKC", chr(code)): chr(code) for code in range(0
 _FILLERS = "\u115f\u1160"  # letters to Unicode, blank on screen
 
 
-def _is_syllable(character: str) -> bool:
-    return "가" <= character <= "힣"
-
-
 def _final(syllable: str) -> int:
-    return (ord(syllable) - ord("가")) % 28
+    return CODAS.index(coda(syllable))
 
 
 def _fold(text: str) -> str:
     """Return NFC text without marks and with one form of each letter: full width, ㎏, é, Ⅲ -> kg, e, 3."""
     folded = []
     for character in unicodedata.normalize("NFC", text):
-        if character.isascii() or _is_syllable(character) or character in _AS_IS:
+        if character.isascii() or is_syllable(character) or character in _AS_IS:
             folded.append(character)
         elif "Ⅰ" <= character <= "ⅿ":
             folded.append(str(int(unicodedata.numeric(character))))
@@ -76,9 +74,7 @@ def _fold(text: str) -> str:
 @functools.cache
 def _readings() -> dict[str, str]:
     """Return how words, units and symbols are read, in Hangul: the lines of assets/particles.tsv."""
-    table = resources.files("koclip").joinpath("assets/particles.tsv").read_text(encoding="utf-8")
-    lines = (line.split("\t") for line in table.splitlines() if line and not line.startswith("# "))
-    return {_fold(word): reading for word, reading in lines}
+    return {_fold(word): reading for word, reading in read_table("particles.tsv")}
 
 
 @functools.cache
@@ -90,7 +86,7 @@ def _kind(character: str) -> str:
     """Return "a" for a Latin letter, "0" for a digit, "가" for Hangul, "" for anything else."""
     if character.isascii():
         return "a" if character.isalpha() else "0" if character.isdigit() else ""
-    return "가" if _is_syllable(character) or character in _JAMO.values() else ""
+    return "가" if is_syllable(character) or character in _JAMO.values() else ""
 
 
 def _look_up(text: str) -> str | None:
@@ -162,7 +158,7 @@ def final_consonant(word: str) -> int | None:
         text = left.pop()
         while text:
             last = text[-1]
-            if _is_syllable(last):
+            if is_syllable(last):
                 return _final(last)
             if reading := _look_up(text):
                 return _final(reading[-1])

@@ -17,8 +17,8 @@ from xxhash import xxh3_128
 
 from koclip import distributed
 from koclip.config import ConfigError, DataConfig
-from koclip.data import features
-from koclip.data.feature_rows import PIECE, Images, Reader, Sentences, shards
+from koclip.data import feature_rows, features
+from koclip.data.feature_rows import Images, Reader, Sentences, shards
 from koclip.data.features import Features, Inputs, Piece
 from koclip.data.sources import StreamSource, open_source
 from koclip.data.transforms import Views
@@ -56,7 +56,8 @@ def image_features(
     def embed(views: Inputs) -> torch.Tensor:
         pixels = cast(torch.Tensor, views).to(accelerator.device)  # (n, V, 3, H, W)
         with accelerator.autocast():
-            parts = [encode_images(model, encoder.normalized(part)) for part in pixels.flatten(0, 1).split(PIECE)]
+            pieces = pixels.flatten(0, 1).split(feature_rows.PIECE)
+            parts = [encode_images(model, encoder.normalized(piece)) for piece in pieces]
         embeddings: torch.Tensor = torch.cat(parts).unflatten(0, pixels.shape[:2])  # (n, V, D)
         return embeddings
 
@@ -103,8 +104,8 @@ def teacher_features(
         sentences = cast(list[str], inputs)
         by_length = sorted(range(len(sentences)), key=lambda place: len(sentences[place]))
         made: dict[int, torch.Tensor] = {}
-        for start in range(0, len(by_length), PIECE):
-            part = by_length[start : start + PIECE]
+        for start in range(0, len(by_length), feature_rows.PIECE):
+            part = by_length[start : start + feature_rows.PIECE]
             texts = [sentences[place] for place in part]
             encoded: Any = tokenizers.encode(tokenizer, texts, padding=True, return_tensors="pt").to(accelerator.device)
             with accelerator.autocast():

@@ -76,10 +76,7 @@ def prepare(
     optim = dataclasses.replace(optim, lr=stage.lr)
     optimizer = adamw(model, optim, rates)
     compiled = torch.compile(model) if train.compile else model
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # accelerate would take the first from a data loader and the second from its own YAML.
-        settings = accelerator.state.deepspeed_plugin.deepspeed_config
-        settings |= {"train_micro_batch_size_per_gpu": train.batch_size, "gradient_clipping": optim.max_grad_norm}
+    _configure_deepspeed(accelerator, train, optim)
     wrapped, wrapped_optimizer = accelerator.prepare(compiled, optimizer)
     return Trainer(
         accelerator=accelerator,
@@ -93,6 +90,13 @@ def prepare(
         health=Health(train.max_bad_steps, train.spike_sigmas),
         ema=ema,
     )
+
+
+def _configure_deepspeed(accelerator: Accelerator, train: TrainConfig, optim: OptimConfig) -> None:
+    """Tell DeepSpeed what accelerate would take from a data loader and from its own YAML."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        settings |= {"train_micro_batch_size_per_gpu": train.batch_size, "gradient_clipping": optim.max_grad_norm}
 
 
 def _sharded(accelerator: Accelerator, train: TrainConfig, stage: Stage) -> bool:
