@@ -1,14 +1,27 @@
-"""Retrieval and classification metrics: matrices in, floats out. No model, no data set."""
+"""Retrieval and classification metrics: matrices in, floats out. No model, no data set.
 
+Letters in shape comments: Q queries, G entries of the gallery, P positives of a query at most, D embedding width.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap, kendalltau
+
+Numbers = npt.NDArray[np.float64]
+
+KS = (1, 5, 10)
+_RESAMPLES = 1_000
+_DRAWN_AT_ONCE = 1_000_000  # numbers that the bootstrap draws at once; 8 MB
+_CHUNK = 16_000_000  # similarities held at once; 64 MB
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A share of `n` queries (0 to 1) with its 95 % interval (Wilson 1927; queries taken as independent)."""
+    """A number made of `n` queries with its 95 % interval. Shares are 0 to 1."""
 
     value: float
     ci95: tuple[float, float]
@@ -20,16 +33,88 @@ class Metric:
 
 
 def share(hits: torch.Tensor) -> Metric:
-    """Return the share of true entries of `hits` (Q,).
+    """Return the share of true entries of `hits` (Q,) with Wilson's interval (1927); queries taken as independent.
 
     Raises:
         ValueError: there is no query.
     """
     count, total = int(hits.sum()), len(hits)
-    if total == 0:
-        raise ValueError("no queries: a share of nothing is not a number")
+    _check_count(total)
     interval = binomtest(count, total).proportion_ci(method="wilson")
     return Metric(count / total, (float(interval.low), float(interval.high)), total)
+
+
+def mean(values: torch.Tensor, groups: torch.Tensor | None = None) -> Metric:
+    """Return the mean of `values` (Q,) with its bootstrap interval; also of paired differences, a - b.
+
+    Percentile bootstrap (Efron 1979), 1,000 resamples of whole groups, always the same ones.
+
+    Args:
+        values: One number per query.
+        groups: (Q,) Which queries belong together, as the captions of one image do; default: each is its own.
+
+    Raises:
+        ValueError: there are fewer than two groups.
+    """
+    numbers = values.double().numpy()
+    places = _places(numbers, groups)
+    sums, sizes = np.bincount(places, numbers), np.bincount(places)
+    interval = _bootstrap(len(sizes), lambda weights: float(weights @ sums / (weights @ sizes)))
+    return Metric(float(numbers.mean()), interval, len(numbers))
+
+
+def median(values: torch.Tensor, groups: torch.Tensor | None = None) -> Metric:
+    """Return the (lower) median of `values` (Q,) with its bootstrap interval; see `mean`."""
+    numbers = values.double().numpy()
+    places = _places(numbers, groups)
+    order = np.argsort(numbers, kind="stable")
+    ordered, owners = numbers[order], places[order]
+
+    def middle(weights: Numbers) -> float:
+        total = np.cumsum(weights[owners])
+        return float(ordered[np.searchsorted(total, total[-1] / 2)])
+
+    return Metric(middle(np.ones(places.max() + 1)), _bootstrap(places.max() + 1, middle), len(numbers))
+
+
+def mean_per_class(hits: torch.Tensor, labels: torch.Tensor) -> Metric:
+    """Return the mean over the classes of the share of true `hits` (Q,); the interval resamples queries.
+
+    Classes that a resample has no query of are left out of its mean.
+    """
+    numbers, owners = hits.double().numpy(), np.unique(labels.numpy(), return_inverse=True)[1]
+    _check_count(len(numbers))
+
+    def per_class(weights: Numbers) -> float:
+        sizes = np.bincount(owners, weights)
+        return float((np.bincount(owners, weights * numbers) / np.maximum(sizes, 1))[sizes > 0].mean())
+
+    interval = _bootstrap(len(numbers), per_class)
+    return Metric(per_class(np.ones(len(numbers))), interval, len(numbers))
+
+
+def agreement(scores: torch.Tensor, ratings: torch.Tensor, variant: str = "c") -> Metric:
+    """Return Kendall's tau between `scores` and `ratings` (Q,), -1 to 1, with its bootstrap interval.
+
+    Args:
+        scores: The model's.
+        ratings: People's. One item rated by several people stands there several times, as in Flickr8k-Expert.
+        variant: `c` (Stuart 1953), which published tables of image captions use, or `b` (Kendall 1945).
+
+    Raises:
+        ValueError: either is constant, or there are fewer than two items.
+    """
+    mine, theirs = scores.double().numpy(), ratings.double().numpy()
+    _check_count(len(mine))
+    if len(np.unique(mine)) < 2 or len(np.unique(theirs)) < 2:
+        raise ValueError(f"all {len(mine)} scores or all ratings are the same: there is no order to agree on")
+
+    def tau(weights: Numbers) -> float:
+        drawn = np.repeat(np.arange(len(mine)), weights.astype(np.int64))
+        found = kendalltau(mine[drawn], theirs[drawn], variant=variant).statistic
+        return float(np.nan_to_num(found))  # a resample of one rating agrees with nothing
+
+    return Metric(tau(np.ones(len(mine))), _bootstrap(len(mine), tau), len(mine))
 
 
 def first_ranks(similarity: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
@@ -40,6 +125,9 @@ def first_ranks(similarity: torch.Tensor, positives: torch.Tensor) -> torch.Tens
     Args:
         similarity: (Q, G).
         positives: (Q, G) bool, at least one true per row.
+
+    Raises:
+        ValueError: a similarity is not finite, or a query has no positive.
     """
     if not bool(torch.isfinite(similarity).all()):
         raise ValueError("the similarity matrix holds NaN or infinity; the model's embeddings are broken")
@@ -49,13 +137,80 @@ def first_ranks(similarity: torch.Tensor, positives: torch.Tensor) -> torch.Tens
     return ((similarity >= best) & ~positives).sum(dim=1)
 
 
-def recall_at(similarity: torch.Tensor, positives: torch.Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, Metric]:
-    """Return recall@k: the share of queries with a positive among their k nearest (CLIP_benchmark's definition).
+def search(
+    queries: torch.Tensor, gallery: torch.Tensor, positives: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each query's rank as `first_ranks` defines it and its nearest entry, both (Q,), in bounded memory.
 
     Args:
-        similarity: (Q, G).
-        positives: (Q, G) bool.
+        queries: (Q, D).
+        gallery: (G, D).
+        positives: The right entries of each query, at least one.
+
+    Raises:
+        ValueError: a similarity is not finite, or a query has no positive.
+    """
+    if not all(positives):
+        raise ValueError("a query without any positive in the gallery cannot be ranked")
+    rows = max(1, _CHUNK // max(1, len(gallery)))
+    ranks, nearest = [], []
+    for start in range(0, len(queries), rows):
+        similarity = queries[start : start + rows] @ gallery.T  # (q, G)
+        if not bool(torch.isfinite(similarity).all()):
+            raise ValueError("the similarities hold NaN or infinity; the model's embeddings are broken")
+        owned = positives[start : start + rows]
+        longest = max(map(len, owned))
+        places = torch.tensor([[*one, *[-1] * (longest - len(one))] for one in owned])  # (q, P)
+        scores = similarity.gather(1, places.clamp(min=0)).masked_fill(places < 0, float("-inf"))
+        best = scores.amax(dim=1, keepdim=True)
+        ranks.append((similarity >= best).sum(dim=1) - (scores >= best).sum(dim=1))
+        nearest.append(similarity.argmax(dim=1))
+    return torch.cat(ranks), torch.cat(nearest)
+
+
+def recall_at(ranks: torch.Tensor, groups: torch.Tensor | None = None, ks: Sequence[int] = KS) -> dict[str, Metric]:
+    """Return recall@k, the share of queries with a positive among their k nearest, and the median rank from 1.
+
+    CLIP_benchmark's definition of recall. The intervals resample whole groups.
+
+    Args:
+        ranks: (Q,) From `first_ranks` or `search`.
+        groups: (Q,) See `mean`.
         ks: The ks.
     """
-    ranks = first_ranks(similarity, positives)
-    return {f"recall@{k}": share(ranks < k) for k in ks}
+    recalls = {}
+    for k in ks:
+        hits = ranks < k
+        spread = 0 < int(hits.sum()) < len(hits)  # where there is none, no resample has any either
+        recalls[f"recall@{k}"] = mean(hits, groups) if spread else share(hits)
+    return recalls | {"median_rank": median(ranks + 1, groups)}
+
+
+def _places(numbers: Numbers, groups: torch.Tensor | None) -> npt.NDArray[np.int64]:
+    """Return the number of each query's group, from 0 without gaps."""
+    _check_count(len(numbers))
+    places: npt.NDArray[np.int64] = np.arange(len(numbers))
+    if groups is not None:
+        places = np.unique(groups.numpy(), return_inverse=True)[1]
+    return places
+
+
+def _check_count(count: int) -> None:
+    if count == 0:
+        raise ValueError("no queries: a share of nothing is not a number")
+
+
+def _bootstrap(count: int, statistic: Callable[[Numbers], float]) -> tuple[float, float]:
+    """Return the 95 % interval of a statistic of how often each of `count` groups is drawn."""
+    if count < 2:
+        raise ValueError("one image or query: an interval takes at least two")
+    found = bootstrap(
+        (np.arange(count),),
+        lambda drawn: statistic(np.bincount(drawn, minlength=count).astype(np.float64)),
+        n_resamples=_RESAMPLES,
+        batch=max(1, _DRAWN_AT_ONCE // count),
+        vectorized=False,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(found.low), float(found.high)

@@ -28,17 +28,18 @@ def test_ranks_by_hand():
 
 
 def test_recall_by_hand():
-    recalls = recall_at(SIMILARITY, POSITIVES, ks=(1, 2, 4))
+    recalls = recall_at(first_ranks(SIMILARITY, POSITIVES), ks=(1, 2, 4))
     assert {name: metric.value for name, metric in recalls.items()} == {
         "recall@1": 0.25,
         "recall@2": 0.75,
         "recall@4": 1.0,
+        "median_rank": 2.0,
     }
     assert recalls["recall@1"].n == 4
 
 
 def test_a_constant_model_scores_nothing():
-    assert recall_at(torch.zeros(5, 5), torch.eye(5).bool(), ks=(1,))["recall@1"].value == 0.0
+    assert recall_at(first_ranks(torch.zeros(5, 5), torch.eye(5).bool()), ks=(1,))["recall@1"].value == 0.0
 
 
 def test_permuting_the_gallery_changes_nothing():

@@ -75,8 +75,8 @@ def _ranked(
     similarity = encoder.texts(texts) @ images.T  # (T, I)
     asked = positives.any(dim=1)  # captions of the gallery belong to no image
     shown = positives.any(dim=0)  # images without a caption in this language
-    forward = recall_at(similarity[asked], positives[asked])
-    backward = recall_at(similarity.T[shown], positives.T[shown])
+    forward = recall_at(first_ranks(similarity[asked], positives[asked]))
+    backward = recall_at(first_ranks(similarity.T[shown], positives.T[shown]))
     return {f"{to_image}/{name}": metric for name, metric in forward.items()} | {
         f"{to_text}/{name}": metric for name, metric in backward.items()
     }

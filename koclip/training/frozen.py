@@ -1,7 +1,6 @@
 """Features of frozen towers, made once before the first step: of the images, and of the teacher's sentences."""
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -24,11 +23,11 @@ from koclip.data.sources import StreamSource, open_source
 from koclip.data.transforms import Views
 from koclip.models import StockModel
 from koclip.models.dual_encoder import DualEncoder, encode_images, text_features
+from koclip.models.encoders import by_length, in_batches
 from koclip.models.fast import speed_up
+from koclip.models.fingerprint import fingerprint
 from koclip.text import tokenizers
 
-# What a configuration says besides what is computed: a tower is the same in any class, folder and version.
-_NAMES = {"model_type", "architectures", "_name_or_path", "transformers_version", "dtype"}
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -63,7 +62,7 @@ def image_features(
 
     facts = {
         "features": "unit-norm embeddings of images",
-        "image tower": fingerprint(model, "vision_model", "visual_projection"),
+        "image tower": fingerprint(model.vision_model, model.visual_projection),
         "views": " ".join(repr(views).split()),
         "pixels": f"mean {_numbers(encoder.pixel_mean)}, deviation {_numbers(encoder.pixel_std)}",
         "largest image": f"{config.max_image_pixels} pixels",
@@ -100,23 +99,19 @@ def teacher_features(
     speed_up(model, accelerator.device)
     model.to(accelerator.device).eval()
 
+    def embed_batch(texts: list[str]) -> torch.Tensor:
+        encoded: Any = tokenizers.encode(tokenizer, texts, padding=True, return_tensors="pt").to(accelerator.device)
+        with accelerator.autocast():
+            return text_features(model, encoded["input_ids"], encoded["attention_mask"])  # (n, D)
+
     def embed(inputs: Inputs) -> torch.Tensor:
         sentences = cast(list[str], inputs)
-        by_length = sorted(range(len(sentences)), key=lambda place: len(sentences[place]))
-        made: dict[int, torch.Tensor] = {}
-        for start in range(0, len(by_length), feature_rows.PIECE):
-            part = by_length[start : start + feature_rows.PIECE]
-            texts = [sentences[place] for place in part]
-            encoded: Any = tokenizers.encode(tokenizer, texts, padding=True, return_tensors="pt").to(accelerator.device)
-            with accelerator.autocast():
-                features = text_features(model, encoded["input_ids"], encoded["attention_mask"])
-            made |= dict(zip(part, features, strict=True))
-        return torch.stack([made[place] for place in range(len(sentences))]).unsqueeze(1)  # (n, 1, D)
+        return in_batches(embed_batch, sentences, feature_rows.PIECE, "sentences", by_length(sentences)).unsqueeze(1)
 
     tokenizers.forget_call_state(tokenizer)
     facts = {
         "features": f"features of sentences, {language}",
-        "text tower": fingerprint(model, "text_model", "text_projection"),
+        "text tower": fingerprint(model.text_model, model.text_projection),
         "tokenizer": xxh3_128(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "longest sentence": f"{tokenizer.model_max_length} tokens",
         "precision": f"{accelerator.mixed_precision}, kept in {dtype}",
@@ -125,21 +120,6 @@ def teacher_features(
     found = _features(directory, facts, config, Sentences(language), make, "teacher's features")
     cast(nn.Module, model).to("cpu")  # it is not needed again
     return found
-
-
-def fingerprint(model: StockModel, *parts: str) -> str:
-    """Return a hash of the weights of some of a model's modules, and of their configuration but for names."""
-    digest = xxh3_128()
-    for part in parts:
-        module: nn.Module = getattr(model, part)
-        settings = getattr(module, "config", None)
-        if settings is not None:
-            computed = {name: one for name, one in settings.to_diff_dict().items() if name not in _NAMES}
-            digest.update(json.dumps(computed, sort_keys=True, default=str).encode())
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy())
-    return digest.hexdigest()
 
 
 def _features(

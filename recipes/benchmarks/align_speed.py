@@ -50,7 +50,7 @@ from koclip.data.features import digest_of
 from koclip.data.loader import train_loader
 from koclip.data.order import Shard
 from koclip.data.transforms import Views, centre_view, view_size
-from koclip.metrics import recall_at
+from koclip.metrics import first_ranks, share
 from koclip.models import StockModel
 from koclip.models.adapt import adapt
 from koclip.models.dual_encoder import DualEncoder, from_scratch
@@ -188,7 +188,7 @@ def recall_at_10(texts: Tensor, images: Tensor, captions: Sequence[str]) -> str:
     """Return text-to-image R@10 of unit-norm embeddings (N, D); equal captions find each other's images too."""
     numbers = {caption: number for number, caption in enumerate(captions)}
     ids = torch.tensor([numbers[caption] for caption in captions])
-    metric = recall_at(texts @ images.T, ids[:, None] == ids, (10,))["recall@10"]
+    metric = share(first_ranks(texts @ images.T, ids[:, None] == ids) < 10)
     return f"{metric.value:.1%} ({metric.ci95[0]:.1%}-{metric.ci95[1]:.1%})"
 
 

@@ -1,0 +1,160 @@
+"""Encoders of images and texts behind one seam, so that one evaluation ranks any dual encoder by its own rules."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+from koclip import distributed
+from koclip.data.transforms import to_rgb
+from koclip.models.fingerprint import fingerprint
+from koclip.text import tokenizers
+
+Item = TypeVar("Item")
+
+SIGLIP_TOKENS = 64  # SigLIP and SigLIP 2 were trained on texts padded to this length, without a mask
+_PROGRESS_FROM = 10  # batches; shorter work shows no bar
+
+
+class Encoder(Protocol):
+    """Embeds one batch at a time. B images or texts, D wide, W wide before the projection."""
+
+    name: str
+
+    def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Return unit-norm float32 embeddings (B, D), on the CPU."""
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return unit-norm float32 embeddings (B, D), on the CPU, by the model's own rules for text."""
+
+    def image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Return float32 features (B, W) of the layer before the projection, on the CPU; linear probes read them."""
+
+    def unknown_share(self, texts: Sequence[str]) -> float:
+        """Return the share of tokens that are the tokenizer's unknown token, 0 to 1."""
+
+    def fingerprint(self) -> str:
+        """Return a hash of all that its embeddings depend on."""
+
+
+class TransformersEncoder:
+    """A dual encoder of transformers: CLIP, ChineseCLIP, AltCLIP, SigLIP, SigLIP 2, MetaCLIP 2, VisionTextDualEncoder.
+
+    Args:
+        model: Has `get_image_features` and `get_text_features`; stays on the device and in the mode it is in.
+        processor: Its own.
+        name: Where it came from.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, name: str = "") -> None:
+        self.name = name
+        self._model: Any = model
+        self._processor: Any = processor
+        self._is_siglip = model.config.model_type.startswith("siglip")
+
+    def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Return unit-norm float32 embeddings (B, D), on the CPU."""
+        pixels = self._pixels(images)
+        with evaluating(self._model):
+            return _unit(self._model.get_image_features(**pixels).pooler_output)
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return unit-norm float32 embeddings (B, D), on the CPU; for SigLIP lower-cased and padded to 64 tokens."""
+        tokenizer = self._processor.tokenizer
+        if self._is_siglip:
+            texts = [text.lower() for text in texts]
+            options = {"padding": "max_length", "truncation": True, "max_length": SIGLIP_TOKENS}
+            encoded = tokenizer(texts, return_tensors="pt", **options)
+            wanted = ["input_ids"]
+        else:
+            encoded = tokenizers.encode(tokenizer, list(texts), padding=True, return_tensors="pt")
+            wanted = ["input_ids", "attention_mask"]
+        inputs = {name: encoded[name].to(self._model.device) for name in wanted}
+        with evaluating(self._model):
+            return _unit(self._model.get_text_features(**inputs).pooler_output)
+
+    def image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Return the image tower's pooled output (B, W), on the CPU: what the projection reads where there is one."""
+        pixels = self._pixels(images)
+        with evaluating(self._model):
+            features: torch.Tensor = self._model.vision_model(**pixels).pooler_output
+        return features.float().cpu()
+
+    def unknown_share(self, texts: Sequence[str]) -> float:
+        """Return the share of tokens that are the tokenizer's unknown token, 0 to 1."""
+        return unknown_share(self._processor.tokenizer, texts)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the weights, their configuration, the tokenizer and the image processor."""
+        tokenizer = self._processor.tokenizer
+        written = getattr(tokenizer, "backend_tokenizer", None)
+        rules = repr(self._processor.image_processor), written.to_str() if written else repr(tokenizer)
+        return fingerprint(self._model, *rules, str(tokenizer.model_max_length))
+
+    def _pixels(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        inputs = self._processor.image_processor([to_rgb(image) for image in images], return_tensors="pt")
+        moved = {name: value.to(self._model.device) for name, value in inputs.items()}
+        return moved | {"pixel_values": moved["pixel_values"].to(self._model.dtype)}
+
+
+def unknown_share(tokenizer: Any, texts: Sequence[str]) -> float:
+    """Return the share of the tokens of `texts` that are the unknown token of a tokenizer of transformers."""
+    ids = [one for text in texts for one in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    return ids.count(tokenizer.unk_token_id) / max(1, len(ids))
+
+
+def in_batches(
+    embed: Callable[[list[Item]], torch.Tensor],
+    items: Sequence[Item],
+    batch_size: int,
+    unit: str,
+    order: Sequence[int] | None = None,
+    spread: bool = False,
+) -> torch.Tensor:
+    """Embed items batch by batch and return their rows (N, ...) in the items' order. There is at least one item.
+
+    Args:
+        embed: Takes one batch.
+        items: N of them.
+        batch_size: Items per batch.
+        unit: What the progress bar calls them.
+        order: The order in which they fill batches; default: their own.
+        spread: Share the batches among the processes. They are the same batches, so the rows are the same bits.
+    """
+    order = range(len(items)) if order is None else order
+    batches = [order[start : start + batch_size] for start in range(0, len(items), batch_size)]
+    rank, world_size = (distributed.rank(), distributed.world_size()) if spread else (0, 1)
+    quiet = len(batches) < _PROGRESS_FROM or rank > 0
+    mine = tqdm(batches[rank::world_size], desc=f"embedding {unit}", leave=False, disable=quiet)
+    made = [embed([items[place] for place in batch]) for batch in mine]
+    parts = distributed.gather_objects(made) if spread else [made]
+    rows = torch.cat([parts[number % world_size][number // world_size] for number in range(len(batches))])
+    return rows[torch.tensor(order).argsort()]
+
+
+def by_length(texts: Sequence[str]) -> list[int]:
+    """Return the places of texts from the shortest to the longest, so that batches hold little padding."""
+    return sorted(range(len(texts)), key=lambda place: len(texts[place]))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode, and back in the mode it was in: a frozen tower's is not the model's."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _unit(features: torch.Tensor) -> torch.Tensor:
+    return F.normalize(features.float(), dim=-1).cpu()
