@@ -5,6 +5,7 @@ Letters in shape comments: Q queries, G entries of the gallery, P positives of a
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +62,19 @@ def mean(values: torch.Tensor, groups: torch.Tensor | None = None) -> Metric:
     sums, sizes = np.bincount(places, numbers), np.bincount(places)
     interval = _bootstrap(len(sizes), lambda weights: float(weights @ sums / (weights @ sizes)))
     return Metric(float(numbers.mean()), interval, len(numbers))
+
+
+def difference(first: torch.Tensor, second: torch.Tensor) -> Metric:
+    """Return the mean of `first` (Q,) less that of `second` (R,), other queries; the bootstrap draws both anew."""
+    numbers, others = first.double().numpy(), second.double().numpy()
+    _check_count(min(len(numbers), len(others)))
+    found = bootstrap(
+        (numbers, others),
+        lambda mine, theirs, axis: mine.mean(axis) - theirs.mean(axis),
+        **_options(len(numbers) + len(others)),
+    ).confidence_interval
+    value = float(numbers.mean() - others.mean())
+    return Metric(value, (float(found.low), float(found.high)), len(numbers) + len(others))
 
 
 def median(values: torch.Tensor, groups: torch.Tensor | None = None) -> Metric:
@@ -207,10 +221,13 @@ def _bootstrap(count: int, statistic: Callable[[Numbers], float]) -> tuple[float
     found = bootstrap(
         (np.arange(count),),
         lambda drawn: statistic(np.bincount(drawn, minlength=count).astype(np.float64)),
-        n_resamples=_RESAMPLES,
-        batch=max(1, _DRAWN_AT_ONCE // count),
         vectorized=False,
-        method="percentile",
-        rng=np.random.default_rng(0),
+        **_options(count),
     ).confidence_interval
     return float(found.low), float(found.high)
+
+
+def _options(count: int) -> dict[str, Any]:
+    """Return how the bootstrap draws from `count` items: always the same way, and not all at once."""
+    rng = np.random.default_rng(0)
+    return {"n_resamples": _RESAMPLES, "batch": max(1, _DRAWN_AT_ONCE // count), "method": "percentile", "rng": rng}

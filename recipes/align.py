@@ -19,12 +19,14 @@ from koclip.data.batches import Known
 from koclip.data.loader import train_loader, training_captions
 from koclip.data.order import Shard
 from koclip.data.transforms import Views, centre_view, view_size
-from koclip.evaluation.evaluate import Encoder, evaluate
+from koclip.evaluation.embed import Embedder
+from koclip.evaluation.evaluate import evaluate
 from koclip.evaluation.report import report
 from koclip.evaluation.sets import EvalSet, open_set
 from koclip.models import adapters
 from koclip.models.adapt import adapt, load_teacher, text_encoder
 from koclip.models.dual_encoder import DualEncoder
+from koclip.models.encoders import TransformersEncoder
 from koclip.models.pretrained import load_image_side
 from koclip.models.select import layer_rates, select
 from koclip.training.frozen import image_features, teacher_features
@@ -77,7 +79,8 @@ def main(cfg: config.AlignConfig) -> None:
 
     model_dir = run.save_model(trainer, processor, partial(publish_aligned, config=cfg, source=source))
     if accelerator.is_main_process:
-        report(run.path, cfg, Encoder(*koclip.load(model_dir), cfg.eval.batch_size), eval_sets)
+        saved = TransformersEncoder(*koclip.load(model_dir), name=str(model_dir))
+        report(run.path, cfg, Embedder(saved, cfg.eval.batch_size), eval_sets)
         print(NEXT.format(model=model_dir, kind=type(model).__name__))
 
 
@@ -119,8 +122,8 @@ def train(
             run.list_events(trainer.health.take_events())
             if train.eval_every and step % train.eval_every == 0 and step != train.num_steps:
                 with trainer.evaluating() as whole:
-                    encoder = Encoder(whole, processor, cfg.eval.batch_size)
-                    run.log(step, {name: metric.value for name, metric in evaluate(encoder, eval_sets).items()})
+                    embedder = Embedder(TransformersEncoder(whole, processor), cfg.eval.batch_size)
+                    run.log(step, {name: metric.value for name, metric in evaluate(embedder, eval_sets).items()})
             if last or stopping or (train.save_every and step % train.save_every == 0):
                 run.save(trainer, step, train.keep_checkpoints, wait=last or stopping)
             if stopping and step != train.num_steps:

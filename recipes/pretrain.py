@@ -14,10 +14,12 @@ from koclip import checkpoint, config, losses, training
 from koclip.data.loader import train_loader, training_captions
 from koclip.data.order import Shard
 from koclip.data.transforms import Views, centre_view, view_size
-from koclip.evaluation.evaluate import Encoder, evaluate
+from koclip.evaluation.embed import Embedder
+from koclip.evaluation.evaluate import evaluate
 from koclip.evaluation.report import report
 from koclip.evaluation.sets import open_set
 from koclip.models.dual_encoder import DualEncoder, from_scratch
+from koclip.models.encoders import TransformersEncoder
 
 NEXT = """
 Saved {model}, a stock transformers model. Next:
@@ -60,8 +62,8 @@ def main(cfg: config.PretrainConfig) -> None:
             run.list_events(trainer.health.take_events())
             if train.eval_every and step % train.eval_every == 0 and not last:
                 with trainer.evaluating() as whole:
-                    encoder = Encoder(whole, processor, cfg.eval.batch_size)
-                    run.log(step, {name: metric.value for name, metric in evaluate(encoder, eval_sets).items()})
+                    embedder = Embedder(TransformersEncoder(whole, processor), cfg.eval.batch_size)
+                    run.log(step, {name: metric.value for name, metric in evaluate(embedder, eval_sets).items()})
             if last or stopping or (train.save_every and step % train.save_every == 0):
                 run.save(trainer, step, train.keep_checkpoints, wait=last or stopping)
             if stopping and not last:
@@ -70,8 +72,8 @@ def main(cfg: config.PretrainConfig) -> None:
 
     model_dir = run.save_model(trainer, processor)
     if accelerator.is_main_process:
-        encoder = Encoder(*koclip.load(model_dir), cfg.eval.batch_size)  # what was saved, as a user loads it
-        report(run.path, cfg, encoder, eval_sets)
+        saved = TransformersEncoder(*koclip.load(model_dir), name=str(model_dir))  # as a user loads it
+        report(run.path, cfg, Embedder(saved, cfg.eval.batch_size), eval_sets)
         captions = [next(iter(captions.values()))[0] for captions in eval_sets[0].captions[:3]]
         labels = [caption.replace("'", " ").replace('"', " ") for caption in captions]  # quotable in a shell
         print(NEXT.format(model=model_dir, run=run.path, labels=labels))

@@ -8,10 +8,10 @@ from koclip.config.alignment import AdapterConfig, AlignMethodConfig, DistillCon
 from koclip.config.changes import check_changes
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
 from koclip.config.errors import ConfigError, RunError, check
-from koclip.config.evaluation import EvalConfig, EvalSetConfig
+from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig, Task
 from koclip.config.model import LossConfig, ModelConfig
 from koclip.config.parsing import dump, parse, run, to_dict
-from koclip.config.recipes import AlignConfig, PretrainConfig, Stage
+from koclip.config.recipes import AlignConfig, EvaluateConfig, PretrainConfig, Stage
 from koclip.config.training import OptimConfig, TrainConfig
 
 __all__ = [
@@ -23,14 +23,17 @@ __all__ = [
     "DistillConfig",
     "EvalConfig",
     "EvalSetConfig",
+    "EvaluateConfig",
     "LossConfig",
     "ModelConfig",
     "OptimConfig",
     "PretrainConfig",
+    "RatingsConfig",
     "RunError",
     "SourceConfig",
     "Stage",
     "SwapConfig",
+    "Task",
     "TokenizerConfig",
     "TrainConfig",
     "check",

@@ -39,7 +39,8 @@ class SourceConfig:
         image_root: Folder that relative image paths start from; default: the folder of `path`.
         columns: Names of the columns of a CSV or TSV file that has no header line.
         captions: Caption column by language, for example `{ko: captions_ko, en: captions_en}`. A cell is a string
-            or a list of strings.
+            or a list of strings. May be empty (`{}`) where `label` is given and nothing is trained.
+        label: Column that holds the class of the image, as a name or a number, for evaluation by classes.
         languages: Relative chance of drawing each language; default: all alike.
         where: Keep only rows whose column holds one of the listed values, for example `{vendor: [noto, twemoji]}`.
         weight: Relative number of rows drawn from this source when there are several; default: its size, 1 for
@@ -60,6 +61,7 @@ class SourceConfig:
     image_root: str | None = None
     columns: list[str] | None = None
     captions: dict[str, str] = field(default_factory=lambda: {"ko": "captions_ko", "en": "captions_en"})
+    label: str | None = None
     languages: dict[str, float] | None = None
     where: dict[str, list[str]] | None = None
     weight: float | None = None
@@ -67,7 +69,8 @@ class SourceConfig:
     scenes_part: Literal["train", "test"] = "train"
 
     def __post_init__(self) -> None:
-        check(bool(self.captions), "data.sources[].captions", self.captions, "name at least one caption column")
+        told = bool(self.captions or self.label)
+        check(told, "data.sources[].captions", self.captions, "name at least one caption column")
         unknown = set(self.languages or {}) - set(self.captions)
         check(not unknown, "data.sources[].languages", sorted(unknown), f"captions has {sorted(self.captions)}")
         for language, chance in (self.languages or {}).items():
@@ -79,7 +82,7 @@ class SourceConfig:
         check(self.weight is None or self.weight > 0, "data.sources[].weight", self.weight, "expected more than 0")
 
     @property
-    def label(self) -> str:
+    def short_name(self) -> str:
         """The name that logs and metrics use for this source."""
         return self.name or Path(self.path.rstrip("/")).name.split(".")[0].replace("*", "all")
 
@@ -124,6 +127,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check(len(self.sources) > 0, "data.sources", self.sources, "list at least one source")
+        for source in self.sources:
+            check(bool(source.captions), "data.sources[].captions", source.captions, "name at least one caption column")
         check(self.num_crops >= 0, "data.num_crops", self.num_crops, "expected 0 or more")
         low, high = self.crop_scale
         check(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "expected 0 < low <= high <= 1")

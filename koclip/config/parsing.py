@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ def parse(schema: type[Config], args: Sequence[str] | None = None, default: Path
 
     Exits with code 2 and one line on stderr on an unknown key, a wrong type, a missing file or a value out of range.
     """
-    words = sys.argv[1:] if args is None else list(args)
+    words = _join_lists(sys.argv[1:] if args is None else list(args), schema)
     if default is not None and not any(word.split("=")[0] == "--config" for word in words):
         words = ["--config", str(default), *words]
     summary = (schema.__doc__ or "").split("\n")[0]
@@ -40,6 +41,20 @@ def parse(schema: type[Config], args: Sequence[str] | None = None, default: Path
     except (ArgumentError, ConfigError, OSError) as error:
         known = [option for action in parser._actions for option in action.option_strings]
         _explain(" ".join(str(error).split()) + _nearest(str(error), known))
+
+
+def _join_lists(words: list[str], schema: Any) -> list[str]:
+    """Let a list of texts at the top be given as `--models a b c`, which jsonargparse takes as `[a, b, c]` only."""
+    lists = {f"--{field.name}" for field in dataclasses.fields(schema) if field.type == list[str]}
+    joined: list[str] = []
+    while words:
+        word, *words = words
+        joined.append(word)
+        if word in lists and words and not words[0].startswith("["):
+            values = list(itertools.takewhile(lambda one: not one.startswith("--"), words))
+            words = words[len(values) :]
+            joined.append(json.dumps(values))
+    return joined
 
 
 def _nearest(message: str, known: list[str]) -> str:

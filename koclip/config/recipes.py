@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from koclip.config.alignment import AdapterConfig, AlignMethodConfig, DistillConfig, SwapConfig
 from koclip.config.data import DataConfig, TokenizerConfig
 from koclip.config.errors import check
-from koclip.config.evaluation import EvalConfig
+from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig
 from koclip.config.model import LossConfig, ModelConfig
 from koclip.config.training import OptimConfig, TrainConfig
 
@@ -80,7 +80,9 @@ class AlignConfig:
         cached = self.align.cache and any(stage.images and not stage.trains_image for stage in self.stages)
         kept = self.data.num_crops >= 1 or not cached
         check(kept, "data.num_crops", self.data.num_crops, "expected 1 or more, whose embeddings align.cache keeps")
-        missing = [one.label for one in self.data.sources if self.taught and self.distill.language not in one.captions]
+        missing = [
+            one.short_name for one in self.data.sources if self.taught and self.distill.language not in one.captions
+        ]
         check(not missing, "data.sources[].captions", missing, f"the teacher needs captions in {self.distill.language}")
         random_text = self.model.text_encoder is None or self.model.text_encoder.startswith("auto:")
         wanted = "a pretrained encoder, or `same`: adapters of random weights that stay frozen learn little"
@@ -118,6 +120,48 @@ class AlignConfig:
         if first:
             return Stage("frozen_image", 0, first, lr, images=True, taught=anchored, trains_image=False), last
         return (last,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measure dual encoders: retrieval, zero-shot classification, probes, languages, stress, shifts, people.
+
+    Args:
+        model: What is evaluated: a directory or Hub id of a dual encoder of transformers; or
+            `open_clip:<name>@<tag or file>`, `sentence_transformers:<text model>+<image model>`,
+            `mclip:<text model>+<image model>`.
+        models: Several, side by side: `--models a b c`.
+        output_dir: Where results, table and pictures go; default: runs/evaluate-<date and time>.
+        cache_dir: Where embeddings are kept, so that the next evaluation on the same data takes seconds; null keeps
+            none.
+        sets: What to evaluate on.
+        ratings: People's ratings that the models' scores should agree with.
+        batch_size: Images or texts encoded at once.
+        device: As PyTorch names it; default: a GPU if there is one.
+    """
+
+    model: str | None = None
+    models: list[str] = field(default_factory=list)
+    output_dir: str | None = None
+    cache_dir: str | None = "runs/embeddings"
+    sets: list[EvalSetConfig] = field(default_factory=list)
+    ratings: list[RatingsConfig] = field(default_factory=list)
+    batch_size: int = 256
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        named = self.all_models
+        check(bool(named), "model", self.model, "name a directory or Hub id: --model runs/<run>/model")
+        check(len(set(named)) == len(named), "models", named, "name each model once")
+        check(bool(self.sets or self.ratings), "sets", [], "expected at least one data set")
+        names = [one.source.short_name for one in self.sets] + [one.name for one in self.ratings]
+        check(len(set(names)) == len(names), "sets[].source.name", names, "give each data set a name of its own")
+        check(self.batch_size >= 1, "batch_size", self.batch_size, "expected 1 or more")
+
+    @property
+    def all_models(self) -> list[str]:
+        """`model` and `models`."""
+        return [*([self.model] if self.model else []), *self.models]
 
 
 def _check_run(config: PretrainConfig | AlignConfig, num_steps: int) -> None:

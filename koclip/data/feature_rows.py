@@ -115,7 +115,7 @@ def shards(
         num_workers: Processes of this one that read; sources that are streamed are read by itself.
     """
     for number, source in enumerate(sources):
-        folder = directory / f"{number}-{source.config.label}"
+        folder = directory / f"{number}-{source.config.short_name}"
         if isinstance(source, StreamSource):
             yield from _streamed(source, reader, folder, rank, world_size)
         else:

@@ -15,16 +15,17 @@ from xxhash import xxh3_64_hexdigest
 
 from koclip.config import SourceConfig
 from koclip.data import scenes
-from koclip.data.tables import UNREADABLE, SourceError, dig, file_format, open_table
+from koclip.data.tables import UNREADABLE, SourceError, Table, dig, file_format, open_table
 from koclip.text.normalize import clean_captions
 
 
 class Row(NamedTuple):
-    """One undecoded sample: captions by language (cleaned; may be empty) and a key that finds it again."""
+    """One undecoded sample: captions by language (cleaned; may be empty), a key that finds it again, its class."""
 
     image: bytes | Path | npt.NDArray[np.uint8] | None
     captions: dict[str, list[str]]
     key: str
+    label: str | None = None
 
 
 class MapSource(Protocol):
@@ -86,6 +87,7 @@ class TableSource:
     def __init__(self, table: datasets.Dataset, config: SourceConfig, numbers: Sequence[int] | None = None) -> None:
         self.config = config
         self._table, self._numbers = table, numbers
+        self._classes = _class_names(table, config)
         columns = [name for name in table.column_names if any(_under(name, c) for c in config.captions.values())]
         self._captions = table.select_columns(columns)
 
@@ -96,7 +98,10 @@ class TableSource:
         """Read these rows."""
         numbers = indices if self._numbers is None else [self._numbers[index] for index in indices]
         records = _records((self._table if images else self._captions)[list(indices)])
-        return [row(record, self.config, str(number)) for record, number in zip(records, numbers, strict=True)]
+        return [
+            row(record, self.config, str(number), self._classes)
+            for record, number in zip(records, numbers, strict=True)
+        ]
 
     def captions(self, indices: Sequence[int]) -> list[dict[str, list[str]]]:
         """Read these rows' caption columns."""
@@ -142,8 +147,9 @@ class StreamSource:
 
     def stored_rows(self) -> Iterator[Row]:
         """Yield every row in stored order."""
+        classes = _class_names(self._stream, self.config)
         for record in self._stream:
-            yield row(record, self.config)
+            yield row(record, self.config, classes=classes)
 
     def captions(self) -> Iterator[dict[str, list[str]]]:
         """Yield every row's captions in stored order, without the images where the format allows."""
@@ -181,11 +187,11 @@ def open_source(config: SourceConfig, seed: int = 0) -> MapSource | StreamSource
     return TableSource(table, config, numbers)
 
 
-def row(record: Mapping[str, Any], config: SourceConfig, number: str = "") -> Row:
+def row(record: Mapping[str, Any], config: SourceConfig, number: str = "", classes: Sequence[str] | None = None) -> Row:
     """Turn one record of a table into a `Row`.
 
     Its key is made of the source's name, the row's number and name. Rows of a stream have no number; one without a
-    name either is known by a hash of its captions.
+    name either is known by a hash of its captions. `classes` are the names of numbered labels.
     """
     value = dig(record, config.image) if config.image else None
     captions = row_captions(record, config)
@@ -194,7 +200,17 @@ def row(record: Mapping[str, Any], config: SourceConfig, number: str = "") -> Ro
     shard = Path(str(record.get("__url__") or "")).name
     if not (name or number):
         name = xxh3_64_hexdigest(repr(captions).encode())
-    return Row(_image(value, config), captions, "/".join(filter(None, (config.label, shard, number, str(name or "")))))
+    key = "/".join(filter(None, (config.short_name, shard, number, str(name or ""))))
+    label = dig(record, config.label) if config.label else None
+    if classes is not None and label is not None:
+        label = classes[label]
+    return Row(_image(value, config), captions, key, None if label is None else str(label))
+
+
+def _class_names(table: Table, config: SourceConfig) -> list[str] | None:
+    """Return the names that a table has for the numbers in its label column."""
+    feature = (table.features or {}).get(config.label or "")
+    return feature.names if isinstance(feature, datasets.ClassLabel) else None
 
 
 def row_captions(record: Mapping[str, Any], config: SourceConfig) -> dict[str, list[str]]:

@@ -62,7 +62,8 @@ def open_table(config: SourceConfig) -> Table:
             f"source {config.path!r} cannot be read as {kind}, split {config.split!r}: {reason}; "
             "check path, format and split"
         ) from error
-    named = [*([config.image] if config.image else []), *config.captions.values(), *(config.where or {})]
+    single = [column for column in (config.image, config.label) if column]
+    named = [*single, *config.captions.values(), *(config.where or {})]
     missing = sorted({column for column in named if not _has(features, column)})
     if missing:
         raise SourceError(f"source {config.path!r} has no column {missing}; its columns are {sorted(_names(features))}")

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from koclip.config import to_dict
-from koclip.evaluation.evaluate import Encoder, evaluate
+from koclip.evaluation.embed import Embedder
+from koclip.evaluation.evaluate import evaluate
 from koclip.evaluation.sets import EvalSet
 from koclip.metrics import Metric
 
@@ -20,14 +21,14 @@ _SHOWN = 6  # images per query
 _QUERIES = 3  # per language
 
 
-def report(run: Path, config: Any, encoder: Encoder, sets: Sequence[EvalSet]) -> dict[str, Metric]:
+def report(run: Path, config: Any, embedder: Embedder, sets: Sequence[EvalSet]) -> dict[str, Metric]:
     """Evaluate; write results.json and pictures/ in the run directory, and print the table."""
-    metrics = evaluate(encoder, sets)
+    metrics = evaluate(embedder, sets)
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     data = {one.name: {"source": to_dict(one.config), "images": len(one.pictures)} for one in sets}
     write_results(run / "results.json", str(run / "model"), data, metrics, environment)
     for one in sets:
-        draw_queries(run / "pictures" / f"queries-{one.name}.png", encoder, one)
+        draw_queries(run / "pictures" / f"queries-{one.name}.png", embedder, one)
     draw_training(run / "pictures" / "training.png", run / "metrics.jsonl", metrics)
     sets[0].pictures[0].save(run / "pictures" / "example.png")
     print_table(metrics)
@@ -67,12 +68,12 @@ def print_table(metrics: dict[str, Metric]) -> None:
     Console(width=None if Console().is_terminal else 110).print(table)
 
 
-def draw_queries(path: Path, encoder: Encoder, one: EvalSet) -> None:
+def draw_queries(path: Path, embedder: Embedder, one: EvalSet) -> None:
     """Draw a few captions of every language with the images they score highest; true ones are framed green."""
     _use_korean_font()
-    images = encoder.images(one.pictures)
+    images = embedder.images(one.pictures)
     queries = [query for language in one.languages for query in _spread(one, language)]
-    scores = encoder.texts([text for _, text in queries]) @ images.T  # (Q, I)
+    scores = embedder.texts([text for _, text in queries]) @ images.T  # (Q, I)
     figure = Figure(figsize=(1.35 * _SHOWN + 3.4, 1.45 * len(queries)))
     axes = figure.subplots(len(queries), _SHOWN + 1, squeeze=False, width_ratios=[2.6] + [1] * _SHOWN)
     for row, (language, text), score in zip(axes, queries, scores, strict=True):

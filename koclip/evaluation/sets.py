@@ -1,53 +1,20 @@
-"""Open what a model is evaluated on: pictures, their captions, and multiple-choice tasks."""
+"""Open what a model is evaluated on: pictures, their captions or classes, and multiple-choice tasks."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import overload
 
-from PIL import Image
-from torchvision.transforms.v2.functional import to_pil_image
-
-from koclip.config import DataConfig, EvalSetConfig, SourceConfig
-from koclip.data import scenes
+from koclip.config import ConfigError, EvalSetConfig, SourceConfig
 from koclip.data.batches import Skip
 from koclip.data.sources import Row, StreamSource, open_source
 from koclip.data.tables import SourceError
 from koclip.data.transforms import ImageError, decode
+from koclip.evaluation.choices import Choice, scene_choices
+from koclip.evaluation.pictures import MAX_PIXELS, Pictures
+from koclip.text.classes import ClassName, load_classes
 
 _BATCH = 256  # rows read at once
-_MAX_PIXELS = DataConfig.max_image_pixels
-_TASK_SIZE = 400  # questions per scenes task
-
-
-class Pictures(Sequence[Image.Image]):
-    """The images of rows, decoded when asked for."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @overload
-    def __getitem__(self, place: int) -> Image.Image: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Image.Image]: ...
-    def __getitem__(self, place: int | slice) -> Image.Image | list[Image.Image]:
-        if isinstance(place, slice):
-            return [self[one] for one in range(*place.indices(len(self)))]
-        picture: Image.Image = to_pil_image(decode(self._rows[place].image, _MAX_PIXELS))
-        return picture
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A multiple-choice task: which of its candidate texts fits each picture. Everything by position."""
-
-    name: str
-    pictures: Pictures
-    candidates: dict[str, list[list[str]]]  # by language, then by picture
-    answers: list[int]
+_NAMED = 10  # classes that a message names at most
 
 
 @dataclass(frozen=True)
@@ -61,11 +28,22 @@ class EvalSet:
     gallery: dict[str, list[str]]  # captions that belong to no picture, by language
     choices: list[Choice] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
+    classes: list[ClassName] = field(default_factory=list)  # none: captions are the names
+    labels: list[int] = field(default_factory=list)  # each picture's place in `classes`
+    train: "EvalSet | None" = None
+    shifted: "dict[str, EvalSet]" = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def languages(self) -> list[str]:
-        """Languages that at least one picture has a caption in."""
+        """Languages of the classes; without classes, those that at least one picture has a caption in."""
+        if self.classes:
+            return list(self.classes[0].names)
         return [name for name in self.config.source.captions if any(name in captions for captions in self.captions)]
+
+    def everything(self) -> "list[EvalSet]":
+        """Return this set and those it is compared with or trained on."""
+        return [self, *self.shifted.values(), *([self.train] if self.train else [])]
 
 
 def open_set(config: EvalSetConfig) -> EvalSet:
@@ -73,33 +51,105 @@ def open_set(config: EvalSetConfig) -> EvalSet:
 
     Raises:
         SourceError: a source cannot be opened or has no usable row.
+        ConfigError: an image's class is not in the list, or there are fewer than two.
     """
-    rows, skipped = [], []
-    limit = config.max_images or None
-    for row in itertools.islice(_rows(config.source), limit):
-        try:
-            if not row.captions:
-                raise ImageError("no usable caption")
-            decode(row.image, _MAX_PIXELS)
-            rows.append(row)
-        except ImageError as error:
-            skipped.append(Skip(row.key, str(error)))
-    if not rows:
-        raise SourceError(f"evaluation source {config.source.path!r} has no usable row; first: {skipped[:1]}")
+    listed = load_classes(config.classes) if config.classes else []
+    rows, labels, skipped = _usable(config, config.source, listed)
+    classes, warnings = _present(listed, set(labels), config) if listed else ([], [])
     gallery: dict[str, list[str]] = {}
     for source in config.gallery:
         for captions in _captions(source):
             for language, texts in captions.items():
                 gallery.setdefault(language, []).extend(texts)
+    places = {listed.index(one): place for place, one in enumerate(classes)}
+
+    def related(source: SourceConfig) -> EvalSet:
+        """Open a set of the same classes; images of classes that have been left out are left out, too."""
+        rows, labels, skipped = _usable(config, source, listed)
+        known = [place for place, label in enumerate(labels) if label in places] if listed else range(len(rows))
+        rows, labels = [rows[place] for place in known], [places[labels[place]] for place in known if listed]
+        captions = [row.captions for row in rows]
+        return EvalSet(source.short_name, config, Pictures(rows), captions, {}, [], skipped, classes, labels)
+
+    train = related(config.train) if config.train else None
+    shifted = {name: related(source) for name, source in config.shifted.items()}
+    others = [*shifted.values(), *([train] if train else [])]
     return EvalSet(
-        name=config.source.label,
+        name=config.source.short_name,
         config=config,
         pictures=Pictures(rows),
         captions=[row.captions for row in rows],
         gallery=gallery,
         choices=scene_choices() if config.source.path == "scenes" else [],
-        skipped=skipped,
+        skipped=[*skipped, *(skip for one in others for skip in one.skipped)],
+        classes=classes,
+        labels=[places[label] for label in labels],
+        train=train,
+        shifted=shifted,
+        warnings=warnings,
     )
+
+
+def _usable(
+    config: EvalSetConfig, source: SourceConfig, classes: list[ClassName]
+) -> tuple[list[Row], list[int], list[Skip]]:
+    """Return the rows with an image and what the tasks need, their classes' places in the list, and what was left."""
+    rows, labels, skipped = [], [], []
+    for row in itertools.islice(_rows(source), config.max_images or None):
+        try:
+            if classes and row.label is None:
+                raise ImageError("no class")
+            if not classes and not row.captions:
+                raise ImageError("no usable caption")
+            decode(row.image, MAX_PIXELS)
+        except ImageError as error:
+            skipped.append(Skip(row.key, str(error)))
+            continue
+        rows.append(row)
+        if classes:
+            labels.append(_place(row, classes, config))
+    if not rows:
+        raise SourceError(f"evaluation source {source.path!r} has no usable row; first: {skipped[:1]}")
+    return rows, labels, skipped
+
+
+def _place(row: Row, names: list[ClassName], config: EvalSetConfig) -> int:
+    """Return the place of a row's class in the list: found by its key, else by its number."""
+    label = str(row.label)
+    for place, one in enumerate(names):
+        if one.key == label:
+            return place
+    if label.isdecimal() and int(label) < len(names):
+        return int(label)
+    raise ConfigError(
+        f"eval.sets[].classes: {config.classes} has no class {label!r} of image {row.key}; its keys are "
+        f"{_few([one.key for one in names])}: add the class, or name another column than source.label: "
+        f"{config.source.label}"
+    )
+
+
+def _present(classes: list[ClassName], labels: set[int], config: EvalSetConfig) -> tuple[list[ClassName], list[str]]:
+    """Leave classes without an image out if asked to, else warn of them; return classes and warnings."""
+    present = [one for place, one in enumerate(classes) if place in labels]
+    absent = [one.key for place, one in enumerate(classes) if place not in labels]
+    warnings = []
+    name = config.source.short_name
+    if absent and not config.present_classes:
+        warnings.append(
+            f"{name}: {len(absent)} of {len(classes)} classes have no image and can only be taken by mistake: "
+            f"{_few(absent)}; present_classes: true leaves them out"
+        )
+    kept = present if config.present_classes else classes
+    if len(kept) < 2:
+        raise ConfigError(
+            f"eval.sets[].classes: {name} has one class, {kept[0].key!r}, and every answer would be right: expected "
+            "two or more"
+        )
+    return kept, warnings
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
 
 
 def _rows(config: SourceConfig) -> Iterator[Row]:
@@ -117,28 +167,3 @@ def _captions(config: SourceConfig) -> Iterator[dict[str, list[str]]]:
         yield from source.captions()
         return
     yield from source.captions(range(len(source)))
-
-
-def scene_choices() -> list[Choice]:
-    """Return the built-in set's zero-shot tasks.
-
-    `unseen_pairs`: the (colour, shape) of a lone object, among all 40, though training never showed that pair.
-    `relation`: where one object is from another (4-way). `size` (2-way) and `count` (3-way).
-    """
-    unseen = [scenes.unseen_pair(1, index) for index in range(_TASK_SIZE)]
-    shown = [scenes.scene("test", 1, index) for index in range(12 * _TASK_SIZE)]
-    by_kind = {kind: [scene for scene in shown if scene.kind == kind][:_TASK_SIZE] for kind in scenes.KINDS}
-    return [
-        _choice("unseen_pairs", unseen, scenes.pair_question),
-        _choice("relation", by_kind["relation"], scenes.relation_question),
-        _choice("size", by_kind["single"], scenes.size_question),
-        _choice("count", by_kind["count"], scenes.count_question),
-    ]
-
-
-def _choice(name: str, shown: list[scenes.Scene], question: scenes.Question) -> Choice:
-    rows = [Row(scenes.draw(scene, number), {}, f"scenes/{name}/{number}") for number, scene in enumerate(shown)]
-    asked = [question(scene) for scene in shown]
-    languages = asked[0][0]
-    candidates = {language: [texts[language] for texts, _ in asked] for language in languages}
-    return Choice(name, Pictures(rows), candidates, [answer for _, answer in asked])

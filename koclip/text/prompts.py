@@ -7,6 +7,21 @@ from koclip.text.particles import attach, particle
 _SLOT = re.compile(r"\{([^{}]*)\}")
 
 
+def has_particle(template: str) -> bool:
+    """Tell whether a template has a slot for a particle: {label:을/를} or {을/를}."""
+    return any("/" in slot[1] for slot in _SLOT.finditer(template))
+
+
+def spelt_out(template: str) -> str:
+    """Return a template whose particles are spelt out for any name: {label:을/를} becomes {label}을(를)."""
+
+    def both(slot: re.Match[str]) -> str:
+        value, colon, pair = slot[1].rpartition(":")
+        return (f"{{{value}}}" if colon else "") + particle("", pair) if "/" in pair else slot[0]
+
+    return _SLOT.sub(both, template)
+
+
 def fill(template: str, label: str, **others: str) -> str:
     """Return the template with its slots filled.
 

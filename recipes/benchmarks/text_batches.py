@@ -237,8 +237,9 @@ def main(args: Sequence[str] | None = None) -> None:
     lengths = torch.cat([text.batch.attention_mask.sum(dim=1) for text in ways[0]])
     print(f"{hardware()}; {options.precision}; torch {torch.__version__}, transformers {transformers.__version__}")
     print(
-        f"{data.sources[0].label}: {lengths.float().mean():.1f} tokens a caption, at most {lengths.max()}; vocabulary "
-        f"{len(tokenizer):,}; width {options.width}, {options.layers} layers; {options.captions_per_row} packed a row"
+        f"{data.sources[0].short_name}: {lengths.float().mean():.1f} tokens a caption, at most {lengths.max()}; "
+        f"vocabulary {len(tokenizer):,}; width {options.width}, {options.layers} layers; "
+        f"{options.captions_per_row} packed a row"
     )
     print(
         f"batch {options.batch_size}, {options.rounds} rounds of {POOL} steps{', CPU time' * options.cpu_time}; "

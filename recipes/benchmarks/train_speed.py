@@ -156,7 +156,7 @@ def measure(options: argparse.Namespace, model_config: ModelConfig, folder: Path
     seconds = rounds(model, processor, batches, others, options)
     tokens = sum(int(batch.attention_mask.sum()) for batch in batches) / size
     longest = statistics.mean(batch.input_ids.shape[1] for batch in batches)
-    source = data.sources[0].label
+    source = data.sources[0].short_name
     return seconds, f"{source}: {tokens:.1f} tokens a caption, {longest:.1f} padded; vocabulary {len(tokenizer):,}"
 
 

@@ -1,0 +1,105 @@
+"""Embed whole data sets: shared among processes, kept on disk by model and data."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from xxhash import xxh3_128_hexdigest
+
+from koclip import distributed
+from koclip.evaluation.pictures import Pictures
+from koclip.metrics import search
+from koclip.models.encoders import Encoder, by_length, in_batches
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_QUERIES = 4_096  # ranked at once; always as many, so that the number of processes changes no bit
+
+
+class Embedder:
+    """Embeds with one encoder.
+
+    Args:
+        encoder: The model.
+        batch_size: Images or texts encoded at once.
+        cache: Folder that keeps embeddings, found again by a hash of the model and one of the data; default: none is
+            kept.
+        spread: Share the work among the processes, all of which must ask for the same. The batches stay the same, so
+            that the embeddings do, bit for bit.
+    """
+
+    def __init__(self, encoder: Encoder, batch_size: int, cache: Path | None = None, spread: bool = False) -> None:
+        self.encoder, self._batch_size, self._cache, self._spread = encoder, batch_size, cache, spread
+
+    def images(self, pictures: Pictures) -> torch.Tensor:
+        """Return (N, D) unit-norm embeddings."""
+        return self._kept("images", pictures.digest, lambda: self._of_images(self.encoder.encode_images, pictures))
+
+    def features(self, pictures: Pictures) -> torch.Tensor:
+        """Return (N, W) features before the projection."""
+        return self._kept("features", pictures.digest, lambda: self._of_images(self.encoder.image_features, pictures))
+
+    def texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return (N, D) unit-norm embeddings."""
+
+        def embed() -> torch.Tensor:
+            order = by_length(texts)
+            return in_batches(self.encoder.encode_texts, texts, self._batch_size, "texts", order, self._spread)
+
+        return self._kept("texts", lambda: xxh3_128_hexdigest(repr(list(texts)).encode()), embed)
+
+    def search(
+        self, queries: torch.Tensor, gallery: torch.Tensor, positives: Sequence[Sequence[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return each query's rank and its nearest entry (`koclip.metrics.search`)."""
+        starts = range(0, len(queries), _QUERIES)
+        parts = [slice(start, start + _QUERIES) for start in starts]
+        found = self.share(lambda part: search(queries[part], gallery, positives[part]), parts)
+        return torch.cat([ranks for ranks, _ in found]), torch.cat([nearest for _, nearest in found])
+
+    def share(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """Return the result of every item; the processes share the items if they share the embedding."""
+        if not self._spread:
+            return [work(item) for item in items]
+        rank, world_size = distributed.rank(), distributed.world_size()
+        parts = distributed.gather_objects([work(item) for item in items[rank::world_size]])
+        return [parts[number % world_size][number // world_size] for number in range(len(items))]
+
+    def _of_images(self, embed: Callable[..., torch.Tensor], pictures: Pictures) -> torch.Tensor:
+        return in_batches(embed, pictures, self._batch_size, "images", spread=self._spread)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return self.encoder.fingerprint()
+
+    def _kept(self, kind: str, digest: Callable[[], str], make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if self._cache is None:
+            return make()
+        file = self._cache / self._fingerprint / f"{kind}-{digest()}-{self._batch_size}.safetensors"
+        # The first process says what there is: another may look a moment later.
+        kept = _read(file) if distributed.rank() == 0 or not self._spread else None
+        if self._spread:
+            kept = distributed.gather_objects(kept)[0]
+        if kept is not None:
+            return kept
+        made = make()
+        if distributed.rank() == 0 or not self._spread:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".partial")
+            save_file({"embeddings": made}, partial)
+            partial.replace(file)
+        return made
+
+
+def _read(file: Path) -> torch.Tensor | None:
+    """Return what a file keeps; None if there is none. A broken one is named and made again."""
+    try:
+        return load_file(file)["embeddings"] if file.exists() else None
+    except (SafetensorError, OSError, KeyError) as error:
+        tqdm.write(f"{file} is broken and made again: {error}")
+        return None

@@ -1,0 +1,58 @@
+"""The images of rows, decoded when they are asked for."""
+
+from collections.abc import Sequence
+from typing import overload
+
+import numpy as np
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
+from xxhash import xxh3_128
+
+from koclip.config import DataConfig
+from koclip.data.corruptions import corrupt
+from koclip.data.sources import Row
+from koclip.data.transforms import decode, read
+
+MAX_PIXELS = DataConfig.max_image_pixels
+
+
+class Pictures(Sequence[Image.Image]):
+    """The images of rows, decoded when they are asked for.
+
+    Args:
+        rows: Rows whose images can be decoded.
+        corruption: Name of a corruption (`koclip.data.corruptions`), its severity 1 to 5 and a seed.
+    """
+
+    def __init__(self, rows: Sequence[Row], corruption: tuple[str, int, int] | None = None) -> None:
+        self._rows, self._corruption = rows, corruption
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, place: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Image.Image]: ...
+    def __getitem__(self, place: int | slice) -> Image.Image | list[Image.Image]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(len(self)))]
+        pixels = decode(self._rows[place].image, MAX_PIXELS)
+        if self._corruption:
+            name, severity, seed = self._corruption
+            pixels = corrupt(pixels, name, severity, seed=1_000_003 * seed + place)
+        picture: Image.Image = to_pil_image(pixels)
+        return picture
+
+    def corrupted(self, name: str, severity: int, seed: int) -> "Pictures":
+        """Return the same images, corrupted."""
+        return Pictures(self._rows, (name, severity, seed))
+
+    def digest(self) -> str:
+        """Return a hash of all images and of what is done to them."""
+        digest = xxh3_128(repr(self._corruption).encode())
+        for row in self._rows:
+            content = read(row.image)
+            digest.update(content.tobytes() if isinstance(content, np.ndarray) else content)
+            digest.update(b"|")
+        return digest.hexdigest()

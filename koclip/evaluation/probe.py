@@ -1,0 +1,134 @@
+"""Logistic regression on image features: the CLIP paper's linear probe, and the same on a few images per class.
+
+Radford et al. 2021, appendix A.3: the layer before the projection, scikit-learn's L-BFGS with at most 1,000 iterations,
+the strength of the L2 regularisation found on a validation split. The grid has 96 steps of an eighth of a decade from
+1e-6 to 1e6. The search starts at 1e-6, 1e-4 ... 1e6 and halves its step around the best, down to the grid's. The
+paper's lambda is taken for scikit-learn's C, as its authors' README does (C = 0.316).
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from tqdm.auto import tqdm
+
+from koclip import distributed
+from koclip.evaluation.embed import Embedder
+from koclip.evaluation.sets import EvalSet
+from koclip.metrics import Metric, mean, mean_per_class, share
+
+_START = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # exponents of C
+_STEP = 0.125  # eight per decade
+_ITERATIONS = 1_000
+_VALIDATION = 0.2  # of the training images
+_DRAWS = 3  # of few-shot images, as in CoOp
+_MOST_VALIDATION_SHOTS = 4  # per class, as in CoOp
+
+Array = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+
+class Part(NamedTuple):
+    """Features (N, W) and labels (N,)."""
+
+    features: Array
+    labels: Labels
+
+    def of(self, places: npt.NDArray[np.int64]) -> "Part":
+        """Return some of the rows."""
+        return Part(self.features[places], self.labels[places])
+
+
+def fit(train: Part, c: float) -> LogisticRegression:
+    """Fit the probe with inverse regularisation strength `c`. Not to converge in 1,000 iterations is the protocol."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return LogisticRegression(C=c, max_iter=_ITERATIONS).fit(train.features, train.labels)
+
+
+def search_c(scores_of: Callable[[list[float]], list[float]]) -> tuple[float, list[float]]:
+    """Return the C with the best score on validation and those that were tried; of equal scores the smallest C.
+
+    Args:
+        scores_of: Takes some Cs and returns their scores.
+    """
+    scores: dict[float, float] = {}
+    exponents, step = list(_START), 1.0
+    while step >= _STEP:
+        scores |= zip(exponents, scores_of([10**exponent for exponent in exponents]), strict=True)
+        best = max(scores, key=lambda exponent: (scores[exponent], -exponent))
+        near = (best - step, best + step)
+        exponents = [one for one in near if _START[0] <= one <= _START[-1] and one not in scores]
+        step /= 2
+    scores |= zip(exponents, scores_of([10**exponent for exponent in exponents]), strict=True)
+    best = max(scores, key=lambda exponent: (scores[exponent], -exponent))
+    return 10**best, [10**exponent for exponent in scores]
+
+
+def linear_probe(embedder: Embedder, one: EvalSet) -> dict[str, Metric]:
+    """Find C on a fifth of the training images, fit on all of them, and test."""
+    train, test = _parts(embedder, one)
+    fitted, held = train_test_split(
+        np.arange(len(train.labels)), test_size=_VALIDATION, stratify=train.labels, random_state=one.config.seed
+    )
+    c = _best_c(embedder, train.of(fitted), train.of(held), f"{one.name}: linear probe")
+    hits = torch.from_numpy(fit(train, c).predict(test.features) == test.labels)
+    return {
+        "linear_probe/accuracy": share(hits),
+        "linear_probe/mean_per_class": mean_per_class(hits, torch.from_numpy(test.labels)),
+    }
+
+
+def few_shot(embedder: Embedder, one: EvalSet) -> dict[str, Metric]:
+    """Fit on a few images per class; C is found on as many others, at most four. The mean of three draws."""
+    train, test = _parts(embedder, one)
+    smallest = int(np.bincount(train.labels).min())
+    metrics = {}
+    for shots in one.config.shots:
+        held = min(shots, _MOST_VALIDATION_SHOTS)
+        if shots + held > smallest:
+            raise ValueError(
+                f"eval.sets[].shots: {shots} shots and {held} for validation, but a class of {one.name} has {smallest} "
+                "training images: leave the number out"
+            )
+        hits = []
+        for draw in range(_DRAWS):
+            fitted, validation = draw_shots(train.labels, shots, held, seed=_DRAWS * one.config.seed + draw)
+            c = _best_c(embedder, train.of(fitted), train.of(validation), f"{one.name}: {shots} shots")
+            hits.append(fit(train.of(fitted), c).predict(test.features) == test.labels)
+        metrics[f"few_shot/accuracy_{shots:02d}_shots"] = mean(torch.from_numpy(np.mean(hits, axis=0)))
+    return metrics
+
+
+def draw_shots(labels: Labels, shots: int, held: int, seed: int) -> tuple[Labels, Labels]:
+    """Return the places of `shots` and of `held` other images of every class."""
+    rng = np.random.default_rng(seed)
+    drawn = [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+    fitted = np.concatenate([places[:shots] for places in drawn])
+    return fitted, np.concatenate([places[shots : shots + held] for places in drawn])
+
+
+def _best_c(embedder: Embedder, train: Part, held: Part, label: str) -> float:
+    with tqdm(desc=label, unit=" fits", leave=False, disable=distributed.rank() > 0) as bar:
+
+        def score(c: float) -> float:
+            bar.update()
+            return float(fit(train, c).score(held.features, held.labels))
+
+        return search_c(lambda cs: embedder.share(score, cs))[0]
+
+
+def _parts(embedder: Embedder, one: EvalSet) -> tuple[Part, Part]:
+    """Return what probes are fitted on and what they are tested on."""
+    whole = Part(embedder.features(one.pictures).numpy(), np.array(one.labels))
+    if one.train is not None:
+        return Part(embedder.features(one.train.pictures).numpy(), np.array(one.train.labels)), whole
+    places = np.arange(len(one.labels))
+    fitted, tested = train_test_split(places, test_size=0.5, stratify=whole.labels, random_state=one.config.seed)
+    return whole.of(fitted), whole.of(tested)

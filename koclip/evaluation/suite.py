@@ -1,0 +1,47 @@
+"""The directory of an evaluation: what was asked, of what, and what was left out."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from koclip import distributed
+from koclip.checkpoint import lines
+from koclip.checkpoint.environment import environment
+from koclip.config import EvaluateConfig, dump, to_dict
+from koclip.evaluation.sets import EvalSet
+
+
+def start(config: EvaluateConfig, sets: Sequence[EvalSet]) -> Path:
+    """Return the run directory, the same on every process; config.yaml and skipped.jsonl are in it."""
+    name = config.output_dir or f"runs/evaluate-{datetime.now():%Y%m%d-%H%M%S}"
+    run = Path(distributed.gather_objects(name)[0])
+    if distributed.rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        dump(config, run / "config.yaml")
+        skipped = [skip._asdict() for one in sets for skip in one.skipped]
+        (run / "skipped.jsonl").unlink(missing_ok=True)
+        if skipped:
+            lines.append(run / "skipped.jsonl", skipped)
+    distributed.barrier()
+    return run
+
+
+def surroundings() -> dict[str, Any]:
+    """Return what the numbers depend on besides model and data; the number of processes is not among it."""
+    return {name: value for name, value in environment().items() if name != "num_processes"}
+
+
+def described(one: EvalSet, templates: dict[str, list[str]]) -> dict[str, Any]:
+    """Return what results.json says of a data set."""
+    facts: dict[str, Any] = {"source": to_dict(one.config), "images": len(one.pictures), "skipped": len(one.skipped)}
+    if one.classes:
+        facts["classes"] = len(one.classes)
+    return facts | ({"templates": templates} if templates else {})
+
+
+def labels_of(models: Sequence[str]) -> dict[str, str]:
+    """Return a short name for each model: of runs/a/model it is a; of what would have the same, the whole name."""
+    short = {one: (Path(one).parent if Path(one).name == "model" else Path(one)).name for one in models}
+    names = list(short.values())
+    return {one: name if names.count(name) == 1 else one.replace("/", "-") for one, name in short.items()}
