@@ -158,6 +158,25 @@ def table(write_table) -> SourceConfig:
 
 
 @pytest.fixture
+def colours(tmp_path: Path, encoded: Callable[..., bytes]) -> Callable[..., Any]:
+    """Return a function that opens 24 pictures of four colours with their classes."""
+    from fake_encoder import CLASSES, write_colours
+
+    from koclip.config import EvalSetConfig
+    from koclip.evaluation.sets import open_set
+
+    (tmp_path / "classes.yaml").write_text(CLASSES, encoding="utf-8")
+    file = write_colours(tmp_path / "colours.parquet", encoded)
+
+    def opened(label: str | None = "key", captions: dict[str, str] | None = None, **changes: object) -> Any:
+        source = SourceConfig(path=str(changes.pop("path", file)), label=label, captions=captions or {})
+        settings = {"classes": str(tmp_path / "classes.yaml") if label else None, "tasks": ["zero_shot"], **changes}
+        return open_set(EvalSetConfig(source=source, **settings))  # type: ignore[arg-type]
+
+    return opened
+
+
+@pytest.fixture
 def pairs(tmp_path: Path) -> SourceConfig:
     """Return 20 photos with captions in two languages."""
     from align_runs import write_pairs

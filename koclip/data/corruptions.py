@@ -22,7 +22,8 @@ def _noise(image: torch.Tensor, severity: int, generator: torch.Generator) -> to
 
 
 def _blur(image: torch.Tensor, severity: int, generator: torch.Generator) -> torch.Tensor:
-    sigma = (0.006, 0.012, 0.018, 0.026, 0.04)[severity] * min(image.shape[1:])
+    relative = (0.004, 0.008, 0.012, 0.018, 0.026)[severity]
+    sigma = 0.4 + relative * min(image.shape[1:])  # a kernel below 0.4 pixels changes nothing
     blurred: torch.Tensor = F.gaussian_blur(image, 2 * max(1, round(3 * sigma)) + 1, sigma)
     return blurred
 

@@ -19,6 +19,7 @@ from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
 
 from koclip import distributed
+from koclip.config import ConfigError
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.sets import EvalSet
 from koclip.metrics import Metric, mean, mean_per_class, share
@@ -27,6 +28,7 @@ _START = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # exponents of C
 _STEP = 0.125  # eight per decade
 _ITERATIONS = 1_000
 _VALIDATION = 0.2  # of the training images
+_TESTED = 0.5  # of a set without training images
 _DRAWS = 3  # of few-shot images, as in CoOp
 _MOST_VALIDATION_SHOTS = 4  # per class, as in CoOp
 
@@ -74,9 +76,7 @@ def search_c(scores_of: Callable[[list[float]], list[float]]) -> tuple[float, li
 def linear_probe(embedder: Embedder, one: EvalSet) -> dict[str, Metric]:
     """Find C on a fifth of the training images, fit on all of them, and test."""
     train, test = _parts(embedder, one)
-    fitted, held = train_test_split(
-        np.arange(len(train.labels)), test_size=_VALIDATION, stratify=train.labels, random_state=one.config.seed
-    )
+    fitted, held = _split(train.labels, _VALIDATION, one)
     c = _best_c(embedder, train.of(fitted), train.of(held), f"{one.name}: linear probe")
     hits = torch.from_numpy(fit(train, c).predict(test.features) == test.labels)
     return {
@@ -88,12 +88,12 @@ def linear_probe(embedder: Embedder, one: EvalSet) -> dict[str, Metric]:
 def few_shot(embedder: Embedder, one: EvalSet) -> dict[str, Metric]:
     """Fit on a few images per class; C is found on as many others, at most four. The mean of three draws."""
     train, test = _parts(embedder, one)
-    smallest = int(np.bincount(train.labels).min())
+    smallest = int(np.unique(train.labels, return_counts=True)[1].min())
     metrics = {}
     for shots in one.config.shots:
         held = min(shots, _MOST_VALIDATION_SHOTS)
         if shots + held > smallest:
-            raise ValueError(
+            raise ConfigError(
                 f"eval.sets[].shots: {shots} shots and {held} for validation, but a class of {one.name} has {smallest} "
                 "training images: leave the number out"
             )
@@ -124,11 +124,27 @@ def _best_c(embedder: Embedder, train: Part, held: Part, label: str) -> float:
         return search_c(lambda cs: embedder.share(score, cs))[0]
 
 
+def _split(labels: Labels, share: float, one: EvalSet) -> tuple[Labels, Labels]:
+    """Return the places of the images that stay and of a share that is set aside, of every class alike.
+
+    Raises:
+        ConfigError: a class has too few images for it.
+    """
+    places, classes = np.arange(len(labels)), len(np.unique(labels))
+    smallest = int(np.unique(labels, return_counts=True)[1].min())
+    if smallest < 2 or share * len(labels) < classes:
+        raise ConfigError(
+            f"{one.name}: a probe sets {share:.0%} of its images aside, and {len(labels)} images of {classes} classes "
+            f"(the fewest of one: {smallest}) are too few for that; give more in eval.sets[].train"
+        )
+    fitted, aside = train_test_split(places, test_size=share, stratify=labels, random_state=one.config.seed)
+    return fitted, aside
+
+
 def _parts(embedder: Embedder, one: EvalSet) -> tuple[Part, Part]:
     """Return what probes are fitted on and what they are tested on."""
     whole = Part(embedder.features(one.pictures).numpy(), np.array(one.labels))
     if one.train is not None:
         return Part(embedder.features(one.train.pictures).numpy(), np.array(one.train.labels)), whole
-    places = np.arange(len(one.labels))
-    fitted, tested = train_test_split(places, test_size=0.5, stratify=whole.labels, random_state=one.config.seed)
+    fitted, tested = _split(whole.labels, _TESTED, one)
     return whole.of(fitted), whole.of(tested)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from koclip.config import ConfigError
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.sets import EvalSet
 from koclip.metrics import Metric, mean, recall_at
@@ -73,7 +74,7 @@ def languages(embedder: Embedder, one: EvalSet, first: str, second: str, images:
         for pair in zip(captions.get(first, []), captions.get(second, []), strict=True)
     ]
     if not pairs:
-        raise ValueError(
+        raise ConfigError(
             f"{one.name}: no image has equally many captions in {first} and {second}: none can be compared"
         )
     groups = torch.tensor([image for image, _ in pairs])

@@ -1,0 +1,110 @@
+"""Opening what is evaluated: classes found by name and number, what is left out is said, and mistakes are named."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+from fake_encoder import CLASSES, ColourEncoder, write_colours
+
+from koclip.config import ConfigError, EvalSetConfig, SourceConfig
+from koclip.evaluation.embed import Embedder
+from koclip.evaluation.evaluate import warnings_of
+from koclip.evaluation.sets import EvalSet, open_set
+
+
+@pytest.mark.parametrize("label", ["key", "number"])
+def test_classes_are_found_by_key_and_by_number(label: str, colours: Callable[..., EvalSet]) -> None:
+    one = colours(label)
+    assert one.labels == [0, 1, 2, 3] * 6
+    assert one.languages == ["ko", "en"]
+    assert not one.warnings
+
+
+def test_a_folder_of_folders_has_its_classes_by_folder_name(
+    tmp_path: Path, encoded: Callable[..., bytes], colours: Callable[..., EvalSet]
+) -> None:
+    for name, colour in (("blue", (0, 0, 250)), ("red", (250, 0, 0))):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        (tmp_path / "photos" / name / "1.png").write_bytes(encoded(colour))
+    one = colours("label", path=tmp_path / "photos", present_classes=True)
+    assert [one.classes[label].key for label in one.labels] == ["blue", "red"]
+
+
+def test_class_label_features_are_read_by_name(tmp_path: Path, colours: Callable[..., EvalSet]) -> None:
+    """Their numbers follow the data set's own list, not ours."""
+    from PIL import Image
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["yellow", "red"])})
+    rows = {"image": [Image.new("RGB", (4, 4), "yellow"), Image.new("RGB", (4, 4), "red")], "label": [0, 1]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "named.parquet"))
+    one = colours("label", path=tmp_path / "named.parquet")
+    assert [one.classes[label].key for label in one.labels] == ["yellow", "red"]
+    assert "2 of 4 classes have no image" in one.warnings[0]
+    assert "green, blue" in one.warnings[0]
+
+
+def test_absent_classes_may_be_left_out(tmp_path: Path, encoded: Callable[..., bytes], colours) -> None:
+    file = write_colours(tmp_path / "two.parquet", encoded, colours=("노랑", "빨강"))
+    one = colours(path=file, present_classes=True)
+    assert [name.key for name in one.classes] == ["red", "yellow"]
+    assert one.labels == [1, 0] * 12
+    assert not one.warnings
+
+
+def test_training_images_of_classes_that_are_left_out_are_left_out_too(tmp_path: Path, encoded, colours) -> None:
+    file = write_colours(tmp_path / "two.parquet", encoded, colours=("노랑", "빨강"))
+    train = SourceConfig(path=str(tmp_path / "colours.parquet"), label="key", captions={})
+    one = colours(path=file, present_classes=True, train=train, tasks=["linear_probe"])
+    assert one.train is not None
+    assert one.train.labels == [0, 1] * 6
+    assert len(one.train.pictures) == 12
+
+
+def test_a_class_that_the_list_lacks_is_named(tmp_path: Path, colours: Callable[..., EvalSet]) -> None:
+    (tmp_path / "three.yaml").write_text("\n".join(CLASSES.strip().splitlines()[:3]), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"has no class 'yellow' of image colours/3.*red, green, blue"):
+        colours(classes=str(tmp_path / "three.yaml"))
+
+
+def test_one_class_is_refused(tmp_path: Path, encoded: Callable[..., bytes], colours) -> None:
+    file = write_colours(tmp_path / "one.parquet", encoded, colours=("빨강",))
+    with pytest.raises(ConfigError, match="one class, 'red', and every answer would be right"):
+        colours(path=file, present_classes=True)
+
+
+def test_a_class_twice_is_refused(tmp_path: Path, colours: Callable[..., EvalSet]) -> None:
+    (tmp_path / "twice.yaml").write_text(CLASSES + "- {key: crimson, ko: 빨강, en: crimson}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"'빨강'.*the same as '빨강' .numbers 0 and 4"):
+        colours(classes=str(tmp_path / "twice.yaml"))
+
+
+def test_a_source_without_captions_is_refused(tmp_path: Path, colours: Callable[..., EvalSet]) -> None:
+    colours()
+    source = SourceConfig(path=str(tmp_path / "colours.parquet"), captions={"ko": "key"}, where={"key": ["pink"]})
+    with pytest.raises(ConfigError, match="has no rows"):
+        open_set(EvalSetConfig(source=source))
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"tasks": ["linear_probe"]}, "need source.label and classes"),
+        ({"classes": "cifar10", "tasks": ["zero_shot"]}, "name the column of the classes"),
+        ({"tasks": ["shift"]}, "needs shifted sets or corruptions"),
+        ({"shots": [0]}, "expected 1 or more"),
+        ({"templates": {"fr": ["{}"]}}, "languages are"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(settings: dict[str, object], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        EvalSetConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_that_cannot_read_hangul_is_named(colours: Callable[..., EvalSet]) -> None:
+    class Blind(ColourEncoder):
+        def unknown_share(self, texts) -> float:
+            return sum(not text.isascii() for text in texts) / len(texts)
+
+    (warning,) = warnings_of(Embedder(Blind(), 8), [colours()])
+    assert "colours/ko: 100% of the tokens are unknown to the tokenizer of colours" in warning

@@ -1,0 +1,147 @@
+"""Retrieval, the same in two languages, and under stress, on colours whose scores can be worked out by hand."""
+
+import shutil
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fake_encoder import ColourEncoder
+from safetensors.torch import load_file
+
+from koclip.config import ConfigError
+from koclip.evaluation import embed
+from koclip.evaluation.embed import Embedder
+from koclip.evaluation.evaluate import evaluate
+from koclip.evaluation.retrieval import collect, languages, retrieval, stress
+from koclip.evaluation.sets import EvalSet
+from koclip.metrics import first_ranks
+from koclip.text.stress import STRESSES
+
+CAPTIONS = {"ko": "ko", "en": "en"}
+
+
+def embedded(one: EvalSet, encoder: ColourEncoder | None = None) -> tuple[Embedder, EvalSet, torch.Tensor]:
+    embedder = Embedder(encoder or ColourEncoder(), 8)
+    return embedder, one, embedder.images(one.pictures)
+
+
+def test_equal_captions_are_one_with_several_images() -> None:
+    found = collect([["가", "나"], ["나", "나"], [], ["다"]], ["라", "가"])
+    assert found.texts == ["가", "나", "다", "라"]
+    assert found.images == [[0], [0, 1], [3]]
+    assert found.texts_of == [[0, 1], [1], [], [2]]
+
+
+def test_recalls_are_those_of_the_whole_matrix(colours: Callable[..., EvalSet]) -> None:
+    embedder, one, images = embedded(colours(None, CAPTIONS, tasks=["retrieval"]))
+    metrics = retrieval(embedder, one, "ko", images)
+    texts = [text for captions in one.captions for text in captions["ko"]]
+    positives = torch.zeros(len(texts), 24, dtype=torch.bool)
+    for place in range(len(texts)):
+        positives[place, place // 2] = True
+    similarity = embedder.texts(texts) @ images.T
+    for task, ranks in (
+        ("text_to_image", first_ranks(similarity, positives)),
+        ("image_to_text", first_ranks(similarity.T, positives.T)),
+        ("text_to_image_first_caption", first_ranks(similarity[::2], positives[::2])),
+        ("image_to_text_first_caption", first_ranks(similarity[::2].T, positives[::2].T)),
+    ):
+        for k in (1, 5, 10):
+            assert metrics[f"{task}/recall@{k}"].value == pytest.approx((ranks < k).double().mean().item()), task
+        assert metrics[f"{task}/median_rank"].value == ranks.sort().values[(len(ranks) - 1) // 2].item() + 1
+        assert metrics[f"{task}/recall@1"].n == len(ranks)
+
+
+def test_the_gap_is_between_the_same_captions(colours: Callable[..., EvalSet]) -> None:
+    """A model that has never learnt English finds what chance finds, and another image than in Korean."""
+    embedder, one, images = embedded(colours(None, CAPTIONS), ColourEncoder(english=False))
+    metrics = languages(embedder, one, "ko", "en", images)
+    ko = retrieval(embedder, one, "ko", images)["text_to_image/recall@10"].value
+    en = retrieval(embedder, one, "en", images)["text_to_image/recall@10"].value
+    assert metrics["languages/gap@10"].value == pytest.approx(ko - en)
+    assert metrics["languages/gap@10"].n == 48
+    assert metrics["languages/gap@10"].ci95[0] > 0
+    assert metrics["languages/same_image"].value < 0.2
+    swapped = languages(embedder, one, "en", "ko", images)
+    assert swapped["languages/gap@10"].value == pytest.approx(en - ko)
+    same = languages(*embedded(one)[:1], one, "ko", "ko", images)
+    assert same["languages/same_image"].value == 1.0
+
+
+def test_images_with_unequal_captions_are_not_compared(colours: Callable[..., EvalSet]) -> None:
+    embedder, one, images = embedded(colours(None, CAPTIONS))
+    for captions in one.captions[1:]:
+        captions["en"] = captions["en"][:1]
+    first, second = one.captions[0], one.captions[1]
+    second["en"] = ["one picture", "another picture"]
+    assert languages(embedder, one, "ko", "en", images)["languages/gap@1"].n == 4
+    first["en"] = second["en"] = ["one picture"]
+    with pytest.raises(ConfigError, match="no image has equally many captions in ko and en"):
+        languages(embedder, one, "ko", "en", images)
+
+
+def test_stress_drops_are_paired(colours: Callable[..., EvalSet]) -> None:
+    """Colours spelt apart or in Latin letters cannot be read; a dropped space changes nothing for this encoder."""
+    embedder, one, images = embedded(colours(None, CAPTIONS, tasks=["stress"]))
+    metrics = stress(embedder, one, images)
+    assert {name.split("/")[0] for name in metrics} == {f"stress_{name}" for name in STRESSES}
+    plain = retrieval(embedder, one, "ko", images)["text_to_image/recall@10"].value
+    for name in STRESSES:
+        found, drop = (metrics[f"stress_{name}/{kind}@10"] for kind in ("recall", "drop"))
+        assert drop.value == pytest.approx(plain - found.value), name
+        assert drop.ci95[0] <= drop.value <= drop.ci95[1]
+    assert metrics["stress_jamo/drop@10"].ci95[0] > 0
+    assert metrics["stress_nfd/changed"].value == 1.0
+    assert metrics["stress_nfd/drop@10"].value > 0  # this encoder knows composed names only
+    texts = [unicodedata.normalize("NFD", caption) for caption in one.captions[0]["ko"]]
+    assert not any("빨강" in text for text in texts)
+
+
+def test_a_second_evaluation_embeds_nothing(tmp_path: Path, colours: Callable[..., EvalSet]) -> None:
+    sets = [
+        colours(None, CAPTIONS, tasks=["retrieval", "languages", "stress"]),
+        colours(tasks=["zero_shot", "shift"], corruptions=["noise"]),
+    ]
+    first, second = ColourEncoder(), ColourEncoder()
+    metrics = evaluate(Embedder(first, 8, tmp_path / "kept"), sets)
+    assert evaluate(Embedder(second, 8, tmp_path / "kept"), sets) == metrics
+    assert first.calls > 0 == second.calls
+    assert evaluate(Embedder(ColourEncoder(), 8), sets) == metrics
+    other = ColourEncoder(english=False)  # another model: nothing of the first one's is taken
+    evaluate(Embedder(other, 8, tmp_path / "kept"), sets)
+    assert other.calls == first.calls
+
+
+def test_a_broken_file_is_made_again(
+    tmp_path: Path, colours: Callable[..., EvalSet], capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = colours(None, CAPTIONS)
+    kept = Embedder(ColourEncoder(), 8, tmp_path / "kept").images(one.pictures)
+    (file,) = (tmp_path / "kept").rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    assert torch.equal(Embedder(ColourEncoder(), 8, tmp_path / "kept").images(one.pictures), kept)
+    assert "is broken and made again" in capsys.readouterr().out
+    assert torch.equal(load_file(file)["embeddings"], kept)
+    assert not list((tmp_path / "kept").rglob("*.partial"))
+
+
+def test_other_pictures_and_texts_are_not_taken_for_the_same(tmp_path: Path, colours: Callable[..., EvalSet]) -> None:
+    one = colours(None, CAPTIONS)
+    embedder = Embedder(ColourEncoder(), 8, tmp_path / "kept")
+    assert not torch.equal(embedder.images(one.pictures), embedder.images(one.pictures.corrupted("noise", 5, 0)))
+    assert not torch.equal(embedder.texts(["빨강", "초록"]), embedder.texts(["초록", "빨강"]))
+    shutil.rmtree(tmp_path / "kept")
+    assert embedder.texts(["빨강"]).shape == (1, 8)
+
+
+def test_blocks_of_queries_are_ranked_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, gallery = torch.rand(37, 8, generator=generator), torch.rand(50, 8, generator=generator)
+    positives = [[number, (7 * number) % 50] for number in range(37)]
+    embedder = Embedder(ColourEncoder(), 8)
+    whole = embedder.search(queries, gallery, positives)
+    monkeypatch.setattr(embed, "_QUERIES", 5)
+    for one, other in zip(whole, embedder.search(queries, gallery, positives), strict=True):
+        assert torch.equal(one, other)
