@@ -167,14 +167,19 @@ KINDS: dict[str, Callable[[Path], tuple[Any, Any]]] = {
 }
 
 
+def draw(model: torch.nn.Module) -> None:
+    """Give a model random weights, biases and norms too, so that a part left out would show."""
+    for name, parameter in model.named_parameters():
+        scale = parameter.ndim == 1 and name.endswith("weight")  # of a norm: near 0, all embeddings would be alike
+        torch.nn.init.normal_(parameter, mean=float(scale), std=0.3)
+
+
 def saved(kind: str, directory: Path) -> Path:
-    """Save a model of random weights, biases and norms too, so that a part left out would show."""
+    """Save a model of random weights as it is published."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(len(kind))
         model, processor = KINDS[kind](directory)
-        for name, parameter in model.named_parameters():
-            scale = "norm" in name.lower() and name.endswith("weight")  # near 0, all embeddings would be alike
-            torch.nn.init.normal_(parameter, mean=float(scale), std=0.3)
+        draw(model)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
     return directory

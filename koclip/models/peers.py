@@ -38,6 +38,8 @@ from koclip.models.sentences import SentenceImages, SentenceTexts, package
 
 _LARGEST_IS_END = 2  # what the first published CLIPs say; transformers then reads the largest id
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".npz", ".npy"}
+_KOREAN, _ENGLISH = "kor_Hang", "eng_Latn"  # NLLB's tokens for languages
+_HANGUL = re.compile("[\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3]")
 # What a model that does not hang together raises when it is tried.
 _FAULTS = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, AssertionError)
 
@@ -166,6 +168,10 @@ class TwoModels:
 class OpenClipEncoder:
     """A model of open_clip with its own tokenizer and preprocessing, see `koclip.models.encoders.Encoder`.
 
+    Two rules that open_clip leaves to its caller are kept: weights whose tag says QuickGELU get it under any model name
+    (`ViT-B-32@openai`; open_clip only warns), and NLLB's tokenizer is told the language, Korean where there is Hangul
+    and English elsewhere.
+
     Args:
         model_name: As open_clip names it.
         pretrained: Its tag, or a safetensors file.
@@ -176,16 +182,19 @@ class OpenClipEncoder:
     def __init__(self, model_name: str, pretrained: str | None, device: torch.device, name: str) -> None:
         open_clip = package("open_clip")
         self.name, self._device = name, device
+        tag = open_clip.get_pretrained_cfg(model_name.replace("/", "-"), pretrained) if pretrained else {}
+        options = {"precision": "fp32", "weights_only": True, "force_quick_gelu": tag.get("quick_gelu", False)}
         try:
-            self._model, self._preprocess = open_clip.create_model_from_pretrained(
-                model_name, pretrained, precision="fp32", device=device, weights_only=True
-            )
+            made = open_clip.create_model_from_pretrained(model_name, pretrained, device=device, **options)
+            self._model, self._preprocess = made
             self._tokenizer = open_clip.get_tokenizer(model_name)
         except (*_FAULTS, OSError) as error:
             raise ConfigError(
                 f"model: {name} cannot be loaded by open_clip: {_first_line(error)}. Expected {_FORMS['open_clip']}"
             ) from error
         self._model.eval()
+        vocabulary: dict[str, int] = getattr(getattr(self._tokenizer, "tokenizer", None), "get_vocab", dict)()
+        self._asks_language = vocabulary.keys() >= {_KOREAN, _ENGLISH}
 
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Return unit-norm float32 embeddings (B, D), on the CPU."""
@@ -195,7 +204,7 @@ class OpenClipEncoder:
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Return unit-norm float32 embeddings (B, D), on the CPU."""
         with evaluating(self._model):
-            return unit(self._model.encode_text(self._tokenizer(list(texts)).to(self._device)))
+            return unit(self._model.encode_text(self._tokens(texts).to(self._device)))
 
     def image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Return float32 features (B, W), on the CPU: what the projection reads, or else the tower's own output."""
@@ -212,8 +221,21 @@ class OpenClipEncoder:
         tokenizer = getattr(self._tokenizer, "tokenizer", None)
         ranks = getattr(self._tokenizer, "bpe_ranks", None)
         rules = [tokenizer_rules(tokenizer) if tokenizer else repr(ranks), _settings(self._tokenizer)]
-        modules = [f"{name} {_settings(module)}" for name, module in self._model.named_modules()]
+        modules = [
+            f"{name} {type(module).__name__} {_settings(module)}" for name, module in self._model.named_modules()
+        ]
         return fingerprint(self._model, _ADDRESS.sub("", repr(self._preprocess)), *rules, *modules)
+
+    def _tokens(self, texts: Sequence[str]) -> torch.Tensor:
+        if not self._asks_language:
+            return self._tokenizer(list(texts))  # type: ignore[no-any-return]
+        rows = []
+        for text in texts:
+            # Not by open_clip's `set_language`: transformers 5 goes back to `src_lang` in every call.
+            self._tokenizer.tokenizer.src_lang = _KOREAN if _HANGUL.search(text) else _ENGLISH
+            rows.append(self._tokenizer([text]))
+        self._tokenizer.tokenizer.src_lang = _ENGLISH  # as it was
+        return torch.cat(rows)
 
     def _pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
         return torch.stack([self._preprocess(to_rgb(image)) for image in images]).to(self._device)
