@@ -283,3 +283,18 @@ def test_metaclip2_reads_the_first_end_token(directories: Callable[[str], Path])
         hidden = model.text_model(**tokens).last_hidden_state[torch.arange(len(TEXTS)), ends]
         wanted = F.normalize(model.text_projection(hidden), dim=-1)
     close(open_encoder(str(directory), "cpu").encode_texts(TEXTS), wanted)
+
+
+def test_a_fingerprint_forgets_where_towers_came_from(tmp_path: Path) -> None:
+    tower, text, found = transformers.ViTModel(transformers.ViTConfig(**VISION)), bert(bert_tokenizer()), set()
+    for name in ("one", "other"):
+        parts = [str(tmp_path / name / part) for part in ("vision", "text")]
+        tower.save_pretrained(parts[0])
+        text.save_pretrained(parts[1])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            model = transformers.VisionTextDualEncoderModel.from_vision_text_pretrained(*parts)
+        publish(tmp_path / name, model, joint_processor(bert_tokenizer()))
+        assert parts[0] in (tmp_path / name / "config.json").read_text()
+        found.add(open_encoder(str(tmp_path / name), "cpu").fingerprint())
+    assert len(found) == 1
