@@ -1,5 +1,6 @@
 """Encoders of images and texts behind one seam, so that one evaluation ranks any dual encoder by its own rules."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -9,16 +10,35 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import (
+    AltCLIPModel,
+    ChineseCLIPModel,
+    CLIPModel,
+    MetaClip2Model,
+    PreTrainedModel,
+    ProcessorMixin,
+    Siglip2Model,
+    SiglipModel,
+    VisionTextDualEncoderModel,
+)
 
 from koclip import distributed
 from koclip.data.transforms import to_rgb
 from koclip.models.fingerprint import fingerprint
-from koclip.text import tokenizers
 
 Item = TypeVar("Item")
 
+DUAL_ENCODERS = (
+    CLIPModel,
+    ChineseCLIPModel,
+    AltCLIPModel,
+    SiglipModel,
+    Siglip2Model,
+    MetaClip2Model,
+    VisionTextDualEncoderModel,
+)
 SIGLIP_TOKENS = 64  # SigLIP and SigLIP 2 were trained on texts padded to this length, without a mask
+_NO_LIMIT = 10**9  # tokens; a tokenizer without a longest length says 10^30
 _PROGRESS_FROM = 10  # batches; shorter work shows no bar
 
 
@@ -44,10 +64,10 @@ class Encoder(Protocol):
 
 
 class TransformersEncoder:
-    """A dual encoder of transformers: CLIP, ChineseCLIP, AltCLIP, SigLIP, SigLIP 2, MetaCLIP 2, VisionTextDualEncoder.
+    """A dual encoder of transformers.
 
     Args:
-        model: Has `get_image_features` and `get_text_features`; stays on the device and in the mode it is in.
+        model: One of `DUAL_ENCODERS`; stays on the device and in the mode it is in.
         processor: Its own.
         name: Where it came from.
     """
@@ -62,22 +82,21 @@ class TransformersEncoder:
         """Return unit-norm float32 embeddings (B, D), on the CPU."""
         pixels = self._pixels(images)
         with evaluating(self._model):
-            return _unit(self._model.get_image_features(**pixels).pooler_output)
+            return unit(self._model.get_image_features(**pixels).pooler_output)
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Return unit-norm float32 embeddings (B, D), on the CPU; for SigLIP lower-cased and padded to 64 tokens."""
         tokenizer = self._processor.tokenizer
         if self._is_siglip:
-            texts = [text.lower() for text in texts]
             options = {"padding": "max_length", "truncation": True, "max_length": SIGLIP_TOKENS}
-            encoded = tokenizer(texts, return_tensors="pt", **options)
+            encoded = tokenizer(self._cased(texts), return_tensors="pt", **options)
             wanted = ["input_ids"]
         else:
-            encoded = tokenizers.encode(tokenizer, list(texts), padding=True, return_tensors="pt")
+            encoded = encode(tokenizer, texts, self._model.text_model)
             wanted = ["input_ids", "attention_mask"]
         inputs = {name: encoded[name].to(self._model.device) for name in wanted}
         with evaluating(self._model):
-            return _unit(self._model.get_text_features(**inputs).pooler_output)
+            return unit(self._model.get_text_features(**inputs).pooler_output)
 
     def image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Return the image tower's pooled output (B, W), on the CPU: what the projection reads where there is one."""
@@ -88,25 +107,62 @@ class TransformersEncoder:
 
     def unknown_share(self, texts: Sequence[str]) -> float:
         """Return the share of tokens that are the tokenizer's unknown token, 0 to 1."""
-        return unknown_share(self._processor.tokenizer, texts)
+        return unknown_share(self._processor.tokenizer, self._cased(texts))
 
     def fingerprint(self) -> str:
         """Return a hash of the weights, their configuration, the tokenizer and the image processor."""
-        tokenizer = self._processor.tokenizer
-        written = getattr(tokenizer, "backend_tokenizer", None)
-        rules = repr(self._processor.image_processor), written.to_str() if written else repr(tokenizer)
-        return fingerprint(self._model, *rules, str(tokenizer.model_max_length))
+        rules = repr(self._processor.image_processor), tokenizer_rules(self._processor.tokenizer)
+        return fingerprint(self._model, self._model.config.model_type, *rules)
+
+    def _cased(self, texts: Sequence[str]) -> list[str]:
+        return [text.lower() if self._is_siglip else text for text in texts]
 
     def _pixels(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        # Not by the processor: SigLIP 2's puts its own patch size and number over those that the checkpoint saved.
         inputs = self._processor.image_processor([to_rgb(image) for image in images], return_tensors="pt")
         moved = {name: value.to(self._model.device) for name, value in inputs.items()}
         return moved | {"pixel_values": moved["pixel_values"].to(self._model.dtype)}
 
 
+def encode(tokenizer: Any, texts: Sequence[str], text_tower: nn.Module) -> Any:
+    """Tokenize texts, padded to the longest and cut to what both the tokenizer and the tower's positions take."""
+    longest = min(tokenizer.model_max_length, _positions(text_tower))
+    cut = {"truncation": True, "max_length": longest} if longest < _NO_LIMIT else {}
+    return tokenizer(list(texts), padding=True, return_attention_mask=True, return_tensors="pt", **cut)
+
+
+def _positions(text_tower: nn.Module) -> int:
+    """Return the most tokens a tower has positions for. RoBERTas count from the one after the padding token's id."""
+    tables = [
+        module
+        for name, module in text_tower.named_modules()
+        if isinstance(module, nn.Embedding) and name.endswith(("position_embedding", "position_embeddings"))
+    ]
+    first = [0 if table.padding_idx is None else table.padding_idx + 1 for table in tables]
+    return min((table.num_embeddings - start for table, start in zip(tables, first, strict=True)), default=_NO_LIMIT)
+
+
 def unknown_share(tokenizer: Any, texts: Sequence[str]) -> float:
-    """Return the share of the tokens of `texts` that are the unknown token of a tokenizer of transformers."""
-    ids = [one for text in texts for one in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    """Return the share of the tokens of `texts` that are the unknown token of a tokenizer of transformers.
+
+    CLIP's unknown token is its end token, so a text that spells it out is split: it names no unknown token.
+    """
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    ids = [one for text in texts for one in tokenizer(text, **options)["input_ids"]]
     return ids.count(tokenizer.unk_token_id) / max(1, len(ids))
+
+
+def tokenizer_rules(tokenizer: Any) -> str:
+    """Return all that a tokenizer of transformers makes ids by, but for where it lies and what calls left in it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        pieces = getattr(tokenizer, "sp_model", None)
+        rules: Any = [tokenizer.get_vocab(), pieces.serialized_model_proto().hex() if pieces else None]
+        rules.append(getattr(tokenizer, "do_lower_case", None))
+    else:
+        rules = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    sides = tokenizer.padding_side, tokenizer.truncation_side, tokenizer.model_max_length
+    return json.dumps([type(tokenizer).__name__, rules, sides, tokenizer.special_tokens_map], default=str)
 
 
 def in_batches(
@@ -156,5 +212,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _unit(features: torch.Tensor) -> torch.Tensor:
+def unit(features: torch.Tensor) -> torch.Tensor:
+    """Return features (B, D) in float32, of norm 1, on the CPU."""
     return F.normalize(features.float(), dim=-1).cpu()

@@ -19,9 +19,16 @@ def fingerprint(*parts: nn.Module | str) -> str:
             continue
         settings: Any = getattr(part, "config", None)
         if hasattr(settings, "to_diff_dict"):
-            computed = {name: one for name, one in settings.to_diff_dict().items() if name not in _NAMES}
+            computed = {name: _unnamed(one) for name, one in settings.to_diff_dict().items() if name not in _NAMES}
             digest.update(json.dumps(computed, sort_keys=True, default=str).encode())
         for name, tensor in sorted(part.state_dict().items()):
             digest.update(name.encode())
             digest.update(cast(Any, tensor.detach().float().cpu().contiguous().numpy()))
     return digest.hexdigest()
+
+
+def _unnamed(setting: Any) -> Any:
+    """Leave where a part came from out of its configuration. Its type stays: BERT and RoBERTa share weights' names."""
+    if not isinstance(setting, dict):
+        return setting
+    return {name: _unnamed(one) for name, one in setting.items() if name == "model_type" or name not in _NAMES}

@@ -11,7 +11,7 @@ poolers, which checkpoints of other tasks lack. transformers would draw those at
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -21,8 +21,10 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoProcessor,
     CLIPImageProcessor,
     PreTrainedModel,
+    ProcessorMixin,
     TimmWrapperImageProcessor,
 )
 
@@ -30,7 +32,7 @@ from koclip.config import ConfigError, check
 from koclip.models import StockModel
 from koclip.models.swap import linear_pooler
 
-_UNREADABLE = (OSError, ValueError, ImportError, SafetensorError)  # what transformers raises
+UNREADABLE = (OSError, ValueError, ImportError, SafetensorError)  # what transformers raises
 _CLIP, _TEXT = "model.clip", "model.text_encoder"  # the keys that errors name
 
 
@@ -97,12 +99,13 @@ def load_text_encoder(path: str, seed: int = 0) -> PreTrainedModel:
     return encoder
 
 
-def read(path: str | Path, key: str) -> tuple[Any, dict[str, list[str]]]:
+def read(path: str | Path, key: str, subfolder: str = "") -> tuple[Any, dict[str, list[str]]]:
     """Load a model in fp32 and evaluation mode, and say what is wrong with its weights: kind of fault -> names.
 
     Args:
         path: Directory or Hub id.
         key: What errors name.
+        subfolder: Where in the directory or repository the model lies.
 
     Raises:
         ConfigError: nothing that can be loaded is there.
@@ -110,14 +113,15 @@ def read(path: str | Path, key: str) -> tuple[Any, dict[str, list[str]]]:
     try:
         model, info = AutoModel.from_pretrained(
             path,
+            subfolder=subfolder,
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported like the others
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except _UNREADABLE as error:
-        raise _unreadable(path, key, "config.json and model.safetensors (save_pretrained makes them)", error) from error
+    except UNREADABLE as error:
+        raise unreadable(path, key, "config.json and model.safetensors (save_pretrained makes them)", error) from error
     return model, {name: sorted(keys) for name, keys in info.items() if keys}
 
 
@@ -128,7 +132,24 @@ def refuse(path: str | Path, key: str, model: PreTrainedModel, problems: dict[st
         raise ConfigError(f"{key}: {path} does not hold exactly the weights of a {kind}: {problems}; take another")
 
 
-def _unreadable(path: str | Path, key: str, expected: str, error: Exception) -> ConfigError:
+def read_processor(path: str | Path, key: str) -> ProcessorMixin:
+    """Load the image processor and the tokenizer of a dual encoder.
+
+    Raises:
+        ConfigError: one of them is not there, or `key` names what needs remote code.
+    """
+    expected = "preprocessor_config.json (or processor_config.json) and a tokenizer's files"
+    try:
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    except UNREADABLE as error:
+        raise unreadable(path, key, expected, error) from error
+    whole = isinstance(processor, ProcessorMixin) and hasattr(processor, "tokenizer")
+    check(whole, key, str(path), f"which has only a {type(processor).__name__}: expected {expected} beside the model")
+    return cast(ProcessorMixin, processor)
+
+
+def unreadable(path: str | Path, key: str, expected: str, error: Exception) -> ConfigError:
+    """Return the error of a path or Hub id that gave `error` when it was loaded."""
     place = "" if Path(path).is_dir() else "is no directory here, and as a Hub id it "
     return ConfigError(
         f"{key}: {path} {place}cannot be loaded: {str(error).strip().splitlines()[0]} Expected {expected} of a stock "
@@ -174,8 +195,8 @@ def _from_config(path: str, seed: int) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
-    except _UNREADABLE as error:
-        raise _unreadable(path, _TEXT, "the config.json", error) from error
+    except UNREADABLE as error:
+        raise unreadable(path, _TEXT, "the config.json", error) from error
 
 
 def _set_width(path: str, tower: PreTrainedModel, processor: Any) -> None:
@@ -200,8 +221,8 @@ def _set_width(path: str, tower: PreTrainedModel, processor: Any) -> None:
 def _image_processor(path: str) -> Any:
     try:
         processor: Any = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
-    except _UNREADABLE as error:
-        raise _unreadable(path, _CLIP, "preprocessor_config.json", error) from error
+    except UNREADABLE as error:
+        raise unreadable(path, _CLIP, "preprocessor_config.json", error) from error
     return _from_timm(path, processor.data_config) if isinstance(processor, TimmWrapperImageProcessor) else processor
 
 
