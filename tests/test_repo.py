@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from koclip.config import AlignConfig, PretrainConfig, parse
+from koclip.config import AlignConfig, EvaluateConfig, PretrainConfig, parse
 
 ROOT = Path(__file__).parents[1]
 # A room imports only from rooms to its left.
@@ -25,7 +25,9 @@ ROOMS = (
     "evaluation",
     "publishing",
 )
-SCHEMAS = {"pretrain": PretrainConfig, "align": AlignConfig}  # by recipe, which is the folder of its configurations
+# By recipe, which is the folder of its configurations; and what must be said besides them.
+SCHEMAS = {"pretrain": PretrainConfig, "align": AlignConfig, "evaluate": EvaluateConfig}
+REQUIRED = {"evaluate": ["--model", "runs/some/model"]}
 YAMLS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
 DOCS = [ROOT / name for name in ("README.md", "README.ko.md", "CONTRIBUTING.md", "recipes/README.md")]
 
@@ -77,7 +79,7 @@ def test_there_are_configs():
 @pytest.mark.parametrize("file", YAMLS, ids=lambda file: file.stem)
 def test_every_config_loads_and_says_how_to_run(file):
     recipe = file.parent.name
-    parse(SCHEMAS[recipe], ["--config", str(file)])
+    parse(SCHEMAS[recipe], ["--config", str(file), *REQUIRED.get(recipe, [])])
     header = file.read_text(encoding="utf-8").split("\n\n")[0]
     assert header.startswith("#"), f"{file.name} has no header comment"
     command = f"recipes/{recipe}.py --config recipes/configs/{recipe}/{file.name}"
@@ -89,7 +91,7 @@ def documented_commands() -> list[tuple[str, list[str]]]:
     commands = []
     for document in [*DOCS, *YAMLS, *(ROOT / "recipes").glob("*.py")]:
         text = re.sub(r"\\\n#?", " ", document.read_text(encoding="utf-8"))  # lines that go on
-        for line in re.findall(r"(?:accelerate launch|torchrun)[^`\n]*recipes/\w+\.py[^`\n]*", text):
+        for line in re.findall(r"(?:accelerate launch|torchrun|python)[^`\n]*recipes/\w+\.py[^`\n]*", text):
             if document.suffix == ".py":  # in a format string, braces are doubled
                 line = line.replace("{{", "{").replace("}}", "}")
             words = shlex.split(line.split("  #")[0])
@@ -132,11 +134,15 @@ def test_links_between_documents_lead_somewhere():
 def test_every_source_of_a_config_has_a_data_card():
     cards = {card.stem for card in (ROOT / "data_cards").glob("*.md")}
     for file in YAMLS:
-        config = parse(SCHEMAS[file.parent.name], ["--config", str(file)])
-        for source in config.data.sources:
-            known = (
-                "webdataset" in file.stem or source.path.startswith("data/") or source.short_name in cards
-            )  # or yours
+        recipe = file.parent.name
+        config = parse(SCHEMAS[recipe], ["--config", str(file), *REQUIRED.get(recipe, [])])
+        if recipe == "evaluate":
+            sources = [one for each in config.sets for one in (each.source, each.train, *each.shifted.values()) if one]
+        else:
+            sources = config.data.sources
+        for source in sources:
+            yours = "webdataset" in file.stem or source.path.startswith("data/")
+            known = yours or source.short_name in cards
             assert known, f"{file.name}: no card data_cards/{source.short_name}.md"
 
 
