@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from fake_encoder import CLASSES, write_colours
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -143,8 +144,22 @@ def test_a_change_that_changes_the_result_is_refused_by_name(finished):
         pretrain(*RANDOM, "--output_dir", str(finished), "--resume", "auto", "--data.seed", "1")
 
 
-def test_evaluating_during_training_changes_nothing(finished, tmp_path):
-    pretrain(*RANDOM, "--train.eval_every", "7", "--output_dir", str(tmp_path / "watched"))
+def test_evaluating_during_training_changes_nothing(finished, tmp_path, encoded):
+    """Whatever is evaluated: every task, what draws numbers among them."""
+    (tmp_path / "classes.yaml").write_text(CLASSES, encoding="utf-8")
+    colours = {"path": str(write_colours(tmp_path / "colours.parquet", encoded, 48)), "captions": {}, "label": "key"}
+    sets = [
+        {"source": {"scenes_part": "test", "scenes_size": 20}, "tasks": ["retrieval", "languages", "stress"]},
+        {
+            "source": colours,
+            "classes": str(tmp_path / "classes.yaml"),
+            "tasks": ["zero_shot", "shift", "linear_probe", "few_shot"],
+            "corruptions": ["noise"],
+            "shots": [1, 2],
+        },
+    ]
+    watched = ["--train.eval_every", "7", "--eval.sets", json.dumps(sets)]
+    pretrain(*RANDOM, *watched, "--output_dir", str(tmp_path / "watched"))
     assert weights(tmp_path / "watched") == weights(finished)
     evaluated = [line["step"] for line in lines(tmp_path / "watched" / "metrics.jsonl") if "loss" not in line]
     assert evaluated == [7, 14]
