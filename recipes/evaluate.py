@@ -14,7 +14,7 @@ from koclip import config
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate, warnings_of
 from koclip.evaluation.people import people
-from koclip.evaluation.report import present
+from koclip.evaluation.present import present
 from koclip.evaluation.robustness import add_effective_robustness
 from koclip.evaluation.sets import open_set
 from koclip.evaluation.suite import start

@@ -1,5 +1,6 @@
 """Embed whole data sets: shared among processes, kept on disk by model and data."""
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,12 @@ class Embedder:
 
     def __init__(self, encoder: Encoder, batch_size: int, cache: Path | None = None, spread: bool = False) -> None:
         self.encoder, self._batch_size, self._cache, self._spread = encoder, batch_size, cache, spread
+
+    def alone(self) -> "Embedder":
+        """Return the same embedder for one process alone: it calls no collective, and finds what has been kept."""
+        other = copy.copy(self)
+        other._spread = False
+        return other
 
     def images(self, pictures: Pictures) -> torch.Tensor:
         """Return (N, D) unit-norm embeddings."""

@@ -1,0 +1,98 @@
+"""What an evaluation leaves: results.json and pictures of every model, a table and a page of all models."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+from koclip.evaluation import page
+from koclip.evaluation.charts import charts, numbers_of
+from koclip.evaluation.drawing import korean_style, save
+from koclip.evaluation.embed import Embedder
+from koclip.evaluation.grids import confusions, queries
+from koclip.evaluation.printing import markdown, print_tables
+from koclip.evaluation.report import file_name, write_results
+from koclip.evaluation.sets import EvalSet
+from koclip.evaluation.suite import described, labels_of, surroundings
+from koclip.evaluation.tables import sections
+from koclip.evaluation.zero_shot import templates_of
+from koclip.metrics import Metric
+
+
+def present(
+    run: Path,
+    metrics: dict[str, dict[str, Metric]],
+    embedders: dict[str, Embedder],
+    sets: Sequence[EvalSet],
+    warnings: Sequence[str],
+) -> None:
+    """Write results.json and pictures/ of every model, table.md and report.html, and print the table.
+
+    One process does this alone: what the pictures need is taken from the embedders' cache, else computed once more.
+
+    Args:
+        run: The directory of the evaluation. Of several models, each has a directory of its own in it.
+        metrics: By model, as `evaluate` names them.
+        embedders: By model.
+        sets: What was evaluated.
+        warnings: What a reader should know.
+
+    Raises:
+        ValueError: a metric is not finite.
+    """
+    labels = labels_of(list(metrics))
+    folders = {model: run / labels[model] if len(metrics) > 1 else run for model in metrics}
+    templates = {one.name: _templates(one) for one in sets}
+    data = {one.name: described(one, templates[one.name]) for one in sets}
+    environment = surroundings()
+    for model, found in metrics.items():
+        folders[model].mkdir(parents=True, exist_ok=True)
+        write_results(folders[model] / "results.json", model, data, found, environment)
+    rows = sections(list(metrics.values()), templates)
+    (run / "table.md").write_text(markdown(rows, list(labels.values()), warnings), encoding="utf-8")
+    print_tables(rows, list(labels.values()), warnings)
+    drawn = {
+        model: _draw(folders[model] / "pictures", found, embedders[model].alone(), sets, templates)
+        for model, found in metrics.items()
+    }
+    page.write(run, labels, rows, drawn, data, warnings, environment)
+
+
+def _templates(one: EvalSet) -> dict[str, list[str]]:
+    """Return the templates that a set's classes were put in, by language."""
+    if not {"zero_shot", "shift"} & set(one.config.tasks):
+        return {}
+    return {language: templates_of(one, language) for language in one.languages}
+
+
+def _draw(
+    folder: Path,
+    metrics: Mapping[str, Metric],
+    embedder: Embedder,
+    sets: Sequence[EvalSet],
+    templates: Mapping[str, Mapping[str, Sequence[str]]],
+) -> dict[str, dict[str, Path]]:
+    """Draw a model's pictures; return their files by data set and kind."""
+    drawn: dict[str, dict[str, Path]] = {}
+    with korean_style():
+        for one in tqdm(sets, desc="pictures", leave=False):
+            drawn[one.name] = {}
+            for kind, figure in _figures(one, metrics, embedder, templates):
+                drawn[one.name][kind] = folder / f"{kind}-{file_name(one.name)}.png"
+                save(figure, drawn[one.name][kind])
+    return drawn
+
+
+def _figures(
+    one: EvalSet, metrics: Mapping[str, Metric], embedder: Embedder, templates: Mapping[str, Any]
+) -> Iterator[tuple[str, Figure]]:
+    """Yield the pictures of a model on a set, by kind."""
+    yield from charts(numbers_of(one.name, metrics, templates))
+    found = queries(embedder, one)
+    if found is not None:
+        yield "queries", found
+    if "zero_shot" in one.config.tasks:
+        for language, figure in confusions(embedder, one):
+            yield f"confusion-{language}", figure
