@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         "ratings": [{"path": str(folder / "ratings.tsv"), "language": "ko"}],
     }
-    (folder / "suite.yaml").write_text(yaml.safe_dump(suite, allow_unicode=True), encoding="utf-8")
+    (folder / "suite.yaml").write_text(yaml.safe_dump(suite, allow_unicode=True, sort_keys=False), encoding="utf-8")
     return folder
 
 
@@ -178,7 +178,7 @@ def test_kept_embeddings_make_the_second_evaluation_the_same(
 @pytest.mark.parametrize(
     ("args", "word"),
     [
-        ([], "model: None: name a directory or Hub id"),
+        ([], "model: got None, name a directory or Hub id: --model runs/<run>/model"),
         (["--models", "a", "a"], "name each model once"),
         (["--model", "nowhere"], "nowhere"),
     ],
