@@ -59,9 +59,8 @@ def _join_lists(words: list[str], schema: Any) -> list[str]:
 
 def _nearest(message: str, known: list[str]) -> str:
     """Return " Did you mean ...?" for the options in a message that are no known option but look like one."""
-    unknown = [word.strip("'\"") for word in message.split() if word.startswith("--")]
-    unknown = [word for word in unknown if word.split("=")[0] not in known]
-    near = [match for word in unknown for match in difflib.get_close_matches(word.split("=")[0], known, n=1)]
+    options = [word.strip("'\"").split("=")[0] for word in message.split() if word.startswith("--")]
+    near = [match for word in options if word not in known for match in difflib.get_close_matches(word, known, n=1)]
     return f" Did you mean {', '.join(near)}?" if near else ""
 
 
