@@ -8,8 +8,6 @@ ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 recipes/evaluate.py --model 
 import time
 from pathlib import Path
 
-from accelerate import PartialState
-
 from koclip import config
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate, warnings_of
@@ -17,30 +15,30 @@ from koclip.evaluation.people import people
 from koclip.evaluation.present import present
 from koclip.evaluation.robustness import add_effective_robustness
 from koclip.evaluation.sets import open_set
-from koclip.evaluation.suite import start
+from koclip.evaluation.suite import processes, start
 from koclip.models.peers import open_encoder
 
 
 def main(cfg: config.EvaluateConfig) -> None:
     """Run the recipe: every model on every data set, then the models side by side."""
-    state = PartialState(cpu=cfg.device == "cpu")
+    accelerator = processes(cfg)
     sets = [open_set(one) for one in cfg.sets]
     run = start(cfg, sets)
     metrics, embedders, warnings = {}, {}, []
     for spec in cfg.all_models:
         began = time.monotonic()
-        encoder = open_encoder(spec, cfg.device or state.device)
+        encoder = open_encoder(spec, cfg.device or accelerator.device)
         embedder = Embedder(encoder, cfg.batch_size, Path(cfg.cache_dir) if cfg.cache_dir else None, spread=True)
         warnings += [warning for warning in warnings_of(embedder, sets) if warning not in warnings]
         found = evaluate(embedder, sets)
         for rated in cfg.ratings:
             found |= {f"{rated.name}/{rated.language}/{name}": one for name, one in people(embedder, rated).items()}
         metrics[spec], embedders[spec] = found, embedder
-        state.print(f"Evaluated {spec} in {(time.monotonic() - began) / 60:.1f} minutes")
+        accelerator.print(f"Evaluated {spec} in {(time.monotonic() - began) / 60:.1f} minutes")
     add_effective_robustness(metrics)
-    if state.is_main_process:
+    if accelerator.is_main_process:
         present(run, metrics, embedders, sets, warnings)
-    state.wait_for_everyone()
+    accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Whole evaluations by recipes/evaluate.py: what they leave behind, by one process and two, of one model and two."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -7,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from fake_encoder import CLASSES, write_colours
 from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 
 from koclip import config
 from koclip.checkpoint import publish
+from koclip.evaluation.suite import processes
 from koclip.models.dual_encoder import from_scratch
 
 ROOT = Path(__file__).parents[1]
@@ -197,3 +200,13 @@ def test_mistakes_are_one_line(
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("evaluate.py: error:")
     assert word in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the processes do find each other")
+def test_processes_that_do_not_find_each_other_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun on a CPU without ACCELERATE_USE_CPU: each would evaluate everything."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    asked = config.parse(config.EvaluateConfig, ["--config", str(folder / "suite.yaml"), "--model", "any"])
+    with pytest.raises(config.ConfigError, match="2 processes were launched and do not find each other"):
+        processes(dataclasses.replace(asked, device=None))

@@ -51,6 +51,7 @@ def fit(train: Part, c: float) -> LogisticRegression:
     """Fit the probe with inverse regularisation strength `c`. Not to converge in 1,000 iterations is the protocol."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes")  # so few images per class are few shots
         return LogisticRegression(C=c, max_iter=_ITERATIONS).fit(train.features, train.labels)
 
 

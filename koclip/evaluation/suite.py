@@ -1,15 +1,35 @@
 """The directory of an evaluation: what was asked, of what, and what was left out."""
 
+import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from koclip import distributed
 from koclip.checkpoint import lines
 from koclip.checkpoint.environment import environment
-from koclip.config import EvaluateConfig, dump, to_dict
+from koclip.config import ConfigError, EvaluateConfig, dump, to_dict
 from koclip.evaluation.sets import EvalSet
+
+
+def processes(config: EvaluateConfig) -> Accelerator:
+    """Return the accelerator that makes the processes of a launch one group.
+
+    Raises:
+        ConfigError: there are several that are none. On a CPU torchrun needs ACCELERATE_USE_CPU=true: without it each
+            of them would silently evaluate everything.
+    """
+    accelerator = Accelerator(cpu=config.device == "cpu")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise ConfigError(
+            f"{launched} processes were launched and do not find each other; on CPUs launch with "
+            f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {launched}`"
+        )
+    return accelerator
 
 
 def start(config: EvaluateConfig, sets: Sequence[EvalSet]) -> Path:
