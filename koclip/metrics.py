@@ -162,8 +162,9 @@ def search(
         positives: The right entries of each query, at least one.
 
     Raises:
-        ValueError: a similarity is not finite, or a query has no positive.
+        ValueError: there is no query, a similarity is not finite, or a query has no positive.
     """
+    _check_count(len(queries))
     if not all(positives):
         raise ValueError("a query without any positive in the gallery cannot be ranked")
     rows = max(1, _CHUNK // max(1, len(gallery)))
@@ -172,7 +173,7 @@ def search(
         similarity = queries[start : start + rows] @ gallery.T  # (q, G)
         if not bool(torch.isfinite(similarity).all()):
             raise ValueError("the similarities hold NaN or infinity; the model's embeddings are broken")
-        owned = positives[start : start + rows]
+        owned = [list(dict.fromkeys(one)) for one in positives[start : start + rows]]
         longest = max(map(len, owned))
         places = torch.tensor([[*one, *[-1] * (longest - len(one))] for one in owned])  # (q, P)
         scores = similarity.gather(1, places.clamp(min=0)).masked_fill(places < 0, float("-inf"))
