@@ -65,9 +65,14 @@ def mean(values: torch.Tensor, groups: torch.Tensor | None = None) -> Metric:
 
 
 def difference(first: torch.Tensor, second: torch.Tensor) -> Metric:
-    """Return the mean of `first` (Q,) less that of `second` (R,), other queries; the bootstrap draws both anew."""
+    """Return the mean of `first` (Q,) less that of `second` (R,), other queries; the bootstrap draws both anew.
+
+    Raises:
+        ValueError: either has fewer than two queries.
+    """
     numbers, others = first.double().numpy(), second.double().numpy()
     _check_count(min(len(numbers), len(others)))
+    _check_groups(min(len(numbers), len(others)))
     found = bootstrap(
         (numbers, others),
         lambda mine, theirs, axis: mine.mean(axis) - theirs.mean(axis),
@@ -98,6 +103,7 @@ def mean_per_class(hits: torch.Tensor, labels: torch.Tensor) -> Metric:
     """
     numbers, owners = hits.double().numpy(), np.unique(labels.numpy(), return_inverse=True)[1]
     _check_count(len(numbers))
+    _check_lengths(len(numbers), len(owners), "labels")
 
     def per_class(weights: Numbers) -> float:
         sizes = np.bincount(owners, weights)
@@ -116,10 +122,13 @@ def agreement(scores: torch.Tensor, ratings: torch.Tensor, variant: str = "c") -
         variant: `c` (Stuart 1953), which published tables of image captions use, or `b` (Kendall 1945).
 
     Raises:
-        ValueError: either is constant, or there are fewer than two items.
+        ValueError: either is constant or not finite, they differ in length, or there are fewer than two items.
     """
     mine, theirs = scores.double().numpy(), ratings.double().numpy()
     _check_count(len(mine))
+    _check_lengths(len(mine), len(theirs), "ratings")
+    if not (np.isfinite(mine).all() and np.isfinite(theirs).all()):
+        raise ValueError("the scores or the ratings hold NaN or infinity, which have no order")
     if len(np.unique(mine)) < 2 or len(np.unique(theirs)) < 2:
         raise ValueError(f"all {len(mine)} scores or all ratings are the same: there is no order to agree on")
 
@@ -206,6 +215,7 @@ def _places(numbers: Numbers, groups: torch.Tensor | None) -> npt.NDArray[np.int
     _check_count(len(numbers))
     places: npt.NDArray[np.int64] = np.arange(len(numbers))
     if groups is not None:
+        _check_lengths(len(numbers), len(groups), "groups")
         places = np.unique(groups.numpy(), return_inverse=True)[1]
     return places
 
@@ -215,10 +225,19 @@ def _check_count(count: int) -> None:
         raise ValueError("no queries: a share of nothing is not a number")
 
 
-def _bootstrap(count: int, statistic: Callable[[Numbers], float]) -> tuple[float, float]:
-    """Return the 95 % interval of a statistic of how often each of `count` groups is drawn."""
+def _check_groups(count: int) -> None:
     if count < 2:
         raise ValueError("one image or query: an interval takes at least two")
+
+
+def _check_lengths(count: int, other: int, name: str) -> None:
+    if count != other:
+        raise ValueError(f"{count} queries have {other} {name}; expected one each")
+
+
+def _bootstrap(count: int, statistic: Callable[[Numbers], float]) -> tuple[float, float]:
+    """Return the 95 % interval of a statistic of how often each of `count` groups is drawn."""
+    _check_groups(count)
     found = bootstrap(
         (np.arange(count),),
         lambda drawn: statistic(np.bincount(drawn, minlength=count).astype(np.float64)),
