@@ -4,7 +4,7 @@ Letters in shape comments: Q queries, G entries of the gallery, P positives of a
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -205,8 +205,11 @@ def recall_at(ranks: torch.Tensor, groups: torch.Tensor | None = None, ks: Seque
     recalls = {}
     for k in ks:
         hits = ranks < k
-        spread = 0 < int(hits.sum()) < len(hits)  # where there is none, no resample has any either
-        recalls[f"recall@{k}"] = mean(hits, groups) if spread else share(hits)
+        if 0 < int(hits.sum()) < len(hits):
+            recalls[f"recall@{k}"] = mean(hits, groups)
+        else:  # where all are alike, all resamples are; Wilson's interval has a width, that of one query per group
+            one_each = hits if groups is None else hits[: len(groups.unique())]
+            recalls[f"recall@{k}"] = replace(share(one_each), n=len(hits))
     return recalls | {"median_rank": median(ranks + 1, groups)}
 
 
