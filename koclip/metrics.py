@@ -176,22 +176,28 @@ def search(
     _check_count(len(queries))
     if not all(positives):
         raise ValueError("a query without any positive in the gallery cannot be ranked")
-    rows = max(1, _CHUNK // max(1, len(gallery)))
-    ranks, nearest = [], []
+    rows = min(len(queries), max(1, _CHUNK // max(1, len(gallery))))
+    # Filled again for every chunk: what is freed and taken anew in between others may pile up to gigabytes.
+    similarities = queries.new_empty(rows, len(gallery))
+    not_beaten = torch.empty(rows, len(gallery), dtype=torch.bool)
+    ranks, nearest = (torch.empty(len(queries), dtype=torch.long) for _ in range(2))
     for start in range(0, len(queries), rows):
-        similarity = queries[start : start + rows] @ gallery.T  # (q, G)
+        part = slice(start, start + rows)
+        count = len(queries[part])
+        similarity = torch.mm(queries[part], gallery.T, out=similarities[:count])  # (q, G)
         # The sum is not finite if any of them is not, and takes a twentieth of the time of looking at each.
         if not bool(similarity.sum().isfinite()) and not bool(torch.isfinite(similarity).all()):
             raise ValueError("the similarities hold NaN or infinity; the model's embeddings are broken")
-        owned = [list(dict.fromkeys(one)) for one in positives[start : start + rows]]
+        owned = [list(dict.fromkeys(one)) for one in positives[part]]
         longest = max(map(len, owned))
         places = torch.tensor([[*one, *[-1] * (longest - len(one))] for one in owned])  # (q, P)
         scores = similarity.gather(1, places.clamp(min=0)).masked_fill(places < 0, float("-inf"))
         best = scores.amax(dim=1, keepdim=True)
-        ahead = np.count_nonzero((similarity >= best).numpy(), axis=1)  # torch takes four times as long
-        ranks.append(torch.from_numpy(ahead) - (scores >= best).sum(dim=1))
-        nearest.append(similarity.argmax(dim=1))
-    return torch.cat(ranks), torch.cat(nearest)
+        ahead = torch.ge(similarity, best, out=not_beaten[:count]).numpy()
+        # torch takes four times as long to count.
+        ranks[part] = torch.from_numpy(np.count_nonzero(ahead, axis=1)) - (scores >= best).sum(dim=1)
+        nearest[part] = similarity.argmax(dim=1)
+    return ranks, nearest
 
 
 def recall_at(ranks: torch.Tensor, groups: torch.Tensor | None = None, ks: Sequence[int] = KS) -> dict[str, Metric]:
