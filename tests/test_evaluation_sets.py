@@ -4,12 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fake_encoder import CLASSES, ColourEncoder, write_colours
 
 from koclip.config import ConfigError, EvalSetConfig, SourceConfig
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.evaluate import warnings_of
+from koclip.evaluation.evaluate import evaluate, warnings_of
 from koclip.evaluation.sets import EvalSet, open_set
 
 
@@ -86,11 +88,30 @@ def test_a_source_without_captions_is_refused(tmp_path: Path, colours: Callable[
         open_set(EvalSetConfig(source=source))
 
 
+def test_an_empty_query_set_is_named(tmp_path: Path, encoded: Callable[..., bytes]) -> None:
+    """One image, or one with a caption: nothing to rank; no Korean caption: nothing to rewrite."""
+    rows = [{"image": encoded((200, 0, 0)), "ko": caption, "en": "red"} for caption in ("빨강", "")]
+    rows[1]["en"] = ""
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "one.parquet")
+    source = SourceConfig(path=str(tmp_path / "one.parquet"), captions={"ko": "ko", "en": "en"})
+    with pytest.raises(
+        ConfigError, match=r"has 1 usable rows, expected 2 or more. Left out: 1 one/1: no usable caption"
+    ):
+        open_set(EvalSetConfig(source=source))
+    pq.write_table(pa.Table.from_pylist([{**rows[0], "ko": ""}] * 3), tmp_path / "one.parquet")
+    one = open_set(EvalSetConfig(source=source, tasks=["stress"]))
+    with pytest.raises(ConfigError, match="no image has a caption in ko"):
+        evaluate(Embedder(ColourEncoder(), 8), [one])
+
+
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
         ({"tasks": ["linear_probe"]}, "need source.label and classes"),
         ({"classes": "cifar10", "tasks": ["zero_shot"]}, "name the column of the classes"),
+        ({"tasks": ["languages"], "source": SourceConfig(captions={"ko": "ko"})}, "languages: got .*2 language"),
+        ({"tasks": ["stress"], "source": SourceConfig(captions={"en": "en"})}, "stress: got .*captions in ko"),
+        ({"tasks": ["retrieval"], "source": SourceConfig(captions={}, label="key")}, "retrieval: got"),
         ({"tasks": ["shift"]}, "needs shifted sets or corruptions"),
         ({"shots": [0]}, "expected 1 or more"),
         ({"templates": {"fr": ["{}"]}}, "languages are"),

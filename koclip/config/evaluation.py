@@ -60,6 +60,13 @@ class EvalSetConfig:
             check(not probes, "eval.sets[].tasks", probes, "they need source.label and classes")
         else:
             check(self.source.label is not None, "eval.sets[].source.label", None, "name the column of the classes")
+        told = self.source.captions
+        for task, fits, wanted in (
+            ("retrieval", bool(told), "captions"),
+            ("languages", len(told) >= 2, "captions in 2 languages or more"),
+            ("stress", "ko" in told, "captions in ko"),
+        ):
+            check(fits or task not in self.tasks, f"eval.sets[].tasks: {task}", told, f"expected {wanted}")
         if "shift" in self.tasks:
             some = bool(self.shifted or self.corruptions)
             check(some, "eval.sets[].shifted", {}, "the task shift needs shifted sets or corruptions")

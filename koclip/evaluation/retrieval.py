@@ -98,6 +98,8 @@ def languages(embedder: Embedder, one: EvalSet, first: str, second: str, images:
 def stress(embedder: Embedder, one: EvalSet, images: torch.Tensor) -> dict[str, Metric]:
     """Rank images by rewritten Korean captions; `drop@k` is what recall@k loses, `changed` the share that changed."""
     captions = collect([captions.get("ko", []) for captions in one.captions], [])
+    if not captions.images:
+        raise ConfigError(f"{one.name}: no image has a caption in ko, which the task stress rewrites")
     groups = _groups(captions)
     plain = embedder.search(embedder.texts(captions.texts), images, captions.images)[0]
     metrics = {}

@@ -14,7 +14,8 @@ from koclip.evaluation.pictures import MAX_PIXELS, Pictures
 from koclip.text.classes import ClassName, load_classes
 
 _BATCH = 256  # rows read at once
-_NAMED = 10  # classes that a message names at most
+_NAMED = 10  # classes or rows that a message names at most
+_FEWEST = 2  # images: nothing can be ranked among one
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,12 @@ def _usable(
         rows.append(row)
         if classes:
             labels.append(_place(row, classes, config))
-    if not rows:
-        raise SourceError(f"evaluation source {source.path!r} has no usable row; first: {skipped[:1]}")
+    if len(rows) < _FEWEST:
+        reasons = "; ".join(f"{skip.key}: {skip.reason}" for skip in skipped[:_NAMED])
+        raise SourceError(
+            f"evaluation source {source.path!r} has {len(rows)} usable rows, expected {_FEWEST} or more. Left out: "
+            f"{len(skipped)} {reasons}"
+        )
     return rows, labels, skipped
 
 
