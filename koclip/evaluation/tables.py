@@ -118,13 +118,13 @@ def cell(key: str, metric: Metric, note: str = "") -> Cell:
     measure = key.rpartition("/")[2]
     (low, high), value = metric.ci95, metric.value
     if measure.startswith(_POINTS):
-        interval = f"{_percent(low):+.1f} to {_percent(high):+.1f}"
-        return Cell(f"{_percent(value):+.1f}", interval, low > 0 or high < 0, note=note)
+        interval = f"{percent(low):+.1f} to {percent(high):+.1f}"
+        return Cell(f"{percent(value):+.1f}", interval, low > 0 or high < 0, note=note)
     if measure == "median_rank":
         return Cell(f"{value:,.0f}", f"{low:,.0f} to {high:,.0f}", note=note)
     if measure.startswith("kendall"):
         return Cell(f"{value:.3f}", f"{low:.3f} to {high:.3f}", note=note)
-    return Cell(f"{_percent(value):.1f}", f"{_percent(low):.1f} to {_percent(high):.1f}", share=value, note=note)
+    return Cell(f"{percent(value):.1f}", f"{percent(low):.1f} to {percent(high):.1f}", share=value, note=note)
 
 
 def sections(
@@ -176,5 +176,6 @@ def _worst(data: str, metrics: Sequence[Mapping[str, Metric]]) -> list[Line]:
     return lines
 
 
-def _percent(share: float) -> float:
+def percent(share: float) -> float:
+    """Return a share in percent, to a tenth."""
     return round(100 * share, 1) or 0.0  # no -0.0
