@@ -69,9 +69,9 @@ def recalls(numbers: Numbers) -> Figure | None:
             places = [place + (number - (len(languages) - 1) / 2) * width for place in range(len(KS))]
             _bars(axis, places, [found[str(k)] for k in KS], width, language)
         axis.set(title=directions[direction], xticks=range(len(KS)), xticklabels=[f"R@{k}" for k in KS])
-        axis.set_ylim(0, 100)
-        axis.legend(frameon=False, loc="upper left")
+        axis.set(ylim=(0, 109), yticks=range(0, 101, 20))
     figure.axes[0].set_ylabel("%")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(f"{numbers.name}: recall")
     return figure
 
@@ -132,8 +132,7 @@ def shifts(numbers: Numbers) -> Figure | None:
         for axis, language in zip(row, languages, strict=True):
             draw(axis, numbers, language)
             axis.axhline(100 * numbers.metrics[language]["shift_none/accuracy"].value, color="grey", linestyle=":")
-        highest = max(line.get_ylim()[1] for line in row)
-        row[0].set_ylim(0, min(highest, 108))
+        row[0].set_ylim(0, 1.08 * row[0].get_ylim()[1])  # room for numbers
     figure.suptitle(f"{numbers.name}: accuracy under shift")
     return figure
 

@@ -38,7 +38,7 @@ _FAMILIES = (
     (r"shift_(.+)/drop", MAIN, r"accuracy lost, \1"),
     (r"shift_(.+)/effective_robustness", MAIN, r"effective robustness, \1"),
     (r"few_shot/accuracy_0*(\d+)_shots", MAIN, r"probe on \1 per class"),
-    (r"(.+)_first_caption/(.+)", "Each image's first caption only", r"\1, \2"),
+    (r"(.+)_first_caption/(.+)", "Each image's first caption only", r"\1/\2"),
     (r"stress_(.+)/drop@(\d+)", r"R@\2 lost by rewritten captions", r"\1"),
     (r"stress_(.+)/recall@(\d+)", r"R@\2 of rewritten captions", r"\1"),
     (r"stress_(.+)/changed", "Captions that a rewrite changes", r"\1"),
@@ -109,7 +109,8 @@ def place(key: str) -> tuple[str, str]:
     for pattern, group, label in _FAMILIES:
         match = re.fullmatch(pattern, key)
         if match:
-            return match.expand(group), match.expand(label)
+            expanded = match.expand(label)
+            return match.expand(group), _NAMES.get(expanded, expanded)
     return MAIN, key
 
 
