@@ -33,7 +33,7 @@ class Query(NamedTuple):
 
     language: str
     text: str
-    owners: list[int]
+    owners: list[int]  # the best first
     rank: int  # of the first right one, from 1
     nearest: list[int]
 
@@ -43,9 +43,10 @@ def queries(embedder: Embedder, one: EvalSet) -> Figure | None:
 
     Right images are framed. None for a set without captions.
     """
-    chosen = [query for language in one.languages for query in _queries_of(embedder, one, language)]
-    if not chosen:
+    if not any(one.captions):
         return None
+    images = embedder.images(one.pictures)
+    chosen = [query for language in one.languages for query in _queries_of(embedder, one, language, images)]
     columns = min(_SHOWN, len(one.pictures))
     widths = [2.6, *[1] * columns, 0.12, 1]  # text, images, a gap, the right image
     figure = Figure(figsize=(1.3 * sum(widths), 1.5 * len(chosen) + 0.5), layout="constrained")
@@ -68,10 +69,11 @@ def confusions(embedder: Embedder, one: EvalSet) -> Iterator[tuple[str, Figure]]
     if not one.classes:
         return
     labels = torch.tensor(one.labels)
+    images = embedder.images(one.pictures)
     for language in one.languages:
         templates = templates_of(one, language)
         classes = ensemble(classifier(embedder, names_of(one, language).plain, templates))
-        answers = embedder.search(embedder.images(one.pictures), classes, labels[:, None].tolist())[1]
+        answers = embedder.search(images, classes, labels[:, None].tolist())[1]
         size = len(one.classes)
         counts = torch.bincount(labels * size + answers, minlength=size**2).view(size, size).numpy()
         yield language, _confusion(counts, one, language)
@@ -127,24 +129,25 @@ def most_confused(counts: Counts, most: int) -> list[int]:
     return chosen
 
 
-def _queries_of(embedder: Embedder, one: EvalSet, language: str) -> list[Query]:
+def _queries_of(embedder: Embedder, one: EvalSet, language: str, images: torch.Tensor) -> list[Query]:
     """Return captions that find their image first and captions that do not find it among those shown."""
     captions = collect([captions.get(language, []) for captions in one.captions], [])
     tried = list(range(0, len(captions.texts), max(1, len(captions.texts) // _TRIED)))
     if not tried:
         return []
-    images = embedder.images(one.pictures)
     texts = embedder.texts([captions.texts[place] for place in tried])
     ranks = embedder.search(texts, images, [captions.images[place] for place in tried])[0]
     wanted = torch.cat([_spread(ranks < 1), _spread(ranks >= _SHOWN)])
     if not len(wanted):
         wanted = _spread(ranks >= 0)
-    shown = (texts[wanted] @ images.T).topk(min(_SHOWN, len(images))).indices.tolist()
-    found = zip(wanted.tolist(), shown, strict=True)
-    return [
-        Query(language, captions.texts[tried[at]], captions.images[tried[at]], int(ranks[at]) + 1, nearest)
-        for at, nearest in found
-    ]
+    found = []
+    for at in wanted.tolist():
+        scores = images @ texts[at]  # (I,)
+        own = captions.images[tried[at]]
+        owners = [own[place] for place in scores[own].argsort(descending=True, stable=True).tolist()]
+        nearest = scores.topk(min(_SHOWN, len(images))).indices.tolist()
+        found.append(Query(language, captions.texts[tried[at]], owners, int(ranks[at]) + 1, nearest))
+    return found
 
 
 def _spread(chosen: torch.Tensor) -> torch.Tensor:
