@@ -7,12 +7,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from koclip.evaluation.drawing import FEWER, GREY, colour, percents, whiskers
-from koclip.evaluation.tables import split
+from koclip.evaluation.drawing import FEWER, GREY, MORE_COLOURS, colour, percents, whiskers
+from koclip.evaluation.tables import percent, split
 from koclip.metrics import KS, Metric
 from koclip.text.stress import STRESSES
 
-_EXAMPLE = "고양이가 부엌에서 논다"  # what a rewrite does is shown on it
+_EXAMPLE = "고양이가 논다"  # what a rewrite does is shown on it
 _INVISIBLE = "nfd"  # a rewrite that cannot be seen
 
 
@@ -69,9 +69,9 @@ def recalls(numbers: Numbers) -> Figure | None:
             places = [place + (number - (len(languages) - 1) / 2) * width for place in range(len(KS))]
             _bars(axis, places, [found[str(k)] for k in KS], width, language)
         axis.set(title=directions[direction], xticks=range(len(KS)), xticklabels=[f"R@{k}" for k in KS])
-        axis.set_ylim(0, 100)
-        axis.legend(frameon=False, loc="upper left")
+        axis.set(ylim=(0, 109), yticks=range(0, 101, 20))
     figure.axes[0].set_ylabel("%")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(f"{numbers.name}: recall")
     return figure
 
@@ -108,26 +108,11 @@ def stress(numbers: Numbers) -> Figure | None:
         return None
     order = sorted(drops[10], key=lambda name: drops[10][name].value)  # drawn from below
     figure = Figure(figsize=(9.6, 0.44 * len(order) + 1.3), layout="constrained")
-    for axis, (k, lost) in zip(figure.subplots(1, 2, sharey=True, width_ratios=[1.25, 1]), drops.items(), strict=True):
+    for axis, (k, lost) in zip(figure.subplots(1, 2, sharey=True), drops.items(), strict=True):
         kept = numbers.family("ko", rf"stress_(.+)/recall@{k}")
-        plain = 100 * (kept[order[0]].value + lost[order[0]].value)
-        axis.barh(order, [plain] * len(order), color=GREY, height=0.62)
-        sure = [lost[name].ci95[0] > 0 for name in order]
-        values = percents([kept[name] for name in order])
-        axis.barh(order, values, color=[FEWER if one else colour("ko") for one in sure], height=0.62)
-        intervals = whiskers([lost[name] for name in order])[::-1]  # a larger loss is a lower recall
-        axis.errorbar(values, order, xerr=intervals, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-        axis.axvline(plain, color="black", linewidth=1)
-        room = 1.5 * plain if plain else 1.0
-        for place, name in enumerate(order):
-            low, high = (100 * value for value in lost[name].ci95)
-            text = f"{-100 * lost[name].value:+.1f} [{-high:+.1f}, {-low:+.1f}]"
-            axis.text(plain + 0.04 * room, place, text, va="center", fontsize=8, bbox=_clear())
-        axis.set(title=f"R@{k}: {plain:.1f} % by the captions as they are", xlabel="%", xlim=(0, room))
-    figure.axes[0].set_yticks(range(len(order)), [_rewritten(name) for name in order])
-    figure.suptitle(
-        f"{numbers.name}: recall by rewritten Korean captions, and the change in points (red: lost for sure)"
-    )
+        _losses(axis, k, [kept[name] for name in order], [lost[name] for name in order])
+    figure.axes[0].set_yticks(range(len(order)), [_rewritten(name) for name in order], linespacing=1.3)
+    figure.suptitle(f"{numbers.name}: recall by rewritten Korean captions; red: less, and the interval excludes 0")
     return figure
 
 
@@ -136,19 +121,18 @@ def shifts(numbers: Numbers) -> Figure | None:
     languages = numbers.having(r"(shift_none)/accuracy")
     if not languages:
         return None
-    curves = bool(numbers.having(r"shift_(.+)/accuracy_severity_\d+"))
-    bars = bool(numbers.having(r"shift_(?!none/)(.+)/accuracy"))
-    columns = curves + bars
-    figure = Figure(figsize=(4.4 * columns + 0.6, 3.2 * len(languages) + 0.4), layout="constrained")
-    for row, language in zip(figure.subplots(len(languages), columns, squeeze=False), languages, strict=True):
-        if curves:
-            _severities(row[0], numbers, language)
-        if bars:
-            found = numbers.family(language, r"shift_(.+)/accuracy")
-            names = [name.replace("none", numbers.name) if name == "none" else name for name in found]
-            _bars(row[-1], range(len(found)), list(found.values()), 0.6, language)
-            row[-1].set(title=f"{language}: shifted sets", xticks=range(len(found)), xticklabels=names, ylabel="%")
-            row[-1].set_ylim(0, _top([found]))
+    kinds = {_severities: r"shift_(.+)/accuracy_severity_\d+", _shifted: r"shift_(?!none/)(.+)/accuracy"}
+    drawn = [draw for draw, pattern in kinds.items() if numbers.having(pattern)]
+    if not drawn:
+        return None
+    figure = Figure(figsize=(4.4 * len(languages) + 0.4, 3.2 * len(drawn) + 0.4), layout="constrained")
+    axes = figure.subplots(len(drawn), len(languages), squeeze=False, sharey="row")
+    for row, draw in zip(axes, drawn, strict=True):
+        row[0].set_ylabel("accuracy, %")
+        for axis, language in zip(row, languages, strict=True):
+            draw(axis, numbers, language)
+            axis.axhline(100 * numbers.metrics[language]["shift_none/accuracy"].value, color="grey", linestyle=":")
+        row[0].set_ylim(0, 1.08 * row[0].get_ylim()[1])  # room for numbers
     figure.suptitle(f"{numbers.name}: accuracy under shift")
     return figure
 
@@ -180,22 +164,44 @@ def shots(numbers: Numbers) -> Figure | None:
 
 
 def _severities(axis: Any, numbers: Numbers, language: str) -> None:
+    """Draw a curve for each corruption, starting at the set as it is."""
     base = numbers.metrics[language]["shift_none/accuracy"]
-    names = numbers.family(language, r"shift_(.+)/accuracy_severity_1")
-    curves = [numbers.family(language, rf"shift_{re.escape(name)}/accuracy_severity_(\d)") for name in names]
-    for name, found in zip(names, curves, strict=True):
+    names = list(numbers.family(language, r"shift_(.+)/accuracy_severity_1"))
+    for number, name in enumerate(names):
+        found = numbers.family(language, rf"shift_{re.escape(name)}/accuracy_severity_(\d+)")
         metrics = [base, *found.values()]
-        severities = [0, *(int(severity) for severity in found)]
-        axis.errorbar(severities, percents(metrics), whiskers(metrics), marker="o", markersize=4, capsize=2, label=name)
-    axis.axhline(100 * base.value, color="grey", linestyle=":", linewidth=1)
-    axis.set(title=f"{language}: corruptions", xlabel="severity (0: as it is)", ylabel="%")
-    axis.set_ylim(0, _top([{"": base}, *curves]))
-    axis.legend(frameon=False)
+        apart = 0.06 * (number - (len(names) - 1) / 2)  # so that intervals do not hide each other
+        places = [apart, *(int(severity) + apart for severity in found)]
+        options = {"marker": "o", "markersize": 4, "capsize": 2, "color": MORE_COLOURS[number % len(MORE_COLOURS)]}
+        axis.errorbar(places, percents(metrics), whiskers(metrics), label=name, **options)
+    axis.set(title=f"{language}: corruptions", xlabel="severity (0: as it is)")
+    axis.legend(frameon=False, loc="lower left")
 
 
-def _top(found: Sequence[Mapping[str, Metric]]) -> float:
-    """Return where an axis in percent ends: above all intervals, with room for a number."""
-    return min(112.0, 118 * max(metric.ci95[1] for one in found for metric in one.values()) + 1)
+def _shifted(axis: Any, numbers: Numbers, language: str) -> None:
+    """Draw a bar for the set itself and for each shifted one."""
+    found = numbers.family(language, r"shift_(.+)/accuracy")
+    names = [numbers.name if name == "none" else name for name in found]
+    _bars(axis, range(len(found)), list(found.values()), 0.6, language)
+    axis.set(title=f"{language}: shifted sets")
+    axis.set_xticks(range(len(found)), names, rotation=20 if len(names) > 4 else 0)
+
+
+def _losses(axis: Any, k: int, kept: Sequence[Metric], lost: Sequence[Metric]) -> None:
+    """Draw recall from below in front of that by the captions as they are, with the change in points at its side."""
+    plain = 100 * (kept[0].value + lost[0].value)
+    places = range(len(kept))
+    colours = [FEWER if loss.ci95[0] > 0 else colour("ko") for loss in lost]
+    axis.barh(places, [plain] * len(kept), color=GREY, height=0.62)
+    axis.barh(places, percents(kept), color=colours, height=0.62)
+    below, above = whiskers(lost)[::-1]  # a larger loss is a lower recall
+    axis.errorbar(percents(kept), places, xerr=[below, above], fmt="none", ecolor="black", elinewidth=1, capsize=2)
+    axis.axvline(plain, color="black", linewidth=1)
+    end = max(plain, *(value + more for value, more in zip(percents(kept), above, strict=True)), 1.0)
+    for place, loss in zip(places, lost, strict=True):
+        value, high, low = (percent(-one) for one in (loss.value, *loss.ci95))
+        axis.text(1.06 * end, place, f"{value:+.1f} [{low:+.1f}, {high:+.1f}]", va="center", fontsize=8)
+    axis.set(title=f"R@{k}: {plain:.1f} % by the captions as they are", xlabel="%", xlim=(0, 1.65 * end))
 
 
 def _bars(axis: Any, places: Sequence[float], metrics: Sequence[Metric], width: float, language: str) -> None:
@@ -230,10 +236,6 @@ def _rewritten(name: str) -> str:
     """Return a rewrite's name and what it does to an example."""
     example = STRESSES[name](_EXAMPLE, 0) if name in STRESSES and name != _INVISIBLE else _EXAMPLE
     return f"{name}\n{example}" if example != _EXAMPLE else name
-
-
-def _clear() -> dict[str, Any]:
-    return {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1}
 
 
 _CHARTS: dict[str, Callable[[Numbers], Figure | None]] = {

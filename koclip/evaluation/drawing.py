@@ -14,6 +14,7 @@ from koclip.metrics import Metric
 
 COLOURS = {"ko": "#2f6db5", "en": "#d9822b"}
 OTHER_COLOUR = "#4b9b6e"
+MORE_COLOURS = ("#7a4fa3", "#2a9d8f", "#8c6d46", "#c0507e", "#5b6470", "#9aa62b")  # of what is no language
 GREY = "#c9ced6"
 FEWER = "#b5432f"  # a number that is worse for sure
 _DPI = 110

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from koclip.evaluation.drawing import COLOURS, FEWER, GREY, OTHER_COLOUR
@@ -21,7 +22,7 @@ _SHOWN = 6  # images per query
 _OF_A_KIND = 2  # queries per language that find their image, and that miss it
 _TRIED = 512  # captions per language that queries are chosen from
 _THUMBNAIL = 200  # pixels
-_LINE, _LINES = 24, 5  # letters per line of a caption, lines
+_LINE, _LINES = 26, 5  # letters per line of a caption, lines
 _ALL_CLASSES = 12  # up to as many are all shown; of more, those that are confused most
 
 Counts = npt.NDArray[np.int64]
@@ -32,7 +33,7 @@ class Query(NamedTuple):
 
     language: str
     text: str
-    owners: list[int]
+    owners: list[int]  # the best first
     rank: int  # of the first right one, from 1
     nearest: list[int]
 
@@ -42,21 +43,24 @@ def queries(embedder: Embedder, one: EvalSet) -> Figure | None:
 
     Right images are framed. None for a set without captions.
     """
-    chosen = [query for language in one.languages for query in _queries_of(embedder, one, language)]
-    if not chosen:
+    if not any(one.captions):
         return None
+    images = embedder.images(one.pictures)
+    chosen = [query for language in one.languages for query in _queries_of(embedder, one, language, images)]
     columns = min(_SHOWN, len(one.pictures))
-    figure = Figure(figsize=(1.3 * (columns + 1) + 3.2, 1.42 * len(chosen) + 0.5), layout="constrained")
-    axes = figure.subplots(len(chosen), columns + 2, squeeze=False, width_ratios=[2.5] + [1] * (columns + 1))
+    widths = [2.6, *[1] * columns, 0.12, 1]  # text, images, a gap, the right image
+    figure = Figure(figsize=(1.3 * sum(widths), 1.5 * len(chosen) + 0.5), layout="constrained")
+    axes = figure.subplots(len(chosen), len(widths), squeeze=False, width_ratios=widths)
     for row, query in zip(axes, chosen, strict=True):
         text = "\n".join(textwrap.wrap(query.text, _LINE, max_lines=_LINES, placeholder=" ..."))
-        row[0].text(1.0, 0.5, text, ha="right", va="center", fontsize=10)
+        row[0].text(1.0, 0.5, text, ha="right", va="center", fontsize=10, linespacing=1.3)
         row[0].axis("off")
-        for axis, place in zip(row[1:-1], query.nearest, strict=True):
+        row[-2].axis("off")
+        for axis, place in zip(row[1:-2], query.nearest, strict=True):
             _show(axis, one.pictures[place], place in query.owners)
         _show(row[-1], one.pictures[query.owners[0]], True)
         row[-1].set_title(f"rank {query.rank:,}", fontsize=9, color="black" if query.rank == 1 else FEWER)
-    figure.suptitle(f"{one.name}: captions, the images they score highest, and the right one (framed)", fontsize=11)
+    figure.suptitle(f"{one.name}: captions, the images they score highest, and the captioned one (framed)", fontsize=11)
     return figure
 
 
@@ -65,10 +69,11 @@ def confusions(embedder: Embedder, one: EvalSet) -> Iterator[tuple[str, Figure]]
     if not one.classes:
         return
     labels = torch.tensor(one.labels)
+    images = embedder.images(one.pictures)
     for language in one.languages:
         templates = templates_of(one, language)
         classes = ensemble(classifier(embedder, names_of(one, language).plain, templates))
-        answers = embedder.search(embedder.images(one.pictures), classes, labels[:, None].tolist())[1]
+        answers = embedder.search(images, classes, labels[:, None].tolist())[1]
         size = len(one.classes)
         counts = torch.bincount(labels * size + answers, minlength=size**2).view(size, size).numpy()
         yield language, _confusion(counts, one, language)
@@ -86,21 +91,24 @@ def _confusion(counts: Counts, one: EvalSet, language: str) -> Figure:
         shares = np.hstack([shares, np.where(totals > 0, 100 - shares.sum(axis=1, keepdims=True), 0)])
     figure = Figure(figsize=(0.52 * len(names) + 3.2, 0.46 * len(chosen) + 3.0), layout="constrained")
     axis = figure.subplots()
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    coloured = np.where(np.arange(len(names)) < len(chosen), shares, 0)  # the rest would outshine the classes
+    axis.imshow(coloured, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    for place in range(len(chosen)):
+        axis.add_patch(Rectangle((place - 0.5, place - 0.5), 1, 1, fill=False, edgecolor=OTHER_COLOUR, linewidth=1.5))
     for row, column in np.argwhere(np.round(shares) > 0):
-        ink = "white" if shares[row, column] > 55 else "black"
+        ink = "white" if coloured[row, column] > 55 else "black"
         text = f"{shares[row, column]:.0f}"
         axis.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
     axis.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(chosen)), names[: len(chosen)])
     axis.set(xlabel="answer", ylabel="class")
     which = f"the {len(chosen)} most confused of {len(counts)} classes" if some else f"{len(counts)} classes"
-    axis.set_title(f"{one.name}, {language}: {which}\n% of a class's images", fontsize=10)
+    axis.set_title(f"{one.name}, {language}: {which}\n% of a class's images; framed: right", fontsize=10)
     return figure
 
 
 def most_confused(counts: Counts, most: int) -> list[int]:
-    """Return all classes if there are at most `most`, else those of the most frequent mistakes, in their order.
+    """Return all classes if there are at most `most`, else those mistaken most often, the most often first.
 
     Args:
         counts: (C, C) images by class and answer.
@@ -121,24 +129,25 @@ def most_confused(counts: Counts, most: int) -> list[int]:
     return chosen
 
 
-def _queries_of(embedder: Embedder, one: EvalSet, language: str) -> list[Query]:
+def _queries_of(embedder: Embedder, one: EvalSet, language: str, images: torch.Tensor) -> list[Query]:
     """Return captions that find their image first and captions that do not find it among those shown."""
     captions = collect([captions.get(language, []) for captions in one.captions], [])
     tried = list(range(0, len(captions.texts), max(1, len(captions.texts) // _TRIED)))
     if not tried:
         return []
-    images = embedder.images(one.pictures)
     texts = embedder.texts([captions.texts[place] for place in tried])
     ranks = embedder.search(texts, images, [captions.images[place] for place in tried])[0]
     wanted = torch.cat([_spread(ranks < 1), _spread(ranks >= _SHOWN)])
     if not len(wanted):
         wanted = _spread(ranks >= 0)
-    shown = (texts[wanted] @ images.T).topk(min(_SHOWN, len(images))).indices.tolist()
-    found = zip(wanted.tolist(), shown, strict=True)
-    return [
-        Query(language, captions.texts[tried[at]], captions.images[tried[at]], int(ranks[at]) + 1, nearest)
-        for at, nearest in found
-    ]
+    found = []
+    for at in wanted.tolist():
+        scores = images @ texts[at]  # (I,)
+        own = captions.images[tried[at]]
+        owners = [own[place] for place in scores[own].argsort(descending=True, stable=True).tolist()]
+        nearest = scores.topk(min(_SHOWN, len(images))).indices.tolist()
+        found.append(Query(language, captions.texts[tried[at]], owners, int(ranks[at]) + 1, nearest))
+    return found
 
 
 def _spread(chosen: torch.Tensor) -> torch.Tensor:

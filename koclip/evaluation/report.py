@@ -69,7 +69,7 @@ def training_figure(log: Path, final: dict[str, Metric]) -> Figure:
     lines.append({"step": lines[-1]["step"], **{name: metric.value for name, metric in final.items()}})
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axis = figure.subplots()
-    axis.plot(*zip(*losses, strict=True), color="tab:grey", label="loss")
+    axis.plot(*zip(*losses, strict=True), color="tab:grey", marker=".", label="loss")
     axis.set(xlabel="step", ylabel="loss")
     axis.set_ylim(bottom=0)
     if watched:

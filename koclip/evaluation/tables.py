@@ -38,7 +38,7 @@ _FAMILIES = (
     (r"shift_(.+)/drop", MAIN, r"accuracy lost, \1"),
     (r"shift_(.+)/effective_robustness", MAIN, r"effective robustness, \1"),
     (r"few_shot/accuracy_0*(\d+)_shots", MAIN, r"probe on \1 per class"),
-    (r"(.+)_first_caption/(.+)", "Each image's first caption only", r"\1, \2"),
+    (r"(.+)_first_caption/(.+)", "Each image's first caption only", r"\1/\2"),
     (r"stress_(.+)/drop@(\d+)", r"R@\2 lost by rewritten captions", r"\1"),
     (r"stress_(.+)/recall@(\d+)", r"R@\2 of rewritten captions", r"\1"),
     (r"stress_(.+)/changed", "Captions that a rewrite changes", r"\1"),
@@ -109,7 +109,8 @@ def place(key: str) -> tuple[str, str]:
     for pattern, group, label in _FAMILIES:
         match = re.fullmatch(pattern, key)
         if match:
-            return match.expand(group), match.expand(label)
+            expanded = match.expand(label)
+            return match.expand(group), _NAMES.get(expanded, expanded)
     return MAIN, key
 
 
@@ -118,13 +119,13 @@ def cell(key: str, metric: Metric, note: str = "") -> Cell:
     measure = key.rpartition("/")[2]
     (low, high), value = metric.ci95, metric.value
     if measure.startswith(_POINTS):
-        interval = f"{_percent(low):+.1f} to {_percent(high):+.1f}"
-        return Cell(f"{_percent(value):+.1f}", interval, low > 0 or high < 0, note=note)
+        interval = f"{percent(low):+.1f} to {percent(high):+.1f}"
+        return Cell(f"{percent(value):+.1f}", interval, low > 0 or high < 0, note=note)
     if measure == "median_rank":
         return Cell(f"{value:,.0f}", f"{low:,.0f} to {high:,.0f}", note=note)
     if measure.startswith("kendall"):
         return Cell(f"{value:.3f}", f"{low:.3f} to {high:.3f}", note=note)
-    return Cell(f"{_percent(value):.1f}", f"{_percent(low):.1f} to {_percent(high):.1f}", share=value, note=note)
+    return Cell(f"{percent(value):.1f}", f"{percent(low):.1f} to {percent(high):.1f}", share=value, note=note)
 
 
 def sections(
@@ -176,5 +177,6 @@ def _worst(data: str, metrics: Sequence[Mapping[str, Metric]]) -> list[Line]:
     return lines
 
 
-def _percent(share: float) -> float:
+def percent(share: float) -> float:
+    """Return a share in percent, to a tenth."""
     return round(100 * share, 1) or 0.0  # no -0.0
