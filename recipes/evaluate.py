@@ -12,10 +12,10 @@ from koclip import config
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate, warnings_of
 from koclip.evaluation.people import people
-from koclip.evaluation.present import present
+from koclip.evaluation.present import keep, present
 from koclip.evaluation.robustness import add_effective_robustness
 from koclip.evaluation.sets import open_set
-from koclip.evaluation.suite import processes, start
+from koclip.evaluation.suite import folders_of, processes, start
 from koclip.models.peers import open_encoder
 
 
@@ -34,6 +34,8 @@ def main(cfg: config.EvaluateConfig) -> None:
         for rated in cfg.ratings:
             found |= {f"{rated.name}/{rated.language}/{name}": one for name, one in people(embedder, rated).items()}
         metrics[spec], embedders[spec] = found, embedder
+        if accelerator.is_main_process:
+            keep(folders_of(run, cfg.all_models)[spec], spec, found, sets)
         accelerator.print(f"Evaluated {spec} in {(time.monotonic() - began) / 60:.1f} minutes")
     add_effective_robustness(metrics)
     if accelerator.is_main_process:

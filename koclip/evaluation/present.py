@@ -15,7 +15,7 @@ from koclip.evaluation.grids import confusions, queries
 from koclip.evaluation.printing import markdown, print_tables
 from koclip.evaluation.report import file_name, write_results
 from koclip.evaluation.sets import EvalSet
-from koclip.evaluation.suite import described, labels_of, surroundings
+from koclip.evaluation.suite import described, folders_of, labels_of, surroundings
 from koclip.evaluation.tables import sections
 from koclip.evaluation.zero_shot import templates_of
 from koclip.metrics import Metric
@@ -42,14 +42,10 @@ def present(
     Raises:
         ValueError: a metric is not finite.
     """
-    labels = labels_of(list(metrics))
-    folders = {model: run / labels[model] if len(metrics) > 1 else run for model in metrics}
-    templates = {one.name: _templates(one) for one in sets}
-    data = {one.name: described(one, templates[one.name]) for one in sets}
-    environment = surroundings()
+    labels, folders = labels_of(list(metrics)), folders_of(run, list(metrics))
     for model, found in metrics.items():
-        folders[model].mkdir(parents=True, exist_ok=True)
-        write_results(folders[model] / "results.json", model, data, found, environment)
+        keep(folders[model], model, found, sets)
+    templates = {one.name: _templates(one) for one in sets}
     rows = sections(list(metrics.values()), templates)
     (run / "table.md").write_text(markdown(rows, list(labels.values()), warnings), encoding="utf-8")
     print_tables(rows, list(labels.values()), warnings)
@@ -57,7 +53,21 @@ def present(
         model: _draw(folders[model] / "pictures", found, embedders[model].alone(), sets, templates)
         for model, found in metrics.items()
     }
-    page.write(run, labels, rows, drawn, data, warnings, environment)
+    page.write(run, labels, rows, drawn, _data(sets), warnings, surroundings())
+
+
+def keep(folder: Path, model: str, metrics: dict[str, Metric], sets: Sequence[EvalSet]) -> None:
+    """Write a model's results.json.
+
+    Raises:
+        ValueError: a metric is not finite.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_results(folder / "results.json", model, _data(sets), metrics, surroundings())
+
+
+def _data(sets: Sequence[EvalSet]) -> dict[str, Any]:
+    return {one.name: described(one, _templates(one)) for one in sets}
 
 
 def _templates(one: EvalSet) -> dict[str, list[str]]:

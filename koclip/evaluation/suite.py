@@ -60,6 +60,12 @@ def described(one: EvalSet, templates: dict[str, list[str]]) -> dict[str, Any]:
     return facts | ({"templates": templates} if templates else {})
 
 
+def folders_of(run: Path, models: Sequence[str]) -> dict[str, Path]:
+    """Return where each model's results go: the run directory, or of several models a directory each in it."""
+    labels = labels_of(models)
+    return {model: run / labels[model] if len(models) > 1 else run for model in models}
+
+
 def labels_of(models: Sequence[str]) -> dict[str, str]:
     """Return a short name for each model: of runs/a/model it is a; of what would have the same, the whole name."""
     short = {one: (Path(one).parent if Path(one).name == "model" else Path(one)).name for one in models}
