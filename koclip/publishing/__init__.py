@@ -1,0 +1,1 @@
+"""Results and configurations in, a model that strangers use out."""
