@@ -1,0 +1,40 @@
+"""Let `SentenceTransformer(directory)` load a published dual encoder, and embed texts and pictures in one space.
+
+sentence-transformers (6 and newer) reads four small files beside the model: which modules there are, and which of the
+model's methods embeds what. No weight is written twice, and the directory stays a model of transformers.
+"""
+
+import json
+from pathlib import Path
+
+_MODULES = (
+    ("", "sentence_transformers.base.modules.transformer.Transformer"),
+    ("1_Normalize", "sentence_transformers.base.modules.normalize.Normalize"),
+)
+
+
+def describe(directory: Path) -> list[Path]:
+    """Write what sentence-transformers reads into a model's directory; return the files."""
+    features = {side: f"get_{side}_features" for side in ("text", "image")}
+    contents = {
+        "modules.json": [
+            {"idx": number, "name": str(number), "path": path, "type": kind}
+            for number, (path, kind) in enumerate(_MODULES)
+        ],
+        "sentence_bert_config.json": {
+            "transformer_task": "feature-extraction",
+            "modality_config": {
+                side: {"method": method, "method_output_name": "pooler_output"} for side, method in features.items()
+            },
+            "module_output_name": "sentence_embedding",
+        },
+        "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
+        "1_Normalize/config.json": {},
+    }
+    files = []
+    for name, content in contents.items():
+        file = directory / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        files.append(file)
+    return files

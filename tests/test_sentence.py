@@ -1,0 +1,34 @@
+"""A published directory loads in sentence-transformers and gives koclip's embeddings of Korean texts and pictures."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peer_models import saved
+from PIL import Image
+
+import koclip
+from koclip.data import scenes
+from koclip.publishing.sentence import describe
+
+sentence_transformers = pytest.importorskip("sentence_transformers", reason="the extra `peers` is not installed")
+
+TEXTS = ["고양이가 창가에 앉아 있다", "빨간 원", "a red circle", "개 " * 60, "사진 📷 3장"]
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "ChineseCLIP", "joint ViT", "joint timm"])
+def test_the_same_vectors(kind: str, tmp_path: Path) -> None:
+    directory = saved(kind, tmp_path / "model")
+    before = {file.name: file.read_bytes() for file in directory.iterdir()}
+    assert {file.name for file in describe(directory)} == {
+        *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "config.json")
+    }
+    assert {name: (directory / name).read_bytes() for name in before} == before
+    model, processor = koclip.load(directory, "cpu")
+    other = sentence_transformers.SentenceTransformer(str(directory), device="cpu")
+    made = other.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(made, koclip.embed_texts(model, processor, TEXTS), atol=1e-6, rtol=0)
+    pictures = [Image.fromarray(scenes.draw(scenes.scene("test", 0, number), number)) for number in range(3)]
+    made = other.encode(pictures, convert_to_tensor=True)
+    torch.testing.assert_close(made, koclip.embed_images(model, processor, pictures), atol=1e-6, rtol=0)
+    assert other.similarity_fn_name == "cosine"
