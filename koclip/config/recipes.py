@@ -132,7 +132,7 @@ class EvaluateConfig:
             `mclip:<text model>+<image model>`.
         models: Several, side by side: `--models a b c`.
         output_dir: Where results, table and pictures go; default: runs/evaluate-<date and time>.
-        cache_dir: Where embeddings are kept, so that the next evaluation on the same data takes seconds; null keeps
+        cache_dir: Where embeddings are kept, so that the next evaluation on the same data embeds nothing; null keeps
             none.
         sets: What to evaluate on.
         ratings: People's ratings that the models' scores should agree with.
