@@ -1,0 +1,1 @@
+"""From a trained model to a Hub repository: pre-flight, card, push. Nothing else writes to the Hub."""
