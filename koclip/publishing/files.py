@@ -40,8 +40,8 @@ class Check:
     mend: str
 
 
-def publishable(directory: Path) -> list[str]:
-    """Return the files that a repository gets, relative, sorted; hidden ones stay here.
+def publishable(directory: Path, adapter: bool = True) -> list[str]:
+    """Return the files that a repository gets, relative, sorted; hidden ones and, if not wanted, the adapter stay here.
 
     Raises:
         ConfigError: it is no directory with a config.json.
@@ -49,18 +49,19 @@ def publishable(directory: Path) -> list[str]:
     expected = "expected a directory with a config.json, as a training recipe writes runs/<run>/model"
     check((directory / "config.json").is_file(), "model", str(directory), expected)
     found = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
-    return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
+    shown = [path for path in found if not any(part.startswith(".") for part in path.parts)]
+    return sorted(path.as_posix() for path in shown if adapter or path.parts[0] != ADAPTER)
 
 
-def check_files(directory: Path, repo_id: str | None = None) -> list[Check]:
+def check_files(directory: Path, repo_id: str | None = None, adapter: bool = True) -> list[Check]:
     """Check the files of a directory that is to be published as `repo_id`."""
-    files = publishable(directory)
+    files = publishable(directory, adapter)
     return [
         Check("files are complete", _missing(files), "publish what koclip wrote as model/, whole: train or save again"),
         Check("no pickles, no foreign files", _foreign(files), "move these files out of the directory"),
         Check("no remote code", _remote_code(directory, files), "use a stock class of transformers; drop auto_map"),
         Check("weights are fp32", _types(directory, files), "save the model again in fp32, as safetensors"),
-        Check("tokenizer.json holds no call's state", _state(directory), 'set "padding" and "truncation" to null in it'),
+        Check("tokenizer.json: no call's state", _state(directory), 'set "padding" and "truncation" to null in it'),
         Check(
             "nothing of this machine",
             _traces(directory, files, repo_id),
@@ -69,8 +70,8 @@ def check_files(directory: Path, repo_id: str | None = None) -> list[Check]:
         Check("no token", _tokens(directory, files), "delete it from the file, and revoke it at hf.co/settings/tokens"),
         Check(
             "adapter's base can be found",
-            _base(directory),
-            "publish the base and name it, --clip org/base; or delete adapter/: the merged model needs none",
+            _base(directory) if adapter else [],
+            "publish its base, align from that Hub id; or --adapter false: the merged model needs none",
         ),
         Check("licence is stated", _licence(directory, files), "write the card: recipes/publish.py does"),
     ]

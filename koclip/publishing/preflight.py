@@ -31,17 +31,18 @@ _MARKED = ("고양이가 창가에 앉아 있다", "꽃밭 위의 벌", "각", "
 _AGAIN = "save the model again with koclip; if it was changed by hand, undo that"
 
 
-def preflight(directory: Path, repo_id: str | None = None) -> list[Check]:
+def preflight(directory: Path, repo_id: str | None = None, adapter: bool = True) -> list[Check]:
     """Check a model directory against the release list.
 
     Args:
         directory: What is to be published, with its card.
         repo_id: Where to; an account's name is no secret in it.
+        adapter: Whether adapter/ is to be published too.
 
     Raises:
         ConfigError: there is no model that could be loaded.
     """
-    checks = check_files(directory, repo_id)
+    checks = check_files(directory, repo_id, adapter)
     if checks[0].problems:  # without a tokenizer or weights there is nothing to load
         return checks
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +92,7 @@ def _ask(directory: Path, folder: Path) -> list[Check]:
     ours = {"image": embed_images(model, processor, pictures), "text": embed_texts(model, processor, TEXTS)}
     theirs = load_file(folder / "stranger.safetensors")
     far = {name: _difference(ours[name], theirs[name]) for name in ours}
-    unequal = [f"{name} embeddings differ by {value:.2g}" for name, value in far.items() if not value == 0]
+    unequal = [f"{name} embeddings differ by {value:.2g}" for name, value in far.items() if value != 0]
     return [
         Check(loads, wrong, _AGAIN),
         Check("embeddings are koclip's, to 0.0", unequal, _AGAIN),
