@@ -6,6 +6,7 @@ finds; it is handed to the client and to nobody else.
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -195,7 +196,7 @@ def _repeat(do: Callable[[], Made], what: str) -> Made:
                     f"repo_id: {what} did not work, {TRIES} times: {_line(error)}. A commit is whole or not there at "
                     "all, so the repository is as it was, or complete: run the same command again"
                 ) from error
-            tqdm.write(f"{what}: {_line(error)}; again in {_WAIT * 2 ** (number - 1):.0f} s")
+            tqdm.write(f"{what}: {_line(error)}; again in {_WAIT * 2 ** (number - 1):.0f} s", file=sys.stderr)
             time.sleep(_WAIT * 2 ** (number - 1))
     raise AssertionError("unreachable")
 
