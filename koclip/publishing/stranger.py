@@ -27,7 +27,8 @@ def main(directory: str, folder: Path) -> dict[str, Any]:
     model.eval()
     processor: Any = AutoProcessor.from_pretrained(directory)
     pictures = [Image.open(file) for file in inputs["pictures"]]
-    encoded = processor(text=inputs["texts"], images=pictures, padding=True, return_tensors="pt")
+    options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+    encoded = processor(text=inputs["texts"], images=pictures, **options)
     wanted = {name: encoded[name] for name in ("input_ids", "attention_mask")}
     with torch.inference_mode():
         made = {
