@@ -40,7 +40,7 @@ def preflight(directory: Path, repo_id: str | None = None, adapter: bool = True)
         adapter: Whether adapter/ is to be published too.
 
     Raises:
-        ConfigError: there is no model that could be loaded.
+        ConfigError: it is no directory with a config.json.
     """
     checks = check_files(directory, repo_id, adapter)
     if checks[0].problems:  # without a tokenizer or weights there is nothing to load
@@ -88,7 +88,10 @@ def _ask(directory: Path, folder: Path) -> list[Check]:
         return [Check(loads, [(ran.stderr.strip().splitlines() or ["it died"])[-1]], _AGAIN)]
     answer = json.loads(ran.stdout.splitlines()[-1])
     wrong = [f"{kind}: {', '.join(names[:5])}" for kind, names in answer["problems"].items()]
-    model, processor = load(directory, device="cpu")
+    try:
+        model, processor = load(directory, device="cpu")
+    except ConfigError as error:
+        return [Check(loads, [*wrong, str(error)], _AGAIN)]
     ours = {"image": embed_images(model, processor, pictures), "text": embed_texts(model, processor, TEXTS)}
     theirs = load_file(folder / "stranger.safetensors")
     far = {name: _difference(ours[name], theirs[name]) for name in ours}
