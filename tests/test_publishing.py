@@ -132,7 +132,8 @@ def test_a_swapped_model_comes_back_under_the_licence_of_its_towers(hub):
     assert ran.returncode == 0, ran.stderr
     same(hub.differences("swapped", load(model, "cpu")), "ChineseCLIPModel")
     card = hub.server.repos["org/swapped"].files["README.md"].decode()
-    assert "license: cc-by-sa-4.0\nbase_model:\n- org/clip\n- klue/roberta-small\n" in card
+    assert "base_model:\n- org/clip\n- klue/roberta-small\n" in card
+    assert "license: cc-by-sa-4.0\n" in card
     assert "| org/clip | clip | apache-2.0 |" in card  # the Hub was asked
 
 

@@ -71,7 +71,7 @@ def check_files(directory: Path, repo_id: str | None = None, adapter: bool = Tru
         Check(
             "adapter's base can be found",
             _base(directory) if adapter else [],
-            "publish its base, align from that Hub id; or --adapter false: the merged model needs none",
+            "publish its base and name it, --clip org/base; or --adapter false: the merged model needs none",
         ),
         Check("licence is stated", _licence(directory, files), "write the card: recipes/publish.py does"),
     ]
