@@ -61,8 +61,7 @@ def _join_lists(words: list[str], schema: Any) -> list[str]:
 def _spell_out_flags(words: list[str], schema: Any) -> list[str]:
     """Let a switch at the top be given as `--dry_run`, which jsonargparse takes as `--dry_run true` only."""
     flags = {f"--{field.name}" for field in dataclasses.fields(schema) if field.type is bool}
-    following = [*words[1:], "--"]
-    pairs = zip(words, following, strict=True)
+    pairs = itertools.pairwise([*words, "--"])
     return [f"{word}=true" if word in flags and after.startswith("--") else word for word, after in pairs]
 
 
