@@ -19,7 +19,7 @@ from koclip.publishing.push import check_rights, push
 def main(cfg: config.PublishConfig) -> None:
     """Run the recipe: rights, card, pre-flight, push."""
     directory = Path(cfg.model)
-    files = publishable(directory, cfg.adapter)
+    publishable(directory)  # a model must be there before anybody is asked for a token
     if not cfg.dry_run:
         check_rights(cfg.repo_id)
     name_base(directory, cfg.clip, cfg.text_encoder)

@@ -137,6 +137,7 @@ class Handler(BaseHTTPRequestHandler):
 
     server: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every answer waits 40 ms
 
     def log_message(self, format: str, *args: Any) -> None:
         """Write nothing to the console."""

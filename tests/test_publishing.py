@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hub_server import HubServer
+from hub_server import Fault, HubServer
 from PIL import Image
 from runs_to_publish import adapted, pretrained, swapped
 
@@ -60,13 +61,13 @@ class Hub:
         self.folder = folder
         self.homes = 0
 
-    def run(self, *command: str, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, token: str | None = TOKEN, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
         """Run Python with an empty home, near this Hub."""
         self.homes += 1
         environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         environment |= {"HF_ENDPOINT": self.server.url, "HF_HOME": str(self.folder / f"home-{self.homes}")}
         environment |= {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"} | ({"HF_TOKEN": token} if token else {})
-        options: dict[str, Any] = {"env": environment, "cwd": ROOT, "capture_output": True, "text": True}
+        options: dict[str, Any] = {"env": environment, "cwd": folder, "capture_output": True, "text": True}
         return subprocess.run([sys.executable, *command], check=False, timeout=300, **options)
 
     def publish(self, model: Path, name: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -117,6 +118,24 @@ def test_a_clip_from_random_weights_comes_back(hub):
     again = hub.publish(hub.clip, "clip", "--tag", "v1.0")
     assert "nothing new, tagged v1.0" in again.stdout
     assert len(repo.commits) == 2
+
+
+def test_downloads_that_break_off_go_on(hub):
+    hub.server.faults = [Fault("resolve", "half", 1000)]
+    same(hub.differences("clip", load(hub.clip, "cpu")), "CLIPModel")
+    assert any(line.startswith("GET /org/clip/resolve/") for line in hub.server.log)
+    hub.server.faults = []
+
+
+def test_the_cards_examples_run(hub):
+    Image.new("RGB", (60, 40), "red").save(hub.folder / "photo.jpg")
+    card = hub.server.repos["org/clip"].files["README.md"].decode()
+    examples = re.findall(r"```python\n(.+?)```", card, re.DOTALL)
+    assert len(examples) == 2
+    ran = hub.run("-c", "\n".join(examples), token=None, folder=hub.folder)
+    assert ran.returncode == 0, ran.stderr
+    assert "'label': '고양이'" in ran.stdout
+    assert "tensor([[" in ran.stdout
 
 
 def test_a_joint_model_comes_back(hub):

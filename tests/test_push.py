@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from hub_server import Fault, HubServer
 
+from koclip.publishing.push import _grants
+
 TOKEN, READER = "hf_" + "writes" * 6, "hf_" + "reads" * 7
 CARD = "---\nlicense: apache-2.0\nlanguage:\n- ko\n---\n# A model\n"
 WORKER = Path(__file__).with_name("push_worker.py")
@@ -168,6 +170,21 @@ def test_rights_are_checked_before_any_work(hub, workers, model, token, repo_id,
     assert message in refused["message"]
     assert set(hub.calls) <= {"whoami", "nothing"}  # nothing: the client's question for agent harnesses
     workers(fresh=True)
+
+
+@pytest.mark.parametrize(
+    ("rights", "may"),
+    [
+        ({"scoped": [{"entity": {"type": "org", "name": "org"}, "permissions": ["repo.write"]}]}, True),
+        ({"scoped": [{"entity": {"type": "model", "name": "org/a"}, "permissions": ["repo.write"]}]}, True),
+        ({"scoped": [{"entity": {"type": "org", "name": "org"}, "permissions": ["repo.content.read"]}]}, False),
+        ({"scoped": [{"entity": {"type": "org", "name": "other"}, "permissions": ["repo.write"]}]}, False),
+        ({"global": ["discussion.write"], "scoped": []}, False),
+        ({}, False),
+    ],
+)
+def test_rights_of_fine_grained_tokens(rights, may):
+    assert _grants(rights, "org/a") == may
 
 
 def test_metadata_that_the_hub_refuses_are_named(hub, workers, model):
