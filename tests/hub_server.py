@@ -31,7 +31,8 @@ class Fault:
     """What goes wrong: where, how, and how many times.
 
     Kinds: `drop` closes the connection before anything is done, `cut` while the body is read, `drop_after` when it is
-    done; a number is an HTTP status; `wrong_hash` stores other bytes; `kill`, `kill_after` call the server's `killer`.
+    done; a number is an HTTP status; `wrong_hash` stores other bytes; `kill`, `kill_after` call the server's `killer`;
+    `half` breaks the first download of each file off in its middle.
     """
 
     where: str
@@ -84,6 +85,7 @@ class HubServer(ThreadingHTTPServer):
         self.faults: list[Fault] = []
         self.calls: Counter[str] = Counter()
         self.log: list[str] = []
+        self.broken: set[str] = set()  # files whose download has broken off once
         self.killer: Callable[[], None] = lambda: None
         self.lock = threading.RLock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -365,7 +367,8 @@ class Handler(BaseHTTPRequestHandler):
             start = int(ranged[1])
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
             return self.answer(206, content[start:], headers)
-        if self.fault == "half" and self.command == "GET":  # a connection that breaks in the middle of a file
+        if self.fault == "half" and self.command == "GET" and path not in self.server.broken:
+            self.server.broken.add(path)
             self.send_response(200)
             for key, value in {**headers, "Content-Length": str(len(content))}.items():
                 self.send_header(key, value)

@@ -120,11 +120,10 @@ def test_a_clip_from_random_weights_comes_back(hub):
     assert len(repo.commits) == 2
 
 
-def test_downloads_that_break_off_go_on(hub):
-    hub.server.faults = [Fault("resolve", "half", 1000)]
+def test_downloads_that_break_off_go_on(hub, monkeypatch):
+    monkeypatch.setattr(hub.server, "faults", [Fault("resolve", "half", 1000)])
     same(hub.differences("clip", load(hub.clip, "cpu")), "CLIPModel")
-    assert any(line.startswith("GET /org/clip/resolve/") for line in hub.server.log)
-    hub.server.faults = []
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= hub.server.broken
 
 
 def test_the_cards_examples_run(hub):

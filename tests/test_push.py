@@ -126,13 +126,15 @@ def test_only_what_changed_is_sent_and_what_a_loader_would_read_is_deleted(hub, 
     (model / "model-00001-of-00002.safetensors").write_bytes(b"shard")
     worker.push(model, "org/changed")
     repo = hub.repos["org/changed"]
-    repo.commit(repo.trees[repo.commits[-1]] | {"pictures/a.png": (b"png", False), "pytorch_model.bin": (b"old", True)})
+    theirs = {"pictures/a.png": b"png", "handler.py": b"x", "notes.txt": b"x", "onnx/model.bin": b"x"}
+    added = {name: (content, False) for name, content in (theirs | {"pytorch_model.bin": b"old"}).items()}
+    repo.commit(repo.trees[repo.commits[-1]] | added)
     (model / "model-00001-of-00002.safetensors").unlink()
     (model / "config.json").write_text("{}")
     made = worker.push(model, "org/changed")
     assert made["added"] == ["config.json"]
     assert sorted(made["deleted"]) == ["model-00001-of-00002.safetensors", "pytorch_model.bin"]
-    assert repo.files == contents(model) | {"pictures/a.png": b"png"}
+    assert repo.files == contents(model) | theirs
 
 
 def test_a_release_is_not_moved(hub, workers, model):
@@ -236,6 +238,7 @@ def test_faults_that_pass_are_outlived(hub, workers, model, where, kind):
     done = worker.push(model, name, tag="v2")
     assert hub.faults[0].times == 0
     assert "error" not in done
+    assert "model.safetensors" in done["added"]
     check(hub, model, name, done)
     assert len(hub.repos[name].commits) == 3  # no commit is made twice
 

@@ -20,6 +20,12 @@ from koclip.publishing.licences import Licence, conclude
 _MARK = "<!-- Made by koclip's recipes/publish.py"
 _ENGLISH = {"ko": "Korean", "en": "English", "ja": "Japanese", "zh": "Chinese"}
 _KOREAN = {"ko": "한국어", "en": "영어", "ja": "일본어", "zh": "중국어"}
+# What the Hub calls tasks, by how koclip's begin.
+_TASKS = {
+    "image-text-retrieval": ("text_to_image", "image_to_text", "languages"),
+    "image-classification": ("linear_probe", "few_shot"),
+}
+_DEFAULT_TASK = "zero-shot-image-classification"
 _STRESS = ("R@1 lost by rewritten captions", "R@10 lost by rewritten captions")
 _CROSS, _STRESSED, _PICTURES, _LAST = "Between the languages", "Korean as people type it", "Pictures alone", "Other"
 # What a reader wants first: language, <task>/<metric> or else another, and its name in Korean.
@@ -139,7 +145,7 @@ def metadata(cfg: PublishConfig, facts: Facts, licence: Licence) -> ModelCardDat
         **other,
         base_model=facts.base_models or None,
         library_name="transformers",
-        pipeline_tag="zero-shot-image-classification",
+        pipeline_tag=_DEFAULT_TASK,
         datasets=list(dict.fromkeys(hub_data)) or None,
         tags=["clip", "koclip", *(["korean"] if "ko" in facts.languages else [])],
         model_name=cfg.repo_id.split("/")[1],
@@ -156,9 +162,9 @@ def _eval_results(facts: Facts) -> Iterator[EvalResult]:
             if name not in facts.metrics or cell is None or cell.share is None:
                 continue
             task, measure = line.key.rsplit("/", 1)
-            retrieval = task in ("text_to_image", "image_to_text")
+            kind = next((kind for kind, tasks in _TASKS.items() if task.startswith(tasks)), _DEFAULT_TASK)
             yield EvalResult(
-                task_type="image-text-retrieval" if retrieval else "zero-shot-image-classification",
+                task_type=kind,
                 dataset_type=section.name.replace("/", "-"),
                 dataset_name=f"{section.name} ({_ENGLISH.get(line.language, line.language)})",
                 dataset_config=line.language,

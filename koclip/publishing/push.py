@@ -5,6 +5,7 @@ what had been uploaded before a connection broke is not uploaded twice. The toke
 finds; it is handed to the client and to nobody else.
 """
 
+import fnmatch
 import json
 import sys
 import time
@@ -20,15 +21,19 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from tqdm.auto import tqdm
 
 from koclip.config import ConfigError, RunError, check
-from koclip.publishing.files import ADAPTER
+from koclip.publishing.files import ADAPTER, LICENCE
 
 Made = TypeVar("Made")
 
 TRIES = 4
 _WAIT = 1.0  # seconds before the second try, doubled each time
 _PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}  # 409 and 412: somebody else's commit came between
-# What loaders read; of these the repository holds exactly what the directory does. All else in it is left alone.
-_LOADED = {".safetensors", ".json", ".txt", ".model", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".py"}
+# What loaders or koclip's card read; of these the repository holds exactly what the directory does, all else stays.
+_OURS = (
+    *("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack"),
+    *("config.json", "generation_config.json", "*processor_config.json", "tokenizer*.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.*", "merges.txt", "*.model", "adapter_*", LICENCE),
+)
 
 
 @dataclass(frozen=True)
@@ -84,17 +89,28 @@ def push(
     url = _repeat(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True), f"making {repo_id}")
     if tag:
         _check_tag(api, repo_id, tag, directory, files)
-    pushed = _repeat(lambda: _commit(api, directory, files, repo_id, message), f"pushing to {repo_id}")
+    sent: list[tuple[list[str], list[str]]] = []
+    commit = _repeat(lambda: _commit(api, directory, files, repo_id, message, sent), f"pushing to {repo_id}")
     if tag:
-        _repeat(lambda: _set_tag(api, repo_id, tag, pushed.commit), f"setting the tag {tag} of {repo_id}")
-    return Pushed(str(url), pushed.commit, pushed.added, pushed.deleted)
+        _repeat(lambda: _set_tag(api, repo_id, tag, commit), f"setting the tag {tag} of {repo_id}")
+    added, deleted = sent[0] if sent else ([], [])
+    return Pushed(str(url), commit, added, deleted)
 
 
-def _commit(api: HfApi, directory: Path, files: Sequence[str], repo_id: str, message: str) -> Pushed:
+def _commit(
+    api: HfApi,
+    directory: Path,
+    files: Sequence[str],
+    repo_id: str,
+    message: str,
+    sent: list[tuple[list[str], list[str]]],
+) -> str:
+    """Return the commit that holds the files, made now or there already; note in `sent` what one is asked to change."""
     head = _head(api, repo_id)
     added, deleted = _differences(api, directory, files, repo_id, head)
     if not added and not deleted:
-        return Pushed("", head, [], [])
+        return head
+    sent.append((added, deleted))
     operations: list[Any] = [CommitOperationAdd(name, str((directory / name).resolve())) for name in added]
     operations += [CommitOperationDelete(name) for name in deleted]
     # The parent makes it fail, and be repeated, if the repository has changed since its files were compared.
@@ -105,7 +121,7 @@ def _commit(api: HfApi, directory: Path, files: Sequence[str], repo_id: str, mes
             f"repo_id: {repo_id} does not hold what was pushed, its hashes differ: {', '.join(left[0] + left[1])} at "
             f"commit {made.oid}. Run the same command again; if it stays so, delete these files on the Hub first"
         )
-    return Pushed("", made.oid, added, deleted)
+    return str(made.oid)
 
 
 def _differences(
@@ -115,7 +131,7 @@ def _differences(
     tree = api.list_repo_tree(repo_id, recursive=True, revision=revision)
     there = {one.path: one for one in tree if isinstance(one, RepoFile)}
     added = [name for name in files if name not in there or not _same(directory / name, there[name])]
-    deleted = [name for name in there if name not in files and _is_loaded(name)]
+    deleted = [name for name in there if name not in files and _is_ours(name)]
     return added, deleted
 
 
@@ -128,9 +144,10 @@ def _same(file: Path, remote: RepoFile) -> bool:
         return bool(sha_fileobj(content).hex() == remote.lfs.sha256)
 
 
-def _is_loaded(name: str) -> bool:
+def _is_ours(name: str) -> bool:
     path = Path(name)
-    return path.suffix in _LOADED and path.parent.as_posix() in (".", ADAPTER)
+    here = path.parent.as_posix() in (".", ADAPTER)
+    return here and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _OURS)
 
 
 def _head(api: HfApi, repo_id: str) -> str:
