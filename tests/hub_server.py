@@ -13,16 +13,15 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import yaml
-from huggingface_hub import ModelCardData
+from hub_http import RefusedError, Requests
+from hub_rules import entry, metadata_problems
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils.sha import git_hash
 
-LICENCES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "other"}
 SMALL = 10_000  # bytes; larger files, and weights, go by LFS
 
 
@@ -107,14 +106,6 @@ class HubServer(ThreadingHTTPServer):
         """Say nothing of connections that a killed client left."""
 
 
-class RefusedError(Exception):
-    """An answer that is no success: status, the client's error code and a message."""
-
-    def __init__(self, status: int, message: str, code: str = "") -> None:
-        super().__init__(message)
-        self.status, self.code = status, code
-
-
 ROUTES: list[tuple[str, str, str]] = [  # method, pattern, name of the handler's method
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/repos/create", "create"),
@@ -134,82 +125,11 @@ ROUTES: list[tuple[str, str, str]] = [  # method, pattern, name of the handler's
 ]
 
 
-class Handler(BaseHTTPRequestHandler):
-    """One request."""
+class Handler(Requests):
+    """What the client asks for."""
 
     server: HubServer
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else every answer waits 40 ms
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Write nothing to the console."""
-
-    def do_GET(self) -> None:
-        parts = urlsplit(self.path)
-        found = (
-            (re.fullmatch(pattern, parts.path), name) for method, pattern, name in ROUTES if method == self.command
-        )
-        match, name = next(((match, name) for match, name in found if match), (None, "nothing"))
-        self.server.calls[name] += 1
-        self.server.log.append(f"{self.command} {self.path}")
-        self.fault = self.server.take_fault(name) or ""
-        if self.fault == "kill":
-            self.server.killer()
-        if self.fault in ("drop", "kill"):
-            return self.hang_up()
-        length = int(self.headers.get("Content-Length") or 0)
-        if self.fault == "cut":
-            self.rfile.read(length // 2)
-            return self.hang_up()
-        self.body = self.chunked() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
-        if len(self.body) < length:  # the client died
-            return self.hang_up()
-        if self.fault.isdigit():
-            return self.answer(int(self.fault), {"error": f"fault {self.fault}"})
-        groups = {key: unquote(value or "") for key, value in match.groupdict().items()} if match else {}
-        return self.act(name, groups)
-
-    do_POST = do_PUT = do_HEAD = do_GET  # noqa: N815  # the names that http.server calls
-
-    def act(self, name: str, groups: dict[str, str]) -> None:
-        try:
-            with self.server.lock:
-                made = getattr(self, name)(**groups)
-        except RefusedError as refused:
-            return self.answer(refused.status, {"error": str(refused)}, {"X-Error-Code": refused.code})
-        if self.fault == "kill_after":
-            self.server.killer()
-        if self.fault in ("drop_after", "kill_after"):
-            return self.hang_up()
-        if made is not None:
-            self.answer(200, made)
-        return None
-
-    def nothing(self) -> None:
-        raise RefusedError(404, "no such page")
-
-    def chunked(self) -> bytes:
-        body = b""
-        while size := int(self.rfile.readline(), 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return body
-
-    def hang_up(self) -> None:
-        self.close_connection = True
-        self.connection.close()
-
-    def answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    # What the client asks for.
+    routes = ROUTES
 
     def role(self) -> str | None:
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
@@ -377,45 +297,3 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             return self.hang_up()
         return self.answer(200, content, headers)
-
-
-def entry(path: str, content: bytes, large: bool) -> dict[str, Any]:
-    """Return a file as the Hub lists it."""
-    digest = hashlib.sha256(content).hexdigest()
-    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {len(content)}\n".encode()
-    known = {"type": "file", "path": path, "size": len(content), "oid": git_hash(pointer if large else content)}
-    return known | ({"lfs": {"oid": digest, "size": len(content), "pointerSize": len(pointer)}} if large else {})
-
-
-def metadata_problems(content: str) -> list[str]:
-    """Return what the Hub would refuse in a card's front matter, by its documented rules that can be checked here."""
-    found = REGEX_YAML_BLOCK.search(content)
-    if not found:
-        return ["no front matter"]
-    values = yaml.safe_load(found[2])
-    other = values.get("license") == "other"
-    codes, ids = values.get("language") or [], [*as_list(values, "base_model"), *as_list(values, "datasets")]
-    rules = {
-        f'"license" must be one of {sorted(LICENCES)}': values.get("license") in LICENCES,
-        '"license: other" needs "license_name" and "license_link"': not other
-        or bool(values.get("license_name") and values.get("license_link")),
-        '"license_name" must be lower case letters, digits, - and .': bool(
-            re.fullmatch(r"[a-z0-9-.]*", values.get("license_name") or "")
-        ),
-        f'"language" must be ISO 639: {codes}': all(re.fullmatch(r"[a-z]{2,3}", code) for code in codes),
-        f'"base_model" and "datasets" must be Hub ids: {ids}': all(
-            re.fullmatch(r"[\w.-]+(/[\w.-]+)?", one) for one in ids
-        ),
-    }
-    problems = [rule for rule, kept in rules.items() if not kept]
-    try:
-        results = ModelCardData(**values).eval_results or []
-    except ValueError as error:
-        return [*problems, str(error)]
-    whole = all(isinstance(one.metric_value, int | float) and one.metric_type and one.dataset_type for one in results)
-    return problems + ([] if whole else ['"model-index" has an incomplete result'])
-
-
-def as_list(values: dict[str, Any], key: str) -> list[str]:
-    found = values.get(key) or []
-    return [found] if isinstance(found, str) else found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hub_server import metadata_problems
+from hub_rules import metadata_problems
 from huggingface_hub import ModelCard
 from runs_to_publish import ENVIRONMENT, METRICS, SCENES, aligned, beside
 

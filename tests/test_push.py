@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,17 @@ def test_a_commit_that_came_between_is_kept(hub, workers, model):
     done = worker.push(model, "org/between", tag="v2")
     assert repo.files == contents(model) | {"notes.md": b"theirs"}
     assert repo.tags["v2"] == done["commit"]
+
+
+def test_a_file_is_served_from_where_a_download_broke_off(hub, workers, model):
+    """The client goes on there in pieces of 10 MB only, which no test has."""
+    workers().push(model, "org/ranges")
+    url = f"{hub.url}/org/ranges/resolve/main/model.safetensors"
+    with urllib.request.urlopen(urllib.request.Request(url, headers={"Range": "bytes=49990-"})) as answer:
+        assert answer.status == 206
+        assert answer.headers["Content-Range"] == "bytes 49990-49999/50000"
+        assert answer.headers["ETag"] == answer.headers["X-Linked-Etag"]
+        assert answer.read() == b"1" * 10
 
 
 def test_without_a_hub_it_says_so(tmp_path, model):
