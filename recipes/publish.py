@@ -13,7 +13,7 @@ from koclip.publishing.card import write_card
 from koclip.publishing.facts import gather
 from koclip.publishing.files import CARD, publishable
 from koclip.publishing.preflight import preflight, print_checks, refuse
-from koclip.publishing.push import check_rights, push
+from koclip.publishing.push import check_base, check_rights, push
 
 
 def main(cfg: config.PublishConfig) -> None:
@@ -30,6 +30,8 @@ def main(cfg: config.PublishConfig) -> None:
     if cfg.dry_run:
         print(f"{directory / CARD} is the card. Nothing was pushed; without --dry_run it goes to {cfg.repo_id}")
         return
+    if cfg.adapter:
+        check_base(directory)
     files = publishable(directory, cfg.adapter)
     pushed = push(directory, files, cfg.repo_id, cfg.message, cfg.tag, cfg.private)
     changed = (

@@ -10,13 +10,14 @@ time.sleep = lambda seconds: sleep(seconds / 100)  # of the client's waits and k
 
 from koclip.config import ConfigError, RunError  # noqa: E402
 from koclip.publishing.files import publishable  # noqa: E402
-from koclip.publishing.push import check_rights, push  # noqa: E402
+from koclip.publishing.push import check_base, check_rights, push  # noqa: E402
 
 
 def answer(job: dict) -> dict:
     directory = Path(job.pop("directory"))
     try:
         check_rights(job["repo_id"])
+        check_base(directory)
         pushed = push(directory, publishable(directory), message="Publish the model", **job)
     except (ConfigError, RunError) as error:
         return {"error": type(error).__name__, "message": str(error)}

@@ -190,6 +190,19 @@ def test_rights_of_fine_grained_tokens(rights, may):
     assert _grants(rights, "org/a") == may
 
 
+def test_the_base_of_an_adapter_must_be_on_the_hub(hub, workers, model):
+    settings = model / "adapter" / "adapter_config.json"
+    settings.write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    refused = workers().push(model, "org/with_adapter")
+    assert refused["error"] == "ConfigError"
+    assert "looking for org/base, the base of adapter/: the Hub says 404" in refused["message"]
+    assert "org/with_adapter" not in hub.repos
+    settings.rename(model / "kept.json")
+    workers().push(model, "org/base")
+    (model / "kept.json").rename(settings)
+    assert "adapter/adapter_config.json" in workers().push(model, "org/with_adapter")["added"]
+
+
 def test_metadata_that_the_hub_refuses_are_named(hub, workers, model):
     (model / "README.md").write_text(CARD.replace("apache-2.0", "my own"))
     refused = workers().push(model, "org/refused")

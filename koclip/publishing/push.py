@@ -68,6 +68,19 @@ def check_rights(repo_id: str) -> None:
     check(writes or role is None, "token", f"one of role {role}", f"expected write rights to {repo_id}: {login}")
 
 
+def check_base(directory: Path) -> None:
+    """Make sure that the Hub has the base that adapter/ names, if there is an adapter and it names one.
+
+    Raises:
+        ConfigError: it has not, or not for this token.
+        RunError: the Hub does not answer.
+    """
+    file = directory / ADAPTER / "adapter_config.json"
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") if file.is_file() else None
+    if base is not None:
+        _repeat(lambda: HfApi().model_info(base), f"looking for {base}, the base of {ADAPTER}/")
+
+
 def push(
     directory: Path, files: Sequence[str], repo_id: str, message: str, tag: str | None = None, private: bool = False
 ) -> Pushed:
