@@ -10,6 +10,7 @@ from koclip.config import (
     ModelConfig,
     OptimConfig,
     PretrainConfig,
+    PublishConfig,
     SourceConfig,
     TrainConfig,
     dump,
@@ -33,6 +34,27 @@ def test_file_and_override_order(tmp_path):
     file.write_text("optim: {lr: 3e-4, weight_decay: 0.1}\n")
     config = parse(PretrainConfig, ["--config", str(file), "--optim.lr", "1e-4"])
     assert (config.optim.lr, config.optim.weight_decay) == (1e-4, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("args", "dry_run", "private"),
+    [
+        ([], False, False),
+        (["--dry_run"], True, False),
+        (["--dry_run", "--private", "--tag", "v1"], True, True),
+        (["--private", "false", "--dry_run=true"], True, False),
+    ],
+)
+def test_a_switch_stands_for_itself(args, dry_run, private):
+    config = parse(PublishConfig, ["--model", "a", "--repo_id", "org/a", *args])
+    assert (config.dry_run, config.private) == (dry_run, private)
+
+
+@pytest.mark.parametrize("name", ["alone", "a/b/c", "a b/c", "조직/이름", ""])
+def test_a_repository_is_named_in_full(name, capsys):
+    with pytest.raises(SystemExit):
+        parse(PublishConfig, ["--model", "a", "--repo_id", name])
+    assert "repo_id" in capsys.readouterr().err
 
 
 def test_dump_reads_back_equal(tmp_path):

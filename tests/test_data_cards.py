@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import DatasetCardData
 
 from koclip.data import scenes
 
@@ -36,6 +37,14 @@ def test_a_card_is_complete(card):
         assert any(path in text for path in facts["files"] or ["path: scenes"]), (
             f"{config} reads no file of {card.stem}"
         )
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
+def test_the_hubs_library_parses_a_card(card):
+    facts = front_matter(card)
+    data = DatasetCardData(**facts)
+    assert data.license == facts["license"]
+    assert yaml.safe_load(data.to_yaml()) == facts
 
 
 def test_the_card_of_scenes_counts_as_the_code_does():

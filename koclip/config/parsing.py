@@ -28,6 +28,7 @@ def parse(schema: type[Config], args: Sequence[str] | None = None, default: Path
     Exits with code 2 and one line on stderr on an unknown key, a wrong type, a missing file or a value out of range.
     """
     words = _join_lists(sys.argv[1:] if args is None else list(args), schema)
+    words = _spell_out_flags(words, schema)
     if default is not None and not any(word.split("=")[0] == "--config" for word in words):
         words = ["--config", str(default), *words]
     summary = (schema.__doc__ or "").split("\n")[0]
@@ -55,6 +56,13 @@ def _join_lists(words: list[str], schema: Any) -> list[str]:
             words = words[len(values) :]
             joined.append(json.dumps(values))
     return joined
+
+
+def _spell_out_flags(words: list[str], schema: Any) -> list[str]:
+    """Let a switch at the top be given as `--dry_run`, which jsonargparse takes as `--dry_run true` only."""
+    flags = {f"--{field.name}" for field in dataclasses.fields(schema) if field.type is bool}
+    pairs = itertools.pairwise([*words, "--"])
+    return [f"{word}=true" if word in flags and after.startswith("--") else word for word, after in pairs]
 
 
 def _nearest(message: str, known: list[str]) -> str:

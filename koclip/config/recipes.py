@@ -1,6 +1,7 @@
 """Configurations of whole recipes: the sections that each one uses."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -162,6 +163,52 @@ class EvaluateConfig:
     def all_models(self) -> list[str]:
         """`model` and `models`."""
         return [*([self.model] if self.model else []), *self.models]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishConfig:
+    """Check a trained model, write its card from its numbers, and push both to the Hub.
+
+    The token is the one of `hf auth login` or of the environment variable HF_TOKEN.
+
+    Args:
+        model: The model's directory; config.yaml and environment.json of its training run lie beside it.
+        repo_id: Where it goes: `organisation/name` or `user/name`.
+        results: Its results.json, of training or of recipes/evaluate.py; default: the one beside `model`.
+        dry_run: Write the card and check everything, and push nothing. Needs no token.
+        tag: Name of the release, as `v1.0`; default: none. A tag that exists is never moved.
+        private: Make the repository private if it is new.
+        adapter: Push the folder adapter/ too, if there is one.
+        message: The commit's first line.
+        clip: Hub id of what the run's config.yaml names as model.clip, where that is a directory.
+        text_encoder: The same of model.text_encoder.
+        licenses: Licences of Hub models and of data without a data card, by Hub id or name; `unstated` if none is
+            stated. Default: what the Hub says.
+        license: Licence of this model if its sources leave the choice, as the Hub spells it.
+        data_cards: Directory of the data cards.
+        training_time: How long training took, as people read it; default: the card does not say.
+    """
+
+    model: str
+    repo_id: str
+    results: str | None = None
+    dry_run: bool = False
+    tag: str | None = None
+    private: bool = False
+    adapter: bool = True
+    message: str = "Publish the model"
+    clip: str | None = None
+    text_encoder: str | None = None
+    licenses: dict[str, str] = field(default_factory=dict)
+    license: str = "apache-2.0"
+    data_cards: str = "data_cards"
+    training_time: str | None = None
+
+    def __post_init__(self) -> None:
+        form = r"[\w.-]+/[\w.-]+"
+        named = re.fullmatch(form, self.repo_id, re.ASCII) is not None
+        check(named, "repo_id", self.repo_id, "expected organisation/name: letters, digits, - _ .")
+        check(bool(self.message.strip()), "message", self.message, "expected some words")
 
 
 def _check_run(config: PretrainConfig | AlignConfig, num_steps: int) -> None:

@@ -1,1 +1,1 @@
-"""Results and configurations in, a model that strangers use out."""
+"""From a trained model to a Hub repository: pre-flight, card, push. Nothing else writes to the Hub."""

@@ -1,0 +1,267 @@
+"""A model's card, rendered from what was measured and configured. It holds no number of its own."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from datetime import date
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from koclip.config import PublishConfig, check
+from koclip.evaluation.printing import NOTE
+from koclip.evaluation.tables import MAIN, Cell, sections
+from koclip.publishing.facts import Facts
+from koclip.publishing.files import ADAPTER, CARD, LICENCE
+from koclip.publishing.licences import Licence, conclude
+
+_MARK = "<!-- Made by koclip's recipes/publish.py"
+_ENGLISH = {"ko": "Korean", "en": "English", "ja": "Japanese", "zh": "Chinese"}
+_KOREAN = {"ko": "한국어", "en": "영어", "ja": "일본어", "zh": "중국어"}
+# What the Hub calls tasks, by how koclip's begin.
+_TASKS = {
+    "image-text-retrieval": ("text_to_image", "image_to_text", "languages"),
+    "image-classification": ("linear_probe", "few_shot"),
+}
+_DEFAULT_TASK = "zero-shot-image-classification"
+_STRESS = ("R@1 lost by rewritten captions", "R@10 lost by rewritten captions")
+_CROSS, _STRESSED, _PICTURES, _LAST = "Between the languages", "Korean as people type it", "Pictures alone", "Other"
+# What a reader wants first: language, <task>/<metric> or else another, and its name in Korean.
+_HEADLINES = (
+    ("ko", ("text_to_image/recall@10",), "한국어 문장으로 이미지 찾기 R@10"),
+    ("ko", ("zero_shot/accuracy", r"(?!shift).+/accuracy"), "한국어 이름으로 분류한 정확도"),
+    ("en", ("text_to_image/recall@10",), "영어 문장으로 이미지 찾기 R@10"),
+)
+# Absolute paths in a command: all but the last part is this machine's.
+_PARTS = r"[^\s\"'=,:\[\]{}]*[/\\]"
+_FOLDERS = re.compile(rf"(?<![\w.~-])(?:~|[A-Za-z]:)?[/\\](?:{_PARTS}(?=recipes/)|(?:{_PARTS})?)")
+
+
+class Row(NamedTuple):
+    """One number of the evaluation, as text."""
+
+    data: str
+    label: str
+    value: str
+    interval: str
+    n: str
+
+
+class Group(NamedTuple):
+    """Rows under one heading; there is at least one."""
+
+    heading: str
+    rows: list[Row]
+
+
+class Headline(NamedTuple):
+    """A number in the Korean summary."""
+
+    korean: str
+    value: str
+    interval: str
+    data: str
+
+
+def write_card(cfg: PublishConfig, facts: Facts) -> None:
+    """Write README.md into the model's directory, and LICENSE.md where the licence is no common one.
+
+    Raises:
+        ConfigError: a README.md is there that koclip did not write; or what the card needs is missing.
+    """
+    directory = Path(cfg.model)
+    file = directory / CARD
+    made = not file.exists() or _MARK in file.read_text(encoding="utf-8")
+    check(
+        made, "model", str(file), "a card that koclip did not write: move it away, and put what it says into data cards"
+    )
+    card, licence = render(cfg, facts), conclude(facts.chain, cfg.license)
+    card.save(file)
+    (directory / LICENCE).unlink(missing_ok=True)
+    if licence.name:
+        (directory / LICENCE).write_text(_terms(cfg, facts, licence), encoding="utf-8")
+
+
+def render(cfg: PublishConfig, facts: Facts, year: int | None = None) -> ModelCard:
+    """Return the card with its metadata.
+
+    Args:
+        cfg: Where the model goes, and what its makers say of it.
+        facts: What is known of it.
+        year: Of publication; default: this one.
+
+    Raises:
+        ConfigError: a field that it needs is missing or empty; the message names it.
+    """
+    author, name = cfg.repo_id.split("/")
+    licence = conclude(facts.chain, cfg.license)
+    groups = list(_groups(facts))
+    check(bool(groups), "results: metrics", [], "expected numbers of a retrieval or a classification to show")
+    fields: dict[str, Any] = {
+        "repo_id": cfg.repo_id,
+        "name": name,
+        "author": author,
+        "key": re.sub(r"\W", "_", name.lower()),
+        "year": year or date.today().year,
+        "kind": facts.model["architectures"][0],
+        "width": facts.model["projection_dim"],
+        "languages_en": _enumerated([_ENGLISH.get(one, one) for one in facts.languages]),
+        "languages_ko": "·".join(_KOREAN.get(one, one) for one in facts.languages),
+        "max_tokens": facts.max_tokens,
+        "image_size": facts.image_size,
+        "headlines": list(_headlines(facts)),
+        "licence": licence,
+        "data": facts.data,
+        "trained": [one for one in facts.data if one.trained],
+        "training": list(_training(cfg, facts)),
+        "note": NOTE,
+        "groups": groups,
+        "measured": _measured(facts),
+        "chain": facts.chain,
+    }
+    missing = [key for key, value in fields.items() if value in (None, "", [])]
+    check(not missing, "the card", missing, "these fields are empty: mend what they are made from")
+    may_be_empty: dict[str, Any] = {
+        "towers": facts.towers,
+        "adapter": cfg.adapter and (Path(cfg.model) / ADAPTER).is_dir(),
+    }
+    template = files("koclip") / "assets" / "model_card.md"
+    data = metadata(cfg, facts, licence)
+    card: ModelCard = ModelCard.from_template(
+        data, template_str=template.read_text(encoding="utf-8"), **fields, **may_be_empty
+    )
+    return card
+
+
+def metadata(cfg: PublishConfig, facts: Facts, licence: Licence) -> ModelCardData:
+    """Return the card's front matter."""
+    other: dict[str, Any] = {"license_name": licence.name, "license_link": LICENCE} if licence.name else {}
+    hub_data = [one.hub_id for one in facts.data if one.trained and one.hub_id]
+    return ModelCardData(
+        language=facts.languages,
+        license=licence.id,
+        **other,
+        base_model=facts.base_models or None,
+        library_name="transformers",
+        pipeline_tag=_DEFAULT_TASK,
+        datasets=list(dict.fromkeys(hub_data)) or None,
+        tags=["clip", "koclip", *(["korean"] if "ko" in facts.languages else [])],
+        model_name=cfg.repo_id.split("/")[1],
+        eval_results=list(_eval_results(facts)) or None,
+    )
+
+
+def _eval_results(facts: Facts) -> Iterator[EvalResult]:
+    """Yield the numbers that readers need first, as they are in results.json."""
+    for section in sections([facts.metrics], {}):
+        for line in section.main:
+            name = f"{section.name}/{line.language}/{line.key}"
+            cell = line.cells[0]
+            if name not in facts.metrics or cell is None or cell.share is None:
+                continue
+            task, measure = line.key.rsplit("/", 1)
+            kind = next((kind for kind, tasks in _TASKS.items() if task.startswith(tasks)), _DEFAULT_TASK)
+            yield EvalResult(
+                task_type=kind,
+                dataset_type=section.name.replace("/", "-"),
+                dataset_name=f"{section.name} ({_ENGLISH.get(line.language, line.language)})",
+                dataset_config=line.language,
+                metric_type=measure.replace("@", "_at_"),
+                metric_name=line.label,
+                metric_value=facts.metrics[name].value,
+            )
+
+
+def _groups(facts: Facts) -> Iterator[Group]:
+    """Yield the rows by what they are about: each language, the languages against each other, Korean under stress."""
+    found: dict[str, list[Row]] = {}
+    for section in sections([facts.metrics], {}):
+        for group, lines in section.groups.items():
+            for line in lines if group == MAIN or group in _STRESS else ():
+                cell = line.cells[0]
+                if cell is None:
+                    continue
+                label = line.label if group == MAIN else f"{group}: {line.label}"
+                row = Row(section.name, label + f" ({cell.note})" * bool(cell.note), *_numbers(cell), f"{line.n:,}")
+                found.setdefault(_heading(group, line.key, line.language), []).append(row)
+    order = [*_ENGLISH.values(), _CROSS, _STRESSED, _PICTURES, _LAST]
+    yield from (Group(heading, found[heading]) for heading in order if heading in found)
+
+
+def _heading(group: str, key: str, language: str) -> str:
+    if key.startswith("languages/"):
+        return _CROSS
+    if group in _STRESS or key.startswith("stress/"):
+        return _STRESSED
+    return _PICTURES if language == "images" else _ENGLISH.get(language, _LAST)
+
+
+def _numbers(cell: Cell) -> tuple[str, str]:
+    return cell.value + " *" * cell.marked, cell.interval
+
+
+def _headlines(facts: Facts) -> Iterator[Headline]:
+    """Yield the numbers of the summary: of the usual ones those there are, else the first share of all."""
+    found = [
+        (section.name, line, cell)
+        for section in sections([facts.metrics], {})
+        for line in section.main
+        if (cell := line.cells[0]) is not None and cell.share is not None
+    ]
+    chosen = []
+    for language, patterns, korean in _HEADLINES:
+        mine = [one for one in found if one[1].language == language]
+        fits = [one for pattern in patterns for one in mine if re.fullmatch(pattern, one[1].key)]
+        chosen += [(korean, *one) for one in fits[:1]]
+    for korean, data, _, cell in chosen or [(line.label, data, line, cell) for data, line, cell in found[:1]]:
+        yield Headline(korean, f"{cell.value} %", cell.interval.replace(" to ", "~"), data)
+
+
+def _training(cfg: PublishConfig, facts: Facts) -> Iterator[tuple[str, str]]:
+    config, environment = facts.config, facts.environment
+    method = config.get("align", {}).get("method")
+    yield "method", f"alignment, {method}" if method else "contrastive, from random weights"
+    if facts.base_models:
+        yield "began with", ", ".join(f"[{one}](https://huggingface.co/{one})" for one in facts.base_models)
+    pairs = config["train"]["batch_size"] * environment["num_processes"]
+    yield "steps", f"{config['train']['num_steps']:,} of {pairs:,} pairs"
+    yield "command", f"`recipes/{shlex.join(_FOLDERS.sub('', word) for word in environment['command'])}`"
+    yield "hardware", f"{_hardware(environment)}, {_count(environment['num_processes'], 'process', 'es')}"
+    if cfg.training_time:
+        yield "time", cfg.training_time
+    yield "software", _software(environment)
+
+
+def _measured(facts: Facts) -> str:
+    environment = facts.results["environment"]
+    for name in ("packages", "python", "gpus", "cpu_threads"):
+        check(name in environment, f"results: environment.{name}", None, "expected what the numbers were measured with")
+    return f"Measured on {_hardware(environment)}: {_software(environment)}."
+
+
+def _hardware(environment: dict[str, Any]) -> str:
+    return _enumerated(environment["gpus"]) or _count(environment["cpu_threads"], "CPU thread", "s")
+
+
+def _count(number: int, what: str, plural: str) -> str:
+    return f"{number} {what}{plural * (number != 1)}"
+
+
+def _software(environment: dict[str, Any]) -> str:
+    versions = [f"{name} {version}" for name, version in environment["packages"].items()]
+    commit = environment.get("commit")
+    return ", ".join([*versions, f"Python {environment['python']}", *([f"commit {commit[:12]}"] if commit else [])])
+
+
+def _terms(cfg: PublishConfig, facts: Facts, licence: Licence) -> str:
+    lines = [f"- {one.name} ({one.role}): {one.licence}" for one in facts.chain]
+    return (
+        f"# {licence.name}\n\n{cfg.repo_id} is not under a common licence: {licence.why}.\n\nIts towers and training "
+        "data, with their terms; the strictest of them hold for the model:\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+def _enumerated(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

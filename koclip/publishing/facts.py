@@ -1,0 +1,254 @@
+"""What is known of a run: its configuration, its surroundings, its numbers, its sources with their cards."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+
+from koclip.config import ConfigError, PublishConfig, SourceConfig, check
+from koclip.metrics import Metric
+from koclip.publishing.files import is_hub_id
+from koclip.publishing.licences import UNSTATED, Source
+
+_EVALUATION = "evaluation"
+_SURROUNDINGS = ("commit", "python", "packages", "cpu_threads", "gpus", "num_processes", "command")
+_CARD_KEYS = ("source", "license", "languages", "rows")
+_LOCAL_LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)[^)]+\)")  # leads nowhere outside of the repository
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set and what its card says of it."""
+
+    name: str
+    roles: tuple[str, ...]  # of "training", "training of the base", "evaluation"
+    source: str
+    licence: str
+    languages: list[str]
+    rows: str
+    version: str
+    limits: str
+    harms: str
+    hub_id: str | None = None
+
+    @property
+    def role(self) -> str:
+        """What it was used for, in words."""
+        return ", ".join(self.roles)
+
+    @property
+    def trained(self) -> bool:
+        """Whether the model or its base learnt from it."""
+        return any(role != _EVALUATION for role in self.roles)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that a model's card is made of."""
+
+    model: dict[str, Any]  # config.json
+    max_tokens: int
+    image_size: int
+    config: dict[str, Any]  # the run's config.yaml
+    environment: dict[str, Any]
+    results: dict[str, Any]
+    metrics: dict[str, Metric]
+    data: list[DataSet]
+    towers: list[Source]
+    base_models: list[str]
+    languages: list[str]
+
+    @property
+    def chain(self) -> list[Source]:
+        """All that the model's licence depends on: towers and training data."""
+        return [*self.towers, *(Source(one.role, one.name, one.licence) for one in self.data if one.trained)]
+
+
+def gather(cfg: PublishConfig) -> Facts:
+    """Read everything that the card of `cfg.model` needs.
+
+    Raises:
+        ConfigError: something is missing; the message names it and says what to do.
+    """
+    directory, cards = Path(cfg.model), Path(cfg.data_cards)
+    run = directory.resolve().parent
+    config = _read_config(run)
+    results = _read_results(cfg, run)
+    data = list(_training_data(config, cards, "training"))
+    towers: list[Source] = []
+    for key, name in _towers(config):
+        given = {"model.clip": cfg.clip, "model.text_encoder": cfg.text_encoder}[key]
+        name = given or name.removeprefix("auto:")
+        if is_hub_id(name):
+            towers.append(Source(key.removeprefix("model."), name, _licence(name, cfg.licenses)))
+        else:
+            more, data_of_base = _base_run(key, name, cards, cfg.licenses)
+            towers, data = towers + more, data + data_of_base
+    data += [_data_set(name, _EVALUATION, cards) for name in results["data"]]
+    return Facts(
+        model=_read(directory / "config.json"),
+        max_tokens=_needed(directory / "tokenizer_config.json", "model_max_length"),
+        image_size=_image_size(directory / "preprocessor_config.json"),
+        config=config,
+        environment={name: _needed(run / "environment.json", name) for name in _SURROUNDINGS},
+        results=results,
+        metrics={name: Metric(one["value"], tuple(one["ci95"]), one["n"]) for name, one in results["metrics"].items()},
+        data=_once(data),
+        towers=list(dict.fromkeys(towers)),
+        base_models=list(dict.fromkeys(one.name for one in towers if one.role in ("clip", "text_encoder"))),
+        languages=_languages(config),
+    )
+
+
+def _once(data: list[DataSet]) -> list[DataSet]:
+    """Return every data set once, with all its roles."""
+    found: dict[str, DataSet] = {}
+    for one in data:
+        before = found.get(one.name, one)
+        found[one.name] = replace(before, roles=tuple(dict.fromkeys((*before.roles, *one.roles))))
+    return list(found.values())
+
+
+def _read_config(run: Path) -> dict[str, Any]:
+    file = run / "config.yaml"
+    check(file.is_file(), "model", str(file), "expected the training run's config.yaml beside the model's directory")
+    config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for section in ("data", "model", "train"):
+        check(section in config, f"{file}: {section}", None, "expected the configuration of a training recipe")
+    return config
+
+
+def _read_results(cfg: PublishConfig, run: Path) -> dict[str, Any]:
+    file = Path(cfg.results) if cfg.results else run / "results.json"
+    mend = f"evaluate it: python recipes/evaluate.py --model {cfg.model}, and name the results.json it leaves"
+    check(file.is_file(), "results", str(file), f"no such file; {mend}")
+    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("model", "data", "metrics", "environment"):
+        check(bool(results.get(name)), f"results: {file}, {name}", results.get(name), f"expected it in there; {mend}")
+    measured = Path(results["model"])
+    same = not measured.exists() or measured.resolve() == Path(cfg.model).resolve()
+    check(same, f"results: {file}, model", results["model"], f"expected the numbers of {cfg.model}; {mend}")
+    return results
+
+
+def _training_data(config: Mapping[str, Any], cards: Path, role: str) -> Iterator[DataSet]:
+    for values in config["data"]["sources"]:
+        source = SourceConfig(path=values["path"], name=values.get("name"))
+        hub_id = source.path if is_hub_id(source.path) and "/" in source.path else None
+        yield _data_set(source.short_name, role, cards, hub_id, values.get("revision"))
+
+
+def _data_set(name: str, role: str, cards: Path, hub_id: str | None = None, revision: str | None = None) -> DataSet:
+    file = cards / f"{name}.md"
+    write = "write it, as data_cards/README.md says, or name the directory: --data_cards"
+    check(file.is_file(), f"the data card of {name}", str(file), f"no such file; {write}")
+    _, front, prose = file.read_text(encoding="utf-8").split("---\n", 2)
+    card = yaml.safe_load(front)
+    for key in _CARD_KEYS:
+        check(bool(card.get(key)), f"{file}: {key}", card.get(key), "expected it in the data card's front matter")
+    parts = {}
+    for part in ("Limits", "Harms"):
+        found = re.search(rf"\*\*{part}\.\*\* (.+?)(?:\n\n|\Z)", prose, re.DOTALL)
+        check(found is not None, f"{file}: **{part}.**", None, "expected a paragraph of that name in the data card")
+        parts[part] = " ".join(_LOCAL_LINK.sub(r"\1", found[1] if found else "").split())
+    checksums = [f"{Path(path).name} sha256 {digest[:12]}" for path, digest in (card.get("files") or {}).items()]
+    versions = [f"revision {revision or card.get('revision')}"] if revision or card.get("revision") else checksums
+    return DataSet(
+        name=name,
+        roles=(role,),
+        source=_cell(card["source"]),
+        licence=_cell(card["license"]),
+        languages=card["languages"],
+        rows=", ".join(
+            f"{part} {count:,}" if isinstance(count, int) else f"{part}: {count}"
+            for part, count in card["rows"].items()
+        ),
+        version=", ".join(versions) or "made by koclip's code",
+        limits=parts["Limits"],
+        harms=parts["Harms"],
+        hub_id=hub_id,
+    )
+
+
+def _cell(text: str) -> str:
+    """Return a text as it may stand in a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _towers(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the key and the name of what an alignment began with."""
+    if "align" in config:
+        yield "model.clip", config["model"]["clip"]
+        if config["model"]["text_encoder"] not in (None, "same"):
+            yield "model.text_encoder", config["model"]["text_encoder"]
+
+
+def _base_run(key: str, name: str, cards: Path, licenses: Mapping[str, str]) -> tuple[list[Source], list[DataSet]]:
+    """Return towers and data of a base that koclip trained here, and of its own base."""
+    run = Path(name).resolve().parent
+    option = f"--{key.removeprefix('model.')} <its Hub id>"
+    found = (run / "config.yaml").is_file()
+    check(found, key, name, f"a directory without the run that made it, so its licence is not known: give {option}")
+    config = _read_config(run)
+    towers: list[Source] = []
+    data = list(_training_data(config, cards, "training of the base"))
+    for inner, base in _towers(config):
+        base = base.removeprefix("auto:")
+        if is_hub_id(base):
+            towers.append(Source(inner.removeprefix("model."), base, _licence(base, licenses)))
+        else:
+            more, data_of_base = _base_run(inner, base, cards, licenses)
+            towers, data = towers + more, data + data_of_base
+    return towers, data
+
+
+def _licence(hub_id: str, given: Mapping[str, str]) -> str:
+    """Return the licence of a Hub model: what the user says, else what its card says."""
+    if hub_id in given:
+        return given[hub_id]
+    try:
+        info = HfApi().model_info(hub_id)
+    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"licenses: the licence of {hub_id} is not known, the Hub was asked and gave: {reason} Say it: "
+            f"--licenses '{{{hub_id}: mit}}', or {UNSTATED} if it has none"
+        ) from error
+    return (info.card_data.get("license") if info.card_data else None) or UNSTATED
+
+
+def _languages(config: Mapping[str, Any]) -> list[str]:
+    """Return the languages of the captions that were trained on."""
+    found = []
+    for source in config["data"]["sources"]:
+        weights = source.get("languages")
+        found += [one for one in source["captions"] if weights is None or weights.get(one, 0) > 0]
+    check(bool(found), "data.sources[].captions", found, "expected the languages of the captions in config.yaml")
+    return list(dict.fromkeys(found))
+
+
+def _image_size(file: Path) -> int:
+    values = _read(file)
+    size = values.get("crop_size") or values.get("size") or {}
+    side = int(size.get("height") or size.get("shortest_edge") or 0)
+    check(side > 0, f"{file}: size", size, "expected the height of the image that the model sees")
+    return side
+
+
+def _needed(file: Path, name: str) -> Any:
+    values = _read(file)
+    known = name in values and values[name] not in ("", {})
+    check(known, f"{file}: {name}", values.get(name), "expected it in there: the card needs it")
+    return values[name]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    check(file.is_file(), "model", str(file), "no such file, which the card is made from: publish what koclip wrote")
+    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return values

@@ -1,0 +1,246 @@
+"""Push a directory to the Hub, by huggingface_hub alone: one atomic commit, or none.
+
+A push can be repeated at any time. It asks what the repository holds, sends what differs and looks again afterwards;
+what had been uploaded before a connection broke is not uploaded twice. The token is what `huggingface_hub.get_token`
+finds; it is handed to the client and to nobody else.
+"""
+
+import fnmatch
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
+from tqdm.auto import tqdm
+
+from koclip.config import ConfigError, RunError, check
+from koclip.publishing.files import ADAPTER, LICENCE
+
+Made = TypeVar("Made")
+
+TRIES = 4
+_WAIT = 1.0  # seconds before the second try, doubled each time
+_PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}  # 409 and 412: somebody else's commit came between
+# What loaders or koclip's card read; of these the repository holds exactly what the directory does, all else stays.
+_OURS = (
+    *("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack"),
+    *("config.json", "generation_config.json", "*processor_config.json", "tokenizer*.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.*", "merges.txt", "*.model", "adapter_*", LICENCE),
+)
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What came of a push: the repository's newest commit, and the files that it changed."""
+
+    url: str
+    commit: str
+    added: list[str]
+    deleted: list[str]
+
+
+def check_rights(repo_id: str) -> None:
+    """Make sure that there is a token and that it may write to `repo_id`.
+
+    Raises:
+        ConfigError: there is none, it is not valid, or it may only read, or not write there.
+        RunError: the Hub does not answer.
+    """
+    login = "log in with `hf auth login` or set HF_TOKEN; tokens are made at hf.co/settings/tokens"
+    check(get_token() is not None, "token", None, f"expected one with write rights: {login}")
+    namespace = repo_id.split("/")[0]
+    who = _repeat(lambda: HfApi().whoami(), "asking who the token belongs to")
+    mine = {who["name"]: "admin"} | {one["name"]: one.get("roleInOrg", "write") for one in who.get("orgs", [])}
+    named = f"a namespace of {who['name']}: {', '.join(sorted(mine))}"
+    check(namespace in mine, "repo_id", repo_id, f"expected {named}; take one, or the token of a member")
+    may = mine[namespace] != "read"
+    check(may, "repo_id", repo_id, f"{who['name']} may only read in {namespace}: ask an admin for write rights")
+    access = who.get("auth", {}).get("accessToken", {})
+    role = access.get("role")
+    writes = role == "write" or (role == "fineGrained" and _grants(access.get("fineGrained", {}), repo_id))
+    check(writes or role is None, "token", f"one of role {role}", f"expected write rights to {repo_id}: {login}")
+
+
+def check_base(directory: Path) -> None:
+    """Make sure that the Hub has the base that adapter/ names, if there is an adapter and it names one.
+
+    Raises:
+        ConfigError: it has not, or not for this token.
+        RunError: the Hub does not answer.
+    """
+    file = directory / ADAPTER / "adapter_config.json"
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") if file.is_file() else None
+    if base is not None:
+        _repeat(lambda: HfApi().model_info(base), f"looking for {base}, the base of {ADAPTER}/")
+
+
+def push(
+    directory: Path, files: Sequence[str], repo_id: str, message: str, tag: str | None = None, private: bool = False
+) -> Pushed:
+    """Make the repository hold `files` of `directory`, by one commit, or by none if it does already.
+
+    Args:
+        directory: Where they are.
+        files: Relative to it.
+        repo_id: Where to; the repository is made if it is missing.
+        message: The commit's first line.
+        tag: Name of the release.
+        private: Whether a new repository is private.
+
+    Raises:
+        ConfigError: the tag names another commit; or the Hub refuses the token, the name or the files.
+        RunError: it could not be done; the repository is as it was, or complete. The message says which.
+    """
+    api = HfApi()
+    url = _repeat(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True), f"making {repo_id}")
+    if tag:
+        _check_tag(api, repo_id, tag, directory, files)
+    sent: list[tuple[list[str], list[str]]] = []
+    commit = _repeat(lambda: _commit(api, directory, files, repo_id, message, sent), f"pushing to {repo_id}")
+    if tag:
+        _repeat(lambda: _set_tag(api, repo_id, tag, commit), f"setting the tag {tag} of {repo_id}")
+    added, deleted = sent[0] if sent else ([], [])
+    return Pushed(str(url), commit, added, deleted)
+
+
+def _commit(
+    api: HfApi,
+    directory: Path,
+    files: Sequence[str],
+    repo_id: str,
+    message: str,
+    sent: list[tuple[list[str], list[str]]],
+) -> str:
+    """Return the commit that holds the files, made now or there already; note in `sent` what one is asked to change."""
+    head = _head(api, repo_id)
+    added, deleted = _differences(api, directory, files, repo_id, head)
+    if not added and not deleted:
+        return head
+    sent.append((added, deleted))
+    operations: list[Any] = [CommitOperationAdd(name, str((directory / name).resolve())) for name in added]
+    operations += [CommitOperationDelete(name) for name in deleted]
+    # The parent makes it fail, and be repeated, if the repository has changed since its files were compared.
+    made = api.create_commit(repo_id, operations, commit_message=message, parent_commit=head)
+    left = _differences(api, directory, files, repo_id, made.oid)
+    if any(left):
+        raise RunError(
+            f"repo_id: {repo_id} does not hold what was pushed, its hashes differ: {', '.join(left[0] + left[1])} at "
+            f"commit {made.oid}. Run the same command again; if it stays so, delete these files on the Hub first"
+        )
+    return str(made.oid)
+
+
+def _differences(
+    api: HfApi, directory: Path, files: Sequence[str], repo_id: str, revision: str
+) -> tuple[list[str], list[str]]:
+    """Return the files that a commit lacks or holds otherwise, and those that loaders would read but must not."""
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    there = {one.path: one for one in tree if isinstance(one, RepoFile)}
+    added = [name for name in files if name not in there or not _same(directory / name, there[name])]
+    deleted = [name for name in there if name not in files and _is_ours(name)]
+    return added, deleted
+
+
+def _same(file: Path, remote: RepoFile) -> bool:
+    if file.stat().st_size != remote.size:
+        return False
+    if remote.lfs is None:
+        return bool(git_hash(file.read_bytes()) == remote.blob_id)
+    with file.open("rb") as content:
+        return bool(sha_fileobj(content).hex() == remote.lfs.sha256)
+
+
+def _is_ours(name: str) -> bool:
+    path = Path(name)
+    here = path.parent.as_posix() in (".", ADAPTER)
+    return here and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _OURS)
+
+
+def _head(api: HfApi, repo_id: str) -> str:
+    head = api.model_info(repo_id).sha
+    check(
+        head is not None, "repo_id", repo_id, "expected a repository with a commit: delete it on the Hub and try again"
+    )
+    return str(head)
+
+
+def _check_tag(api: HfApi, repo_id: str, tag: str, directory: Path, files: Sequence[str]) -> None:
+    """Make sure, before anything is pushed, that a tag is new or that the repository already is what it names."""
+
+    def look() -> tuple[str | None, bool]:
+        target = _target(api, repo_id, tag)
+        same = target is None or not any(_differences(api, directory, files, repo_id, target))
+        return target, same
+
+    target, same = _repeat(look, f"looking for the tag {tag} of {repo_id}")
+    check(same, "tag", tag, f"it names commit {target}, of other files: releases are not moved, choose a new name")
+
+
+def _set_tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
+    if _target(api, repo_id, tag) is None:
+        api.create_tag(repo_id, tag=tag, revision=commit)
+
+
+def _target(api: HfApi, repo_id: str, tag: str) -> str | None:
+    return next((one.target_commit for one in api.list_repo_refs(repo_id).tags if one.name == tag), None)
+
+
+def _grants(rights: dict[str, Any], repo_id: str) -> bool:
+    """Return whether a fine-grained token may write to a repository or its namespace."""
+    wanted = {repo_id, repo_id.split("/")[0]}
+    scopes = [one for one in rights.get("scoped", []) if one.get("entity", {}).get("name") in wanted]
+    granted = {right for one in scopes for right in one.get("permissions", [])} | set(rights.get("global", []))
+    return bool(granted & {"repo.write", "repo.content.write"})
+
+
+def _repeat(do: Callable[[], Made], what: str) -> Made:
+    """Do something with the Hub; again, a few times, after faults that pass.
+
+    Raises:
+        ConfigError: the Hub refuses it.
+        RunError: it does not work.
+    """
+    for number in range(1, TRIES + 1):
+        try:
+            return do()
+        except OfflineModeIsEnabled as error:
+            raise ConfigError(f"HF_HUB_OFFLINE: {what} needs the Hub; unset it") from error
+        except (HTTPError, HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
+            if isinstance(error, ConfigError | RunError):
+                raise
+            status = _status(error)
+            if status is not None and status not in _PASSING:
+                raise ConfigError(f"repo_id: {what}: the Hub says {_line(error)}") from error
+            # A proxy's page in the place of JSON passes; other wrong values are what the client or the Hub refuse.
+            if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError) and status is None:
+                raise ConfigError(f"repo_id: {what}: {_line(error)}") from error
+            if number == TRIES:
+                raise RunError(
+                    f"repo_id: {what} did not work, {TRIES} times: {_line(error)}. A commit is whole or not there at "
+                    "all, so the repository is as it was, or complete: run the same command again"
+                ) from error
+            tqdm.write(f"{what}: {_line(error)}; again in {_WAIT * 2 ** (number - 1):.0f} s", file=sys.stderr)
+            time.sleep(_WAIT * 2 ** (number - 1))
+    raise AssertionError("unreachable")
+
+
+def _status(error: BaseException) -> int | None:
+    """Return the HTTP status that an error, or what it was raised from, was made of."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return int(response.status_code)
+    return _status(error.__cause__) if error.__cause__ is not None else None
+
+
+def _line(error: BaseException) -> str:
+    """Return an error's text in one line, without what might be a secret."""
+    token = get_token()
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.replace(token, "<token>") if token else text

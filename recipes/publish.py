@@ -1,0 +1,44 @@
+"""Check a trained model, write its card from its measured numbers, and push both to the Hub by one commit.
+
+python recipes/publish.py --model runs/mine/model --repo_id org/name --dry_run   # card and pre-flight; pushes nothing
+python recipes/publish.py --model runs/mine/model --repo_id org/name --tag v1.0
+python recipes/publish.py --help                                                 # every key and its default
+"""
+
+from pathlib import Path
+
+from koclip import config
+from koclip.publishing.adapter import name_base
+from koclip.publishing.card import write_card
+from koclip.publishing.facts import gather
+from koclip.publishing.files import CARD, publishable
+from koclip.publishing.preflight import preflight, print_checks, refuse
+from koclip.publishing.push import check_base, check_rights, push
+
+
+def main(cfg: config.PublishConfig) -> None:
+    """Run the recipe: rights, card, pre-flight, push."""
+    directory = Path(cfg.model)
+    publishable(directory)  # a model must be there before anybody is asked for a token
+    if not cfg.dry_run:
+        check_rights(cfg.repo_id)
+    name_base(directory, cfg.clip, cfg.text_encoder)
+    write_card(cfg, gather(cfg))
+    checks = preflight(directory, cfg.repo_id, cfg.adapter)
+    print_checks(checks)
+    refuse(checks)
+    if cfg.dry_run:
+        print(f"{directory / CARD} is the card. Nothing was pushed; without --dry_run it goes to {cfg.repo_id}")
+        return
+    if cfg.adapter:
+        check_base(directory)
+    files = publishable(directory, cfg.adapter)
+    pushed = push(directory, files, cfg.repo_id, cfg.message, cfg.tag, cfg.private)
+    changed = (
+        f"{len(pushed.added)} files, {len(pushed.deleted)} deleted" if pushed.added or pushed.deleted else "nothing new"
+    )
+    print(f"{pushed.url} at commit {pushed.commit[:12]}: {changed}" + (f", tagged {cfg.tag}" if cfg.tag else ""))
+
+
+if __name__ == "__main__":
+    config.run(main, config.PublishConfig)

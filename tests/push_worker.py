@@ -1,0 +1,29 @@
+"""Run as a program: pushes directories as lines of standard input ask, and answers each with one line of JSON."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(seconds / 100)  # of the client's waits and koclip's
+
+from koclip.config import ConfigError, RunError  # noqa: E402
+from koclip.publishing.files import publishable  # noqa: E402
+from koclip.publishing.push import check_base, check_rights, push  # noqa: E402
+
+
+def answer(job: dict) -> dict:
+    directory = Path(job.pop("directory"))
+    try:
+        check_rights(job["repo_id"])
+        check_base(directory)
+        pushed = push(directory, publishable(directory), message="Publish the model", **job)
+    except (ConfigError, RunError) as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    return {"commit": pushed.commit, "added": pushed.added, "deleted": pushed.deleted, "url": pushed.url}
+
+
+for line in sys.stdin:
+    sys.stdout.write(json.dumps(answer(json.loads(line))) + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,266 @@
+"""The card: every number is that of results.json, what is missing is named, the licence is that of the sources."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from hub_rules import metadata_problems
+from huggingface_hub import ModelCard
+from runs_to_publish import ENVIRONMENT, METRICS, SCENES, aligned, beside
+
+from koclip import config
+from koclip.config import ConfigError, PublishConfig
+from koclip.evaluation.tables import place, split
+from koclip.publishing.card import render, write_card
+from koclip.publishing.facts import gather
+from koclip.publishing.files import CARD, LICENCE
+from koclip.publishing.licences import Source, Terms, conclude, terms_of
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).with_name("golden_card.md")
+FILES = {
+    "config.json": {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 32},
+    "tokenizer_config.json": {"model_max_length": 24},
+    "preprocessor_config.json": {"crop_size": {"height": 32, "width": 32}},
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Return the directory of a run without weights."""
+    (tmp_path / "model").mkdir()
+    for name, values in FILES.items():
+        (tmp_path / "model" / name).write_text(json.dumps(values), encoding="utf-8")
+    beside(tmp_path, config.PretrainConfig(data=SCENES))
+    return tmp_path
+
+
+def settings(run: Path, **changes: object) -> PublishConfig:
+    cards = {"data_cards": str(ROOT / "data_cards")}
+    return PublishConfig(model=str(run / "model"), repo_id="org/my-clip", **(cards | changes))  # type: ignore[arg-type]
+
+
+def card_of(run: Path, **changes: object) -> ModelCard:
+    cfg = settings(run, **changes)
+    return render(cfg, gather(cfg), year=2026)
+
+
+def change(file: Path, **values: object) -> None:
+    """Put values into a JSON or YAML file; None takes one out."""
+    kind = json if file.suffix == ".json" else yaml
+    read = json.loads(file.read_text()) if kind is json else yaml.safe_load(file.read_text())
+    changed = {name: value for name, value in {**read, **values}.items() if value is not None}
+    file.write_text(json.dumps(changed) if kind is json else yaml.safe_dump(changed), encoding="utf-8")
+
+
+def test_the_card_is_as_it_was(run):
+    """If a change is wanted, write the new card there: print(card_of(run))."""
+    assert str(card_of(run)) == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_the_hub_takes_its_metadata_and_it_survives_a_round_trip(run):
+    card = card_of(run)
+    assert metadata_problems(str(card)) == []
+    again = ModelCard(str(card))
+    assert again.data.to_dict() == card.data.to_dict()
+    assert again.data.pipeline_tag == "zero-shot-image-classification"
+    assert again.data.language == ["ko", "en"]
+
+
+def test_every_number_is_that_of_the_results(run):
+    card = card_of(run)
+    shown = [one.split(" | ") for one in re.findall(r"^\| (scenes \| .+ \| .+ \| .+ \| [\d,]+) \|$", card.text, re.M)]
+    rows = {(section, label): rest for section, label, *rest in ((one[0], *one[1:]) for one in shown)}
+    languages = re.split(r"^### ", card.text.split("## Evaluation")[1].split("## Limits")[0], flags=re.M)[1:]
+    assert [one.split("\n")[0] for one in languages] == [
+        "Korean", "English", "Between the languages", "Korean as people type it", "Pictures alone",
+    ]  # fmt: skip
+    for name, (value, low, high, n) in METRICS.items():
+        _, language, key = split(name)
+        group, label = place(key)
+        label = f"{group}: {label}" if group else label
+        scale = 1 if key.endswith("median_rank") else 100
+        here = [
+            one for one in shown if one[1] == label and one[4] == f"{n:,}" and number(one[2]) == rounded(value, scale)
+        ]
+        assert here, (name, rows)
+        assert [number(one) for one in here[0][3].split(" to ")] == [rounded(low, scale), rounded(high, scale)]
+    worst = len(shown) - len(METRICS)
+    assert worst == 1  # the worst rewrite, which stands there twice
+    values = {(one.dataset_config, one.metric_name): one.metric_value for one in card.data.eval_results}
+    for name, (value, *_) in METRICS.items():
+        _, language, key = split(name)
+        if not key.startswith(("stress", "languages")) and "median" not in key:
+            assert values.pop((language, place(key)[1])) == value
+    assert not values
+    summary = card.text.split("라이선스")[0]
+    assert "R@10: 45.7 % (95 % 구간 43.0~48.0, scenes)" in summary
+    assert set(map(float, re.findall(r"(\d+\.\d)", summary))) <= {
+        rounded(part, 100) for value, low, high, _ in METRICS.values() for part in (value, low, high)
+    }
+
+
+def number(text: str) -> float:
+    return float(text.removesuffix(" *").replace(",", ""))
+
+
+def rounded(value: float, scale: int) -> float:
+    return round(value * scale, 1)
+
+
+def test_nothing_is_empty(run):
+    text = str(card_of(run))
+    assert not re.search(r"^#+ .+\n+(?=#|\Z)", text, re.M), "a heading without a text"
+    assert not re.search(r"\bNone\b(?! known)", text)
+    assert "{{" not in text
+    assert not re.search(r"\| +\|", text.replace("| | |", ""))
+
+
+def test_paths_of_this_machine_stay_out(run):
+    change(
+        run / "environment.json",
+        command=["pretrain.py", "--data=/home/me/x.csv", "--model.clip", "openai/clip", "C:\\a\\b"],
+    )
+    text = str(card_of(run))
+    assert "/home/" not in text
+    assert "recipes/pretrain.py --data=x.csv --model.clip openai/clip b" in text
+    assert str(run) not in text
+    assert "recipes/configs/pretrain/scenes.yaml" in GOLDEN.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "message"),
+    [
+        ("environment.json", {"command": None}, "environment.json: command: got None"),
+        ("environment.json", {"packages": {}}, r"environment.json: packages: got \{\}"),
+        ("results.json", {"metrics": {}}, r"results.json, metrics: got \{\}.*evaluate it: python recipes/evaluate.py"),
+        ("results.json", {"data": None}, "results.json, data: got None"),
+        ("results.json", {"data": {"unknown": {}}}, "the data card of unknown: got .*unknown.md', no such file; write"),
+        ("results.json", {"environment": {"python": "3"}}, "results: environment.packages"),
+        ("results.json", {"model": str(ROOT)}, "results.json, model: got .*expected the numbers of"),
+        ("config.yaml", {"data": None}, "config.yaml: data: got None"),
+        ("model/tokenizer_config.json", {"model_max_length": None}, "model_max_length: got None"),
+        ("model/preprocessor_config.json", {"crop_size": {}}, r"preprocessor_config.json: size: got \{\}"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_named(run, file, values, message):
+    change(run / file, **values)
+    with pytest.raises(ConfigError, match=message):
+        card_of(run)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "results.json", "model/tokenizer_config.json"])
+def test_a_file_that_is_missing_is_named(run, name):
+    (run / name).unlink()
+    with pytest.raises(ConfigError, match=name):
+        card_of(run)
+
+
+@pytest.mark.parametrize("part", ["**Limits.**", "**Harms.**", "license: Apache-2.0, as koclip", "languages: [ko, en]"])
+def test_a_data_card_that_lacks_something_is_named(run, tmp_path, part):
+    shutil.copytree(ROOT / "data_cards", tmp_path / "cards")
+    file = tmp_path / "cards" / "scenes.md"
+    file.write_text(file.read_text(encoding="utf-8").replace(part, ""), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"cards/scenes.md: (\*\*(Limits|Harms)|license|languages)"):
+        card_of(run, data_cards=str(tmp_path / "cards"))
+
+
+@pytest.mark.parametrize(
+    ("text", "terms"),
+    [
+        ("Apache-2.0, as koclip", Terms.FREE),
+        ("mit", Terms.FREE),
+        ("cc-by-4.0", Terms.FREE),
+        ("CC-BY-SA-4.0. Names: Unicode-3.0.", Terms.ALIKE),
+        ("cc-by-nc-4.0", Terms.RESEARCH),
+        ("CC-BY-NC-SA-4.0", Terms.RESEARCH),
+        ("ImageNet terms of access, non-commercial research. Korean names: Apache-2.0", Terms.RESEARCH),
+        ("Photos: no licence stated, free use customary. Korean names: Apache-2.0", Terms.NONE_STATED),
+        ("unstated", Terms.NONE_STATED),
+        ("openrail", Terms.OWN),
+        ("gemma", Terms.OWN),
+    ],
+)
+def test_terms_of_licences(text, terms):
+    assert terms_of(text) == terms
+
+
+@pytest.mark.parametrize(
+    ("licences", "id_", "name"),
+    [
+        ([], "apache-2.0", None),
+        (["mit", "cc-by-4.0"], "apache-2.0", None),
+        (["mit", "cc-by-sa-4.0"], "cc-by-sa-4.0", None),
+        (["cc-by-sa-3.0", "cc-by-sa-4.0"], "other", "share-alike-sources"),
+        (["cc-by-sa-4.0", "openrail"], "other", "terms-of-sources"),
+        (["mit", "unstated"], "other", "unstated-sources"),
+        (["unstated", "research only", "mit"], "other", "non-commercial-research"),
+    ],
+)
+def test_the_strictest_source_decides(licences, id_, name):
+    found = conclude([Source("data", f"s{number}", one) for number, one in enumerate(licences)], "apache-2.0")
+    assert (found.id, found.name) == (id_, name)
+
+
+def test_a_non_commercial_source_makes_the_model_so_and_the_card_says_it(run):
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    values["data"]["sources"].append({"path": "x.parquet", "name": "flickr8k_ko", "captions": {"ko": "ko"}})
+    change(run / "config.yaml", data=values["data"])
+    cfg = settings(run)
+    write_card(cfg, gather(cfg))
+    card = ModelCard.load(run / "model" / CARD)
+    assert card.data.license == "other"
+    assert card.data["license_name"] == "non-commercial-research"
+    assert metadata_problems(str(card)) == []
+    assert "for non-commercial research only: flickr8k_ko. See [LICENSE.md](LICENSE.md)" in card.text
+    assert "flickr8k_ko (training): Photos: rights stay with" in (run / "model" / LICENCE).read_text(encoding="utf-8")
+    change(run / "config.yaml", data={"sources": [{"path": "scenes", "captions": {"ko": "ko"}}]})
+    write_card(cfg, gather(cfg))
+    assert not (run / "model" / LICENCE).exists()
+
+
+def test_the_base_trained_here_is_part_of_the_chain(run, tmp_path):
+    """Its data bind the model that was made of it, though the run itself saw free data only."""
+    base = tmp_path / "base"
+    (base / "model").mkdir(parents=True)
+    source = config.SourceConfig(path="flickr8k_ko", captions={"en": "en"})
+    beside(base, config.PretrainConfig(data=config.DataConfig(sources=(source,))))
+    beside(run, aligned(str(base / "model"), "same", "lora"))
+    card = card_of(run)
+    assert card.data.license == "other"
+    assert card.data.base_model is None
+    assert "| flickr8k_ko | training of the base |" in card.text
+    named = card_of(run, clip="org/base", licenses={"org/base": "mit"})
+    assert named.data.license == "apache-2.0"
+    assert named.data.base_model == ["org/base"]
+    (base / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"model.clip: got .*its licence is not known: give --clip <its Hub id>"):
+        card_of(run)
+
+
+def test_a_licence_that_nobody_tells_is_asked_for(run):
+    beside(run, aligned("openai/clip-vit-base-patch32", "klue/roberta-base", "frozen_image"))
+    with pytest.raises(ConfigError, match=r"licenses: the licence of openai/clip-vit-base-patch32 is not known"):
+        card_of(run)
+    told = {"openai/clip-vit-base-patch32": "unstated", "klue/roberta-base": "cc-by-sa-4.0"}
+    assert card_of(run, licenses=told).data["license_name"] == "unstated-sources"
+
+
+def test_a_card_of_somebody_else_is_kept(run):
+    (run / "model" / CARD).write_text("# Mine\n", encoding="utf-8")
+    cfg = settings(run)
+    with pytest.raises(ConfigError, match="a card that koclip did not write: move it away"):
+        write_card(cfg, gather(cfg))
+    assert (run / "model" / CARD).read_text() == "# Mine\n"
+
+
+def test_time_and_hardware_are_told_if_known(run):
+    change(run / "environment.json", gpus=["NVIDIA H200", "NVIDIA H200"], num_processes=2)
+    text = str(card_of(run, training_time="20 minutes"))
+    assert "| time | 20 minutes |" in text
+    assert "| hardware | NVIDIA H200 and NVIDIA H200, 2 processes |" in text
+    assert "| time |" not in GOLDEN.read_text(encoding="utf-8")
+    assert ENVIRONMENT["commit"][:12] in text

@@ -1,0 +1,177 @@
+"""Pre-flight: every defect of the release list is found, named, and told how to mend."""
+
+import getpass
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from runs_to_publish import adapted, pretrained
+from safetensors.torch import load_file, save_file
+
+from koclip.config import ConfigError
+from koclip.publishing import files, preflight
+from koclip.publishing.adapter import name_base
+from koclip.publishing.files import Check, check_files, publishable
+from koclip.publishing.preflight import print_checks, refuse
+
+CARD = "---\nlicense: apache-2.0\n---\n# A model\n"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model directory that passes."""
+    model = pretrained(tmp_path_factory.mktemp("sound"))
+    (model / "README.md").write_text(CARD, encoding="utf-8")
+    return model
+
+
+@pytest.fixture
+def model(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "model"))
+
+
+def failing(checks: list[Check]) -> dict[str, str]:
+    return {one.name: "; ".join(one.problems) for one in checks if one.problems}
+
+
+def edit(name: str, **values: object) -> Callable[[Path], None]:
+    def change(model: Path) -> None:
+        read = json.loads((model / name).read_text(encoding="utf-8"))
+        (model / name).write_text(json.dumps(read | values), encoding="utf-8")
+
+    return change
+
+
+def write(name: str, content: str) -> Callable[[Path], None]:
+    def change(model: Path) -> None:
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(content, encoding="utf-8")
+
+    return change
+
+
+def halve(model: Path) -> None:
+    weights = {name: one.half() for name, one in load_file(model / "model.safetensors").items()}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut(model: Path) -> None:
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:1000])
+
+
+TOKEN = "hf_" + "abcDEF123" * 4
+DEFECTS = {
+    "a missing file": (lambda model: (model / "tokenizer.json").unlink(), "files are complete", "tokenizer.json is"),
+    "no weights": (lambda model: (model / "model.safetensors").unlink(), "files are complete", "no model*.safetensors"),
+    "a pickle": (write("pytorch_model.bin", "x"), "no pickles, no foreign files", "pytorch_model.bin is a pickle"),
+    "a pickle below": (write("adapter/a.pt", "x"), "no pickles, no foreign files", "adapter/a.pt is a pickle"),
+    "code": (write("modeling.py", "x"), "no pickles, no foreign files", "modeling.py is nothing that a model"),
+    "a folder": (write("logs/a.json", "{}"), "no pickles, no foreign files", "logs/a.json is nothing"),
+    "auto_map": (edit("config.json", auto_map={"AutoModel": "a.B"}), "no remote code", "config.json has auto_map"),
+    "half precision": (halve, "weights are fp32", "model.safetensors holds F16"),
+    "torn weights": (cut, "weights are fp32", "model.safetensors cannot be read"),
+    "padding": (edit("tokenizer.json", padding={"direction": "Left"}), "tokenizer.json: no call's state", '"padding"'),
+    "truncation": (edit("tokenizer.json", truncation={"a": 3}), "tokenizer.json: no call's state", "truncation"),
+    "a path": (edit("config.json", _name_or_path="/home/me/run"), "nothing of this machine", "the path /home/me/run"),
+    "a relative path": (edit("config.json", _name_or_path="tests/tiny.py"), "nothing of this machine", "tests/tiny.py"),
+    "a path of Windows": (edit("config.json", a="C:\\Users\\me"), "nothing of this machine", "C:\\Users\\me"),
+    "a path in the card": (write("README.md", CARD + "see /data/x.csv"), "nothing of this machine", "/data/x.csv"),
+    "a user": (edit("config.json", made_by="jihoon.kim"), "nothing of this machine", "names the user jihoon.kim"),
+    "a user in a path": (edit("config.json", a="x/jihoon.kim/y"), "nothing of this machine", "the user jihoon.kim"),
+    "a token": (edit("config.json", a=f"see {TOKEN}"), "no token", "config.json holds an access token"),
+    "a token in the card": (write("README.md", CARD + TOKEN), "no token", "README.md holds an access token"),
+    "no card": (lambda model: (model / "README.md").unlink(), "licence is stated", "there is no README.md"),
+    "no licence": (write("README.md", "---\nlanguage: ko\n---\n"), "licence is stated", "has no license"),
+    "other": (write("README.md", "---\nlicense: other\n---\n"), "licence is stated", "needs license_name"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_every_defect_of_the_files_is_found_alone(model, defect, monkeypatch, capsys):
+    monkeypatch.setattr(getpass, "getuser", lambda: "jihoon.kim")
+    monkeypatch.chdir(Path(__file__).parents[1])
+    harm, name, message = DEFECTS[defect]
+    assert failing(check_files(model)) == {}
+    harm(model)
+    checks = check_files(model)
+    found = failing(checks)
+    assert list(found) == [name]
+    assert message in found[name]
+    with pytest.raises(ConfigError, match="1 of 9 checks fail; nothing was pushed") as raised:
+        refuse(checks)
+    print_checks(checks)
+    assert TOKEN not in str(raised.value) + capsys.readouterr().out
+
+
+def test_the_own_token_is_found_whatever_it_looks_like(model, monkeypatch):
+    monkeypatch.setattr(files, "get_token", lambda: "shibboleth")
+    assert failing(check_files(model)) == {}
+    edit("config.json", a="shibboleth")(model)
+    assert "no token" in failing(check_files(model))
+
+
+def test_hidden_files_stay_here_and_so_does_an_adapter_that_is_not_wanted(model):
+    write(".cache/x.bin", "x")(model)
+    write("adapter/adapter_config.json", "{}")(model)
+    assert "adapter/adapter_config.json" in publishable(model)
+    assert "adapter's base can be found" in failing(check_files(model))
+    assert failing(check_files(model, adapter=False)) == {}
+    assert not [name for name in publishable(model, adapter=False) if name.startswith((".", "adapter"))]
+
+
+def test_an_adapter_whose_base_is_a_directory_is_refused_until_it_is_named(sound, tmp_path):
+    model, _ = adapted(tmp_path, str(sound), sound)
+    (model / "README.md").write_text(CARD, encoding="utf-8")
+    assert failing(check_files(model)) == {
+        "adapter's base can be found": "adapter/ does not say what it adapts: <model.clip>"
+    }
+    name_base(model, "org/base", None)
+    assert failing(check_files(model)) == {}
+    settings = json.loads((model / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert settings["base_model_name_or_path"] == "org/base"
+    assert 'from_pretrained("org/base")' in (model / "adapter" / "README.md").read_text(encoding="utf-8")
+    edit("adapter/adapter_config.json", base_model_name_or_path="/home/me/base")(model)
+    assert {"adapter's base can be found", "nothing of this machine"} == set(failing(check_files(model)))
+
+
+def test_ids_that_are_not_the_tokenizers_are_found(model):
+    text = json.loads((model / "config.json").read_text(encoding="utf-8"))["text_config"]
+    edit("config.json", text_config=text | {"bos_token_id": 7})(model)
+    problems = failing([preflight._ids(model)])["the tokenizer's ids are config.json's"]
+    assert "text_config.bos_token_id is 7, the tokenizer's" in problems
+    edit("config.json", text_config=text | {"vocab_size": 100})(model)
+    problems = failing([preflight._ids(model)])["the tokenizer's ids are config.json's"]
+    assert "the tokenizer has ids up to" in problems
+
+
+def test_weights_that_the_class_does_not_know_are_found(model):
+    weights = load_file(model / "model.safetensors")
+    save_file(weights | {"extra": torch.zeros(2)}, model / "model.safetensors", metadata={"format": "pt"})
+    found = failing(preflight.preflight(model))
+    assert list(found) == ["loads by stock transformers alone"]
+    assert "unexpected_keys: extra" in found["loads by stock transformers alone"]
+
+
+def test_embeddings_that_differ_are_found(model, monkeypatch):
+    load = preflight.load
+
+    def other(path, device):
+        loaded, processor = load(path, device)
+        with torch.no_grad():
+            loaded.text_projection.weight[0, 0] += 1e-4
+        return loaded, processor
+
+    monkeypatch.setattr(preflight, "load", other)
+    torch.set_num_threads(1)
+    found = failing(preflight.preflight(model))
+    assert list(found) == ["embeddings are koclip's, to 0.0"]
+    assert "text embeddings differ by" in found["embeddings are koclip's, to 0.0"]
+    assert "image" not in found["embeddings are koclip's, to 0.0"]
+
+
+def test_a_directory_without_a_model_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"model: got .*expected a directory with a config.json"):
+        publishable(tmp_path)

@@ -1,0 +1,182 @@
+"""recipes/publish.py: what goes up comes down as the same model, for programs that have never heard of koclip."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub_server import Fault, HubServer
+from PIL import Image
+from runs_to_publish import adapted, pretrained, swapped
+
+from koclip.models.encoders import TransformersEncoder
+from koclip.models.inference import load
+
+ROOT = Path(__file__).parents[1]
+TOKEN = "hf_" + "writes" * 6
+TEXTS = ["빨간 원", "노란 별 위에 작은 별"]
+STRANGER = """
+import json, sys
+sys.modules["koclip"] = None
+if sys.argv[3] == "whole":
+    sys.modules["peft"] = None
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+expected = torch.load(sys.argv[1], weights_only=True)
+if sys.argv[3] == "adapter":
+    from peft import PeftModel
+    base = AutoModel.from_pretrained("org/clip")
+    model = PeftModel.from_pretrained(base, sys.argv[2], subfolder="adapter").base_model.model.eval()
+    info = {}
+else:
+    model, info = AutoModel.from_pretrained(sys.argv[2], output_loading_info=True)
+processor = AutoProcessor.from_pretrained(sys.argv[2])
+encoded = processor(text=expected["texts"], images=[Image.open(sys.argv[4])], padding=True, return_tensors="pt")
+with torch.inference_mode():
+    images = model.get_image_features(pixel_values=encoded["pixel_values"]).pooler_output
+    texts = model.get_text_features(encoded["input_ids"], attention_mask=encoded["attention_mask"]).pooler_output
+unit = torch.nn.functional.normalize
+print(json.dumps({
+    "class": type(model).__name__,
+    "problems": [key for keys in info.values() for key in keys],
+    "image": (unit(images, dim=-1) - expected["image"]).abs().max().item(),
+    "text": (unit(texts, dim=-1) - expected["text"]).abs().max().item(),
+}))
+"""
+
+
+class Hub:
+    """A Hub, and a folder for the homes of its clients."""
+
+    def __init__(self, folder: Path) -> None:
+        self.server = HubServer({TOKEN: "write"})
+        self.folder = folder
+        self.homes = 0
+
+    def run(self, *command: str, token: str | None = TOKEN, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+        """Run Python with an empty home, near this Hub."""
+        self.homes += 1
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": self.server.url, "HF_HOME": str(self.folder / f"home-{self.homes}")}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"} | ({"HF_TOKEN": token} if token else {})
+        options: dict[str, Any] = {"env": environment, "cwd": folder, "capture_output": True, "text": True}
+        return subprocess.run([sys.executable, *command], check=False, timeout=300, **options)
+
+    def publish(self, model: Path, name: str, *options: str) -> subprocess.CompletedProcess[str]:
+        ran = self.run("recipes/publish.py", "--model", str(model), "--repo_id", f"org/{name}", *options)
+        assert TOKEN not in ran.stdout + ran.stderr
+        return ran
+
+    def differences(self, name: str, made: Any, kind: str = "whole") -> dict[str, Any]:
+        """Return what a stranger sees who loads `org/name`, compared with the model and processor `made`."""
+        encoder = TransformersEncoder(*made)
+        picture = self.folder / "picture.png"
+        Image.linear_gradient("L").resize((50, 40)).convert("RGB").save(picture)
+        expected = {"texts": TEXTS, "text": encoder.encode_texts(TEXTS)}
+        with Image.open(picture) as image:
+            expected["image"] = encoder.encode_images([image])
+        torch.save(expected, self.folder / "expected.pt")
+        torch.set_num_threads(1)
+        ran = self.run("-c", STRANGER, str(self.folder / "expected.pt"), f"org/{name}", kind, str(picture), token=None)
+        assert ran.returncode == 0, ran.stderr
+        return dict(json.loads(ran.stdout.splitlines()[-1]))
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """Return a Hub that holds one model, org/clip."""
+    made = Hub(tmp_path_factory.mktemp("hub"))
+    made.clip = pretrained(made.folder / "clip")
+    ran = made.publish(made.clip, "clip", "--tag", "v1.0")
+    assert ran.returncode == 0, ran.stderr
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+    for file in (path for path in made.folder.rglob("*") if path.is_file()):
+        assert TOKEN.encode() not in file.read_bytes(), file
+    for repo in made.server.repos.values():
+        assert not any(TOKEN.encode() in content for content in repo.files.values())
+
+
+def same(seen: dict[str, Any], kind: str) -> None:
+    assert seen == {"class": kind, "problems": [], "image": 0.0, "text": 0.0}
+
+
+def test_a_clip_from_random_weights_comes_back(hub):
+    same(hub.differences("clip", load(hub.clip, "cpu")), "CLIPModel")
+    repo = hub.server.repos["org/clip"]
+    assert list(repo.tags) == ["v1.0"]
+    assert {"README.md", "model.safetensors", "tokenizer.json", "config.json"} <= set(repo.files)
+    again = hub.publish(hub.clip, "clip", "--tag", "v1.0")
+    assert "nothing new, tagged v1.0" in again.stdout
+    assert len(repo.commits) == 2
+
+
+def test_downloads_that_break_off_go_on(hub, monkeypatch):
+    monkeypatch.setattr(hub.server, "faults", [Fault("resolve", "half", 1000)])
+    same(hub.differences("clip", load(hub.clip, "cpu")), "CLIPModel")
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= hub.server.broken
+
+
+def test_the_cards_examples_run(hub):
+    Image.new("RGB", (60, 40), "red").save(hub.folder / "photo.jpg")
+    card = hub.server.repos["org/clip"].files["README.md"].decode()
+    examples = re.findall(r"```python\n(.+?)```", card, re.DOTALL)
+    assert len(examples) == 2
+    ran = hub.run("-c", "\n".join(examples), token=None, folder=hub.folder)
+    assert ran.returncode == 0, ran.stderr
+    assert "'label': '고양이'" in ran.stdout
+    assert "tensor([[" in ran.stdout
+
+
+def test_a_joint_model_comes_back(hub):
+    model = pretrained(hub.folder / "joint", preset="timm:test_vit", image_size=32)
+    ran = hub.publish(model, "joint")
+    assert ran.returncode == 0, ran.stderr
+    same(hub.differences("joint", load(model, "cpu")), "VisionTextDualEncoderModel")
+
+
+def test_a_swapped_model_comes_back_under_the_licence_of_its_towers(hub):
+    model = swapped(hub.folder / "swapped", "org/clip", "klue/roberta-small")
+    ran = hub.publish(model, "swapped", "--licenses", "{klue/roberta-small: cc-by-sa-4.0}")
+    assert ran.returncode == 0, ran.stderr
+    same(hub.differences("swapped", load(model, "cpu")), "ChineseCLIPModel")
+    card = hub.server.repos["org/swapped"].files["README.md"].decode()
+    assert "base_model:\n- org/clip\n- klue/roberta-small\n" in card
+    assert "license: cc-by-sa-4.0\n" in card
+    assert "| org/clip | clip | apache-2.0 |" in card  # the Hub was asked
+
+
+def test_an_adapter_comes_back_and_so_does_the_merged_model(hub):
+    model, trained = adapted(hub.folder / "adapted", "org/clip", hub.clip)
+    ran = hub.publish(model, "adapted")
+    assert ran.returncode == 0, ran.stderr
+    made = load(model, "cpu")
+    same(hub.differences("adapted", made), "CLIPModel")
+    same(hub.differences("adapted", (trained, made[1]), "adapter"), "CLIPModel")
+
+
+def test_a_dry_run_needs_no_token_and_pushes_nothing(hub):
+    calls = sum(hub.server.calls.values())
+    ran = hub.run("recipes/publish.py", "--model", str(hub.clip), "--repo_id", "org/dry", "--dry_run", token=None)
+    assert ran.returncode == 0, ran.stderr
+    assert "embeddings are koclip's, to 0.0" in ran.stdout
+    assert "org/dry" not in hub.server.repos
+    assert sum(hub.server.calls.values()) == calls
+
+
+def test_a_model_that_fails_the_checks_is_not_pushed(hub):
+    model = pretrained(hub.folder / "broken")
+    (model / "pytorch_model.bin").write_bytes(b"pickle")
+    ran = hub.publish(model, "broken")
+    assert ran.returncode == 2
+    assert "1 of 13 checks fail; nothing was pushed. no pickles, no foreign files: pytorch_model.bin" in ran.stderr
+    assert "org/broken" not in hub.server.repos
