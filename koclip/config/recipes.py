@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from koclip.config.alignment import AdapterConfig, AlignMethodConfig, DistillConfig, SwapConfig
-from koclip.config.data import DataConfig, TokenizerConfig
+from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
 from koclip.config.errors import check
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig
 from koclip.config.model import LossConfig, ModelConfig
@@ -162,6 +162,46 @@ class EvaluateConfig:
     def all_models(self) -> list[str]:
         """`model` and `models`."""
         return [*([self.model] if self.model else []), *self.models]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """Make a collection of images searchable.
+
+    Args:
+        model: A directory or Hub id of a dual encoder, or another that `recipes/evaluate.py` takes.
+        images: A folder of pictures, with the folders in it; or a data set: `scenes`, a file or a Hub id.
+        source: A data set whose columns must be named, in the place of `images`.
+        output_dir: Where the index goes; the same command goes on where a killed one stopped.
+        max_images: Images taken, the first ones; 0 takes all.
+        thumbnail_size: Longer side of the small pictures that are kept to be shown, pixels; 0 keeps none.
+        approximate: Whether to make an approximate index too (needs `pip install 'koclip[search]'`); `auto` makes one
+            from `approximate_from` images on.
+        approximate_from: Images; fewer are all looked at in a few hundredths of a second.
+        batch_size: Images encoded at once.
+        device: As PyTorch names it; default: a GPU if there is one.
+    """
+
+    model: str = ""
+    images: str = ""
+    source: SourceConfig | None = None
+    output_dir: str = "index"
+    max_images: int = 0
+    thumbnail_size: int = 256
+    approximate: Literal["auto", "yes", "no"] = "auto"
+    approximate_from: int = 200_000
+    batch_size: int = 64
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        check(bool(self.model), "model", self.model, "name a directory or Hub id: --model runs/<run>/model")
+        some = bool(self.images) or self.source is not None
+        check(some, "images", self.images, "name a folder of pictures or a data set: --images photos/")
+        check(self.max_images >= 0, "max_images", self.max_images, "expected 0 or more")
+        size = self.thumbnail_size
+        check(size == 0 or 16 <= size <= 1_024, "thumbnail_size", size, "expected 16 to 1024, or 0 for none")
+        check(self.approximate_from >= 1, "approximate_from", self.approximate_from, "expected 1 or more")
+        check(self.batch_size >= 1, "batch_size", self.batch_size, "expected 1 or more")
 
 
 def _check_run(config: PretrainConfig | AlignConfig, num_steps: int) -> None:
