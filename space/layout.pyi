@@ -1,0 +1,286 @@
+"""How the Space looks, and the calls that it takes: Gradio Blocks over `answers.Answers`."""
+
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from answers import Answers, Hit
+from guard import MAX_LABEL, MAX_LABELS, MAX_TEXT, read_picture
+from texts import LANGUAGES, RefusedError, say
+
+from koclip.text.classes import load_templates
+
+FONTS = ["Pretendard", "Apple SD Gothic Neo", "Noto Sans KR", "Noto Sans CJK KR", "NanumGothic", "sans-serif"]
+THEME = gr.themes.Soft(primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=["monospace"])
+CSS = """
+.gradio-container { max-width: 1080px !important; margin: auto !important; }
+.gradio-container, .gradio-container * { word-break: keep-all; overflow-wrap: anywhere; }
+#top { align-items: center; }
+#top h1 { font-size: 1.35rem; margin: 0 0 .15rem; }
+#language { border: 0; background: none; box-shadow: none; }
+"""
+_QUEUED_AT_ONCE = 2  # calls answered at a time, one per core of the smallest Space
+_PROMPTS = 12  # shown
+
+_log = logging.getLogger("koclip.space")
+
+class Picture(gr.Image):
+    """A picture that is uploaded: never fetched from an address, and read by `guard.read_picture` alone."""
+
+    is_template = True  # looks like gr.Image
+
+    def preprocess(self, payload: Any) -> str | None:
+        """Return the path of an uploaded file without opening it."""
+        return None if payload is None else payload.path
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
+        """Leave what is not a file here as it is; gradio would fetch it."""
+        if "://" in str(url_or_file_path):
+            return str(url_or_file_path)
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
+
+    from gradio.blocks import Block
+
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+class Texts:
+    """Remembers which component says what, so that all of them can change their language."""
+
+    def __init__(self) -> None:
+        self._told: list[tuple[Any, dict[str, str]]] = []
+
+    def __call__(self, component: Any, **keys: str) -> Any:
+        """Let `keys` (property -> text) of a component follow the language; return the component."""
+        self._told.append((component, keys))
+        return component
+
+    @property
+    def components(self) -> list[Any]:
+        """The components."""
+        return [component for component, _ in self._told]
+
+    def updates(self, language: str) -> list[dict[str, Any]]:
+        """Return what the components must be told in a language."""
+        return [gr.update(**{name: say(key, language) for name, key in keys.items()}) for _, keys in self._told]
+
+def blocks(answers: Answers, name: str, examples: dict[str, list[list[Any]]]) -> gr.Blocks:
+    """Return the whole page.
+
+    Args:
+        answers: What answers.
+        name: The model's, as it is shown.
+        examples: Inputs by tab; every row works when it is clicked.
+    """
+    texts = Texts()
+    with gr.Blocks(title="koclip", analytics_enabled=False, delete_cache=(3_600, 3_600)) as page:
+        with gr.Row(elem_id="top"):
+            with gr.Column(scale=4, min_width=260):
+                heading = gr.Markdown(_heading("ko", name))
+            with gr.Column(scale=1, min_width=160):
+                pairs = [(shown, code) for code, shown in LANGUAGES.items()]
+                language = gr.Radio(pairs, value="ko", show_label=False, container=False, elem_id="language")
+        with texts(gr.Tab(say("tab_classify", "ko"), id="classify"), label="tab_classify"):
+            _classify_tab(answers, texts, language, examples["classify"])
+        with texts(gr.Tab(say("tab_search", "ko"), id="search"), label="tab_search"):
+            _search_tab(answers, texts, language, examples["search"])
+        with texts(gr.Tab(say("tab_caption", "ko"), id="caption"), label="tab_caption"):
+            _caption_tab(answers, texts, language, examples["caption"])
+        with texts(gr.Tab(say("tab_heatmap", "ko"), id="heatmap"), label="tab_heatmap"):
+            _heatmap_tab(answers, texts, language, examples["heatmap"])
+
+        def switch(code: str) -> list[Any]:
+            return [_heading(code, name), *texts.updates(code)]
+
+        language.change(
+            switch, language, [heading, *texts.components], api_visibility="private", show_progress="hidden"
+        )
+    page.queue(max_size=512, default_concurrency_limit=_QUEUED_AT_ONCE)
+    return page
+
+def _classify_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: list[list[Any]]) -> None:
+    templates = ["{label}", *load_templates("ko")["photo"][:6], load_templates("ko")["drawing"][0]]
+    with gr.Row(equal_height=False):
+        with gr.Column(min_width=300):
+            image = _picture(texts, "image")
+            labels = _box(texts, "labels", "labels_hint", lines=3, most=MAX_LABELS * (MAX_LABEL + 2))
+            template = gr.Dropdown(
+                [*templates, *load_templates("en")["photo"][:3]],
+                value=templates[1],
+                label=say("template", "ko"),
+                info=say("template_hint", "ko"),
+                allow_custom_value=True,
+            )
+            texts(template, label="template", info="template_hint")
+            whole = texts(gr.Checkbox(label=say("ensemble", "ko")), label="ensemble")
+            button = texts(gr.Button(say("classify", "ko"), variant="primary"), value="classify")
+        with gr.Column(min_width=300):
+            result = texts(gr.Label(label=say("result", "ko"), num_top_classes=10), label="result")
+            prompts = gr.Textbox(label=say("prompts", "ko"), lines=4, max_lines=12, interactive=False)
+            texts(prompts, label="prompts")
+
+    @_answering
+    def classify(image: str, labels: str, template: str, ensemble: bool, language: str) -> tuple[Any, str]:
+        """Say how likely each label is: {label, confidences}, and the prompts that were read.
+
+        Labels are separated by commas or lines. `template` has {label}, or {label:을/를} for the label with its
+        particle; with `ensemble` the mean of the built-in templates is taken. `language` (ko, en) is that of errors.
+        """
+        found = answers.classify(_read(image, language), labels, template, bool(ensemble))
+        shown = found.prompts[:_PROMPTS]
+        if more := len(found.prompts) - len(shown):
+            shown.append(say("more_prompts", language, count=more))
+        return found.scores, "\n".join(shown)
+
+    inputs, outputs = [image, labels, template, whole, language], [result, prompts]
+    button.click(classify, inputs, outputs, api_name="classify", concurrency_id="model")
+    _examples(texts, examples, inputs[:-1], inputs, outputs, classify)
+
+def _search_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: list[list[Any]]) -> None:
+    with gr.Row(equal_height=True):
+        query = _box(texts, "query", "query_hint", scale=5, info=False)
+        button = gr.Button(say("search", "ko"), variant="primary", scale=1, min_width=110)
+        texts(button, value="search")
+    examples_here = gr.Column()
+    status = gr.Markdown()
+    gallery = _gallery(texts, "found")
+    with gr.Row():
+        back = texts(gr.Button(say("previous", "ko"), size="sm", min_width=80), value="previous")
+        page = gr.Number(1, label=say("page", "ko"), precision=0, minimum=1, container=False, min_width=80)
+        forward = texts(gr.Button(say("next", "ko"), size="sm", min_width=80), value="next")
+
+    @_answering
+    def search(query: str, page: float, language: str) -> tuple[list[Any], str, float]:
+        """Find the pictures of the collection that are nearest to a text in any language: 12 on a page, from 1 on.
+
+        Returns pictures with caption and cosine similarity, a line that says which they are, and the page.
+        """
+        hits, first = answers.search(query, page)
+        last, total = first + len(hits), len(answers.index)
+        return _shown(hits), say("status", language, first=first + 1, last=last, total=total), page
+
+    inputs, outputs = [query, page, language], [gallery, status, page]
+
+    def moved(step: int) -> Callable[..., Any]:
+        return lambda query, page, language: search(query, max(1, int(page or 1) + step), language)
+
+    hidden: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model"}
+    button.click(search, inputs, outputs, api_name="search", concurrency_id="model")
+    query.submit(lambda query, language: search(query, 1, language), [query, language], outputs, **hidden)
+    page.submit(search, inputs, outputs, **hidden)
+    back.click(moved(-1), inputs, outputs, **hidden)
+    forward.click(moved(1), inputs, outputs, **hidden)
+    query.change(lambda: 1, None, page, api_visibility="private", show_progress="hidden")
+    with examples_here:
+        _examples(texts, examples, [query], [query, language], outputs, lambda query, code: search(query, 1, code))
+
+def _caption_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: list[list[Any]]) -> None:
+    with gr.Row(equal_height=False):
+        with gr.Column(min_width=300):
+            image = _picture(texts, "image")
+            captions = _box(texts, "captions", "captions_hint", lines=4, most=MAX_LABELS * (MAX_LABEL + 2))
+            button = texts(gr.Button(say("caption", "ko"), variant="primary"), value="caption")
+        with gr.Column(min_width=300):
+            best = gr.Label(label=say("best_captions", "ko"), num_top_classes=10, show_heading=False)
+            texts(best, label="best_captions")
+    gallery = _gallery(texts, "near_images")
+
+    @_answering
+    def caption(image: str, captions: str, language: str) -> tuple[Any, list[Any]]:
+        """Find what belongs to a picture: the best ten of some captions, one per line, and the nearest pictures.
+
+        Without captions those of the collection are taken. Scores are cosine similarities.
+        """
+        picture = _read(image, language)
+        return answers.captions(picture, captions), _shown(answers.similar(picture))
+
+    inputs, outputs = [image, captions, language], [best, gallery]
+    button.click(caption, inputs, outputs, api_name="caption", concurrency_id="model")
+    _examples(texts, examples, inputs[:-1], inputs, outputs, caption)
+
+def _heatmap_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: list[list[Any]]) -> None:
+    with gr.Row(equal_height=False):
+        with gr.Column(min_width=300):
+            image = _picture(texts, "image")
+            query = _box(texts, "heat_query", "query_hint", info=False)
+            button = texts(gr.Button(say("heatmap", "ko"), variant="primary"), value="heatmap")
+        with gr.Column(min_width=300):
+            shown = gr.Image(label=say("heat_result", "ko"), interactive=False, format="webp", height=360, buttons=[])
+            texts(shown, label="heat_result")
+            status = gr.Markdown()
+
+    @_answering
+    def heatmap(image: str, query: str, language: str) -> tuple[Any, str]:
+        """Show which patches of a picture answer a text: the picture under a heat map, and a line about it."""
+        heat = answers.heat(_read(image, language), query)
+        rows, columns = heat.scores.shape
+        low, high = float(heat.scores.min()), float(heat.scores.max())
+        return heat.picture, say("heat_status", language, rows=rows, columns=columns, low=low, high=high)
+
+    inputs, outputs = [image, query, language], [shown, status]
+    button.click(heatmap, inputs, outputs, api_name="heatmap", concurrency_id="model")
+    query.submit(heatmap, inputs, outputs, api_visibility="private", concurrency_id="model")
+    _examples(texts, examples, inputs[:-1], inputs, outputs, heatmap)
+
+def _heading(language: str, name: str) -> str:
+    shown = name.replace("`", "")
+    return f"# {say('title', language)}\n{say('about', language)}`{shown}`"
+
+def _picture(texts: Texts, key: str) -> Picture:
+    image = Picture(label=say(key, "ko"), type="filepath", sources=["upload", "clipboard"], height=280, buttons=[])
+    return texts(image, label=key)
+
+def _gallery(texts: Texts, key: str) -> gr.Gallery:
+    gallery = gr.Gallery(label=say(key, "ko"), columns=4, height="auto", object_fit="contain", buttons=[])
+    return texts(gallery, label=key)
+
+def _box(texts: Texts, key: str, hint: str, most: int = MAX_TEXT, info: bool = True, **options: Any) -> gr.Textbox:
+    told = {"label": key, ("info" if info else "placeholder"): hint}
+    said = {name: say(text, "ko") for name, text in told.items()}
+    # One more than is taken, so that who writes too much is told instead of cut short.
+    return texts(gr.Textbox(**said, max_lines=8, max_length=most + 1, **options), **told)
+
+def _examples(
+    texts: Texts, rows: list[list[Any]], shown: list[Any], inputs: list[Any], outputs: list[Any], fn: Callable[..., Any]
+) -> None:
+    """Put examples under a tab; a click fills in and runs."""
+    if not rows:
+        return
+    made = gr.Examples(rows, shown, label=say("examples", "ko"), cache_examples=False, api_visibility="private")
+    texts(made.dataset, label="examples")
+    made.load_input_event.success(fn, inputs, outputs, api_visibility="private", concurrency_id="model")
+
+def _read(path: str | None, language: str) -> Any:
+    if path is None:
+        raise RefusedError("no_image")
+    if "://" in path:
+        raise RefusedError("no_url")
+    picture, moves = read_picture(path)
+    if moves:
+        gr.Info(say("first_frame", language))
+    return picture
+
+def _shown(hits: list[Hit]) -> list[Any]:
+    return [(hit.picture, f"{hit.caption} · {hit.score:.2f}") for hit in hits if hit.picture is not None]
+
+def _answering(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn what goes wrong in a call into a short message in its language, the last argument."""
+
+    @functools.wraps(fn)
+    def answered(*args: Any) -> Any:
+        language = args[-1]
+        try:
+            return fn(*args)
+        except RefusedError as error:
+            raise gr.Error(error.told(language), title="koclip", print_exception=False) from None
+        except Exception:
+            _log.exception("%s failed", fn.__name__)
+            raise gr.Error(say("internal", language), title="koclip", print_exception=False) from None
+
+    return answered
