@@ -29,6 +29,9 @@ _BEST = 10  # captions
 _KEPT_CAPTIONS = 2_000  # of the collection, that captions are chosen from
 _COLOURS = "inferno"
 _OPACITY = 0.6
+WAYS = ("cover", "patches")  # of showing where an answer lies
+_PLACES = 7  # covered per side
+_COVERED_SIDE = 448  # pixels; more than most towers see
 
 
 class Classified(NamedTuple):
@@ -116,18 +119,36 @@ class Answers:
         best = scores.argsort(descending=True, stable=True)[:_BEST].tolist()
         return {texts[place]: float(scores[place]) for place in best}
 
-    def heat(self, image: Image.Image, query: str) -> Heat:
-        """Return where in a picture a text finds what it says (`koclip.models.patches`)."""
+    def heat(self, image: Image.Image, query: str, way: str) -> Heat:
+        """Return where in a picture a text finds what it says.
+
+        Args:
+            image: The picture.
+            query: The text.
+            way: `patches`: the similarity of each of the model's patches to the text (`koclip.models.patches`, with
+                the formula and why it may miss the thing itself). `cover`: the similarity that is lost when a place is
+                covered by the picture's mean colour, score_p = max(0, <e(image), t> - <e(image without p), t>), for
+                7 x 7 places two sevenths wide (Zeiler and Fergus 2014, section 4.2); it works for any model.
+        """
         text = self._texts([guard.read_text(query)])[0]
-        if not hasattr(self.encoder, "patches"):
-            raise RefusedError("no_patches")
-        try:
+        view = getattr(self.encoder, "view", None)
+        if way == "cover":
+            pictures = [image, *covered(image, view)]
             with self._lock:
-                patches = self.encoder.patches(image)
-        except NoPatchesError:
-            raise RefusedError("no_patches") from None
-        scores = (patches @ text).numpy()
-        return Heat(overlay(image, scores, self.encoder.view), scores)
+                made = torch.cat([self.encoder.encode_images(pictures[at : at + 25]) for at in range(0, 50, 25)])
+            whole, *rest = (made @ text).tolist()
+            scores = (whole - np.array(rest)).clip(min=0).reshape(_PLACES, _PLACES)
+        elif way == "patches":
+            if not hasattr(self.encoder, "patches"):
+                raise RefusedError("no_patches")
+            try:
+                with self._lock:
+                    scores = (self.encoder.patches(image) @ text).numpy()
+            except NoPatchesError:
+                raise RefusedError("no_patches") from None
+        else:
+            raise RefusedError("bad_way", limit=", ".join(WAYS))
+        return Heat(overlay(image, scores, view), scores)
 
     @property
     def _scale(self) -> float:
@@ -197,6 +218,35 @@ def templates_for(label: str) -> list[str]:
     return load_templates(language)["photo"]
 
 
+def seen(image: Image.Image, view: tuple[float, float] | None) -> tuple[int, int, int, int]:
+    """Return the part of a picture that a model sees (left, top, right, bottom), pixels."""
+    width, height = image.size
+    if view is None:
+        return 0, 0, width, height
+    short = min(width, height)
+    wide, high = min(width, round(short * view[0])), min(height, round(short * view[1]))
+    left, top = (width - wide) // 2, (height - high) // 2
+    return left, top, left + wide, top + high
+
+
+def covered(image: Image.Image, view: tuple[float, float] | None) -> list[Image.Image]:
+    """Return a picture with each of 7 x 7 places of what is seen covered by its mean colour, row by row."""
+    image = image.copy()
+    image.thumbnail((_COVERED_SIDE, _COVERED_SIDE))
+    left, top, right, bottom = seen(image, view)
+    wide, high = (right - left) / _PLACES, (bottom - top) / _PLACES
+    mean = tuple(round(value) for value in np.asarray(image).mean(axis=(0, 1)))
+    made = []
+    for row in range(_PLACES):
+        for column in range(_PLACES):
+            one = image.copy()
+            x, y = left + (column - 0.5) * wide, top + (row - 0.5) * high
+            place = max(0, x), max(0, y), min(image.width, x + 2 * wide), min(image.height, y + 2 * high)
+            one.paste(mean, tuple(round(value) for value in place))
+            made.append(one)
+    return made
+
+
 def overlay(image: Image.Image, scores: np.ndarray[Any, Any], view: tuple[float, float] | None) -> Image.Image:
     """Return a picture under a map of scores (R, C), dimmed where the model does not look.
 
@@ -210,15 +260,14 @@ def overlay(image: Image.Image, scores: np.ndarray[Any, Any], view: tuple[float,
     if max(image.size) < 480:  # a small picture would show no map
         ratio = 480 / max(image.size)
         image = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.BICUBIC)
-    width, height = image.size
-    shares = (width, height) if view is None else tuple(round(min(width, height) * share) for share in view)
-    seen = min(width, shares[0]), min(height, shares[1])
-    left, top = (width - seen[0]) // 2, (height - seen[1]) // 2
+    left, top, right, bottom = seen(image, view)
     spread = float(scores.max() - scores.min())
     even = (scores - scores.min()) / spread if spread > 1e-6 else np.zeros_like(scores)
-    stretched = Image.fromarray((255 * even).astype(np.uint8)).resize(seen, Image.Resampling.BICUBIC)
+    stretched = Image.fromarray((255 * even).astype(np.uint8)).resize(
+        (right - left, bottom - top), Image.Resampling.BICUBIC
+    )
     coloured = matplotlib.colormaps[_COLOURS](np.asarray(stretched) / 255)[..., :3] * 255
     pixels = np.asarray(image, dtype=np.float32) * 0.35
-    inside = np.asarray(image, dtype=np.float32)[top : top + seen[1], left : left + seen[0]]
-    pixels[top : top + seen[1], left : left + seen[0]] = (1 - _OPACITY) * inside + _OPACITY * coloured
+    inside = np.asarray(image, dtype=np.float32)[top:bottom, left:right]
+    pixels[top:bottom, left:right] = (1 - _OPACITY) * inside + _OPACITY * coloured
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

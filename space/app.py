@@ -83,7 +83,7 @@ def examples() -> dict[str, list[list[Any]]]:
         ],
         "search": [["빨간 원"], ["노란 도형 두 개"], ["a large blue square"], ["green star"]],
         "caption": [[paths[1], ""], [paths[3], "\n".join([*korean.split(", "), *english.split(", ")])]],
-        "heatmap": [[path, one["ko"][0]] for path, one in zip(paths[:3], told, strict=False)],
+        "heatmap": [[path, one["ko"][0]] for path, one in zip(paths[1:], told[1:], strict=True)],
     }
 
 

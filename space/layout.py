@@ -7,20 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from answers import Answers, Hit
+from answers import WAYS, Answers, Hit
 from guard import MAX_LABEL, MAX_LABELS, MAX_TEXT, read_picture
 from texts import LANGUAGES, RefusedError, say
 
 from koclip.text.classes import load_templates
 
 FONTS = ["Pretendard", "Apple SD Gothic Neo", "Noto Sans KR", "Noto Sans CJK KR", "NanumGothic", "sans-serif"]
-THEME = gr.themes.Soft(primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=["monospace"])
+THEME = gr.themes.Soft(primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=FONTS)
 CSS = """
-.gradio-container { max-width: 1080px !important; margin: auto !important; }
+.gradio-container { max-width: 1080px !important; width: 100% !important; margin: auto !important; }
+.gradio-container main { width: 100%; }
 .gradio-container, .gradio-container * { word-break: keep-all; overflow-wrap: anywhere; }
 #top { align-items: center; }
 #top h1 { font-size: 1.35rem; margin: 0 0 .15rem; }
-#language { border: 0; background: none; box-shadow: none; }
+#language .wrap { flex-wrap: nowrap; justify-content: flex-end; }
+.examples thead { display: none; }
+.gallery .grid-wrap { max-height: none !important; }
+@media (max-width: 640px) {
+    #language .wrap { justify-content: flex-start; }
+    .gallery .grid-container { grid-template-columns: 1fr 1fr !important; }
+}
 """
 _QUEUED_AT_ONCE = 2  # calls answered at a time, one per core of the smallest Space
 _PROMPTS = 12  # shown
@@ -62,7 +69,11 @@ class Texts:
 
     def updates(self, language: str) -> list[dict[str, Any]]:
         """Return what the components must be told in a language."""
-        return [gr.update(**{name: say(key, language) for name, key in keys.items()}) for _, keys in self._told]
+        updates = [gr.update(**{name: say(key, language) for name, key in keys.items()}) for _, keys in self._told]
+        for update, (component, _) in zip(updates, self._told, strict=True):
+            if component.elem_id == "way":
+                update["choices"] = _ways(language)
+        return updates
 
 
 def blocks(answers: Answers, name: str, examples: dict[str, list[list[Any]]]) -> gr.Blocks:
@@ -185,7 +196,16 @@ def _caption_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: l
             captions = _box(texts, "captions", "captions_hint", lines=4, most=MAX_LABELS * (MAX_LABEL + 2))
             button = texts(gr.Button(say("caption", "ko"), variant="primary"), value="caption")
         with gr.Column(min_width=300):
-            best = gr.Label(label=say("best_captions", "ko"), num_top_classes=10, show_heading=False)
+            headers = [say("caption_column", "ko"), say("score_column", "ko")]
+            best = gr.Dataframe(
+                headers=headers,
+                label=say("best_captions", "ko"),
+                datatype=["str", "number"],
+                interactive=False,
+                wrap=True,
+                column_widths=["68%", "32%"],
+                buttons=[],
+            )
             texts(best, label="best_captions")
     gallery = _gallery(texts, "near_images")
 
@@ -196,7 +216,10 @@ def _caption_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: l
         Without captions those of the collection are taken. Scores are cosine similarities.
         """
         picture = _read(image, language)
-        return answers.captions(picture, captions), _shown(answers.similar(picture))
+        found = answers.captions(picture, captions)
+        headers = [say("caption_column", language), say("score_column", language)]
+        rows = [[text, round(score, 3)] for text, score in found.items()]
+        return {"headers": headers, "data": rows}, _shown(answers.similar(picture))
 
     inputs, outputs = [image, captions, language], [best, gallery]
     button.click(caption, inputs, outputs, api_name="caption", concurrency_id="model")
@@ -208,6 +231,9 @@ def _heatmap_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: l
         with gr.Column(min_width=300):
             image = _picture(texts, "image")
             query = _box(texts, "heat_query", "query_hint", info=False)
+            told = {"label": say("way", "ko"), "info": say("way_hint", "ko")}
+            way = gr.Radio(_ways("ko"), value=WAYS[0], elem_id="way", **told)
+            texts(way, label="way", info="way_hint")
             button = texts(gr.Button(say("heatmap", "ko"), variant="primary"), value="heatmap")
         with gr.Column(min_width=300):
             shown = gr.Image(label=say("heat_result", "ko"), interactive=False, format="webp", height=360, buttons=[])
@@ -215,22 +241,29 @@ def _heatmap_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: l
             status = gr.Markdown()
 
     @_answering
-    def heatmap(image: str, query: str, language: str) -> tuple[Any, str]:
-        """Show which patches of a picture answer a text: the picture under a heat map, and a line about it."""
-        heat = answers.heat(_read(image, language), query)
+    def heatmap(image: str, query: str, way: str, language: str) -> tuple[Any, str]:
+        """Show where a picture answers a text: the picture under a heat map, and a line about it.
+
+        `way` is cover (how much similarity is lost when a place is covered) or patches (how near each patch is).
+        """
+        heat = answers.heat(_read(image, language), query, way)
         rows, columns = heat.scores.shape
         low, high = float(heat.scores.min()), float(heat.scores.max())
-        return heat.picture, say("heat_status", language, rows=rows, columns=columns, low=low, high=high)
+        return heat.picture, say(f"heat_{way}", language, rows=rows, columns=columns, low=low, high=high)
 
-    inputs, outputs = [image, query, language], [shown, status]
+    inputs, outputs = [image, query, way, language], [shown, status]
     button.click(heatmap, inputs, outputs, api_name="heatmap", concurrency_id="model")
     query.submit(heatmap, inputs, outputs, api_visibility="private", concurrency_id="model")
-    _examples(texts, examples, inputs[:-1], inputs, outputs, heatmap)
+    _examples(texts, examples, [image, query], inputs, outputs, heatmap)
 
 
 def _heading(language: str, name: str) -> str:
     shown = name.replace("`", "")
     return f"# {say('title', language)}\n{say('about', language)}`{shown}`"
+
+
+def _ways(language: str) -> list[tuple[str, str]]:
+    return [(say(f"way_{way}", language), way) for way in WAYS]
 
 
 def _picture(texts: Texts, key: str) -> Picture:
@@ -239,7 +272,9 @@ def _picture(texts: Texts, key: str) -> Picture:
 
 
 def _gallery(texts: Texts, key: str) -> gr.Gallery:
-    gallery = gr.Gallery(label=say(key, "ko"), columns=4, height="auto", object_fit="contain", buttons=[])
+    gallery = gr.Gallery(
+        label=say(key, "ko"), columns=4, height="auto", object_fit="contain", buttons=[], elem_classes="gallery"
+    )
     return texts(gallery, label=key)
 
 
@@ -253,12 +288,19 @@ def _box(texts: Texts, key: str, hint: str, most: int = MAX_TEXT, info: bool = T
 def _examples(
     texts: Texts, rows: list[list[Any]], shown: list[Any], inputs: list[Any], outputs: list[Any], fn: Callable[..., Any]
 ) -> None:
-    """Put examples under a tab; a click fills in and runs."""
-    if not rows:
-        return
-    made = gr.Examples(rows, shown, label=say("examples", "ko"), cache_examples=False, api_visibility="private")
-    texts(made.dataset, label="examples")
-    made.load_input_event.success(fn, inputs, outputs, api_visibility="private", concurrency_id="model")
+    """Put examples under a tab: a click fills their values into `shown`, some of `inputs`, and runs."""
+    # gr.Examples would set every other property of the inputs, too, and so undo the language.
+    visible = [component for component in shown if isinstance(component, Picture | gr.Textbox)]
+    samples = [row[: len(visible)] for row in rows]
+    label = say("examples", "ko")
+    made = gr.Dataset(
+        components=visible, samples=samples, label=label, type="index", elem_classes="examples", show_label=True
+    )
+    texts(made, label="examples")
+    chosen = made.click(
+        lambda row: rows[row] if len(shown) > 1 else rows[row][0], made, shown, api_visibility="private"
+    )
+    chosen.success(fn, inputs, outputs, api_visibility="private", concurrency_id="model")
 
 
 def _read(path: str | None, language: str) -> Any:
@@ -273,7 +315,7 @@ def _read(path: str | None, language: str) -> Any:
 
 
 def _shown(hits: list[Hit]) -> list[Any]:
-    return [(hit.picture, f"{hit.caption} · {hit.score:.2f}") for hit in hits if hit.picture is not None]
+    return [(hit.picture, f"{hit.score:.2f} {hit.caption}") for hit in hits if hit.picture is not None]
 
 
 def _answering(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -48,13 +48,26 @@ _TEXTS = {
     ),
     "caption": ("찾기", "Find"),
     "best_captions": ("어울리는 설명", "Best captions"),
+    "caption_column": ("설명", "Caption"),
+    "score_column": ("유사도", "Similarity"),
     "near_images": ("비슷한 그림", "Similar pictures"),
     "heat_query": ("무엇을 찾을까요?", "What should it look for?"),
     "heatmap": ("보여 주기", "Show"),
-    "heat_result": ("밝을수록 찾는 말에 가깝습니다", "The brighter, the closer to the query"),
-    "heat_status": (
-        "조각 {rows}×{columns}개, 유사도 {low:.2f}–{high:.2f}. 어두운 테두리는 모델이 보지 않은 곳입니다.",
-        "{rows}×{columns} patches, similarity {low:.2f} to {high:.2f}. The model does not see a dimmed border.",
+    "heat_result": ("밝을수록 답이 있는 곳", "The brighter, the more it answers"),
+    "way": ("어떻게 볼까요?", "How?"),
+    "way_hint": (
+        "가려 보기: 가렸을 때 유사도가 얼마나 떨어지는지. 조각 비교: 조각마다 찾는 말에 얼마나 가까운지.",
+        "Cover: how much similarity is lost when a place is covered. Patches: how near each patch is to the query.",
+    ),
+    "way_cover": ("가려 보기", "Cover"),
+    "way_patches": ("조각 비교", "Patches"),
+    "heat_cover": (
+        "{rows}×{columns}곳을 차례로 가렸습니다. 유사도가 가장 많이 떨어진 곳은 {high:.2f}만큼입니다.",
+        "{rows}×{columns} places were covered in turn. The largest loss of similarity is {high:.2f}.",
+    ),
+    "heat_patches": (
+        "조각 {rows}×{columns}개, 유사도 {low:.2f}~{high:.2f}.",
+        "{rows}×{columns} patches, similarity {low:.2f} to {high:.2f}.",
     ),
     "examples": ("눌러 보기", "Examples"),
     "first_frame": ("움직이는 그림은 첫 장면만 봅니다.", "Of a moving picture only the first frame is used."),
@@ -88,6 +101,7 @@ _TEXTS = {
         "문장 틀에 {slot} 자리가 필요하고, 다른 중괄호는 쓸 수 없습니다.",
         "A template needs {slot} where the label goes, and no other braces.",
     ),
+    "bad_way": ("보는 방법은 {limit} 가운데 하나입니다.", "The way is one of {limit}."),
     "bad_page": ("1에서 {limit} 사이의 쪽을 골라 주세요.", "Please choose a page from 1 to {limit}."),
     "no_patches": (
         "이 모델은 그림을 조각으로 나누어 보지 않아 보여 줄 수 없습니다.",
