@@ -95,7 +95,7 @@ class Answers:
         read = [text for many in prompts for text in many]
         return Classified({names[place]: float(scores[place]) for place in order}, read)
 
-    def search(self, query: str, page: int) -> tuple[list[Hit], int]:
+    def search(self, query: str, page: float) -> tuple[list[Hit], int]:
         """Return a page of the pictures that are nearest to a text, and the place of its first, from 0."""
         return self._page(self._texts([guard.read_text(query)]), page)
 
@@ -170,9 +170,9 @@ class Answers:
                 parts.append(self.encoder.encode_texts(texts[start : start + _BATCH]))
         return torch.cat(parts)
 
-    def _page(self, queries: torch.Tensor, page: int) -> tuple[list[Hit], int]:
+    def _page(self, queries: torch.Tensor, page: float) -> tuple[list[Hit], int]:
         last = min(MAX_PAGE, -(-len(self.index) // PER_PAGE))
-        if isinstance(page, bool) or not isinstance(page, int | float) or page != int(page) or not 1 <= page <= last:
+        if page not in range(1, last + 1):  # of whatever type
             raise RefusedError("bad_page", limit=last)
         first = (int(page) - 1) * PER_PAGE
         found = self.index.search(queries, first + PER_PAGE)

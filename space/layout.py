@@ -1,15 +1,13 @@
 """How the Space looks, and the calls that it takes: Gradio Blocks over `answers.Answers`."""
 
-import functools
-import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from answers import WAYS, Answers, Hit
-from guard import MAX_LABEL, MAX_LABELS, MAX_TEXT, read_picture
-from texts import LANGUAGES, RefusedError, say
+from answers import WAYS, Answers
+from guard import MAX_LABEL, MAX_LABELS
+from pieces import Texts, add_examples, answering, captioned, gallery_box, opened, picture_box, text_box, ways
+from texts import LANGUAGES, say
 
 from koclip.text.classes import load_templates
 
@@ -31,49 +29,6 @@ CSS = """
 """
 _QUEUED_AT_ONCE = 2  # calls answered at a time, one per core of the smallest Space
 _PROMPTS = 12  # shown
-
-_log = logging.getLogger("koclip.space")
-
-
-class Picture(gr.Image):
-    """A picture that is uploaded: never fetched from an address, and read by `guard.read_picture` alone."""
-
-    is_template = True  # looks like gr.Image
-
-    def preprocess(self, payload: Any) -> str | None:
-        """Return the path of an uploaded file without opening it."""
-        return None if payload is None else payload.path
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-        """Leave what is not a file here as it is; gradio would fetch it."""
-        if "://" in str(url_or_file_path):
-            return str(url_or_file_path)
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
-
-
-class Texts:
-    """Remembers which component says what, so that all of them can change their language."""
-
-    def __init__(self) -> None:
-        self._told: list[tuple[Any, dict[str, str]]] = []
-
-    def __call__(self, component: Any, **keys: str) -> Any:
-        """Let `keys` (property -> text) of a component follow the language; return the component."""
-        self._told.append((component, keys))
-        return component
-
-    @property
-    def components(self) -> list[Any]:
-        """The components."""
-        return [component for component, _ in self._told]
-
-    def updates(self, language: str) -> list[dict[str, Any]]:
-        """Return what the components must be told in a language."""
-        updates = [gr.update(**{name: say(key, language) for name, key in keys.items()}) for _, keys in self._told]
-        for update, (component, _) in zip(updates, self._told, strict=True):
-            if component.elem_id == "way":
-                update["choices"] = _ways(language)
-        return updates
 
 
 def blocks(answers: Answers, name: str, examples: dict[str, list[list[Any]]]) -> gr.Blocks:
@@ -115,8 +70,8 @@ def _classify_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: 
     templates = ["{label}", *load_templates("ko")["photo"][:6], load_templates("ko")["drawing"][0]]
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
-            image = _picture(texts, "image")
-            labels = _box(texts, "labels", "labels_hint", lines=3, most=MAX_LABELS * (MAX_LABEL + 2))
+            image = picture_box(texts, "image")
+            labels = text_box(texts, "labels", "labels_hint", lines=3, most=MAX_LABELS * (MAX_LABEL + 2))
             template = gr.Dropdown(
                 [*templates, *load_templates("en")["photo"][:3]],
                 value=templates[1],
@@ -132,14 +87,14 @@ def _classify_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: 
             prompts = gr.Textbox(label=say("prompts", "ko"), lines=4, max_lines=12, interactive=False)
             texts(prompts, label="prompts")
 
-    @_answering
+    @answering
     def classify(image: str, labels: str, template: str, ensemble: bool, language: str) -> tuple[Any, str]:
         """Say how likely each label is: {label, confidences}, and the prompts that were read.
 
         Labels are separated by commas or lines. `template` has {label}, or {label:을/를} for the label with its
         particle; with `ensemble` the mean of the built-in templates is taken. `language` (ko, en) is that of errors.
         """
-        found = answers.classify(_read(image, language), labels, template, bool(ensemble))
+        found = answers.classify(opened(image, language), labels, template, bool(ensemble))
         shown = found.prompts[:_PROMPTS]
         if more := len(found.prompts) - len(shown):
             shown.append(say("more_prompts", language, count=more))
@@ -147,23 +102,23 @@ def _classify_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: 
 
     inputs, outputs = [image, labels, template, whole, language], [result, prompts]
     button.click(classify, inputs, outputs, api_name="classify", concurrency_id="model")
-    _examples(texts, examples, inputs[:-1], inputs, outputs, classify)
+    add_examples(texts, examples, inputs[:-1], inputs, outputs, classify)
 
 
 def _search_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: list[list[Any]]) -> None:
     with gr.Row(equal_height=True):
-        query = _box(texts, "query", "query_hint", scale=5, info=False)
+        query = text_box(texts, "query", "query_hint", scale=5, info=False)
         button = gr.Button(say("search", "ko"), variant="primary", scale=1, min_width=110)
         texts(button, value="search")
     examples_here = gr.Column()
     status = gr.Markdown()
-    gallery = _gallery(texts, "found")
+    gallery = gallery_box(texts, "found")
     with gr.Row():
         back = texts(gr.Button(say("previous", "ko"), size="sm", min_width=80), value="previous")
         page = gr.Number(1, label=say("page", "ko"), precision=0, minimum=1, container=False, min_width=80)
         forward = texts(gr.Button(say("next", "ko"), size="sm", min_width=80), value="next")
 
-    @_answering
+    @answering
     def search(query: str, page: float, language: str) -> tuple[list[Any], str, float]:
         """Find the pictures of the collection that are nearest to a text in any language: 12 on a page, from 1 on.
 
@@ -171,12 +126,12 @@ def _search_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: li
         """
         hits, first = answers.search(query, page)
         last, total = first + len(hits), len(answers.index)
-        return _shown(hits), say("status", language, first=first + 1, last=last, total=total), page
+        return captioned(hits), say("status", language, first=first + 1, last=last, total=total), page
 
     inputs, outputs = [query, page, language], [gallery, status, page]
 
     def moved(step: int) -> Callable[..., Any]:
-        return lambda query, page, language: search(query, max(1, int(page or 1) + step), language)
+        return lambda query, page, language: search(query, max(1, (page or 1) + step), language)
 
     hidden: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model"}
     button.click(search, inputs, outputs, api_name="search", concurrency_id="model")
@@ -186,14 +141,14 @@ def _search_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: li
     forward.click(moved(1), inputs, outputs, **hidden)
     query.change(lambda: 1, None, page, api_visibility="private", show_progress="hidden")
     with examples_here:
-        _examples(texts, examples, [query], [query, language], outputs, lambda query, code: search(query, 1, code))
+        add_examples(texts, examples, [query], [query, language], outputs, lambda query, code: search(query, 1, code))
 
 
 def _caption_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: list[list[Any]]) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
-            image = _picture(texts, "image")
-            captions = _box(texts, "captions", "captions_hint", lines=4, most=MAX_LABELS * (MAX_LABEL + 2))
+            image = picture_box(texts, "image")
+            captions = text_box(texts, "captions", "captions_hint", lines=4, most=MAX_LABELS * (MAX_LABEL + 2))
             button = texts(gr.Button(say("caption", "ko"), variant="primary"), value="caption")
         with gr.Column(min_width=300):
             headers = [say("caption_column", "ko"), say("score_column", "ko")]
@@ -207,32 +162,32 @@ def _caption_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: l
                 buttons=[],
             )
             texts(best, label="best_captions")
-    gallery = _gallery(texts, "near_images")
+    gallery = gallery_box(texts, "near_images")
 
-    @_answering
+    @answering
     def caption(image: str, captions: str, language: str) -> tuple[Any, list[Any]]:
         """Find what belongs to a picture: the best ten of some captions, one per line, and the nearest pictures.
 
         Without captions those of the collection are taken. Scores are cosine similarities.
         """
-        picture = _read(image, language)
+        picture = opened(image, language)
         found = answers.captions(picture, captions)
         headers = [say("caption_column", language), say("score_column", language)]
         rows = [[text, round(score, 3)] for text, score in found.items()]
-        return {"headers": headers, "data": rows}, _shown(answers.similar(picture))
+        return {"headers": headers, "data": rows}, captioned(answers.similar(picture))
 
     inputs, outputs = [image, captions, language], [best, gallery]
     button.click(caption, inputs, outputs, api_name="caption", concurrency_id="model")
-    _examples(texts, examples, inputs[:-1], inputs, outputs, caption)
+    add_examples(texts, examples, inputs[:-1], inputs, outputs, caption)
 
 
 def _heatmap_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: list[list[Any]]) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(min_width=300):
-            image = _picture(texts, "image")
-            query = _box(texts, "heat_query", "query_hint", info=False)
+            image = picture_box(texts, "image")
+            query = text_box(texts, "heat_query", "query_hint", info=False)
             told = {"label": say("way", "ko"), "info": say("way_hint", "ko")}
-            way = gr.Radio(_ways("ko"), value=WAYS[0], elem_id="way", **told)
+            way = gr.Radio(ways("ko"), value=WAYS[0], elem_id="way", **told)
             texts(way, label="way", info="way_hint")
             button = texts(gr.Button(say("heatmap", "ko"), variant="primary"), value="heatmap")
         with gr.Column(min_width=300):
@@ -240,13 +195,13 @@ def _heatmap_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: l
             texts(shown, label="heat_result")
             status = gr.Markdown()
 
-    @_answering
+    @answering
     def heatmap(image: str, query: str, way: str, language: str) -> tuple[Any, str]:
         """Show where a picture answers a text: the picture under a heat map, and a line about it.
 
         `way` is cover (how much similarity is lost when a place is covered) or patches (how near each patch is).
         """
-        heat = answers.heat(_read(image, language), query, way)
+        heat = answers.heat(opened(image, language), query, way)
         rows, columns = heat.scores.shape
         low, high = float(heat.scores.min()), float(heat.scores.max())
         return heat.picture, say(f"heat_{way}", language, rows=rows, columns=columns, low=low, high=high)
@@ -254,82 +209,9 @@ def _heatmap_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: l
     inputs, outputs = [image, query, way, language], [shown, status]
     button.click(heatmap, inputs, outputs, api_name="heatmap", concurrency_id="model")
     query.submit(heatmap, inputs, outputs, api_visibility="private", concurrency_id="model")
-    _examples(texts, examples, [image, query], inputs, outputs, heatmap)
+    add_examples(texts, examples, [image, query], inputs, outputs, heatmap)
 
 
 def _heading(language: str, name: str) -> str:
     shown = name.replace("`", "")
     return f"# {say('title', language)}\n{say('about', language)}`{shown}`"
-
-
-def _ways(language: str) -> list[tuple[str, str]]:
-    return [(say(f"way_{way}", language), way) for way in WAYS]
-
-
-def _picture(texts: Texts, key: str) -> Picture:
-    image = Picture(label=say(key, "ko"), type="filepath", sources=["upload", "clipboard"], height=280, buttons=[])
-    return texts(image, label=key)
-
-
-def _gallery(texts: Texts, key: str) -> gr.Gallery:
-    gallery = gr.Gallery(
-        label=say(key, "ko"), columns=4, height="auto", object_fit="contain", buttons=[], elem_classes="gallery"
-    )
-    return texts(gallery, label=key)
-
-
-def _box(texts: Texts, key: str, hint: str, most: int = MAX_TEXT, info: bool = True, **options: Any) -> gr.Textbox:
-    told = {"label": key, ("info" if info else "placeholder"): hint}
-    said = {name: say(text, "ko") for name, text in told.items()}
-    # One more than is taken, so that who writes too much is told instead of cut short.
-    return texts(gr.Textbox(**said, max_lines=8, max_length=most + 1, **options), **told)
-
-
-def _examples(
-    texts: Texts, rows: list[list[Any]], shown: list[Any], inputs: list[Any], outputs: list[Any], fn: Callable[..., Any]
-) -> None:
-    """Put examples under a tab: a click fills their values into `shown`, some of `inputs`, and runs."""
-    # gr.Examples would set every other property of the inputs, too, and so undo the language.
-    visible = [component for component in shown if isinstance(component, Picture | gr.Textbox)]
-    samples = [row[: len(visible)] for row in rows]
-    label = say("examples", "ko")
-    made = gr.Dataset(
-        components=visible, samples=samples, label=label, type="index", elem_classes="examples", show_label=True
-    )
-    texts(made, label="examples")
-    chosen = made.click(
-        lambda row: rows[row] if len(shown) > 1 else rows[row][0], made, shown, api_visibility="private"
-    )
-    chosen.success(fn, inputs, outputs, api_visibility="private", concurrency_id="model")
-
-
-def _read(path: str | None, language: str) -> Any:
-    if path is None:
-        raise RefusedError("no_image")
-    if "://" in path:
-        raise RefusedError("no_url")
-    picture, moves = read_picture(path)
-    if moves:
-        gr.Info(say("first_frame", language))
-    return picture
-
-
-def _shown(hits: list[Hit]) -> list[Any]:
-    return [(hit.picture, f"{hit.score:.2f} {hit.caption}") for hit in hits if hit.picture is not None]
-
-
-def _answering(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn what goes wrong in a call into a short message in its language, the last argument."""
-
-    @functools.wraps(fn)
-    def answered(*args: Any) -> Any:
-        language = args[-1]
-        try:
-            return fn(*args)
-        except RefusedError as error:
-            raise gr.Error(error.told(language), title="koclip", print_exception=False) from None
-        except Exception:
-            _log.exception("%s failed", fn.__name__)
-            raise gr.Error(say("internal", language), title="koclip", print_exception=False) from None
-
-    return answered
