@@ -108,10 +108,10 @@ class Answers:
 
         Args:
             image: The picture.
-            captions: One per line; if empty, those of the collection's first pictures.
+            captions: One per line; if empty, those of the collection's first pictures, which may have none.
         """
         if captions and captions.strip():
-            texts = guard.read_list(captions, "\n", "no_captions")
+            texts = guard.read_list(captions, "\n", "no_text")
             embedded = self._texts(texts)
         else:
             texts, embedded = self._own_captions()
@@ -191,9 +191,7 @@ class Answers:
             records = [self.index.entry(place).record for place in range(min(len(self.index), _KEPT_CAPTIONS))]
             told = (text for record in records for texts in record.get("captions", {}).values() for text in texts)
             texts = list(dict.fromkeys(told))[:_KEPT_CAPTIONS]
-            if not texts:
-                raise RefusedError("no_captions")
-            self._captions = texts, self._texts(texts)
+            self._captions = texts, self._texts(texts) if texts else torch.zeros(0, self.index.width)
         return self._captions
 
 

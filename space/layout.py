@@ -116,6 +116,7 @@ def _search_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: li
     with gr.Row():
         back = texts(gr.Button(say("previous", "ko"), size="sm", min_width=80), value="previous")
         page = gr.Number(1, label=say("page", "ko"), precision=0, minimum=1, container=False, min_width=80)
+        texts(page, label="page")
         forward = texts(gr.Button(say("next", "ko"), size="sm", min_width=80), value="next")
 
     @answering

@@ -96,7 +96,6 @@ _TEXTS = {
     "long_label": ("이름 하나는 {limit}자까지 받습니다.", "A label may have up to {limit} characters."),
     "no_text": ("찾을 말을 적어 주세요.", "Please write what to look for."),
     "long_text": ("글은 {limit:,}자까지 받습니다.", "Texts may have up to {limit:,} characters."),
-    "no_captions": ("설명을 한 줄에 하나씩 적어 주세요.", "Please write captions, one per line."),
     "bad_template": (
         "문장 틀에 {slot} 자리가 필요하고, 다른 중괄호는 쓸 수 없습니다.",
         "A template needs {slot} where the label goes, and no other braces.",

@@ -77,8 +77,16 @@ def test_captions_are_those_that_are_given(made):
     found = made.captions(picture(COLOURS["파랑"]), "빨강이다\n파랑이다\n\n 노랑이다 ")
     assert next(iter(found)) == "파랑이다"
     assert len(found) == 3
-    with pytest.raises(texts.RefusedError, match="no_captions"):  # the collection's pictures have none
-        made.captions(picture(), "")
+    assert made.captions(picture(), "") == {}  # the collection's pictures have none
+
+
+def test_captions_are_else_those_of_the_collection(tmp_path):
+    build.build(IndexConfig(model="colours", images="scenes", max_images=20), ColourEncoder(), tmp_path / "index")
+    index = open_index(tmp_path / "index")
+    found = answers.Answers(ColourEncoder(), index).captions(picture(), " ")
+    told = [text for place in range(20) for texts in index.entry(place).record["captions"].values() for text in texts]
+    assert len(found) == 10
+    assert set(found) <= set(told)
 
 
 @pytest.mark.parametrize(
