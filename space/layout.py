@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 from answers import WAYS, Answers
 from guard import MAX_LABEL, MAX_LABELS
-from pieces import Texts, add_examples, answering, captioned, gallery_box, opened, picture_box, text_box, ways
+from pieces import Texts, add_examples, answering, captioned, gallery_box, headers, opened, picture_box, text_box, ways
 from texts import LANGUAGES, say
 
 from koclip.text.classes import load_templates
@@ -22,6 +22,8 @@ CSS = """
 #language .wrap { flex-wrap: nowrap; justify-content: flex-end; }
 .examples thead { display: none; }
 .gallery .grid-wrap { max-height: none !important; }
+/* A short message says what went wrong; the word "Error" over every result does not help. */
+[data-testid="status-tracker"] .error { display: none; }
 @media (max-width: 640px) {
     #language .wrap { justify-content: flex-start; }
     .gallery .grid-container { grid-template-columns: 1fr 1fr !important; }
@@ -56,12 +58,11 @@ def blocks(answers: Answers, name: str, examples: dict[str, list[list[Any]]]) ->
         with texts(gr.Tab(say("tab_heatmap", "ko"), id="heatmap"), label="tab_heatmap"):
             _heatmap_tab(answers, texts, language, examples["heatmap"])
 
-        def switch(code: str) -> list[Any]:
-            return [_heading(code, name), *texts.updates(code)]
+        def switch(code: str, *rows: list[list[Any]]) -> list[Any]:
+            return [_heading(code, name), *texts.updates(code, list(rows))]
 
-        language.change(
-            switch, language, [heading, *texts.components], api_visibility="private", show_progress="hidden"
-        )
+        taken, told = [language, *texts.tables], [heading, *texts.components]
+        language.change(switch, taken, told, api_visibility="private", show_progress="hidden")
     page.queue(max_size=512, default_concurrency_limit=_QUEUED_AT_ONCE)
     return page
 
@@ -152,10 +153,10 @@ def _caption_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: l
             captions = text_box(texts, "captions", "captions_hint", lines=4, most=MAX_LABELS * (MAX_LABEL + 2))
             button = texts(gr.Button(say("caption", "ko"), variant="primary"), value="caption")
         with gr.Column(min_width=300):
-            headers = [say("caption_column", "ko"), say("score_column", "ko")]
             best = gr.Dataframe(
-                headers=headers,
+                headers=headers("ko"),
                 label=say("best_captions", "ko"),
+                type="array",
                 datatype=["str", "number"],
                 interactive=False,
                 wrap=True,
@@ -173,9 +174,8 @@ def _caption_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: l
         """
         picture = opened(image, language)
         found = answers.captions(picture, captions)
-        headers = [say("caption_column", language), say("score_column", language)]
         rows = [[text, round(score, 3)] for text, score in found.items()]
-        return {"headers": headers, "data": rows}, captioned(answers.similar(picture))
+        return {"headers": headers(language), "data": rows}, captioned(answers.similar(picture))
 
     inputs, outputs = [image, captions, language], [best, gallery]
     button.click(caption, inputs, outputs, api_name="caption", concurrency_id="model")

@@ -46,12 +46,20 @@ class Texts:
         """The components."""
         return [component for component, _ in self._told]
 
-    def updates(self, language: str) -> list[dict[str, Any]]:
-        """Return what the components must be told in a language."""
+    @property
+    def tables(self) -> list[gr.Dataframe]:
+        """Those of them that are tables: their headers come with what is in them."""
+        return [component for component in self.components if isinstance(component, gr.Dataframe)]
+
+    def updates(self, language: str, rows: list[list[list[Any]]]) -> list[dict[str, Any]]:
+        """Return what the components must be told in a language; `rows` of the tables."""
+        left = iter(rows)
         updates = [gr.update(**{name: say(key, language) for name, key in keys.items()}) for _, keys in self._told]
-        for update, (component, _) in zip(updates, self._told, strict=True):
+        for update, component in zip(updates, self.components, strict=True):
             if component.elem_id == "way":
                 update["choices"] = ways(language)
+            elif isinstance(component, gr.Dataframe):
+                update["value"] = {"headers": headers(language), "data": next(left)}
         return updates
 
 
@@ -60,10 +68,16 @@ def ways(language: str) -> list[tuple[str, str]]:
     return [(say(f"way_{way}", language), way) for way in WAYS]
 
 
+def headers(language: str) -> list[str]:
+    """Return the headers of a table of captions."""
+    return [say("caption_column", language), say("score_column", language)]
+
+
 def picture_box(texts: Texts, key: str) -> Picture:
     """Return where a picture is uploaded."""
-    image = Picture(label=say(key, "ko"), type="filepath", sources=["upload", "clipboard"], height=280, buttons=[])
-    return texts(image, label=key)
+    said = {"label": say(key, "ko"), "placeholder": say("drop", "ko")}
+    image = Picture(**said, type="filepath", sources=["upload", "clipboard"], height=280, buttons=[])
+    return texts(image, label=key, placeholder="drop")
 
 
 def gallery_box(texts: Texts, key: str) -> gr.Gallery:

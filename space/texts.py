@@ -15,6 +15,7 @@ _TEXTS = {
     "tab_caption": ("이미지로 검색 · 설명 찾기", "Search by image"),
     "tab_heatmap": ("어디를 보았나", "Where it looked"),
     "image": ("그림", "Picture"),
+    "drop": ("그림을 끌어다 놓거나 눌러서 고르세요", "Drop a picture here or click to choose one"),
     "labels": ("이름 후보", "Labels"),
     "labels_hint": (
         "쉼표나 줄바꿈으로 나누어 적어 주세요. 한국어와 영어를 섞어도 됩니다.",

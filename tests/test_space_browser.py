@@ -135,6 +135,7 @@ def test_a_mistake_is_told_in_the_visitors_language(visit, language):
     page = visit(language=language)
     page.get_by_role("button", name=say("classify", language), exact=True).click()
     page.get_by_text(say("no_image", language)).wait_for()
+    page.wait_for_timeout(500)  # it slides in
     shoot(page, f"{language}-mistake")
     assert "Traceback" not in page.content()
 
