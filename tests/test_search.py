@@ -278,3 +278,56 @@ def test_a_damaged_index_is_named(folder, tmp_path, small):
     (target / "index.json").write_text("{")
     with pytest.raises(ConfigError, match="is broken"):
         open_index(target)
+
+
+RECIPE = TESTS.parent / "recipes" / "index.py"
+
+
+def run(*args: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(RECIPE), *args]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_recipe_makes_an_index_and_names_what_it_left_out(folder, tmp_path):
+    from align_runs import write_source
+
+    model = write_source(tmp_path / "model")
+    told = run("--model", str(model), "--images", str(folder), "--output_dir", str(tmp_path / "index"))
+    assert told.returncode == 0, told.stderr
+    assert "30 images" in told.stdout
+    left = (tmp_path / "index" / "skipped.jsonl").read_text(encoding="utf-8")
+    assert json.loads(left)["key"] == "나/broken.jpg"
+    assert len(open_index(tmp_path / "index")) == 30
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--images", "photos"], "model"),
+        (["--model", "m"], "images"),
+        (["--model", "m", "--images", "x", "--thumbnail_size", "3"], "thumbnail_size"),
+        (["--model", "m", "--images", "x", "--approximate", "maybe"], "approximate"),
+        (["--model", "m", "--image", "x"], "--images"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(args, message):
+    told = run(*args)
+    assert told.returncode == 2
+    assert message in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+def test_the_benchmark_runs_at_a_tiny_size(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("faiss", reason="faiss is not installed: pip install 'koclip[search]'")
+    monkeypatch.syspath_prepend(RECIPE.parent / "benchmarks")
+    import importlib
+
+    benchmark = importlib.import_module("search")
+    args = benchmark.parser().parse_args(["--rows", "3000", "--width", "32", "--queries", "20", "--threads", "1"])
+    benchmark.make(tmp_path, args.rows, args.width)
+    exact = benchmark.measure(tmp_path, args)
+    shards = Shards(sorted(tmp_path.glob("shard-*")))
+    approximate.build(shards.rows, shards.width, tmp_path / approximate.FILE)
+    args.way = "approximate"
+    assert benchmark.recall(benchmark.measure(tmp_path, args)["places"], exact["places"]) > 0.9

@@ -18,9 +18,8 @@ from koclip.data.sources import Row, StreamSource, open_source
 from koclip.data.transforms import ImageError, decode
 from koclip.models.encoders import Encoder
 from koclip.search import approximate
-from koclip.search.shards import FACTS, SHARD, Entry, Shards, read_facts, write, write_facts
+from koclip.search.shards import FACTS, ROWS, SHARD, Entry, Shards, read_facts, write, write_facts
 
-ROWS = 2_048  # images in a shard, at most: what a killed run loses
 FORMAT = 1  # of the files
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".avif", ".jp2", ".ppm"}
 _QUALITY = 80  # of thumbnails

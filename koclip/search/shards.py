@@ -20,6 +20,7 @@ from koclip.config import ConfigError, check
 
 SHARD = "shard-{:06}.safetensors"
 FACTS = "index.json"
+ROWS = 2_048  # images in a shard, at most: what a killed build loses
 
 
 class Entry(NamedTuple):
