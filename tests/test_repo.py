@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from koclip.config import AlignConfig, EvaluateConfig, PretrainConfig, PublishConfig, parse
+from koclip.config import (
+    AlignConfig,
+    EvaluateConfig,
+    IndexConfig,
+    PretrainConfig,
+    PublishConfig,
+    SourceConfig,
+    parse,
+)
 
 ROOT = Path(__file__).parents[1]
 # A room imports only from rooms to its left.
@@ -23,11 +31,18 @@ ROOMS = (
     "checkpoint",
     "metrics",
     "evaluation",
+    "search",
     "publishing",
 )
 # By recipe, which is the folder of its configurations; and what must be said besides them.
-SCHEMAS = {"pretrain": PretrainConfig, "align": AlignConfig, "evaluate": EvaluateConfig, "publish": PublishConfig}
-REQUIRED = {"evaluate": ["--model", "runs/some/model"]}
+SCHEMAS = {
+    "pretrain": PretrainConfig,
+    "align": AlignConfig,
+    "evaluate": EvaluateConfig,
+    "publish": PublishConfig,
+    "index": IndexConfig,
+}
+REQUIRED = {name: ["--model", "runs/some/model"] for name in ("evaluate", "index")}
 YAMLS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
 DOCS = [ROOT / name for name in ("README.md", "README.ko.md", "CONTRIBUTING.md", "recipes/README.md")]
 
@@ -139,6 +154,8 @@ def test_every_source_of_a_config_has_a_data_card():
         config = parse(SCHEMAS[recipe], ["--config", str(file), *REQUIRED.get(recipe, [])])
         if recipe == "evaluate":
             sources = [one for each in config.sets for one in (each.source, each.train, *each.shifted.values()) if one]
+        elif recipe == "index":
+            sources = [config.source or SourceConfig(path=config.images)]
         else:
             sources = config.data.sources
         for source in sources:

@@ -11,7 +11,8 @@ from koclip.config.errors import ConfigError, RunError, check
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig, Task
 from koclip.config.model import LossConfig, ModelConfig
 from koclip.config.parsing import dump, parse, run, to_dict
-from koclip.config.recipes import AlignConfig, EvaluateConfig, PretrainConfig, PublishConfig, Stage
+from koclip.config.recipes import AlignConfig, PretrainConfig, Stage
+from koclip.config.tools import EvaluateConfig, IndexConfig, PublishConfig
 from koclip.config.training import OptimConfig, TrainConfig
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "EvalConfig",
     "EvalSetConfig",
     "EvaluateConfig",
+    "IndexConfig",
     "LossConfig",
     "ModelConfig",
     "OptimConfig",

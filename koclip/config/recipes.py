@@ -1,14 +1,13 @@
-"""Configurations of whole recipes: the sections that each one uses."""
+"""Configurations of the recipes that train: the sections that each one uses."""
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from koclip.config.alignment import AdapterConfig, AlignMethodConfig, DistillConfig, SwapConfig
 from koclip.config.data import DataConfig, TokenizerConfig
 from koclip.config.errors import check
-from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig
+from koclip.config.evaluation import EvalConfig
 from koclip.config.model import LossConfig, ModelConfig
 from koclip.config.training import OptimConfig, TrainConfig
 
@@ -121,94 +120,6 @@ class AlignConfig:
         if first:
             return Stage("frozen_image", 0, first, lr, images=True, taught=anchored, trains_image=False), last
         return (last,)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Measure dual encoders: retrieval, zero-shot classification, probes, languages, stress, shifts, people.
-
-    Args:
-        model: What is evaluated: a directory or Hub id of a dual encoder of transformers; or
-            `open_clip:<name>@<tag or file>`, `sentence_transformers:<text model>+<image model>`,
-            `mclip:<text model>+<image model>`.
-        models: Several, side by side: `--models a b c`.
-        output_dir: Where results, table and pictures go; default: runs/evaluate-<date and time>.
-        cache_dir: Where embeddings are kept, so that the next evaluation on the same data embeds nothing; null keeps
-            none.
-        sets: What to evaluate on.
-        ratings: People's ratings that the models' scores should agree with.
-        batch_size: Images or texts encoded at once.
-        device: As PyTorch names it; default: a GPU if there is one.
-    """
-
-    model: str | None = None
-    models: list[str] = field(default_factory=list)
-    output_dir: str | None = None
-    cache_dir: str | None = "runs/embeddings"
-    sets: list[EvalSetConfig] = field(default_factory=list)
-    ratings: list[RatingsConfig] = field(default_factory=list)
-    batch_size: int = 256
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        named = self.all_models
-        check(bool(named), "model", self.model, "name a directory or Hub id: --model runs/<run>/model")
-        check(len(set(named)) == len(named), "models", named, "name each model once")
-        check(bool(self.sets or self.ratings), "sets", [], "expected at least one data set")
-        names = [one.source.short_name for one in self.sets] + [one.name for one in self.ratings]
-        check(len(set(names)) == len(names), "sets[].source.name", names, "give each data set a name of its own")
-        check(self.batch_size >= 1, "batch_size", self.batch_size, "expected 1 or more")
-
-    @property
-    def all_models(self) -> list[str]:
-        """`model` and `models`."""
-        return [*([self.model] if self.model else []), *self.models]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PublishConfig:
-    """Check a trained model, write its card from its numbers, and push both to the Hub.
-
-    The token is the one of `hf auth login` or of the environment variable HF_TOKEN.
-
-    Args:
-        model: The model's directory; config.yaml and environment.json of its training run lie beside it.
-        repo_id: Where it goes: `organisation/name` or `user/name`.
-        results: Its results.json, of training or of recipes/evaluate.py; default: the one beside `model`.
-        dry_run: Write the card and check everything, and push nothing. Needs no token.
-        tag: Name of the release, as `v1.0`; default: none. A tag that exists is never moved.
-        private: Make the repository private if it is new.
-        adapter: Push the folder adapter/ too, if there is one.
-        message: The commit's first line.
-        clip: Hub id of what the run's config.yaml names as model.clip, where that is a directory.
-        text_encoder: The same of model.text_encoder.
-        licenses: Licences of Hub models and of data without a data card, by Hub id or name; `unstated` if none is
-            stated. Default: what the Hub says.
-        license: Licence of this model if its sources leave the choice, as the Hub spells it.
-        data_cards: Directory of the data cards.
-        training_time: How long training took, as people read it; default: the card does not say.
-    """
-
-    model: str
-    repo_id: str
-    results: str | None = None
-    dry_run: bool = False
-    tag: str | None = None
-    private: bool = False
-    adapter: bool = True
-    message: str = "Publish the model"
-    clip: str | None = None
-    text_encoder: str | None = None
-    licenses: dict[str, str] = field(default_factory=dict)
-    license: str = "apache-2.0"
-    data_cards: str = "data_cards"
-    training_time: str | None = None
-
-    def __post_init__(self) -> None:
-        form = r"[\w.-]+/[\w.-]+"
-        named = re.fullmatch(form, self.repo_id, re.ASCII) is not None
-        check(named, "repo_id", self.repo_id, "expected organisation/name: letters, digits, - _ .")
-        check(bool(self.message.strip()), "message", self.message, "expected some words")
 
 
 def _check_run(config: PretrainConfig | AlignConfig, num_steps: int) -> None:

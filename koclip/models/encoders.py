@@ -25,6 +25,7 @@ from transformers import (
 from koclip import distributed
 from koclip.data.transforms import to_rgb
 from koclip.models.fingerprint import fingerprint
+from koclip.models.patches import patch_embeddings
 
 Item = TypeVar("Item")
 
@@ -104,6 +105,30 @@ class TransformersEncoder:
         with evaluating(self._model):
             features: torch.Tensor = self._model.vision_model(**pixels).pooler_output
         return features.float().cpu()
+
+    def patches(self, image: Image.Image) -> torch.Tensor:
+        """Return the unit-norm embeddings (R, C, D) of an image's patches, as it is cut out for the tower.
+
+        Raises:
+            NoPatchesError: the image tower has none (`koclip.models.patches`).
+        """
+        pixels = self._pixels([image])
+        with evaluating(self._model):
+            return patch_embeddings(self._model, pixels["pixel_values"])[0]
+
+    @property
+    def view(self) -> tuple[float, float] | None:
+        """Width and height of what is seen of an image, as shares of its shorter side; None: all of it, squashed."""
+        processor = self._processor.image_processor
+        if not getattr(processor, "do_center_crop", False) or not processor.size.get("shortest_edge"):
+            return None
+        shortest, crop = processor.size["shortest_edge"], processor.crop_size
+        return crop["width"] / shortest, crop["height"] / shortest
+
+    @property
+    def scale(self) -> float:
+        """What similarities are multiplied by before a softmax."""
+        return float(self._model.logit_scale.detach().exp())
 
     def unknown_share(self, texts: Sequence[str]) -> float:
         """Return the share of tokens that are the tokenizer's unknown token, 0 to 1."""

@@ -1,0 +1,171 @@
+"""Build an index: embed images shard by shard, and go on where a killed run stopped."""
+
+import dataclasses
+import io
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
+from tqdm.auto import tqdm
+from xxhash import xxh3_128_hexdigest
+
+from koclip.config import ConfigError, DataConfig, IndexConfig, SourceConfig, check
+from koclip.data.sources import Row, StreamSource, open_source
+from koclip.data.transforms import ImageError, decode
+from koclip.models.encoders import Encoder
+from koclip.search import approximate
+from koclip.search.shards import FACTS, ROWS, SHARD, Entry, Shards, read_facts, write, write_facts
+
+FORMAT = 1  # of the files
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".avif", ".jp2", ".ppm"}
+_QUALITY = 80  # of thumbnails
+
+
+class Collection:
+    """The images to be indexed, in a fixed order: a folder's, by their paths, or a data set's rows.
+
+    Raises:
+        ConfigError: there is no image.
+        SourceError: the data set cannot be opened.
+    """
+
+    def __init__(self, config: IndexConfig) -> None:
+        self._most = config.max_images or None
+        self._source = None
+        self._paths: list[Path] = []
+        if config.source is None and Path(config.images).is_dir():
+            self._root = Path(config.images)
+            files = (path for path in self._root.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+            self._paths = sorted(files)[: self._most]
+            check(bool(self._paths), "images", config.images, f"no picture there ({', '.join(sorted(_SUFFIXES))})")
+            listed = [f"{path.relative_to(self._root).as_posix()} {path.stat().st_size}" for path in self._paths]
+            self.facts: dict[str, Any] = {"images": xxh3_128_hexdigest("\n".join(listed).encode("utf-8", "replace"))}
+            return
+        source = config.source or SourceConfig(path=config.images, scenes_part="test", scenes_size=1_000)
+        self._source = open_source(source)
+        self.facts = {"images": dataclasses.asdict(source)}
+
+    def __len__(self) -> int:
+        """Number of images, 0 if it is not known before they are read."""
+        if isinstance(self._source, StreamSource):
+            return 0
+        count = len(self._paths if self._source is None else self._source)
+        return min(count, self._most or count)
+
+    def shards(self, there: set[int]) -> Iterator[tuple[int, list[Row]]]:
+        """Yield numbers and rows of the shards that are not there yet."""
+        if isinstance(self._source, StreamSource):
+            rows, number = islice(self._source.stored_rows(), self._most), 0
+            while part := list(islice(rows, ROWS)):
+                if number not in there:
+                    yield number, part
+                number += 1
+            return
+        for number, start in enumerate(range(0, len(self), ROWS)):
+            if number not in there:
+                yield number, self._read(range(start, min(start + ROWS, len(self))))
+
+    def _read(self, places: range) -> list[Row]:
+        if self._source is not None and not isinstance(self._source, StreamSource):
+            return self._source.rows(places)
+        return [
+            Row(path, {}, path.relative_to(self._root).as_posix()) for path in self._paths[places.start : places.stop]
+        ]
+
+
+def build(config: IndexConfig, encoder: Encoder, directory: Path) -> tuple[int, list[tuple[str, str]]]:
+    """Embed what is not embedded yet, and make the approximate index if it is asked for.
+
+    Returns:
+        The number of images in the index, and keys and reasons of those that this run left out.
+
+    Raises:
+        ConfigError: the directory holds an index of something else, or no image can be used.
+    """
+    collection = Collection(config)
+    facts = _claim(directory, config, collection, encoder)
+    there = {int(path.stem.split("-")[1]) for path in directory.glob(SHARD.replace("{:06}", "*"))}
+    skipped: list[tuple[str, str]] = []
+    with tqdm(desc="embedding images", total=len(collection) or None, unit=" images") as bar:
+        bar.update(min(len(there) * ROWS, len(collection)))
+        for number, rows in collection.shards(there):
+            _embed(directory / SHARD.format(number), rows, encoder, config, skipped, bar)
+            there.add(number)
+    paths = [directory / SHARD.format(number) for number in sorted(there)]
+    shards = Shards(paths)
+    check(len(shards) > 0, "images", config.images, f"none can be used; the first: {skipped[:1]}")
+    large = config.approximate == "auto" and len(shards) >= config.approximate_from
+    quick = directory / approximate.FILE
+    if (large or config.approximate == "yes") and not quick.exists():
+        approximate.build(shards.rows, shards.width, quick)
+    write_facts(directory, {**facts, "num_images": len(shards), "num_shards": len(paths)})
+    return len(shards), skipped
+
+
+def _claim(directory: Path, config: IndexConfig, collection: Collection, encoder: Encoder) -> dict[str, Any]:
+    """Make a directory the place of this index; return the facts."""
+    facts = {
+        "format": FORMAT,
+        "model": config.model,
+        "fingerprint": encoder.fingerprint(),
+        "rows_per_shard": ROWS,
+        "thumbnail_size": config.thumbnail_size,
+        "max_images": config.max_images,
+        **collection.facts,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    if (directory / FACTS).exists():
+        theirs = read_facts(directory)
+        # The same weights may lie elsewhere.
+        differing = [name for name in facts if name != "model" and theirs.get(name) != facts[name]]
+        if differing:
+            told = "; ".join(f"{name}: {theirs.get(name)}, here {facts[name]}" for name in differing)
+            raise ConfigError(
+                f"output_dir: the index in {directory} was made otherwise ({told}); delete it or name another"
+            )
+    elif any(directory.iterdir()):
+        raise ConfigError(f"output_dir: {directory} holds other files; name an empty or a new directory")
+    write_facts(directory, facts)
+    return facts
+
+
+def _embed(
+    path: Path,
+    rows: list[Row],
+    encoder: Encoder,
+    config: IndexConfig,
+    skipped: list[tuple[str, str]],
+    bar: "tqdm[Any]",
+) -> None:
+    entries: list[Entry] = []
+    made: list[torch.Tensor] = []
+    for start in range(0, len(rows), config.batch_size):
+        batch = []
+        for row in rows[start : start + config.batch_size]:
+            try:
+                picture: Image.Image = to_pil_image(decode(row.image, DataConfig.max_image_pixels))
+            except ImageError as error:
+                skipped.append((row.key, str(error)))
+                continue
+            batch.append(picture)
+            entries.append(
+                Entry({"key": row.key, "captions": row.captions}, _thumbnail(picture, config.thumbnail_size))
+            )
+        if batch:
+            made.append(encoder.encode_images(batch))
+        bar.update(len(rows[start : start + config.batch_size]))
+    write(path, torch.cat(made) if made else torch.zeros(0, 0), entries)
+
+
+def _thumbnail(picture: Image.Image, side: int) -> bytes:
+    """Return a JPEG whose longer side is at most `side` pixels; nothing if that is 0."""
+    if not side:
+        return b""
+    small, buffer = picture.copy(), io.BytesIO()
+    small.thumbnail((side, side))
+    small.save(buffer, "JPEG", quality=_QUALITY)
+    return buffer.getvalue()

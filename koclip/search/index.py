@@ -1,0 +1,128 @@
+"""Find the images of an index that are nearest to a query: by looking at all of them, or at the likely ones."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from koclip.config import check
+from koclip.search import approximate
+from koclip.search.shards import SHARD, Entry, Shards, read_facts
+
+_QUERIES = 16  # scored at once: 16 bytes per image and query
+_GATHERED = 65_536  # rows scored again at once
+# How far a score may be off that is computed in bf16 from a query of norm 1 and a row of norm 1: the query is rounded
+# to 8 bits (2^-9 of each part, so of the score at most), the score is rounded likewise, and sums of products in fp32
+# add less than a tenth of that for any width in use.
+_MARGIN = 2.1 * 2**-9
+
+
+class Found(NamedTuple):
+    """The nearest images of Q queries, the nearest first."""
+
+    scores: torch.Tensor  # (Q, k) float32, cosine similarities
+    places: torch.Tensor  # (Q, k) int64, rows of the index
+
+
+class ImageIndex:
+    """An index, memory-mapped: opening it reads next to nothing.
+
+    Args:
+        shards: Its embeddings, and what is kept of each image.
+        facts: What it says of itself: `model`, `fingerprint`, `images` and more.
+        quick: What finds the likely ones; None looks at all.
+    """
+
+    def __init__(self, shards: Shards, facts: dict[str, Any], quick: approximate.Quick | None = None) -> None:
+        self.facts = facts
+        self._shards, self._quick = shards, quick
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    @property
+    def width(self) -> int:
+        """D of the embeddings."""
+        return self._shards.width
+
+    @property
+    def is_approximate(self) -> bool:
+        """Whether `search` looks at the likely images only."""
+        return self._quick is not None
+
+    def entry(self, place: int) -> Entry:
+        """Return what is kept of an image: record and thumbnail."""
+        return self._shards.entry(place)
+
+    def search(self, queries: torch.Tensor, k: int) -> Found:
+        """Return the k nearest images (all, where there are fewer) of unit-norm queries (Q, D) float32.
+
+        With an approximate index, nearly all of the k are the nearest, and k is at most 1,000.
+        """
+        if self._quick is None or k > approximate.MOST:
+            return self.exact(queries, k)
+        self._check(queries, k)
+        found = [self._rescore(query, self._likely(query, k), k) for query in queries.float()]
+        return Found(torch.stack([one.scores for one in found]), torch.stack([one.places for one in found]))
+
+    def exact(self, queries: torch.Tensor, k: int) -> Found:
+        """Return the same by looking at all: the k best fp32 scores of the stored rows; of equal ones the first.
+
+        Every row is scored in bf16, half the memory and time of fp32. Those within twice the largest rounding error
+        of the k-th best are scored again in fp32: no other row can be among the k best.
+        """
+        self._check(queries, k)
+        k = min(k, len(self))
+        found: list[Found] = []
+        for part in queries.float().split(_QUERIES):
+            rough = torch.empty(len(self), len(part))  # (N, Q)
+            rounded = part.bfloat16().T.contiguous()
+            for start, rows in zip(self._shards.starts, self._shards.rows, strict=False):
+                if len(rows):  # none of a shard's images may have been usable
+                    rough[start : start + len(rows)] = rows @ rounded
+            for column, query in zip(rough.T.contiguous(), part, strict=True):
+                least = column.topk(k).values[-1] - 2 * _MARGIN
+                found.append(self._rescore(query, (column >= least).nonzero()[:, 0], k))
+        return Found(torch.stack([one.scores for one in found]), torch.stack([one.places for one in found]))
+
+    def _likely(self, query: torch.Tensor, k: int) -> torch.Tensor:
+        assert self._quick is not None
+        places = self._quick.likely(query, min(approximate.FACTOR * k, len(self)))
+        if len(places) >= min(k, len(self)):
+            return places
+        return torch.arange(len(self))  # what was looked at holds fewer than k: take all
+
+    def _rescore(self, query: torch.Tensor, places: torch.Tensor, k: int) -> Found:
+        parts = [self._shards.gather(part) @ query for part in places.split(_GATHERED)]
+        scores = torch.cat(parts).clamp(-1, 1)
+        order = scores.argsort(descending=True, stable=True)[: min(k, len(self))]
+        return Found(scores[order], places[order])
+
+    def _check(self, queries: torch.Tensor, k: int) -> None:
+        check(len(self) > 0, "index", 0, "it holds no image: build it again")
+        fits = queries.ndim == 2 and len(queries) > 0 and queries.shape[1] == self.width
+        check(fits, "queries", tuple(queries.shape), f"expected (Q, {self.width}): the model that made the index")
+        check(bool(queries.isfinite().all()), "queries", "values that are not finite", "expected embeddings of norm 1")
+        norms = queries.float().norm(dim=1)
+        unit = bool(((norms - 1).abs() < 1e-2).all())
+        check(unit, "queries", [round(norm, 3) for norm in norms.tolist()[:3]], "expected embeddings of norm 1")
+        check(k >= 1, "k", k, "expected 1 or more")
+
+
+def open_index(directory: str | Path) -> ImageIndex:
+    """Open what `recipes/index.py` made.
+
+    Raises:
+        ConfigError: there is none, it is broken, or it is not finished.
+    """
+    directory = Path(directory)
+    facts = read_facts(directory)
+    num_images = facts.get("num_images")
+    again = "the command that makes it goes on where it stopped: run it again"
+    check(isinstance(num_images, int), "index", str(directory), f"it is not finished; {again}")
+    paths = [directory / SHARD.format(number) for number in range(int(facts.get("num_shards", 0)))]
+    missing = [path.name for path in paths if not path.exists()]
+    check(not missing, f"index: {directory}, shards that are not there", missing[:3], again)
+    shards = Shards(paths)
+    check(len(shards) == num_images, f"index: {directory}, images", len(shards), f"expected {num_images}; {again}")
+    return ImageIndex(shards, facts, approximate.open_quick(directory))

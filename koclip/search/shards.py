@@ -1,0 +1,115 @@
+"""The files of an index: shards of embeddings with what is told and shown of each image, memory-mapped.
+
+A shard `shard-000123.safetensors` holds, of n images, `embeddings` (n, D) bf16 of unit norm before rounding, and two
+runs of bytes with the places where each image's part ends: `records` (one JSON object per image: key, captions) and
+`thumbnails` (JPEGs; empty where none were asked for). It is there whole or not at all.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from koclip.config import ConfigError, check
+
+SHARD = "shard-{:06}.safetensors"
+FACTS = "index.json"
+ROWS = 2_048  # images in a shard, at most: what a killed build loses
+
+
+class Entry(NamedTuple):
+    """What an index keeps of one image besides its embedding."""
+
+    record: dict[str, Any]  # key: str; captions: list of texts by language
+    thumbnail: bytes = b""
+
+
+def write(path: Path, embeddings: torch.Tensor, entries: Sequence[Entry]) -> None:
+    """Write a shard of n images, embeddings (n, D)."""
+    records = [json.dumps(entry.record, ensure_ascii=False).encode() for entry in entries]
+    tensors = {"embeddings": embeddings.to(torch.bfloat16).contiguous()}
+    for name, parts in (("records", records), ("thumbnails", [entry.thumbnail for entry in entries])):
+        tensors[name] = torch.frombuffer(bytearray(b"".join(parts) or b"\0"), dtype=torch.uint8)
+        tensors[f"{name}_ends"] = torch.tensor(np.cumsum([len(part) for part in parts]), dtype=torch.int64)
+    partial = path.with_name(f"writing-{path.name}")
+    save_file(tensors, partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+class Shards:
+    """The shards of a directory, in order.
+
+    Raises:
+        ConfigError: one is broken, or is of another width than the others.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._shards = [_read(path) for path in paths]
+        widths = {shard["embeddings"].shape[1] for shard in self._shards if len(shard["embeddings"])}
+        check(len(widths) <= 1, "index", sorted(widths), "expected shards of one width: build it again")
+        self.width = widths.pop() if widths else 0
+        self.rows = [shard["embeddings"] for shard in self._shards]  # (n, D) bf16 each, read when they are used
+        self.starts = np.cumsum([0, *(len(one) for one in self.rows)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def entry(self, place: int) -> Entry:
+        """Return what is kept of an image."""
+        number = int(np.searchsorted(self.starts, place, side="right")) - 1
+        shard, row = self._shards[number], place - int(self.starts[number])
+        return Entry(json.loads(_part(shard, "records", row)), _part(shard, "thumbnails", row))
+
+    def gather(self, places: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings (n, D) float32 at these places (n,), which ascend."""
+        numbers = np.searchsorted(self.starts, places.numpy(), side="right") - 1
+        parts = [
+            self.rows[number][places[numbers == number] - int(self.starts[number])].float()
+            for number in np.unique(numbers)
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0, self.width)
+
+
+def read_facts(directory: Path) -> dict[str, Any]:
+    """Return what an index says of itself.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    file = directory / FACTS
+    made_by = "python recipes/index.py --model <model> --images <folder> --output_dir <index> makes one"
+    check(file.is_file(), "index", str(directory), f"no {FACTS} there; {made_by}")
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"index: {file} is broken: {error}; delete {directory}; {made_by}") from error
+
+
+def write_facts(directory: Path, facts: dict[str, Any]) -> None:
+    """Write what an index says of itself."""
+    partial = directory / f"writing-{FACTS}"
+    partial.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(directory / FACTS)
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        shard = load_file(path)  # maps the file, reads nothing
+        if shard["embeddings"].dtype != torch.bfloat16 or len(shard["records_ends"]) != len(shard["embeddings"]):
+            raise ValueError("its parts do not fit together")
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ConfigError(f"index: {path} is broken: {error}; delete it and run the same command again") from error
+    return shard
+
+
+def _part(shard: dict[str, torch.Tensor], name: str, row: int) -> bytes:
+    ends = shard[f"{name}_ends"]
+    return shard[name][int(ends[row - 1]) if row else 0 : int(ends[row])].numpy().tobytes()

@@ -1,0 +1,31 @@
+"""Make a collection of images searchable: embeddings, captions and thumbnails, for `koclip.search` and the Space.
+
+python recipes/index.py --model runs/mine/model --images photos/ --output_dir index/
+python recipes/index.py --model runs/mine/model --images scenes --output_dir index/    # the built-in pictures
+
+A run that was stopped or killed goes on where it was: give the same command again.
+"""
+
+import json
+from pathlib import Path
+
+from koclip import config
+from koclip.models.peers import open_encoder
+from koclip.search.build import build
+
+
+def main(cfg: config.IndexConfig) -> None:
+    """Run the recipe."""
+    directory = Path(cfg.output_dir)
+    encoder = open_encoder(cfg.model, cfg.device)
+    num_images, skipped = build(cfg, encoder, directory)
+    with (directory / "skipped.jsonl").open("a", encoding="utf-8") as file:
+        for key, reason in skipped:
+            file.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
+    left = f"; {len(skipped)} left out, listed in {directory / 'skipped.jsonl'}" if skipped else ""
+    print(f"{num_images} images in {directory}{left}")
+    print(f"Show them: python space/app.py --model {cfg.model} --index {directory}")
+
+
+if __name__ == "__main__":
+    config.run(main, config.IndexConfig)

@@ -1,0 +1,271 @@
+"""What the Space answers: functions of pictures and texts, without a word about how it is shown."""
+
+import io
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import guard
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from texts import RefusedError
+
+from koclip.evaluation.zero_shot import ensemble
+from koclip.models.patches import NoPatchesError
+from koclip.search import ImageIndex
+from koclip.text.classes import load_templates
+from koclip.text.hangul import is_syllable
+from koclip.text.prompts import fill
+
+PER_PAGE = 12  # pictures
+MAX_PAGE = 50
+SECONDS = 20  # that embedding texts may take
+_BATCH = 64  # texts embedded between two looks at the clock
+_BEST = 10  # captions
+_KEPT_CAPTIONS = 2_000  # of the collection, that captions are chosen from
+_COLOURS = "inferno"
+_OPACITY = 0.6
+WAYS = ("cover", "patches")  # of showing where an answer lies
+_PLACES = 7  # covered per side
+_COVERED_SIDE = 448  # pixels; more than most towers see
+
+
+class Classified(NamedTuple):
+    """Probabilities by label, the most likely first, and the prompts that were read."""
+
+    scores: dict[str, float]
+    prompts: list[str]
+
+
+class Hit(NamedTuple):
+    """A picture of the collection."""
+
+    picture: Image.Image | None  # none was kept
+    caption: str
+    score: float
+
+
+class Heat(NamedTuple):
+    """A picture with what answers the query in bright colours, and the similarities (R, C) behind it."""
+
+    picture: Image.Image
+    scores: np.ndarray[Any, Any]
+
+
+@dataclass
+class Answers:
+    """Answers with one model and one collection.
+
+    Args:
+        encoder: `koclip.models.peers.open_encoder`'s.
+        index: What is searched, made by the same model.
+        seconds: That embedding texts may take.
+        clock: In seconds.
+    """
+
+    encoder: Any
+    index: ImageIndex
+    seconds: float = SECONDS
+    clock: Callable[[], float] = time.monotonic
+    # Tokenizers cannot be used by two threads at once.
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _captions: tuple[list[str], torch.Tensor] | None = None
+
+    def classify(self, image: Image.Image, labels: str, template: str, whole: bool) -> Classified:
+        """Return how likely each label is.
+
+        Args:
+            image: The picture.
+            labels: Separated by commas or lines.
+            template: With a slot for the label (`koclip.text.prompts`).
+            whole: Take the mean of all built-in templates of each label's language instead.
+        """
+        names = guard.read_list(labels, "\n,，、", "no_labels")
+        templates = [templates_for(name) if whole else [template] for name in names]
+        prompts = [[prompt(one, name) for one in many] for name, many in zip(names, templates, strict=True)]
+        embedded = self._texts([text for many in prompts for text in many])
+        parts = embedded.split([len(many) for many in prompts])
+        classes = torch.cat([ensemble(part[None]) for part in parts])  # (C, D)
+        scores = (self._scale * (self._image(image) @ classes.T)).softmax(dim=-1)[0]
+        order = scores.argsort(descending=True, stable=True).tolist()
+        read = [text for many in prompts for text in many]
+        return Classified({names[place]: float(scores[place]) for place in order}, read)
+
+    def search(self, query: str, page: float) -> tuple[list[Hit], int]:
+        """Return a page of the pictures that are nearest to a text, and the place of its first, from 0."""
+        return self._page(self._texts([guard.read_text(query)]), page)
+
+    def similar(self, image: Image.Image) -> list[Hit]:
+        """Return the first page of pictures that are nearest to a picture."""
+        return self._page(self._image(image), 1)[0]
+
+    def captions(self, image: Image.Image, captions: str) -> dict[str, float]:
+        """Return the ten captions that fit a picture best with their cosine similarities, the best first.
+
+        Args:
+            image: The picture.
+            captions: One per line; if empty, those of the collection's first pictures, which may have none.
+        """
+        if captions and captions.strip():
+            texts = guard.read_list(captions, "\n", "no_text")
+            embedded = self._texts(texts)
+        else:
+            texts, embedded = self._own_captions()
+        scores = (self._image(image) @ embedded.T)[0]
+        best = scores.argsort(descending=True, stable=True)[:_BEST].tolist()
+        return {texts[place]: float(scores[place]) for place in best}
+
+    def heat(self, image: Image.Image, query: str, way: str) -> Heat:
+        """Return where in a picture a text finds what it says.
+
+        Args:
+            image: The picture.
+            query: The text.
+            way: `patches`: the similarity of each of the model's patches to the text (`koclip.models.patches`, with
+                the formula and why it may miss the thing itself). `cover`: the similarity that is lost when a place is
+                covered by the picture's mean colour, score_p = max(0, <e(image), t> - <e(image without p), t>), for
+                7 x 7 places two sevenths wide (Zeiler and Fergus 2014, section 4.2); it works for any model.
+        """
+        text = self._texts([guard.read_text(query)])[0]
+        view = getattr(self.encoder, "view", None)
+        if way == "cover":
+            pictures = [image, *covered(image, view)]
+            with self._lock:
+                made = torch.cat([self.encoder.encode_images(pictures[at : at + 25]) for at in range(0, 50, 25)])
+            whole, *rest = (made @ text).tolist()
+            scores = (whole - np.array(rest)).clip(min=0).reshape(_PLACES, _PLACES)
+        elif way == "patches":
+            if not hasattr(self.encoder, "patches"):
+                raise RefusedError("no_patches")
+            try:
+                with self._lock:
+                    scores = (self.encoder.patches(image) @ text).numpy()
+            except NoPatchesError:
+                raise RefusedError("no_patches") from None
+        else:
+            raise RefusedError("bad_way", limit=", ".join(WAYS))
+        return Heat(overlay(image, scores, view), scores)
+
+    @property
+    def _scale(self) -> float:
+        return float(getattr(self.encoder, "scale", 100.0))
+
+    def _image(self, image: Image.Image) -> torch.Tensor:
+        with self._lock:
+            embedded: torch.Tensor = self.encoder.encode_images([image])
+        return embedded
+
+    def _texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return the embeddings (N, D) of texts; stop when it takes too long."""
+        end = self.clock() + self.seconds
+        parts = []
+        for start in range(0, len(texts), _BATCH):
+            if self.clock() > end:
+                raise RefusedError("too_slow", limit=round(self.seconds))
+            with self._lock:
+                parts.append(self.encoder.encode_texts(texts[start : start + _BATCH]))
+        return torch.cat(parts)
+
+    def _page(self, queries: torch.Tensor, page: float) -> tuple[list[Hit], int]:
+        last = min(MAX_PAGE, -(-len(self.index) // PER_PAGE))
+        if page not in range(1, last + 1):  # of whatever type
+            raise RefusedError("bad_page", limit=last)
+        first = (int(page) - 1) * PER_PAGE
+        found = self.index.search(queries, first + PER_PAGE)
+        pairs = zip(found.places[0, first:].tolist(), found.scores[0, first:].tolist(), strict=True)
+        return [self._hit(place, score) for place, score in pairs], first
+
+    def _hit(self, place: int, score: float) -> Hit:
+        entry = self.index.entry(place)
+        told = entry.record.get("captions") or {}
+        caption = next((texts[0] for texts in told.values() if texts), str(entry.record["key"]).rsplit("/", 1)[-1])
+        picture = Image.open(io.BytesIO(entry.thumbnail)) if entry.thumbnail else None
+        return Hit(picture, caption[: guard.MAX_LABEL], score)
+
+    def _own_captions(self) -> tuple[list[str], torch.Tensor]:
+        if self._captions is None:
+            records = [self.index.entry(place).record for place in range(min(len(self.index), _KEPT_CAPTIONS))]
+            told = (text for record in records for texts in record.get("captions", {}).values() for text in texts)
+            texts = list(dict.fromkeys(told))[:_KEPT_CAPTIONS]
+            self._captions = texts, self._texts(texts) if texts else torch.zeros(0, self.index.width)
+        return self._captions
+
+
+def prompt(template: object, label: str) -> str:
+    """Return a template filled with a label, its particles chosen.
+
+    Raises:
+        RefusedError: the template is empty, too long or not one.
+    """
+    text = template if isinstance(template, str) else ""
+    if len(text) > guard.MAX_LABEL:
+        raise RefusedError("long_label", limit=guard.MAX_LABEL)
+    try:
+        return fill(text.strip(), label)
+    except ValueError:
+        raise RefusedError("bad_template", slot="{label}") from None
+
+
+def templates_for(label: str) -> list[str]:
+    """Return the built-in templates for photos, in Korean for a label with Hangul in it, else in English."""
+    language = "ko" if any(is_syllable(character) for character in label) else "en"
+    return load_templates(language)["photo"]
+
+
+def seen(image: Image.Image, view: tuple[float, float] | None) -> tuple[int, int, int, int]:
+    """Return the part of a picture that a model sees (left, top, right, bottom), pixels."""
+    width, height = image.size
+    if view is None:
+        return 0, 0, width, height
+    short = min(width, height)
+    wide, high = min(width, round(short * view[0])), min(height, round(short * view[1]))
+    left, top = (width - wide) // 2, (height - high) // 2
+    return left, top, left + wide, top + high
+
+
+def covered(image: Image.Image, view: tuple[float, float] | None) -> list[Image.Image]:
+    """Return a picture with each of 7 x 7 places of what is seen covered by its mean colour, row by row."""
+    image = image.copy()
+    image.thumbnail((_COVERED_SIDE, _COVERED_SIDE))
+    left, top, right, bottom = seen(image, view)
+    wide, high = (right - left) / _PLACES, (bottom - top) / _PLACES
+    mean = tuple(round(value) for value in np.asarray(image).mean(axis=(0, 1)))
+    made = []
+    for row in range(_PLACES):
+        for column in range(_PLACES):
+            one = image.copy()
+            x, y = left + (column - 0.5) * wide, top + (row - 0.5) * high
+            place = max(0, x), max(0, y), min(image.width, x + 2 * wide), min(image.height, y + 2 * high)
+            one.paste(mean, tuple(round(value) for value in place))
+            made.append(one)
+    return made
+
+
+def overlay(image: Image.Image, scores: np.ndarray[Any, Any], view: tuple[float, float] | None) -> Image.Image:
+    """Return a picture under a map of scores (R, C), dimmed where the model does not look.
+
+    Args:
+        image: The picture.
+        scores: Stretched from the smallest to the largest.
+        view: What the model sees, in the middle, as shares of the shorter side (width, height); None: all.
+    """
+    image = image.copy()
+    image.thumbnail((720, 720))
+    if max(image.size) < 480:  # a small picture would show no map
+        ratio = 480 / max(image.size)
+        image = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.BICUBIC)
+    left, top, right, bottom = seen(image, view)
+    spread = float(scores.max() - scores.min())
+    even = (scores - scores.min()) / spread if spread > 1e-6 else np.zeros_like(scores)
+    stretched = Image.fromarray((255 * even).astype(np.uint8)).resize(
+        (right - left, bottom - top), Image.Resampling.BICUBIC
+    )
+    coloured = matplotlib.colormaps[_COLOURS](np.asarray(stretched) / 255)[..., :3] * 255
+    pixels = np.asarray(image, dtype=np.float32) * 0.35
+    inside = np.asarray(image, dtype=np.float32)[top:bottom, left:right]
+    pixels[top:bottom, left:right] = (1 - _OPACITY) * inside + _OPACITY * coloured
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

@@ -1,0 +1,129 @@
+"""Show a model in the browser: zero-shot labels, image search, captions, and where it looked.
+
+python space/app.py --model runs/mine/model --index index/     # python recipes/index.py makes the index
+python space/app.py                                            # the newest run here, and the built-in pictures
+
+On Hugging Face Spaces `KOCLIP_MODEL` and `KOCLIP_INDEX` name the two. Calls of the API: space/README.md.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
+_WORK = tempfile.mkdtemp(prefix="koclip-space-")
+os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(_WORK) / "files"))
+
+from answers import Answers  # noqa: E402
+from guard import MAX_BYTES, Gate  # noqa: E402
+from layout import CSS, THEME, blocks  # noqa: E402
+from PIL import Image  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
+
+from koclip.config import ConfigError, IndexConfig, check  # noqa: E402
+from koclip.data import scenes  # noqa: E402
+from koclip.models.encoders import Encoder  # noqa: E402
+from koclip.models.peers import open_encoder  # noqa: E402
+from koclip.search import ImageIndex, open_index  # noqa: E402
+from koclip.search.build import build  # noqa: E402
+
+_DEMO_IMAGES = 240  # of the built-in pictures, where no index is given
+_SIDE = 240  # pixels of an example
+
+
+def newest_run(root: Path = Path("runs")) -> str:
+    """Return the model directory of the newest run.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = sorted(root.glob("*/model/config.json"), key=lambda path: path.stat().st_mtime)
+    make_one = "train one with `accelerate launch recipes/pretrain.py` (4 minutes), or name a directory or Hub id"
+    check(bool(found), "model", None, f"no run in {root}/ has a model: {make_one}: --model <directory or Hub id>")
+    return str(found[-1].parent)
+
+
+def open_collection(directory: str | None, model: str, encoder: Encoder) -> ImageIndex:
+    """Open an index, or make one of the built-in pictures.
+
+    Raises:
+        ConfigError: there is none, or another model made it.
+    """
+    if directory is None:
+        config = IndexConfig(model=model, images="scenes", max_images=_DEMO_IMAGES, approximate="no")
+        build(config, encoder, Path(_WORK) / "index")
+        return open_index(Path(_WORK) / "index")
+    index = open_index(directory)
+    ours = index.facts.get("fingerprint") == encoder.fingerprint()
+    again = f"make one: python recipes/index.py --model {model} --images <folder> --output_dir <index>"
+    check(ours, "index", directory, f"made by another model ({index.facts.get('model')}); {again}")
+    return index
+
+
+def examples() -> dict[str, list[list[Any]]]:
+    """Draw what the tabs can be tried with."""
+    folder = Path(_WORK) / "examples"
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for index, number in enumerate((4, 12, 21, 36)):
+        picture = Image.fromarray(scenes.draw(scenes.scene("test", 0, number), number))
+        paths.append(str(folder / f"{index}.png"))
+        picture.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS).save(paths[-1])
+    told = [scenes.captions(scenes.scene("test", 0, number)) for number in (4, 12, 21, 36)]
+    korean = ", ".join(dict.fromkeys(one["ko"][0] for one in told))
+    english = ", ".join(dict.fromkeys(one["en"][0] for one in told))
+    return {
+        "classify": [
+            [paths[0], korean, "{label}", False],
+            [paths[1], korean, "{label:이/가} 나온 사진", False],
+            [paths[2], english, "{label}", False],
+        ],
+        "search": [["빨간 원"], ["노란 도형 두 개"], ["a large blue square"], ["green star"]],
+        "caption": [[paths[1], ""], [paths[3], "\n".join([*korean.split(", "), *english.split(", ")])]],
+        "heatmap": [[path, one["ko"][0]] for path, one in zip(paths[1:], told[1:], strict=True)],
+    }
+
+
+def main(args: list[str] | None = None) -> None:
+    """Open the model and the collection, and serve until stopped."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--model", default=os.environ.get("KOCLIP_MODEL"), help="directory or Hub id; default: newest run"
+    )
+    parser.add_argument("--index", default=os.environ.get("KOCLIP_INDEX"), help="made by recipes/index.py")
+    parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="0.0.0.0: others too")
+    parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", 7860)))
+    parser.add_argument("--device", default=None, help="as PyTorch names it; default: a GPU if there is one")
+    options = parser.parse_args(args)
+    try:
+        model = options.model or newest_run()
+        encoder = open_encoder(model, options.device)
+        index = open_collection(options.index, model, encoder)
+    except ConfigError as error:
+        print(f"app.py: error: {error}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2) from None
+    path = Path(model)
+    name = (path.parent.name if path.name == "model" else path.name) if path.is_dir() else model
+    page = blocks(Answers(encoder, index), name, examples())
+    page.launch(
+        server_name=options.host,
+        server_port=options.port,
+        share=False,
+        show_error=False,
+        max_file_size=MAX_BYTES,
+        app_kwargs={"middleware": [Middleware(Gate)], "docs_url": None, "redoc_url": None, "openapi_url": None},
+        enable_monitoring=False,
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        footer_links=["api"],
+        theme=THEME,
+        css=CSS,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""A Space that runs for tests: a tiny model, pictures whose file names are hostile captions."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+from align_runs import write_source
+from PIL import Image
+
+from koclip.config import IndexConfig
+from koclip.models.peers import open_encoder
+from koclip.search.build import build
+
+ROOT = Path(__file__).parents[1]
+HOSTILE = "<img src=x onerror=window.hacked=1><script>window.hacked=1<\\script>"  # a file name has no slash
+
+
+class Space(NamedTuple):
+    url: str
+    folder: Path  # that holds the model, the index, the pictures and the log
+    process: "subprocess.Popen[bytes]"
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
+
+
+def start(folder: Path) -> Space:
+    """Start `python space/app.py` and wait until it answers."""
+    write_source(folder / "runs" / "tiny" / "model")
+    (folder / "photos").mkdir()
+    for number in range(30):
+        name = f"{number:02d} {HOSTILE}.png" if number < 2 else f"{number:02d}번 사진.png"
+        Image.new("RGB", (60, 40), (8 * number, 255 - 8 * number, 60)).save(folder / "photos" / name)
+    config = IndexConfig(model="tiny", images=str(folder / "photos"))
+    build(config, open_encoder(str(folder / "runs" / "tiny" / "model"), "cpu"), folder / "index")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        str(ROOT / "space" / "app.py"),
+        "--index",
+        "index",
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with (folder / "log.txt").open("wb") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    space = Space(f"http://127.0.0.1:{port}", folder, process)
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        assert process.poll() is None, space.log
+        try:
+            urllib.request.urlopen(space.url, timeout=5).close()
+            return space
+        except OSError:
+            time.sleep(0.3)
+    raise AssertionError(space.log)

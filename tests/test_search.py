@@ -1,0 +1,333 @@
+"""Search: exact is brute force, whatever the shards; building goes on after a kill; mistakes are named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from fake_encoder import COLOURS, ColourEncoder
+from PIL import Image
+
+from koclip.config import ConfigError, IndexConfig
+from koclip.search import ImageIndex, approximate, build, open_index
+from koclip.search.index import _MARGIN
+from koclip.search.shards import Entry, Shards, write
+
+TESTS = Path(__file__).parent
+
+
+def vectors(count: int, width: int = 32, seed: int = 0, clusters: int = 0) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, width, generator=random)
+    if clusters:
+        centres = torch.randn(clusters, width, generator=random)
+        noise = centres[torch.randint(clusters, (count,), generator=random)] + 0.5 * noise
+    return F.normalize(noise, dim=-1)
+
+
+def stored(folder: Path, rows: torch.Tensor, size: int) -> Shards:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, part in enumerate(rows.split(size)):
+        paths.append(folder / f"shard-{number:06}.safetensors")
+        write(paths[-1], part, [Entry({"key": f"{number}/{row}"}, b"x" * row) for row in range(len(part))])
+    return Shards(paths)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder of 30 pictures in two folders, one of them broken."""
+    root = tmp_path / "사진"
+    for number in range(30):
+        colour = list(COLOURS.values())[number % 4]
+        path = root / ("가" if number % 2 else "나") / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), tuple(max(0, value - number // 4) for value in colour)).save(path)
+    (root / "나" / "broken.jpg").write_bytes(b"no picture")
+    (root / "notes.txt").write_text("no picture either")
+    return root
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "ROWS", 8)
+
+
+def config(images: Path | str, **changes: object) -> IndexConfig:
+    return IndexConfig(model="colours", images=str(images), batch_size=3, **changes)  # type: ignore[arg-type]
+
+
+def test_exact_search_is_worked_out_by_hand(tmp_path):
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.6, 0.8], [-1.0, 0.0]])
+    found = ImageIndex(stored(tmp_path, rows, 2), {}).search(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), 3)
+    assert found.places.tolist() == [[1, 2, 3], [4, 1, 2]]  # of equal ones the first
+    assert torch.allclose(found.scores, torch.tensor([[1.0, 0.8, 0.8], [1.0, 0.0, -0.6]]), atol=2e-3)
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 5_000])
+def test_exact_search_is_brute_force_over_the_stored_rows(tmp_path, size):
+    rows, queries = vectors(500, clusters=20), vectors(40, seed=1)
+    index = ImageIndex(stored(tmp_path, rows, size), {})
+    for k in (1, 10, 500, 600):
+        found = index.exact(queries, k)
+        scores = queries @ rows.bfloat16().float().T
+        best = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+        assert torch.allclose(found.scores, scores.gather(1, best), atol=1e-6)
+        assert torch.allclose(scores.gather(1, found.places), scores.gather(1, best), atol=1e-6)
+        assert found.places.shape == (40, min(k, 500))
+
+
+def test_no_score_is_further_off_than_the_margin():
+    for width in (8, 512, 2_048):
+        rows, queries = vectors(2_000, width, clusters=3), vectors(64, width, seed=2, clusters=3)
+        rows = torch.cat([rows, queries]).bfloat16()  # scores up to 1
+        rough = (rows @ queries.bfloat16().T).float()
+        assert float((rough - rows.float() @ queries.T).abs().max()) < _MARGIN
+
+
+def test_what_is_kept_of_an_image_is_found_again(tmp_path):
+    index = ImageIndex(stored(tmp_path, vectors(20), 6), {})
+    for place in (0, 5, 6, 13, 19):
+        entry = index.entry(place)
+        assert entry.record == {"key": f"{place // 6}/{place % 6}"}
+        assert entry.thumbnail == b"x" * (place % 6)
+
+
+def test_a_folder_becomes_an_index(folder, tmp_path, small):
+    count, skipped = build.build(config(folder), ColourEncoder(), tmp_path / "index")
+    assert count == 30
+    assert [key for key, _ in skipped] == ["나/broken.jpg"]
+    index = open_index(tmp_path / "index")
+    query = ColourEncoder().encode_texts(["파랑"])
+    keys = [index.entry(int(place)).record["key"] for place in index.search(query, 7).places[0]]
+    assert {int(key.split("/")[1][:2]) % 4 for key in keys} == {2}
+    assert index.entry(0).thumbnail.startswith(b"\xff\xd8")
+
+
+def test_scenes_bring_their_captions(tmp_path):
+    build.build(config("scenes", max_images=10), ColourEncoder(), tmp_path / "index")
+    record = open_index(tmp_path / "index").entry(9).record
+    assert record["key"] == "scenes/test/9"
+    assert set(record["captions"]) == {"ko", "en"}
+
+
+class Dying(ColourEncoder):
+    """Dies after some batches."""
+
+    def encode_images(self, images):
+        if self.calls == 7:
+            raise KeyboardInterrupt
+        return super().encode_images(images)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def test_a_stopped_build_goes_on_and_gives_the_same_bytes(folder, tmp_path, small):
+    build.build(config(folder), ColourEncoder(), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        build.build(config(folder), Dying(), tmp_path / "stopped")
+    with pytest.raises(ConfigError, match="not finished"):
+        open_index(tmp_path / "stopped")
+    (tmp_path / "stopped" / "writing-shard-000002.safetensors").write_bytes(b"half")
+    encoder = ColourEncoder()
+    build.build(config(folder), encoder, tmp_path / "stopped")
+    assert encoder.calls < 11
+    (tmp_path / "stopped" / "writing-shard-000002.safetensors").unlink(missing_ok=True)
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+
+
+KILLED = """
+import sys, time
+from fake_encoder import ColourEncoder
+from koclip.config import IndexConfig
+from koclip.search import build
+from pathlib import Path
+
+class Slow(ColourEncoder):
+    def encode_images(self, images):
+        time.sleep(float(sys.argv[3]))
+        return super().encode_images(images)
+
+build.ROWS = 8
+build.build(IndexConfig(model="colours", images=sys.argv[1], batch_size=3), Slow(), Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_build_goes_on_and_gives_the_same_bytes(folder, tmp_path, small):
+    build.build(config(folder), ColourEncoder(), tmp_path / "whole")
+    target = tmp_path / "killed"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder), str(target), "0.3"], env=environment)
+    end = time.monotonic() + 120
+    while not (target / "shard-000001.safetensors").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(list(target.glob("shard-*"))) < 4
+    build.build(config(folder), ColourEncoder(), target)
+    for leftover in target.glob("writing-*"):
+        leftover.unlink()
+    assert files(target) == files(tmp_path / "whole")
+
+
+def test_approximate_search_finds_nearly_all(tmp_path):
+    pytest.importorskip("faiss", reason="faiss is not installed: pip install 'koclip[search]'")
+    rows, queries = vectors(20_000, 64, clusters=300), vectors(100, 64, seed=3)
+    shards = stored(tmp_path, rows, 3_000)
+    approximate.build(shards.rows, shards.width, tmp_path / approximate.FILE)
+    quick = ImageIndex(shards, {}, approximate.open_quick(tmp_path))
+    assert quick.is_approximate
+    assert quick.width == 64
+    queries = F.normalize(queries + 2 * rows[::200], dim=-1)
+    found, exact = quick.search(queries, 10), quick.exact(queries, 10)
+    hits = [
+        len(set(ours) & set(theirs)) for ours, theirs in zip(found.places.tolist(), exact.places.tolist(), strict=True)
+    ]
+    assert np.mean(hits) >= 9.5
+    same = found.places == exact.places
+    assert torch.allclose(found.scores[same], exact.scores[same], atol=1e-6)
+    assert quick.search(queries[:1], 2_000).places.shape == (1, 2_000)
+    (tmp_path / approximate.FILE).write_bytes(b"broken")
+    with pytest.raises(ConfigError, match="is broken"):
+        approximate.open_quick(tmp_path)
+
+
+def test_a_build_makes_the_approximate_index_when_asked(folder, tmp_path, small):
+    pytest.importorskip("faiss", reason="faiss is not installed: pip install 'koclip[search]'")
+    build.build(config(folder, approximate_from=31), ColourEncoder(), tmp_path / "index")
+    assert not open_index(tmp_path / "index").is_approximate
+    build.build(config(folder, approximate_from=30), ColourEncoder(), tmp_path / "index")
+    index = open_index(tmp_path / "index")
+    assert index.is_approximate
+    assert index.search(ColourEncoder().encode_texts(["파랑"]), 5).places.shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("queries", "k", "message"),
+    [
+        (torch.ones(1, 31), 3, r"queries: got \(1, 31\), expected \(Q, 32\)"),
+        (torch.ones(32), 3, "queries"),
+        (torch.zeros(0, 32), 3, "queries"),
+        (torch.ones(1, 32), 3, "expected embeddings of norm 1"),
+        (torch.full((1, 32), torch.nan), 3, "not finite"),
+        (vectors(1), 0, "k: got 0"),
+    ],
+)
+def test_bad_queries_are_refused(tmp_path, queries, k, message):
+    with pytest.raises(ConfigError, match=message):
+        ImageIndex(stored(tmp_path, vectors(9), 4), {}).search(queries, k)
+
+
+def test_another_index_is_not_overwritten(folder, tmp_path, small):
+    target = tmp_path / "index"
+    build.build(config(folder), ColourEncoder(), target)
+    for changed, message in (
+        (config(folder, thumbnail_size=0), "thumbnail_size: 256, here 0"),
+        (config(folder, max_images=5), "max_images"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build.build(changed, ColourEncoder(), target)
+    with pytest.raises(ConfigError, match="fingerprint"):
+        build.build(config(folder), ColourEncoder(english=False), target)
+    (folder / "new.png").write_bytes((folder / "나" / "00.png").read_bytes())
+    with pytest.raises(ConfigError, match="images"):
+        build.build(config(folder), ColourEncoder(), target)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds other files"):
+        build.build(config(folder), ColourEncoder(), tmp_path / "full")
+
+
+def test_a_folder_without_a_usable_picture_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="no picture there"):
+        build.build(config(tmp_path / "empty"), ColourEncoder(), tmp_path / "index")
+    (tmp_path / "empty" / "a.png").write_bytes(b"")
+    with pytest.raises(ConfigError, match="none can be used"):
+        build.build(config(tmp_path / "empty"), ColourEncoder(), tmp_path / "other")
+
+
+def test_a_damaged_index_is_named(folder, tmp_path, small):
+    target = tmp_path / "index"
+    with pytest.raises(ConfigError, match=r"recipes/index\.py"):
+        open_index(target)
+    build.build(config(folder), ColourEncoder(), target)
+    shard = target / "shard-000001.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:100])
+    with pytest.raises(ConfigError, match=r"shard-000001\.safetensors is broken"):
+        open_index(target)
+    shard.unlink()
+    with pytest.raises(ConfigError, match="not there"):
+        open_index(target)
+    build.build(config(folder), ColourEncoder(), target)
+    assert shard.read_bytes() == content
+    facts = json.loads((target / "index.json").read_text(encoding="utf-8"))
+    (target / "index.json").write_text(json.dumps({**facts, "num_images": 99}))
+    with pytest.raises(ConfigError, match="expected 99"):
+        open_index(target)
+    (target / "index.json").write_text("{")
+    with pytest.raises(ConfigError, match="is broken"):
+        open_index(target)
+
+
+RECIPE = TESTS.parent / "recipes" / "index.py"
+
+
+def run(*args: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(RECIPE), *args]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_recipe_makes_an_index_and_names_what_it_left_out(folder, tmp_path):
+    from align_runs import write_source
+
+    model = write_source(tmp_path / "model")
+    told = run("--model", str(model), "--images", str(folder), "--output_dir", str(tmp_path / "index"))
+    assert told.returncode == 0, told.stderr
+    assert "30 images" in told.stdout
+    left = (tmp_path / "index" / "skipped.jsonl").read_text(encoding="utf-8")
+    assert json.loads(left)["key"] == "나/broken.jpg"
+    assert len(open_index(tmp_path / "index")) == 30
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--images", "photos"], "model"),
+        (["--model", "m"], "images"),
+        (["--model", "m", "--images", "x", "--thumbnail_size", "3"], "thumbnail_size"),
+        (["--model", "m", "--images", "x", "--approximate", "maybe"], "approximate"),
+        (["--model", "m", "--image", "x"], "--images"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(args, message):
+    told = run(*args)
+    assert told.returncode == 2
+    assert message in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+def test_the_benchmark_runs_at_a_tiny_size(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("faiss", reason="faiss is not installed: pip install 'koclip[search]'")
+    monkeypatch.syspath_prepend(RECIPE.parent / "benchmarks")
+    import importlib
+
+    benchmark = importlib.import_module("search")
+    args = benchmark.parser().parse_args(["--rows", "3000", "--width", "32", "--queries", "20", "--threads", "1"])
+    benchmark.make(tmp_path, args.rows, args.width)
+    exact = benchmark.measure(tmp_path, args)
+    shards = Shards(sorted(tmp_path.glob("shard-*")))
+    approximate.build(shards.rows, shards.width, tmp_path / approximate.FILE)
+    args.way = "approximate"
+    assert benchmark.recall(benchmark.measure(tmp_path, args)["places"], exact["places"]) > 0.9

@@ -1,0 +1,322 @@
+"""What the Space answers and refuses, without Gradio."""
+
+import asyncio
+import io
+import re
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fake_encoder import COLOURS, ColourEncoder
+from PIL import Image
+
+SPACE = Path(__file__).parents[1] / "space"
+sys.path.insert(0, str(SPACE))
+
+import answers  # noqa: E402
+import guard  # noqa: E402
+import texts  # noqa: E402
+
+from koclip.config import IndexConfig  # noqa: E402
+from koclip.models.encoders import TransformersEncoder  # noqa: E402
+from koclip.models.patches import NoPatchesError, patch_embeddings  # noqa: E402
+from koclip.search import build, open_index  # noqa: E402
+
+
+def picture(colour=(250, 5, 5), size=(40, 30)) -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> answers.Answers:
+    """Return answers over 30 pictures of four colours."""
+    for number in range(30):
+        colour = list(COLOURS.values())[number % 4]
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        picture(tuple(max(0, value - number // 4) for value in colour)).save(tmp_path / "photos" / f"{number:02d}.png")
+    config = IndexConfig(model="colours", images=str(tmp_path / "photos"))
+    build.build(config, ColourEncoder(), tmp_path / "index")
+    return answers.Answers(ColourEncoder(), open_index(tmp_path / "index"))
+
+
+def test_labels_are_ranked_and_prompts_have_their_particles(made):
+    found = made.classify(picture(), "파랑, 빨강\n초록，, 빨강", "{label:을/를} 찍은 사진", False)
+    assert next(iter(found.scores)) == "빨강"
+    assert sum(found.scores.values()) == pytest.approx(1)
+    assert found.prompts == ["파랑을 찍은 사진", "빨강을 찍은 사진", "초록을 찍은 사진"]
+    assert made.classify(picture(), "사과", "{label:을/를} 찍은 사진", False).prompts == ["사과를 찍은 사진"]
+
+
+def test_an_ensemble_reads_templates_of_each_labels_language(made):
+    found = made.classify(picture(), "빨강, blue", "not looked at", True)
+    assert next(iter(found.scores)) == "빨강"
+    korean, english = answers.templates_for("빨강"), answers.templates_for("blue")
+    assert len(found.prompts) == len(korean) + len(english)
+    assert "빨강을 찍은 사진" in found.prompts
+    assert "a photo of a blue." in found.prompts
+
+
+def test_search_pages_go_on_where_the_last_ended(made):
+    first, start = made.search("파랑", 1)
+    second, then = made.search("파랑", 2)
+    assert (start, then) == (0, 12)
+    assert len(first) == len(second) == 12
+    assert {int(hit.caption[:2]) % 4 for hit in first[:7]} == {2}
+    scores = [hit.score for hit in [*first, *second]]
+    assert scores == sorted(scores, reverse=True)
+    assert len({hit.caption for hit in [*first, *second]}) == 24
+    assert len(made.search("파랑", 3)[0]) == 6
+    assert first[0].picture is not None
+    assert made.similar(picture(COLOURS["초록"]))[0].score == pytest.approx(1, abs=1e-3)
+
+
+def test_captions_are_those_that_are_given(made):
+    found = made.captions(picture(COLOURS["파랑"]), "빨강이다\n파랑이다\n\n 노랑이다 ")
+    assert next(iter(found)) == "파랑이다"
+    assert len(found) == 3
+    assert made.captions(picture(), "") == {}  # the collection's pictures have none
+
+
+def test_captions_are_else_those_of_the_collection(tmp_path):
+    build.build(IndexConfig(model="colours", images="scenes", max_images=20), ColourEncoder(), tmp_path / "index")
+    index = open_index(tmp_path / "index")
+    found = answers.Answers(ColourEncoder(), index).captions(picture(), " ")
+    told = [text for place in range(20) for texts in index.entry(place).record["captions"].values() for text in texts]
+    assert len(found) == 10
+    assert set(found) <= set(told)
+
+
+@pytest.mark.parametrize(
+    ("call", "key"),
+    [
+        (lambda made: made.classify(picture(), "", "{label}", False), "no_labels"),
+        (lambda made: made.classify(picture(), " ,\n,\u200b", "{label}", True), "no_labels"),
+        (lambda made: made.classify(picture(), None, "{label}", True), "no_labels"),
+        (lambda made: made.classify(picture(), ",".join(map(str, range(10_000))), "{label}", False), "many_labels"),
+        (lambda made: made.classify(picture(), "가" * 1_000_000, "{label}", False), "many_labels"),
+        (lambda made: made.classify(picture(), "가" * 201, "{label}", False), "long_label"),
+        (lambda made: made.classify(picture(), "빨강", "no slot", False), "bad_template"),
+        (lambda made: made.classify(picture(), "빨강", "{label} {nonsense}", False), "bad_template"),
+        (lambda made: made.classify(picture(), "빨강", "{label.__class__}", False), "bad_template"),
+        (lambda made: made.classify(picture(), "빨강", None, False), "bad_template"),
+        (lambda made: made.classify(picture(), "빨강", "{label}" * 1_000, False), "long_label"),
+        (lambda made: made.search("", 1), "no_text"),
+        (lambda made: made.search("\u200b\x00", 1), "no_text"),
+        (lambda made: made.search("가" * 10_001, 1), "long_text"),
+        (lambda made: made.search("빨강", 0), "bad_page"),
+        (lambda made: made.search("빨강", 4), "bad_page"),
+        (lambda made: made.search("빨강", 1.5), "bad_page"),
+        (lambda made: made.search("빨강", None), "bad_page"),
+        (lambda made: made.search("빨강", float("nan")), "bad_page"),
+        (lambda made: made.search("빨강", float("inf")), "bad_page"),
+        (lambda made: made.heat(picture(), "빨강", "patches"), "no_patches"),
+        (lambda made: made.heat(picture(), "빨강", "<b>"), "bad_way"),
+        (lambda made: made.heat(picture(), " ", "cover"), "no_text"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_both_languages(made, call, key):
+    with pytest.raises(texts.RefusedError) as caught:
+        call(made)
+    assert caught.value.key == key
+    korean, english = caught.value.told("ko"), caught.value.told("en")
+    assert re.search("[가-힣]", korean)
+    assert english.isascii()
+    assert len(korean) < 120
+    assert "{" not in korean.replace("{label}", "")
+
+
+def test_what_takes_too_long_is_stopped(made):
+    ticks = iter(range(0, 1_000, 15))
+    made.clock = lambda: next(ticks)
+    with pytest.raises(texts.RefusedError, match="too_slow"):
+        made.classify(picture(), ",".join(f"빨강 {number}" for number in range(200)), "{label}", False)
+
+
+def file(tmp_path: Path, content: bytes) -> Path:
+    (tmp_path / "upload").write_bytes(content)
+    return tmp_path / "upload"
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """Return a PNG of this size in its header, a few bytes long."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        (b"", "broken_image"),
+        (b"\x00" * 1_000, "broken_image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>", "broken_image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "broken_image"),
+        (encoded(picture(size=(64, 64)), "JPEG")[:300], "broken_image"),
+        (encoded(picture(size=(64, 64)), "PNG")[:60], "broken_image"),
+        (bomb(100, 100), "broken_image"),
+        (bomb(6_000, 6_000), "large_image"),
+        (bomb(60_000, 60_000), "large_image"),
+        (bomb(2**31 - 1, 2**31 - 1), "large_image"),
+        (encoded(picture(size=(1, 1)), "PNG"), "small_image"),
+        (encoded(picture(size=(4_000, 10)), "PNG"), "narrow_image"),
+        (b"\xff" * (8 * 2**20 + 1), "heavy_image"),
+    ],
+)
+def test_bad_pictures_are_refused(tmp_path, content, key):
+    with pytest.raises(texts.RefusedError) as caught:
+        guard.read_picture(file(tmp_path, content))
+    assert caught.value.key == key
+
+
+def test_unusual_pictures_are_read(tmp_path):
+    for image, kind in (
+        (Image.new("CMYK", (40, 30), (0, 200, 200, 0)), "JPEG"),
+        (Image.new("L", (40, 30), 90), "PNG"),
+        (Image.new("I;16", (40, 30), 9_000), "PNG"),
+        (Image.new("RGBA", (40, 30), (250, 0, 0, 90)), "WEBP"),
+        (Image.new("P", (40, 30), 3), "GIF"),
+    ):
+        read, moves = guard.read_picture(file(tmp_path, encoded(image, kind)))
+        assert (read.mode, read.size, moves) == ("RGB", (40, 30), False)
+    moving = encoded(picture(), "GIF", save_all=True, append_images=[picture((0, 0, 250))])
+    read, moves = guard.read_picture(file(tmp_path, moving))
+    assert moves
+    assert read.getpixel((5, 5))[0] > 200
+
+
+def test_a_covered_place_loses_what_was_asked_for(made):
+    scene = Image.new("RGB", (70, 70), (120, 120, 120))
+    scene.paste((250, 5, 5), (50, 50, 70, 70))
+    heat = made.heat(scene, "빨강", "cover")
+    assert heat.scores.shape == (7, 7)
+    assert heat.scores.min() >= 0
+    row, column = np.unravel_index(heat.scores.argmax(), (7, 7))
+    assert row >= 5
+    assert column >= 5
+    assert heat.picture.size == (480, 480)
+
+
+def test_the_map_lies_over_what_the_model_sees():
+    image = Image.new("RGB", (900, 300), (255, 255, 255))
+    assert answers.seen(image, (1.0, 1.0)) == (300, 0, 600, 300)
+    assert answers.seen(image, (0.875, 0.875)) == (319, 19, 581, 281)
+    assert answers.seen(image, None) == (0, 0, 900, 300)
+    scores = np.array([[0.0, 0.0], [0.0, 1.0]])
+    shown = np.asarray(answers.overlay(image, scores, (1.0, 1.0)).convert("L"), dtype=float)
+    assert shown.shape == (240, 720)
+    assert shown[:, :230].max() < 100  # not seen: dimmed
+    assert shown[200, 460] > shown[40, 260] + 50
+    answers.overlay(image, np.zeros((2, 2)), None)  # nothing stands out
+
+
+def test_patches_are_read_as_the_class_token_is():
+    from tiny import tiny_config, tiny_tokenizer
+
+    from koclip.models.dual_encoder import from_scratch
+
+    model, processor = from_scratch(tiny_config(), tiny_tokenizer())
+    encoder = TransformersEncoder(model.eval(), processor)
+    patches = encoder.patches(picture(size=(80, 60)))
+    assert patches.shape == (4, 4, 32)
+    assert torch.allclose(patches.norm(dim=-1), torch.ones(4, 4), atol=1e-5)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        state = model.vision_model(pixel_values=pixels).last_hidden_state
+        expected = model.visual_projection(model.vision_model.post_layernorm(state[1, 1 + 4 * 2 + 3]))
+        made = patch_embeddings(model, pixels)
+    assert torch.allclose(made[1, 2, 3], torch.nn.functional.normalize(expected, dim=-1), atol=1e-6)
+    assert encoder.view == (1.0, 1.0)
+    assert encoder.scale == pytest.approx(model.logit_scale.exp().item())
+
+
+def test_a_resnet_has_no_patches():
+    from tiny import tiny_config, tiny_tokenizer
+
+    from koclip.models.dual_encoder import from_scratch
+
+    model, _ = from_scratch(tiny_config(preset="timm:test_resnet", image_size=32), tiny_tokenizer())
+    with pytest.raises(NoPatchesError):
+        patch_embeddings(model, torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("path", "length", "status"),
+    [
+        ("/gradio_api/file=http://169.254.169.254/", b"0", 404),
+        ("/gradio_api/FILE=HTTPS://example.org/a", b"0", 404),
+        ("/gradio_api/proxy=https://example.org", b"0", 404),
+        ("/gradio_api/upload", str(guard.MAX_BODY + 1).encode(), 413),
+        ("/gradio_api/upload", b"-1", 413),
+        ("/gradio_api/upload", b"10", 200),
+        ("/", b"0", 200),
+    ],
+)
+def test_the_gate(path, length, status):
+    sent = []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "path": path, "headers": [(b"content-length", length)]}
+    asyncio.run(guard.Gate(app)(scope, None, send))
+    assert sent[0]["status"] == status
+
+
+def test_a_body_without_a_length_is_cut_off():
+    seen = []
+
+    async def app(scope, receive, send):
+        for _ in range(20):
+            seen.append(await receive())
+
+    async def receive():
+        return {"type": "http.request", "body": b"x" * 2**20, "more_body": True}
+
+    asyncio.run(guard.Gate(app)({"type": "http", "path": "/", "headers": []}, receive, None))
+    assert sum(len(one.get("body", b"")) for one in seen) <= guard.MAX_BODY
+    assert seen[-1] == {"type": "http.disconnect"}
+
+
+def test_every_text_is_there_in_both_languages():
+    for key, (korean, english) in texts._TEXTS.items():
+        assert korean, key
+        assert english, key
+        assert re.findall(r"{\w+[^}]*}", korean).sort() == re.findall(r"{\w+[^}]*}", english).sort()
+        assert re.search("[가-힣]", korean) or key == "title"
+    used = {
+        key for source in SPACE.glob("*.py") for key in re.findall(r'"([a-z_]+)"', source.read_text(encoding="utf-8"))
+    }
+    assert not [key for key in texts._TEXTS if key not in used and not key.startswith(("way_", "heat_"))]
+
+
+def test_the_space_has_its_front_matter():
+    import yaml
+
+    text = (SPACE / "README.md").read_text(encoding="utf-8")
+    facts = yaml.safe_load(text.split("---")[1])
+    assert facts["sdk"] == "gradio"
+    assert facts["app_file"] == "app.py"
+    lines = (SPACE / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert f"gradio=={facts['sdk_version']}" in lines
+    for endpoint in ("/classify", "/search", "/caption", "/heatmap"):
+        assert endpoint in text
+
+
+def test_the_files_stay_short():
+    for source in SPACE.glob("*.py"):
+        assert source.read_text(encoding="utf-8").count("\n") <= 300, source.name
