@@ -12,16 +12,23 @@ from koclip.publishing.adapter import name_base
 from koclip.publishing.card import write_card
 from koclip.publishing.facts import gather
 from koclip.publishing.files import CARD, publishable
+from koclip.publishing.onnx_export import export
 from koclip.publishing.preflight import preflight, print_checks, refuse
 from koclip.publishing.push import check_base, check_rights, push
+from koclip.publishing.sentence import describe
 
 
 def main(cfg: config.PublishConfig) -> None:
-    """Run the recipe: rights, card, pre-flight, push."""
+    """Run the recipe: rights, formats, card, pre-flight, push."""
     directory = Path(cfg.model)
     publishable(directory)  # a model must be there before anybody is asked for a token
     if not cfg.dry_run:
         check_rights(cfg.repo_id)
+    if cfg.onnx:
+        for name, parity in export(directory, directory, int8=cfg.onnx == "int8").items():
+            print(f"{name}: {parity}")
+    if cfg.sentence_transformers:
+        describe(directory)
     name_base(directory, cfg.clip, cfg.text_encoder)
     write_card(cfg, gather(cfg))
     checks = preflight(directory, cfg.repo_id, cfg.adapter)

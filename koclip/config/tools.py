@@ -73,8 +73,8 @@ class PublishConfig:
         license: Licence of this model if its sources leave the choice, as the Hub spells it.
         data_cards: Directory of the data cards.
         training_time: How long training took, as people read it; default: the card does not say.
-        onnx: Write ONNX graphs of both towers, too, as transformers.js reads them: `fp32`, or `int8` besides them; needs
-            `pip install 'koclip[onnx]'`.
+        onnx: Write ONNX graphs of both towers, too, as transformers.js reads them: in `fp32`, or in `int8` besides;
+            needs `pip install 'koclip[onnx]'`.
         sentence_transformers: Let `SentenceTransformer(repo_id)` load it, too.
     """
 

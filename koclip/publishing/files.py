@@ -14,11 +14,14 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError, safe_open
 
 from koclip.config import check
+from koclip.publishing import onnx_export, sentence
 
 CARD, LICENCE = "README.md", "LICENSE.md"
 ADAPTER = "adapter"
+FOLDERS = (".", ADAPTER, onnx_export.FOLDER, sentence.FOLDER)  # what a repository consists of
 _NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
-_KINDS = {".json", ".safetensors", ".md", ".txt", ".model"}  # .txt and .model: vocabularies of stock tokenizers
+# .txt and .model: vocabularies of stock tokenizers.
+_KINDS = {".json", ".safetensors", ".md", ".txt", ".model", ".onnx"}
 _VOCABULARIES = {"vocab.json", "added_tokens.json"}  # whose keys are words of the training text
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".joblib", ".msgpack", ".h5"}
 _TYPES = {"F32", "I64", "I32", "BOOL", "U8"}  # weights are fp32; the others are buffers of positions
@@ -85,7 +88,7 @@ def _missing(files: list[str]) -> list[str]:
 def _foreign(files: list[str]) -> list[str]:
     pickles = [f"{name} is a pickle or the like" for name in files if Path(name).suffix in _PICKLES]
     others = [name for name in files if Path(name).suffix not in _KINDS | _PICKLES]
-    deep = [name for name in files if Path(name).parent.as_posix() not in (".", ADAPTER)]
+    deep = [name for name in files if Path(name).parent.as_posix() not in FOLDERS]
     return pickles + [f"{name} is nothing that a model consists of" for name in sorted({*others, *deep})]
 
 

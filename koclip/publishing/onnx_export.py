@@ -25,6 +25,7 @@ from koclip.models.dual_encoder import encode_images, encode_texts
 from koclip.models.inference import load
 from koclip.text import tokenizers
 
+FOLDER = "onnx"
 MOST = 1e-4  # largest difference of a number of an embedding that is taken for rounding
 _OPSET = 18
 _PROBES = 32  # pictures, and captions in each language, that graphs are tried on
@@ -54,13 +55,16 @@ class Parity(NamedTuple):
     largest: float  # difference of a number
     cosine: float  # mean, of an embedding with its own
 
+    def __str__(self) -> str:
+        return f"embeddings differ by {self.largest:.1e} at most, mean cosine {self.cosine:.5f}"
+
 
 def export(directory: str | Path, output: Path, int8: bool = False) -> dict[str, Parity]:
     """Write a model's graphs to `output`/onnx and return how they differ, by file name.
 
     Args:
         directory: A dual encoder that `koclip.load` loads.
-        output: Where `onnx/` goes.
+        output: Where the folder `onnx` goes.
         int8: Write `*_quantized.onnx`, too: weights in 8 bits per channel, activations quantized as they come.
 
     Raises:
@@ -70,7 +74,7 @@ def export(directory: str | Path, output: Path, int8: bool = False) -> dict[str,
     quantize = _quantizer()
     model, processor = load(directory, "cpu")
     images, texts = _probes(processor)
-    folder = output / "onnx"
+    folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Parity] = {}
     for name, side, inputs in (("vision_model", _Images(model), images), ("text_model", _Texts(model), texts)):

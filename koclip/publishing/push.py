@@ -21,7 +21,7 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from tqdm.auto import tqdm
 
 from koclip.config import ConfigError, RunError, check
-from koclip.publishing.files import ADAPTER, LICENCE
+from koclip.publishing.files import ADAPTER, FOLDERS, LICENCE
 
 Made = TypeVar("Made")
 
@@ -159,7 +159,7 @@ def _same(file: Path, remote: RepoFile) -> bool:
 
 def _is_ours(name: str) -> bool:
     path = Path(name)
-    here = path.parent.as_posix() in (".", ADAPTER)
+    here = path.parent.as_posix() in FOLDERS
     return here and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _OURS)
 
 

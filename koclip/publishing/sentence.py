@@ -7,9 +7,10 @@ model's methods embeds what. No weight is written twice, and the directory stays
 import json
 from pathlib import Path
 
+FOLDER = "1_Normalize"
 _MODULES = (
     ("", "sentence_transformers.base.modules.transformer.Transformer"),
-    ("1_Normalize", "sentence_transformers.base.modules.normalize.Normalize"),
+    (FOLDER, "sentence_transformers.base.modules.normalize.Normalize"),
 )
 
 
@@ -29,7 +30,7 @@ def describe(directory: Path) -> list[Path]:
             "module_output_name": "sentence_embedding",
         },
         "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
-        "1_Normalize/config.json": {},
+        f"{FOLDER}/config.json": {},
     }
     files = []
     for name, content in contents.items():

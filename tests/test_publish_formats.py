@@ -1,0 +1,36 @@
+"""recipes/publish.py --onnx --sentence_transformers: the formats are part of what is checked and pushed."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from runs_to_publish import pretrained
+
+from koclip import config
+from koclip.publishing.files import publishable
+
+pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+
+
+def test_formats_pass_the_pre_flight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = pretrained(tmp_path / "run")
+    spec = importlib.util.spec_from_file_location(
+        "publish_recipe", Path(__file__).parents[1] / "recipes" / "publish.py"
+    )
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    args = ["--model", str(directory), "--repo_id", "org/name", "--dry_run", "--onnx", "int8"]
+    recipe.main(config.parse(config.PublishConfig, [*args, "--sentence_transformers"]))
+    printed = capsys.readouterr().out
+    for side in ("text_model", "vision_model"):
+        assert f"{side}.onnx: embeddings differ by " in printed
+        assert f"{side}_quantized.onnx: embeddings differ by " in printed
+    assert "Nothing was pushed" in printed
+    wanted = {f"onnx/{side}{kind}.onnx" for side in ("text_model", "vision_model") for kind in ("", "_quantized")}
+    wanted |= {
+        "modules.json",
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+        "1_Normalize/config.json",
+    }
+    assert wanted <= set(publishable(directory))
