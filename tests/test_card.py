@@ -159,6 +159,17 @@ def test_a_file_that_is_missing_is_named(run, name):
         card_of(run)
 
 
+def test_a_part_of_a_data_set_has_the_card_that_lists_its_file(run):
+    source = {"path": "../shared/data/emoji_dev.parquet", "name": "emoji_blob"}
+    change(run / "results.json", data={"emoji_blob": {"source": {"source": source}}})
+    assert "| emoji_blob | evaluation | ko, en | noto 1,350," in card_of(run).text
+    assert card_of(run).data.license == "apache-2.0"  # what it is measured on does not bind it
+    source["path"] = "mine/emoji_dev.parquet"
+    change(run / "results.json", data={"emoji_blob": {"source": {"source": source}}})
+    with pytest.raises(ConfigError, match="no such file, nor one that lists mine/"):
+        card_of(run)
+
+
 @pytest.mark.parametrize("part", ["**Limits.**", "**Harms.**", "license: Apache-2.0, as koclip", "languages: [ko, en]"])
 def test_a_data_card_that_lacks_something_is_named(run, tmp_path, part):
     shutil.copytree(ROOT / "data_cards", tmp_path / "cards")
@@ -194,6 +205,8 @@ def test_terms_of_licences(text, terms):
         ([], "apache-2.0", None),
         (["mit", "cc-by-4.0"], "apache-2.0", None),
         (["mit", "cc-by-sa-4.0"], "cc-by-sa-4.0", None),
+        (["twemoji: CC-BY-4.0. openmoji: CC-BY-SA-4.0. Names: Unicode-3.0."], "cc-by-sa-4.0", None),
+        (["mit", "gpl-3.0"], "gpl-3.0", None),
         (["cc-by-sa-3.0", "cc-by-sa-4.0"], "other", "share-alike-sources"),
         (["cc-by-sa-4.0", "openrail"], "other", "terms-of-sources"),
         (["mit", "unstated"], "other", "unstated-sources"),

@@ -90,7 +90,7 @@ def gather(cfg: PublishConfig) -> Facts:
         else:
             more, data_of_base = _base_run(key, name, cards, cfg.licenses)
             towers, data = towers + more, data + data_of_base
-    data += [_data_set(name, _EVALUATION, cards) for name in results["data"]]
+    data += [_data_set(name, _EVALUATION, cards, _path(one)) for name, one in results["data"].items()]
     return Facts(
         model=_read(directory / "config.json"),
         max_tokens=_needed(directory / "tokenizer_config.json", "model_max_length"),
@@ -141,15 +141,40 @@ def _training_data(config: Mapping[str, Any], cards: Path, role: str) -> Iterato
     for values in config["data"]["sources"]:
         source = SourceConfig(path=values["path"], name=values.get("name"))
         hub_id = source.path if is_hub_id(source.path) and "/" in source.path else None
-        yield _data_set(source.short_name, role, cards, hub_id, values.get("revision"))
+        yield _data_set(source.short_name, role, cards, source.path, hub_id, values.get("revision"))
 
 
-def _data_set(name: str, role: str, cards: Path, hub_id: str | None = None, revision: str | None = None) -> DataSet:
+def _path(described: Mapping[str, Any]) -> str | None:
+    """Return where an evaluated data set was read from, as results.json describes it."""
+    path: str | None = described.get("source", {}).get("source", {}).get("path")
+    return path
+
+
+def _find_card(name: str, path: str | None, cards: Path) -> Path:
+    """Return the data card of that name, else the one that lists the file that was read: a part has no card alone."""
     file = cards / f"{name}.md"
+    others = () if file.is_file() or path is None else sorted(cards.glob("*.md"))
+    file = next((one for one in others if path in (_split(one)[0].get("files") or {})), file)
     write = "write it, as data_cards/README.md says, or name the directory: --data_cards"
-    check(file.is_file(), f"the data card of {name}", str(file), f"no such file; {write}")
-    _, front, prose = file.read_text(encoding="utf-8").split("---\n", 2)
-    card = yaml.safe_load(front)
+    listing = f", nor one that lists {path}" if path else ""
+    check(file.is_file(), f"the data card of {name}", str(file), f"no such file{listing}; {write}")
+    return file
+
+
+def _split(file: Path) -> tuple[dict[str, Any], str]:
+    """Return a card's front matter, {} if it has none, and its prose."""
+    text = file.read_text(encoding="utf-8")
+    if not text.startswith("---\n"):
+        return {}, text
+    _, front, prose = text.split("---\n", 2)
+    return yaml.safe_load(front), prose
+
+
+def _data_set(
+    name: str, role: str, cards: Path, path: str | None, hub_id: str | None = None, revision: str | None = None
+) -> DataSet:
+    file = _find_card(name, path, cards)
+    card, prose = _split(file)
     for key in _CARD_KEYS:
         check(bool(card.get(key)), f"{file}: {key}", card.get(key), "expected it in the data card's front matter")
     parts = {}

@@ -10,9 +10,9 @@ _NO = re.compile(r"no licen[cs]e stated|states? no licen[cs]e|unstated|rights st
 _RESEARCH = re.compile(
     r"non-?commercial|\bresearch\b|educational?\b|\bNC\b|by-nc|-nc-|internal use|evaluation only", re.IGNORECASE
 )
-_ALIKE = re.compile(r"\bcc-by-sa-[\d.]+|\b[al]?gpl-?[\d.]*|\bodbl\b", re.IGNORECASE)
+_ALIKE = re.compile(r"\bcc-by-sa-\d+(?:\.\d+)?|\b[al]?gpl(?:-\d+(?:\.\d+)?)?|\bodbl\b", re.IGNORECASE)
 _FREE = re.compile(
-    r"\bapache-2\.0|\bmit\b|\bbsd\b|\bbsd-\d|\bcc0\b|\bcc0-|\bcc-by-[\d.]+|\bofl-1\.1|\bofl\b|\bunicode-3\.0|\bisc\b"
+    r"\bapache-2\.0|\bmit\b|\bbsd\b|\bbsd-\d|\bcc0\b|\bcc0-|\bcc-by-\d|\bofl-1\.1|\bofl\b|\bunicode-3\.0|\bisc\b"
     r"|\bunlicense\b|\bpublic domain\b|\bcdla-permissive|\bzlib\b",
     re.IGNORECASE,
 )
