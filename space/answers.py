@@ -26,7 +26,7 @@ MAX_PAGE = 50
 SECONDS = 20  # that embedding texts may take
 _BATCH = 64  # texts embedded between two looks at the clock
 _BEST = 10  # captions
-_KEPT_CAPTIONS = 2_000  # of the collection, that captions are chosen from
+_KEPT_CAPTIONS = 500  # of the collection, that captions are chosen from
 _COLOURS = "inferno"
 _OPACITY = 0.6
 WAYS = ("cover", "patches")  # of showing where an answer lies
@@ -118,6 +118,12 @@ class Answers:
         scores = (self._image(image) @ embedded.T)[0]
         best = scores.argsort(descending=True, stable=True)[:_BEST].tolist()
         return {texts[place]: float(scores[place]) for place in best}
+
+    def prepare(self) -> None:
+        """Embed the collection's captions, so that the first who asks for them does not wait."""
+        seconds, self.seconds = self.seconds, float("inf")
+        self._own_captions()
+        self.seconds = seconds
 
     def heat(self, image: Image.Image, query: str, way: str) -> Heat:
         """Return where in a picture a text finds what it says.
