@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import guard
@@ -188,7 +189,7 @@ class Answers:
     def _hit(self, place: int, score: float) -> Hit:
         entry = self.index.entry(place)
         told = entry.record.get("captions") or {}
-        caption = next((texts[0] for texts in told.values() if texts), str(entry.record["key"]).rsplit("/", 1)[-1])
+        caption = next((texts[0] for texts in told.values() if texts), Path(str(entry.record["key"])).stem)
         picture = Image.open(io.BytesIO(entry.thumbnail)) if entry.thumbnail else None
         return Hit(picture, caption[: guard.MAX_LABEL], score)
 
