@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import guard
@@ -26,7 +27,7 @@ MAX_PAGE = 50
 SECONDS = 20  # that embedding texts may take
 _BATCH = 64  # texts embedded between two looks at the clock
 _BEST = 10  # captions
-_KEPT_CAPTIONS = 2_000  # of the collection, that captions are chosen from
+_KEPT_CAPTIONS = 500  # of the collection, that captions are chosen from
 _COLOURS = "inferno"
 _OPACITY = 0.6
 WAYS = ("cover", "patches")  # of showing where an answer lies
@@ -119,6 +120,12 @@ class Answers:
         best = scores.argsort(descending=True, stable=True)[:_BEST].tolist()
         return {texts[place]: float(scores[place]) for place in best}
 
+    def prepare(self) -> None:
+        """Embed the collection's captions, so that the first who asks for them does not wait."""
+        seconds, self.seconds = self.seconds, float("inf")
+        self._own_captions()
+        self.seconds = seconds
+
     def heat(self, image: Image.Image, query: str, way: str) -> Heat:
         """Return where in a picture a text finds what it says.
 
@@ -182,7 +189,7 @@ class Answers:
     def _hit(self, place: int, score: float) -> Hit:
         entry = self.index.entry(place)
         told = entry.record.get("captions") or {}
-        caption = next((texts[0] for texts in told.values() if texts), str(entry.record["key"]).rsplit("/", 1)[-1])
+        caption = next((texts[0] for texts in told.values() if texts), Path(str(entry.record["key"])).stem)
         picture = Image.open(io.BytesIO(entry.thumbnail)) if entry.thumbnail else None
         return Hit(picture, caption[: guard.MAX_LABEL], score)
 

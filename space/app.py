@@ -107,7 +107,9 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(2) from None
     path = Path(model)
     name = (path.parent.name if path.name == "model" else path.name) if path.is_dir() else model
-    page = blocks(Answers(encoder, index), name, examples())
+    answers = Answers(encoder, index)
+    answers.prepare()
+    page = blocks(answers, name, examples())
     page.launch(
         server_name=options.host,
         server_port=options.port,

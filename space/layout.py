@@ -26,6 +26,7 @@ CSS = """
 [data-testid="status-tracker"] .error { display: none; }
 @media (max-width: 640px) {
     #language .wrap { justify-content: flex-start; }
+    #top h1 { font-size: 1.15rem; }
     .gallery .grid-container { grid-template-columns: 1fr 1fr !important; }
 }
 """

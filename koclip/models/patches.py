@@ -40,5 +40,5 @@ def patch_embeddings(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
         patches = tower.pooler.activation(tower.pooler.dense(patches))
     else:
         raise NoPatchesError(f"how a {type(tower).__name__} makes its embedding from a state is not known")
-    embedded: torch.Tensor = F.normalize(project(patches).float(), dim=-1)
-    return embedded.unflatten(1, (rows, columns)).cpu()
+    grid: torch.Tensor = F.normalize(project(patches).float(), dim=-1).unflatten(1, (rows, columns))
+    return grid.cpu()

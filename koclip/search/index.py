@@ -11,10 +11,10 @@ from koclip.search.shards import SHARD, Entry, Shards, read_facts
 
 _QUERIES = 16  # scored at once: 16 bytes per image and query
 _GATHERED = 65_536  # rows scored again at once
-# How far a score may be off that is computed in bf16 from a query of norm 1 and a row of norm 1: the query is rounded
-# to 8 bits (2^-9 of each part, so of the score at most), the score is rounded likewise, and sums of products in fp32
-# add less than a tenth of that for any width in use.
-_MARGIN = 2.1 * 2**-9
+# How far a score may be off that is computed in bf16 from a query of norm 1 and a row of norm 1. The query is rounded
+# to 8 bits: each part is off by 2^-8 of itself at most, and so is a sum of products whose sizes add up to 1 at most.
+# The score is rounded likewise. Sums of products in fp32 add less than a tenth of that for any width in use.
+_MARGIN = 2.1 * 2**-8
 
 
 class Found(NamedTuple):
