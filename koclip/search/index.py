@@ -1,5 +1,8 @@
 """Find the images of an index that are nearest to a query: by looking at all of them, or at the likely ones."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +13,7 @@ from koclip.search import approximate
 from koclip.search.shards import SHARD, Entry, Shards, read_facts
 
 _QUERIES = 16  # scored at once: 16 bytes per image and query
+_scanning = threading.Lock()  # the number of threads is the whole process's
 _GATHERED = 65_536  # rows scored again at once
 # How far a score may be off that is computed in bf16 from a query of norm 1 and a row of norm 1. The query is rounded
 # to 8 bits: each part is off by 2^-8 of itself at most, and so is a sum of products whose sizes add up to 1 at most.
@@ -77,9 +81,12 @@ class ImageIndex:
         for part in queries.float().split(_QUERIES):
             rough = torch.empty(len(self), len(part))  # (N, Q)
             rounded = part.bfloat16().T.contiguous()
-            for start, rows in zip(self._shards.starts, self._shards.rows, strict=False):
-                if len(rows):  # none of a shard's images may have been usable
-                    rough[start : start + len(rows)] = rows @ rounded
+            with _one_thread():
+                for start, rows in zip(self._shards.starts, self._shards.rows, strict=False):
+                    if len(rows) and len(part) == 1:  # a vector is read faster as such
+                        rough[start : start + len(rows), 0] = rows @ rounded[:, 0]
+                    elif len(rows):  # none of a shard's images may have been usable
+                        rough[start : start + len(rows)] = rows @ rounded
             for column, query in zip(rough.T.contiguous(), part, strict=True):
                 least = column.topk(k).values[-1] - 2 * _MARGIN
                 found.append(self._rescore(query, (column >= least).nonzero()[:, 0], k))
@@ -107,6 +114,18 @@ class ImageIndex:
         unit = bool(((norms - 1).abs() < 1e-2).all())
         check(unit, "queries", [round(norm, 3) for norm in norms.tolist()[:3]], "expected embeddings of norm 1")
         check(k >= 1, "k", k, "expected 1 or more")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute with one thread: a shard takes less time than threads take to meet on a busy CPU."""
+    with _scanning:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def open_index(directory: str | Path) -> ImageIndex:
