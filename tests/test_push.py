@@ -128,13 +128,14 @@ def test_only_what_changed_is_sent_and_what_a_loader_would_read_is_deleted(hub, 
     worker.push(model, "org/changed")
     repo = hub.repos["org/changed"]
     theirs = {"pictures/a.png": b"png", "handler.py": b"x", "notes.txt": b"x", "onnx/model.bin": b"x"}
-    added = {name: (content, False) for name, content in (theirs | {"pytorch_model.bin": b"old"}).items()}
+    stale = {"pytorch_model.bin": b"old", "onnx/text_model.onnx": b"graph of the old weights"}
+    added = {name: (content, False) for name, content in (theirs | stale).items()}
     repo.commit(repo.trees[repo.commits[-1]] | added)
     (model / "model-00001-of-00002.safetensors").unlink()
     (model / "config.json").write_text("{}")
     made = worker.push(model, "org/changed")
     assert made["added"] == ["config.json"]
-    assert sorted(made["deleted"]) == ["model-00001-of-00002.safetensors", "pytorch_model.bin"]
+    assert sorted(made["deleted"]) == sorted(["model-00001-of-00002.safetensors", *stale])
     assert repo.files == contents(model) | theirs
 
 

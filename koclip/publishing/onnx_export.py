@@ -26,6 +26,7 @@ from koclip.models.inference import load
 from koclip.text import tokenizers
 
 FOLDER = "onnx"
+FILES = tuple(f"{side}{kind}.onnx" for side in ("vision_model", "text_model") for kind in ("", "_quantized"))
 MOST = 1e-4  # largest difference of a number of an embedding that is taken for rounding
 _OPSET = 18
 _PROBES = 32  # pictures, and captions in each language, that graphs are tried on

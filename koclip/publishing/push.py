@@ -21,7 +21,8 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from tqdm.auto import tqdm
 
 from koclip.config import ConfigError, RunError, check
-from koclip.publishing.files import ADAPTER, FOLDERS, LICENCE
+from koclip.publishing import onnx_export
+from koclip.publishing.files import ADAPTER, LICENCE
 
 Made = TypeVar("Made")
 
@@ -159,7 +160,9 @@ def _same(file: Path, remote: RepoFile) -> bool:
 
 def _is_ours(name: str) -> bool:
     path = Path(name)
-    here = path.parent.as_posix() in FOLDERS
+    if name in {f"{onnx_export.FOLDER}/{file}" for file in onnx_export.FILES}:
+        return True  # graphs of other weights than those beside them
+    here = path.parent.as_posix() in (".", ADAPTER)
     return here and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _OURS)
 
 
