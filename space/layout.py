@@ -20,6 +20,7 @@ CSS = """
 #top { align-items: center; }
 #top h1 { font-size: 1.35rem; margin: 0 0 .15rem; }
 #language .wrap { flex-wrap: nowrap; justify-content: flex-end; }
+#language label { flex: none; white-space: nowrap; }
 .examples thead { display: none; }
 .gallery .grid-wrap { max-height: none !important; }
 /* A short message says what went wrong; the word "Error" over every result does not help. */
