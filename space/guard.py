@@ -8,7 +8,7 @@ from PIL import Image
 from texts import RefusedError
 from torchvision.transforms.v2.functional import to_pil_image
 
-from koclip.data.transforms import ImageError, decode
+from koclip.data.transforms import BROKEN, ImageError, decode
 from koclip.text.normalize import normalize
 
 MAX_BYTES = 8 * 2**20  # of a picture's file
@@ -51,7 +51,7 @@ def _check_sides(data: bytes) -> None:
             width, height = picture.size
     except Image.DecompressionBombError:
         raise RefusedError("large_image", limit=MAX_PIXELS // 10**6) from None
-    except Exception:
+    except BROKEN:
         raise RefusedError("broken_image") from None
     if width * height > MAX_PIXELS:
         raise RefusedError("large_image", limit=MAX_PIXELS // 10**6)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +32,16 @@ class Space(NamedTuple):
         return (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
 
 
-def start(folder: Path) -> Space:
-    """Start `python space/app.py` and wait until it answers."""
+@contextmanager
+def running(folder: Path) -> Iterator[Space]:
+    """Start `python space/app.py`, wait until it answers, and stop it afterwards."""
+    space = _start(folder)
+    yield space
+    space.process.terminate()
+    space.process.wait(timeout=30)
+
+
+def _start(folder: Path) -> Space:
     write_source(folder / "runs" / "tiny" / "model")
     (folder / "photos").mkdir()
     for number in range(30):

@@ -20,16 +20,14 @@ pytest.importorskip("gradio_client", reason="gradio_client is not installed: pip
 
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from space_server import HOSTILE, ROOT, Space, start
+from space_server import HOSTILE, ROOT, Space, running
 from test_space import bomb, encoded, picture
 
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
-    running = start(tmp_path_factory.mktemp("space"))
-    yield running
-    running.process.terminate()
-    running.process.wait(timeout=30)
+    with running(tmp_path_factory.mktemp("space")) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from test_space import picture
 pytest.importorskip("gradio", reason="gradio is not installed: pip install 'koclip[space]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 
-from space_server import HOSTILE, start  # noqa: E402
+from space_server import HOSTILE, running  # noqa: E402
 from texts import _TEXTS, say  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -25,10 +25,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
-    running = start(tmp_path_factory.mktemp("space"))
-    yield running
-    running.process.terminate()
-    running.process.wait(timeout=30)
+    with running(tmp_path_factory.mktemp("space")) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ _DIRECT = {("JPEG", "RGB"), ("JPEG", "L")}
 
 
 # What PIL and torchvision raise on broken files. SyntaxError: PIL's broken PNG; RuntimeError: libjpeg.
-_BROKEN = (
+BROKEN = (
     *(OSError, SyntaxError, ValueError, LookupError, RuntimeError, EOFError, ArithmeticError, TypeError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
@@ -72,7 +72,7 @@ def decode(image: bytes | Path | npt.NDArray[np.uint8] | None, max_pixels: int) 
         raise
     except UnidentifiedImageError:
         raise ImageError("not an image, or of a kind that PIL does not read") from None
-    except _BROKEN as error:
+    except BROKEN as error:
         raise ImageError(f"{type(error).__name__}: {error}".split("\n")[0]) from error
 
 
