@@ -8,7 +8,7 @@ from PIL import Image
 from texts import RefusedError
 from torchvision.transforms.v2.functional import to_pil_image
 
-from koclip.data.transforms import BROKEN, ImageError, decode
+from koclip.data.transforms import BROKEN, FORMATS, ImageError, decode
 from koclip.text.normalize import normalize
 
 MAX_BYTES = 8 * 2**20  # of a picture's file
@@ -19,7 +19,6 @@ MAX_LABELS = 200
 MAX_LABEL = 200  # characters
 MAX_TEXT = 10_000  # characters
 MAX_BODY = MAX_BYTES + 2**20  # bytes of a request
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM")
 _FETCHING = ("/file=http:", "/file=https:", "/proxy=")  # gradio would fetch what these name
 
 
@@ -47,7 +46,7 @@ def read_picture(path: str | Path) -> tuple[Image.Image, bool]:
 def _check_sides(data: bytes) -> None:
     """Look at a picture's header only: nothing is decoded that is refused."""
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             width, height = picture.size
     except Image.DecompressionBombError:
         raise RefusedError("large_image", limit=MAX_PIXELS // 10**6) from None
