@@ -1,11 +1,13 @@
 """The only collectives. Without a process group each of them is the identity."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def world_size() -> int:
@@ -86,6 +88,13 @@ def gather_objects(item: Item) -> list[Item]:
     items: list[Any] = [None] * world_size()
     dist.all_gather_object(items, item)
     return items
+
+
+def share(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Return the result of every item, in order; the processes take turns with the items."""
+    size = world_size()
+    parts = gather_objects([work(item) for item in items[rank() :: size]])
+    return [parts[number % size][number // size] for number in range(len(items))]
 
 
 def barrier() -> None:

@@ -71,11 +71,7 @@ class Embedder:
 
     def share(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """Return the result of every item; the processes share the items if they share the embedding."""
-        if not self._spread:
-            return [work(item) for item in items]
-        rank, world_size = distributed.rank(), distributed.world_size()
-        parts = distributed.gather_objects([work(item) for item in items[rank::world_size]])
-        return [parts[number % world_size][number // world_size] for number in range(len(items))]
+        return distributed.share(work, items) if self._spread else [work(item) for item in items]
 
     def _of_images(self, embed: Callable[..., torch.Tensor], pictures: Pictures) -> torch.Tensor:
         return in_batches(embed, pictures, self._batch_size, "images", spread=self._spread)

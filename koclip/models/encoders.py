@@ -212,10 +212,15 @@ def in_batches(
     batches = [order[start : start + batch_size] for start in range(0, len(items), batch_size)]
     rank, world_size = (distributed.rank(), distributed.world_size()) if spread else (0, 1)
     quiet = len(batches) < _PROGRESS_FROM or rank > 0
-    mine = tqdm(batches[rank::world_size], desc=f"embedding {unit}", leave=False, disable=quiet)
-    made = [embed([items[place] for place in batch]) for batch in mine]
-    parts = distributed.gather_objects(made) if spread else [made]
-    rows = torch.cat([parts[number % world_size][number // world_size] for number in range(len(batches))])
+    mine = len(batches[rank::world_size])
+    with tqdm(desc=f"embedding {unit}", total=mine, leave=False, disable=quiet) as bar:
+
+        def embed_batch(batch: Sequence[int]) -> torch.Tensor:
+            made = embed([items[place] for place in batch])
+            bar.update()
+            return made
+
+        rows = torch.cat(distributed.share(embed_batch, batches) if spread else [embed_batch(one) for one in batches])
     return rows[torch.tensor(order).argsort()]
 
 
