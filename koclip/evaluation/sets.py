@@ -96,6 +96,7 @@ def _usable(
 ) -> tuple[list[Row], list[int], list[Skip]]:
     """Return the rows with an image and what the tasks need, their classes' places in the list, and what was left."""
     rows, labels, skipped = [], [], []
+    keys = {one.key: place for place, one in enumerate(classes)}
     for row in itertools.islice(_rows(source), config.max_images or None):
         try:
             if classes and row.label is None:
@@ -108,7 +109,7 @@ def _usable(
             continue
         rows.append(row)
         if classes:
-            labels.append(_place(row, classes, config))
+            labels.append(_place(row, keys, config))
     if len(rows) < _FEWEST:
         reasons = "; ".join(f"{skip.key}: {skip.reason}" for skip in skipped[:_NAMED])
         raise SourceError(
@@ -118,17 +119,16 @@ def _usable(
     return rows, labels, skipped
 
 
-def _place(row: Row, names: list[ClassName], config: EvalSetConfig) -> int:
+def _place(row: Row, keys: dict[str, int], config: EvalSetConfig) -> int:
     """Return the place of a row's class in the list: found by its key, else by its number."""
     label = str(row.label)
-    for place, one in enumerate(names):
-        if one.key == label:
-            return place
-    if label.isdecimal() and int(label) < len(names):
+    if label in keys:
+        return keys[label]
+    if label.isdecimal() and int(label) < len(keys):
         return int(label)
     raise ConfigError(
         f"eval.sets[].classes: {config.classes} has no class {label!r} of image {row.key}; its keys are "
-        f"{_few([one.key for one in names])}: add the class, or name another column than source.label: "
+        f"{_few(list(keys))}: add the class, or name another column than source.label: "
         f"{config.source.label}"
     )
 

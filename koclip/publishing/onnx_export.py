@@ -26,7 +26,8 @@ from koclip.models.inference import load
 from koclip.text import tokenizers
 
 FOLDER = "onnx"
-FILES = tuple(f"{side}{kind}.onnx" for side in ("vision_model", "text_model") for kind in ("", "_quantized"))
+_SIDES = ("vision_model", "text_model")
+FILES = tuple(f"{side}{kind}.onnx" for side in _SIDES for kind in ("", "_quantized"))
 MOST = 1e-4  # largest difference of a number of an embedding that is taken for rounding
 _OPSET = 18
 _PROBES = 32  # pictures, and captions in each language, that graphs are tried on
@@ -78,7 +79,7 @@ def export(directory: str | Path, output: Path, int8: bool = False) -> dict[str,
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Parity] = {}
-    for name, side, inputs in (("vision_model", _Images(model), images), ("text_model", _Texts(model), texts)):
+    for name, side, inputs in zip(_SIDES, (_Images(model), _Texts(model)), (images, texts), strict=True):
         file = folder / f"{name}.onnx"
         _write(side.eval(), inputs, file)
         found[file.name] = parity(side, inputs, file)
