@@ -126,15 +126,19 @@ def test_open_clip_takes_a_file(tmp_path: Path) -> None:
     assert "cannot be loaded by open_clip" in refusal(f"open_clip:local-dir:{directory}")  # nothing random
 
 
+def with_xlmr(folder: Path, tokenizer: Any, vocab_size: int) -> str:
+    """Save a model of open_clip whose text tower is an XLM-R; return open_clip's name of it."""
+    sizes = {"vocab_size": vocab_size, "max_position_embeddings": 42, "pad_token_id": 1, "type_vocab_size": 1}
+    base = transformers.XLMRobertaModel(transformers.XLMRobertaConfig(**WIDTH, **sizes))
+    directory = open_clip_directory(folder / "model", VIT, publish(folder / "text", base, tokenizer))
+    tokenizer.save_pretrained(directory)
+    return f"local-dir:{directory}"
+
+
 def test_open_clip_with_a_text_encoder_of_transformers(tmp_path: Path) -> None:
     open_clip = pytest.importorskip("open_clip", reason=EXTRA)
     tokenizer = xlmr_tokenizer()
-    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 42, "pad_token_id": 1, "type_vocab_size": 1}
-    base = transformers.XLMRobertaModel(transformers.XLMRobertaConfig(**WIDTH, **sizes))
-    text = publish(tmp_path / "text", base, tokenizer)
-    directory = open_clip_directory(tmp_path / "model", VIT, text)
-    tokenizer.save_pretrained(directory)
-    name = f"local-dir:{directory}"
+    name = with_xlmr(tmp_path, tokenizer, len(tokenizer))
     encoder = open_encoder(f"open_clip:{name}", "cpu")
     model = open_clip.create_model_from_pretrained(name, return_transform=False).eval()
     with torch.no_grad():
@@ -149,12 +153,7 @@ def test_open_clip_tells_nllb_the_language(tmp_path: Path) -> None:
     vocab = {entry: place for place, entry in enumerate(dict.fromkeys(entries))}
     languages = ["kor_Hang", "eng_Latn"]
     tokenizer = transformers.NllbTokenizer(vocab=vocab, merges=[], extra_special_tokens=languages, src_lang="eng_Latn")
-    sizes = {"vocab_size": 2 * len(vocab), "max_position_embeddings": 42, "pad_token_id": 1, "type_vocab_size": 1}
-    base = transformers.XLMRobertaModel(transformers.XLMRobertaConfig(**WIDTH, **sizes))
-    text = publish(tmp_path / "text", base, tokenizer)
-    directory = open_clip_directory(tmp_path / "model", VIT, text)
-    tokenizer.save_pretrained(directory)
-    name = f"local-dir:{directory}"
+    name = with_xlmr(tmp_path, tokenizer, 2 * len(vocab))
     encoder = open_encoder(f"open_clip:{name}", "cpu")
     first = encoder.fingerprint()
     model, tokens = open_clip.create_model_from_pretrained(name, return_transform=False).eval(), []
