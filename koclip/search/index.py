@@ -2,17 +2,19 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from koclip.config import check
 from koclip.search import approximate
 from koclip.search.shards import SHARD, Entry, Shards, read_facts
 
-_QUERIES = 16  # scored at once: 16 bytes per image and query
+_QUERIES = 16  # scored at once: 4 bytes per image and query
 _scanning = threading.Lock()  # the number of threads is the whole process's
 _GATHERED = 65_536  # rows scored again at once
 # How far a score may be off that is computed in bf16 from a query of norm 1 and a row of norm 1. The query is rounded
@@ -79,18 +81,25 @@ class ImageIndex:
         k = min(k, len(self))
         found: list[Found] = []
         for part in queries.float().split(_QUERIES):
-            rough = torch.empty(len(self), len(part))  # (N, Q)
-            rounded = part.bfloat16().T.contiguous()
-            with _one_thread():
-                for start, rows in zip(self._shards.starts, self._shards.rows, strict=False):
-                    if len(rows) and len(part) == 1:  # a vector is read faster as such
-                        rough[start : start + len(rows), 0] = rows @ rounded[:, 0]
-                    elif len(rows):  # none of a shard's images may have been usable
-                        rough[start : start + len(rows)] = rows @ rounded
-            for column, query in zip(rough.T.contiguous(), part, strict=True):
-                least = column.topk(k).values[-1] - 2 * _MARGIN
-                found.append(self._rescore(query, (column >= least).nonzero()[:, 0], k))
+            for rough, query in zip(self._scan(part.bfloat16()), part, strict=True):
+                least = rough.topk(k).values[-1] - 2 * _MARGIN
+                found.append(self._rescore(query, (rough >= least).nonzero()[:, 0], k))
         return Found(torch.stack([one.scores for one in found]), torch.stack([one.places for one in found]))
+
+    def _scan(self, queries: torch.Tensor) -> torch.Tensor:
+        """Return the scores (Q, N) of bf16 queries (Q, D), a part of the shards by each thread."""
+        scores = torch.empty(len(queries), len(self))
+        columns = queries.T.contiguous() if len(queries) > 1 else queries[0]  # a vector is read faster as such
+
+        def score(numbers: Any) -> None:
+            for number in numbers:
+                rows, start = self._shards.rows[number], self._shards.starts[number]
+                if len(rows):  # none of a shard's images may have been usable
+                    scores[:, start : start + len(rows)] = (rows @ columns).reshape(len(rows), -1).T
+
+        with _single_threads() as (workers, count):
+            list(workers.map(score, np.array_split(range(len(self._shards.rows)), count)))
+        return scores
 
     def _likely(self, query: torch.Tensor, k: int) -> torch.Tensor:
         assert self._quick is not None
@@ -117,15 +126,19 @@ class ImageIndex:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute with one thread: a shard takes less time than threads take to meet on a busy CPU."""
+def _single_threads() -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    """Yield threads that compute alone, and their number: that of torch's.
+
+    A shard takes less time than the threads of one product take to meet, above all on a busy CPU.
+    """
     with _scanning:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
+        count = torch.get_num_threads()
+        torch.set_num_threads(1)  # what threads that are made now begin with
         try:
-            yield
+            with ThreadPoolExecutor(count) as workers:
+                yield workers, count
         finally:
-            torch.set_num_threads(before)
+            torch.set_num_threads(count)
 
 
 def open_index(directory: str | Path) -> ImageIndex:
