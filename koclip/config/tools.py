@@ -76,6 +76,7 @@ class PublishConfig:
         onnx: Write ONNX graphs of both towers, too, as transformers.js reads them: in `fp32`, or in `int8` besides;
             needs `pip install 'koclip[onnx]'`.
         sentence_transformers: Let `SentenceTransformer(repo_id)` load it, too.
+        space: Space of the Hub that shows it, `organisation/name`; made or brought up to date. Default: none.
     """
 
     model: str
@@ -94,11 +95,12 @@ class PublishConfig:
     training_time: str | None = None
     onnx: Literal["fp32", "int8"] | None = None
     sentence_transformers: bool = False
+    space: str | None = None
 
     def __post_init__(self) -> None:
-        form = r"[\w.-]+/[\w.-]+"
-        named = re.fullmatch(form, self.repo_id, re.ASCII) is not None
-        check(named, "repo_id", self.repo_id, "expected organisation/name: letters, digits, - _ .")
+        for key, name in (("repo_id", self.repo_id), ("space", self.space)):
+            named = name is None or re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is not None
+            check(named, key, name, "expected organisation/name: letters, digits, - _ .")
         check(bool(self.message.strip()), "message", self.message, "expected some words")
 
 
