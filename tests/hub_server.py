@@ -1,7 +1,7 @@
 """A Hub on localhost that speaks what the installed huggingface_hub client calls, with faults on demand.
 
-It holds repositories of models and Spaces in memory: commits, tags, small files by git's hash, large ones (LFS) by
-sha256. Clients find it by HF_ENDPOINT; they need HF_HUB_DISABLE_XET=1, as large files go by LFS here.
+It holds repositories of models and Spaces in memory: commits, tags, small files by git's hash, large ones by sha256.
+Clients find it by HF_ENDPOINT; large files come by Xet, or by LFS from those that have HF_HUB_DISABLE_XET=1.
 """
 
 import base64
@@ -15,9 +15,10 @@ from http.server import ThreadingHTTPServer
 from typing import Any
 
 import yaml
-from hub_http import RefusedError, Requests
+from hub_http import RefusedError
 from hub_repos import Fault, Repo
 from hub_rules import entry, metadata_problems, space_problems
+from hub_xet import XetRequests
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils.sha import git_hash
 
@@ -40,6 +41,7 @@ class HubServer(ThreadingHTTPServer):
         self.orgs = {"org": "admin", "readers": "read"}
         self.repos: dict[str, Repo] = {}  # by name; those of Spaces by spaces/name
         self.large: dict[str, bytes] = {}
+        self.xorbs: dict[str, list[bytes]] = {}
         self.faults: list[Fault] = []
         self.calls: Counter[str] = Counter()
         self.log: list[str] = []
@@ -80,6 +82,10 @@ ROUTES: list[tuple[str, str, str]] = [  # method, pattern, name of the handler's
     ("POST", rf"{API}/preupload/(?P<revision>[^/]+)", "preupload"),
     ("POST", rf"{API}/commit/(?P<revision>[^/]+)", "commit"),
     ("POST", rf"{API}/tag/(?P<revision>[^/]+)", "tag"),
+    ("GET", rf"{API}/xet-write-token/(?P<revision>[^/]+)", "xet_token"),
+    ("GET", r"/cas/v1/chunks/default-merkledb/(?P<name>\w+)", "chunk"),
+    ("POST", r"/cas/v1/xorbs/default/(?P<name>\w+)", "xorb"),
+    ("POST", r"/cas/v1/shards", "shard"),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "batch"),
     ("PUT", r"/large/(?P<oid>\w+)", "upload"),
     ("POST", r"/large/(?P<oid>\w+)/verify", "verify"),
@@ -88,7 +94,7 @@ ROUTES: list[tuple[str, str, str]] = [  # method, pattern, name of the handler's
 ]
 
 
-class Handler(Requests):
+class Handler(XetRequests):
     """What the client asks for."""
 
     server: HubServer
