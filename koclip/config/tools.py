@@ -117,7 +117,7 @@ class IndexConfig:
         thumbnail_size: Longer side of the small pictures that are kept to be shown, pixels; 0 keeps none.
         approximate: Whether to make an approximate index too (needs `pip install 'koclip[search]'`); `auto` makes one
             from `approximate_from` images on.
-        approximate_from: Images; fewer are all looked at in a few hundredths of a second.
+        approximate_from: Images; fewer are all looked at in a tenth of a second.
         batch_size: Images encoded at once.
         device: As PyTorch names it; default: a GPU if there is one.
     """
@@ -129,7 +129,7 @@ class IndexConfig:
     max_images: int = 0
     thumbnail_size: int = 256
     approximate: Literal["auto", "yes", "no"] = "auto"
-    approximate_from: int = 200_000
+    approximate_from: int = 1_000_000
     batch_size: int = 64
     device: str | None = None
 
