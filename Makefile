@@ -8,7 +8,7 @@ help:  ## Say what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
 
 quickstart: $(VENV)/.installed  ## Install into .venv and train a small Korean-English CLIP on the built-in data
-	$(VENV)/bin/accelerate launch recipes/pretrain.py
+	$(VENV)/bin/accelerate launch recipes/pretrain.py --output_dir runs/quickstart --resume auto
 
 test: $(VENV)/.installed-dev  ## Install what tests need and run them (pass more with ARGS="-m slow")
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 $(ARGS)
