@@ -72,7 +72,8 @@ class PublishConfig:
             stated. Default: what the Hub says.
         license: Licence of this model if its sources leave the choice, as the Hub spells it.
         data_cards: Directory of the data cards.
-        training_time: How long training took, as people read it; default: the card does not say.
+        training_time: How long training took, as people read it; default: the last `seconds` of the run's
+            metrics.jsonl, where there are some.
         onnx: Write ONNX graphs of both towers, too, as transformers.js reads them: in `fp32`, or in `int8` besides;
             needs `pip install 'koclip[onnx]'`.
         sentence_transformers: Let `SentenceTransformer(repo_id)` load it, too.

@@ -229,8 +229,9 @@ def _training(cfg: PublishConfig, facts: Facts) -> Iterator[tuple[str, str]]:
     yield "steps", f"{config['train']['num_steps']:,} of {pairs:,} pairs"
     yield "command", f"`recipes/{shlex.join(_FOLDERS.sub('', word) for word in environment['command'])}`"
     yield "hardware", f"{_hardware(environment)}, {_count(environment['num_processes'], 'process', 'es')}"
-    if cfg.training_time:
-        yield "time", cfg.training_time
+    measured = f"{_duration(facts.seconds)}, from the start to the last step" if facts.seconds else None
+    if time := cfg.training_time or measured:
+        yield "time", time
     yield "software", _software(environment)
 
 
@@ -243,6 +244,13 @@ def _measured(facts: Facts) -> str:
 
 def _hardware(environment: dict[str, Any]) -> str:
     return _enumerated(environment["gpus"]) or _count(environment["cpu_threads"], "CPU thread", "s")
+
+
+def _duration(seconds: float) -> str:
+    """Return a time in the largest unit that it has two or more of."""
+    units = {"hours": 3600, "minutes": 60, "seconds": 1}
+    unit = next((name for name, size in units.items() if seconds >= 2 * size), "seconds")
+    return f"{seconds / units[unit]:,.1f} {unit}"
 
 
 def _count(number: int, what: str, plural: str) -> str:
