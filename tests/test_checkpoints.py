@@ -227,52 +227,6 @@ def test_a_run_killed_before_its_first_checkpoint_begins_its_logs_anew(tmp_path:
     assert lines.read(tmp_path / "metrics.jsonl") == []
 
 
-class Clock:
-    """A time that tests set, in the place of the run's."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
-        monkeypatch.setattr("koclip.checkpoint.run.time.monotonic", lambda: self.now)
-
-
-def seconds(folder: Path) -> list[float | None]:
-    return [line.get("seconds") for line in lines.read(folder / "metrics.jsonl")]
-
-
-def test_seconds_of_killed_processes_add_up_without_the_gaps_and_what_is_done_again(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock, trainer = Clock(monkeypatch), prepare()
-    clock.now = 500.0
-    run = open_run(tmp_path, trainer)
-    run.load(trainer)
-    for step in (1, 2, 3, 4, 5):  # a checkpoint of step 3, then it was killed
-        clock.now += 10
-        run.log(step, {"loss": 1.0})
-    shutil.copytree(saved / "checkpoints", tmp_path / "checkpoints")
-    for begins in (9_000.0, 100.0):  # the second one is killed at step 4, before a checkpoint; machines boot, too
-        clock.now = begins
-        run = open_run(tmp_path, trainer)
-        clock.now += 2  # what comes before the first step
-        assert run.load(trainer).step == 3
-        clock.now += 5
-        run.log(4, {"loss": 1.0})
-    run.load(trainer, start=4)  # as the next stage does
-    clock.now += 1
-    run.log(5, {"loss": 1.0})
-    assert seconds(tmp_path) == [10, 20, 30, 37, 38]
-
-
-def test_a_run_whose_log_has_no_seconds_gets_none(saved: Path, tmp_path: Path) -> None:
-    shutil.copytree(saved / "checkpoints", tmp_path / "checkpoints")
-    lines.append(tmp_path / "metrics.jsonl", [{"step": 3, "loss": 1.0}])
-    trainer = prepare()
-    run = open_run(tmp_path, trainer)
-    run.load(trainer)
-    run.log(4, {"loss": 1.0})
-    assert seconds(tmp_path) == [None, None]
-
-
 def changed(**sections: dict[str, object]) -> PretrainConfig:
     parts = {name: dataclasses.replace(getattr(CONFIG, name), **values) for name, values in sections.items()}  # type: ignore[arg-type]
     return dataclasses.replace(CONFIG, **parts)  # type: ignore[arg-type]
