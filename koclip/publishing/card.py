@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from koclip.config import PublishConfig, check
 from koclip.evaluation.printing import NOTE
 from koclip.evaluation.tables import MAIN, Cell, sections
+from koclip.publishing import quantized
 from koclip.publishing.facts import Facts
 from koclip.publishing.files import ADAPTER, CARD, LICENCE
 from koclip.publishing.licences import Licence, conclude
@@ -125,6 +126,7 @@ def render(cfg: PublishConfig, facts: Facts, year: int | None = None) -> ModelCa
     check(not missing, "the card", missing, "these fields are empty: mend what they are made from")
     may_be_empty: dict[str, Any] = {
         "towers": facts.towers,
+        "int8": quantized.read(Path(cfg.model)),
         "adapter": cfg.adapter and (Path(cfg.model) / ADAPTER).is_dir(),
     }
     template = files("koclip") / "assets" / "model_card.md"
