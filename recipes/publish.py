@@ -2,6 +2,7 @@
 
 python recipes/publish.py --model runs/mine/model --repo_id org/name --dry_run   # card and pre-flight; pushes nothing
 python recipes/publish.py --model runs/mine/model --repo_id org/name --tag v1.0
+python recipes/publish.py --model runs/mine/model --repo_id org/name --space org/name   # and the app that shows it
 python recipes/publish.py --help                                                 # every key and its default
 """
 
@@ -14,17 +15,21 @@ from koclip.publishing.facts import gather
 from koclip.publishing.files import CARD, publishable
 from koclip.publishing.onnx_export import export
 from koclip.publishing.preflight import preflight, print_checks, refuse
-from koclip.publishing.push import check_base, check_rights, push
+from koclip.publishing.push import Pushed, Repository, check_base, check_rights, push
 from koclip.publishing.quantized import measure, open_sets, print_losses
 from koclip.publishing.sentence import describe
+from koclip.publishing.space import push_space
+
+APP = Path(__file__).parents[1] / "space"
 
 
 def main(cfg: config.PublishConfig) -> None:
     """Run the recipe: rights, formats, card, pre-flight, push."""
     directory = Path(cfg.model)
     publishable(directory)  # a model must be there before anybody is asked for a token
-    if not cfg.dry_run:
-        check_rights(cfg.repo_id)
+    targets = {"repo_id": cfg.repo_id} | ({"space": cfg.space} if cfg.space else {})
+    for key, name in targets.items() if not cfg.dry_run else []:
+        check_rights(name, key)
     facts = gather(cfg)
     sets = open_sets(cfg.int8_sets, facts.results["data"]) if cfg.onnx == "int8" else []
     if cfg.onnx:
@@ -40,16 +45,23 @@ def main(cfg: config.PublishConfig) -> None:
     print_checks(checks)
     refuse(checks)
     if cfg.dry_run:
-        print(f"{directory / CARD} is the card. Nothing was pushed; without --dry_run it goes to {cfg.repo_id}")
+        places = " and ".join(targets.values())
+        print(f"{directory / CARD} is the card. Nothing was pushed; without --dry_run it goes to {places}")
         return
     if cfg.adapter:
         check_base(directory)
-    files = publishable(directory, cfg.adapter)
-    pushed = push(directory, files, cfg.repo_id, cfg.message, cfg.tag, cfg.private)
+    repo = Repository(cfg.repo_id, private=cfg.private)
+    tell(push(directory, publishable(directory, cfg.adapter), repo, cfg.message, cfg.tag), cfg.tag)
+    if cfg.space:
+        tell(push_space(APP, Repository(cfg.space, "space", cfg.private), cfg.repo_id, cfg.message))
+
+
+def tell(pushed: Pushed, tag: str | None = None) -> None:
+    """Print what came of a push."""
     changed = (
         f"{len(pushed.added)} files, {len(pushed.deleted)} deleted" if pushed.added or pushed.deleted else "nothing new"
     )
-    print(f"{pushed.url} at commit {pushed.commit[:12]}: {changed}" + (f", tagged {cfg.tag}" if cfg.tag else ""))
+    print(f"{pushed.url} at commit {pushed.commit[:12]}: {changed}" + (f", tagged {tag}" if tag else ""))
 
 
 if __name__ == "__main__":

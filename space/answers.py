@@ -24,8 +24,8 @@ from koclip.text.prompts import fill
 
 PER_PAGE = 12  # pictures
 MAX_PAGE = 50
-SECONDS = 20  # that embedding texts may take
-_BATCH = 64  # texts embedded between two looks at the clock
+SECONDS = 20  # that embedding a call's texts, or its covered pictures, may take
+_TEXTS, _PICTURES = 64, 10  # embedded between two looks at the clock
 _BEST = 10  # captions
 _KEPT_CAPTIONS = 500  # of the collection, that captions are chosen from
 _COLOURS = "inferno"
@@ -64,7 +64,7 @@ class Answers:
     Args:
         encoder: `koclip.models.peers.open_encoder`'s.
         index: What is searched, made by the same model.
-        seconds: That embedding texts may take.
+        seconds: That embedding a call's texts, or its covered pictures, may take.
         clock: In seconds.
     """
 
@@ -141,9 +141,7 @@ class Answers:
         view = getattr(self.encoder, "view", None)
         if way == "cover":
             pictures = [image, *covered(image, view)]
-            with self._lock:
-                made = torch.cat([self.encoder.encode_images(pictures[at : at + 25]) for at in range(0, 50, 25)])
-            whole, *rest = (made @ text).tolist()
+            whole, *rest = (self._encode(self.encoder.encode_images, pictures, _PICTURES) @ text).tolist()
             scores = (whole - np.array(rest)).clip(min=0).reshape(_PLACES, _PLACES)
         elif way == "patches":
             if not hasattr(self.encoder, "patches"):
@@ -167,14 +165,17 @@ class Answers:
         return embedded
 
     def _texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return the embeddings (N, D) of texts; stop when it takes too long."""
+        return self._encode(self.encoder.encode_texts, texts, _TEXTS)
+
+    def _encode(self, encode: Callable[[Any], torch.Tensor], inputs: Sequence[Any], batch: int) -> torch.Tensor:
+        """Return the embeddings (N, D) of texts or pictures; stop when it takes too long."""
         end = self.clock() + self.seconds
         parts = []
-        for start in range(0, len(texts), _BATCH):
+        for start in range(0, len(inputs), batch):
             if self.clock() > end:
                 raise RefusedError("too_slow", limit=round(self.seconds))
             with self._lock:
-                parts.append(self.encoder.encode_texts(texts[start : start + _BATCH]))
+                parts.append(encode(inputs[start : start + batch]))
         return torch.cat(parts)
 
     def _page(self, queries: torch.Tensor, page: float) -> tuple[list[Hit], int]:

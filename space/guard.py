@@ -1,6 +1,9 @@
 """What the Space takes: sizes of pictures and texts, and requests that are answered at all."""
 
 import io
+import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,9 @@ MAX_LABELS = 200
 MAX_LABEL = 200  # characters
 MAX_TEXT = 10_000  # characters
 MAX_BODY = MAX_BYTES + 2**20  # bytes of a request
+KEPT = 3_600  # seconds that what is uploaded is kept
+MAX_KEPT = 2 * 2**30  # bytes of all requests in that time: more could fill the disk
+_LEAST = 4_096  # bytes that a file takes on disk, at least
 _FETCHING = ("/file=http:", "/file=https:", "/proxy=")  # gradio would fetch what these name
 
 
@@ -102,10 +108,12 @@ def read_list(text: object, separators: str, empty: str) -> list[str]:
 
 
 class Gate:
-    """ASGI middleware: refuses requests that are too large, and those that would make the server fetch something."""
+    """ASGI middleware: refuses requests that are too large or too many, and those that would make the server fetch."""
 
-    def __init__(self, app: Any) -> None:
-        self._app = app
+    def __init__(self, app: Any, clock: Callable[[], float] = time.monotonic) -> None:
+        self._app, self._clock = app, clock
+        self._received: deque[tuple[float, int]] = deque()  # when, and bytes
+        self._sum = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer or pass on one request."""
@@ -120,6 +128,9 @@ class Gate:
         if not told.isdigit() or int(told) > MAX_BODY:
             await _answer(send, 413)
             return
+        if scope["method"] == "POST" and not self._has_room(int(told)):
+            await _answer(send, 503)
+            return
         seen = 0
 
         async def counted() -> Any:
@@ -130,6 +141,18 @@ class Gate:
             return {"type": "http.disconnect"} if seen > MAX_BODY else message
 
         await self._app(scope, counted, send)
+
+    def _has_room(self, size: int) -> bool:
+        """Return whether a request of so many bytes is taken, and remember it if so; 0 means that it does not say."""
+        now = self._clock()
+        while self._received and self._received[0][0] < now - KEPT:
+            self._sum -= self._received.popleft()[1]
+        size = max(size or MAX_BODY, _LEAST)
+        if self._sum + size > MAX_KEPT:
+            return False
+        self._received.append((now, size))
+        self._sum += size
+        return True
 
 
 async def _answer(send: Any, status: int) -> None:

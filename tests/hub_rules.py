@@ -9,6 +9,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils.sha import git_hash
 
+COLOURS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
 LICENCES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "other"}
 
 
@@ -47,6 +48,20 @@ def metadata_problems(content: str) -> list[str]:
         return [*problems, str(error)]
     whole = all(isinstance(one.metric_value, int | float) and one.metric_type and one.dataset_type for one in results)
     return problems + ([] if whole else ['"model-index" has an incomplete result'])
+
+
+def space_problems(content: str) -> list[str]:
+    """Return what the Hub would refuse in the front matter of a Space."""
+    found = REGEX_YAML_BLOCK.search(content)
+    values = yaml.safe_load(found[2]) if found else {}
+    rules = {
+        '"sdk" must be one of gradio, docker, static': values.get("sdk") in ("gradio", "docker", "static"),
+        f'"colorFrom" and "colorTo" must be of {sorted(COLOURS)}': {values.get("colorFrom"), values.get("colorTo")}
+        <= COLOURS,
+        '"short_description" must have 60 characters or fewer': len(values.get("short_description", "")) <= 60,
+        '"models" must be Hub ids': all(re.fullmatch(r"[\w.-]+/[\w.-]+", one) for one in as_list(values, "models")),
+    }
+    return [rule for rule, kept in rules.items() if not kept]
 
 
 def as_list(values: dict[str, Any], key: str) -> list[str]:

@@ -1,68 +1,28 @@
 """A Hub on localhost that speaks what the installed huggingface_hub client calls, with faults on demand.
 
-It holds model repositories in memory: commits, tags, small files by git's hash, large ones (LFS) by sha256. Clients
-find it by HF_ENDPOINT; they need HF_HUB_DISABLE_XET=1, as large files go by LFS here.
+It holds repositories of models and Spaces in memory: commits, tags, small files by git's hash, large ones by sha256.
+Clients find it by HF_ENDPOINT; large files come by Xet, or by LFS from those that have HF_HUB_DISABLE_XET=1.
 """
 
 import base64
 import hashlib
 import json
 import re
-import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from typing import Any
 
 import yaml
-from hub_http import RefusedError, Requests
-from hub_rules import entry, metadata_problems
+from hub_http import RefusedError
+from hub_repos import Fault, Repo
+from hub_rules import entry, metadata_problems, space_problems
+from hub_xet import XetRequests
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils.sha import git_hash
 
 SMALL = 10_000  # bytes; larger files, and weights, go by LFS
-
-
-@dataclass
-class Fault:
-    """What goes wrong: where, how, and how many times.
-
-    Kinds: `drop` closes the connection before anything is done, `cut` while the body is read, `drop_after` when it is
-    done; a number is an HTTP status; `wrong_hash` stores other bytes; `kill`, `kill_after` call the server's `killer`;
-    `half` breaks the first download of each file off in its middle.
-    """
-
-    where: str
-    kind: str
-    times: int = 1
-
-
-@dataclass
-class Repo:
-    """Commits, oldest first, as {path: (content, is large)}."""
-
-    private: bool = False
-    commits: list[str] = field(default_factory=list)
-    trees: dict[str, dict[str, tuple[bytes, bool]]] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def files(self) -> dict[str, bytes]:
-        """What the newest commit holds, but for what the Hub itself put there."""
-        newest = self.trees[self.commits[-1]]
-        return {path: content for path, (content, _) in newest.items() if path != ".gitattributes"}
-
-    def commit(self, tree: dict[str, tuple[bytes, bool]]) -> str:
-        oid = secrets.token_hex(20)
-        self.commits.append(oid)
-        self.trees[oid] = tree
-        return oid
-
-    def find(self, revision: str) -> str | None:
-        named = {"main": self.commits[-1], **self.tags}.get(revision, revision)
-        return named if named in self.trees else None
 
 
 class HubServer(ThreadingHTTPServer):
@@ -79,8 +39,9 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.tokens = tokens
         self.orgs = {"org": "admin", "readers": "read"}
-        self.repos: dict[str, Repo] = {}
+        self.repos: dict[str, Repo] = {}  # by name; those of Spaces by spaces/name
         self.large: dict[str, bytes] = {}
+        self.xorbs: dict[str, list[bytes]] = {}
         self.faults: list[Fault] = []
         self.calls: Counter[str] = Counter()
         self.log: list[str] = []
@@ -106,26 +67,34 @@ class HubServer(ThreadingHTTPServer):
         """Say nothing of connections that a killed client left."""
 
 
+REPO = r"(?P<repo>(?:spaces/)?[^/]+/[^/]+)"
+API = rf"/api/(?:models/)?{REPO}"
 ROUTES: list[tuple[str, str, str]] = [  # method, pattern, name of the handler's method
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/repos/create", "create"),
     ("POST", r"/api/validate-yaml", "validate"),
-    ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)", "info"),
-    ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<revision>[^/]+)", "info"),
-    ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/refs", "refs"),
-    ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(?P<folder>/.*)?", "tree"),
-    ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "preupload"),
-    ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", "commit"),
-    ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/tag/(?P<revision>[^/]+)", "tag"),
-    ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
+    ("GET", API, "info"),
+    ("GET", rf"{API}/revision/(?P<revision>[^/]+)", "info"),
+    ("GET", rf"{API}/refs", "refs"),
+    ("GET", rf"{API}/tree/(?P<revision>[^/]+)(?P<folder>/.*)?", "tree"),
+    ("GET", rf"{API}/variables", "variables"),
+    ("POST", rf"{API}/variables", "set_variable"),
+    ("POST", rf"{API}/preupload/(?P<revision>[^/]+)", "preupload"),
+    ("POST", rf"{API}/commit/(?P<revision>[^/]+)", "commit"),
+    ("POST", rf"{API}/tag/(?P<revision>[^/]+)", "tag"),
+    ("GET", rf"{API}/xet-write-token/(?P<revision>[^/]+)", "xet_token"),
+    ("GET", r"/cas/v1/chunks/default-merkledb/(?P<name>\w+)", "chunk"),
+    ("POST", r"/cas/v1/xorbs/default/(?P<name>\w+)", "xorb"),
+    ("POST", r"/cas/v1/shards", "shard"),
+    ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "batch"),
     ("PUT", r"/large/(?P<oid>\w+)", "upload"),
     ("POST", r"/large/(?P<oid>\w+)/verify", "verify"),
-    ("GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
-    ("HEAD", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+    ("GET", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+    ("HEAD", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
 ]
 
 
-class Handler(Requests):
+class Handler(XetRequests):
     """What the client asks for."""
 
     server: HubServer
@@ -164,16 +133,22 @@ class Handler(Requests):
         self.writer()
         asked = json.loads(self.body)
         name = f"{asked['organization']}/{asked['name']}"
+        if asked.get("type") == "space":
+            if asked.get("sdk") not in ("gradio", "docker", "static"):
+                raise RefusedError(400, '"sdk" must be one of gradio, docker, static')
+            name = f"spaces/{name}"
         url = {"url": f"{self.server.url}/{name}"}
         if name in self.server.repos:
-            self.answer(409, {"error": "You already created this model repo", **url})
+            self.answer(409, {"error": "You already created this repo", **url})
             return None
         repo = self.server.repos[name] = Repo(asked.get("visibility") == "private")
         repo.commit({".gitattributes": (b"*.safetensors filter=lfs\n", False)})
         return url
 
     def validate(self) -> dict[str, Any] | None:
-        problems = metadata_problems(json.loads(self.body)["content"])
+        asked = json.loads(self.body)
+        look = space_problems if asked["repoType"] == "space" else metadata_problems
+        problems = look(asked["content"])
         if problems:
             self.answer(400, {"errors": [{"message": one} for one in problems], "warnings": []})
             return None
@@ -202,6 +177,16 @@ class Handler(Requests):
         if inside and not any(path.startswith(f"{inside}/") for path in tree):
             raise RefusedError(404, f"{inside} does not exist", "EntryNotFound")
         return [entry(path, *one) for path, one in sorted(tree.items()) if path.startswith(inside)]
+
+    def variables(self, repo: str) -> dict[str, Any]:
+        self.writer()
+        return {key: {"key": key, "value": value} for key, value in self.repo(repo).variables.items()}
+
+    def set_variable(self, repo: str) -> dict[str, Any]:
+        self.writer()
+        asked = json.loads(self.body)
+        self.repo(repo).variables[asked["key"]] = asked["value"]
+        return self.variables(repo)
 
     def preupload(self, repo: str, revision: str) -> dict[str, Any]:
         self.writer()

@@ -10,7 +10,7 @@ time.sleep = lambda seconds: sleep(seconds / 100)  # of the client's waits and k
 
 from koclip.config import ConfigError, RunError  # noqa: E402
 from koclip.publishing.files import publishable  # noqa: E402
-from koclip.publishing.push import check_base, check_rights, push  # noqa: E402
+from koclip.publishing.push import Repository, check_base, check_rights, push  # noqa: E402
 
 
 def answer(job: dict) -> dict:
@@ -18,7 +18,8 @@ def answer(job: dict) -> dict:
     try:
         check_rights(job["repo_id"])
         check_base(directory)
-        pushed = push(directory, publishable(directory), message="Publish the model", **job)
+        repo = Repository(job["repo_id"], private=job.get("private", False))
+        pushed = push(directory, publishable(directory), repo, "Publish the model", job.get("tag"))
     except (ConfigError, RunError) as error:
         return {"error": type(error).__name__, "message": str(error)}
     return {"commit": pushed.commit, "added": pushed.added, "deleted": pushed.deleted, "url": pushed.url}

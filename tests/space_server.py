@@ -34,14 +34,7 @@ class Space(NamedTuple):
 
 @contextmanager
 def running(folder: Path) -> Iterator[Space]:
-    """Start `python space/app.py`, wait until it answers, and stop it afterwards."""
-    space = _start(folder)
-    yield space
-    space.process.terminate()
-    space.process.wait(timeout=30)
-
-
-def _start(folder: Path) -> Space:
+    """Start `python space/app.py` on a tiny model's run in this folder, with an index of pictures."""
     write_source(folder / "runs" / "tiny" / "model")
     (folder / "photos").mkdir()
     for number in range(30):
@@ -49,29 +42,36 @@ def _start(folder: Path) -> Space:
         Image.new("RGB", (60, 40), (8 * number, 255 - 8 * number, 60)).save(folder / "photos" / name)
     config = IndexConfig(model="tiny", images=str(folder / "photos"))
     build(config, open_encoder(str(folder / "runs" / "tiny" / "model"), "cpu"), folder / "index")
+    with serving(folder, ROOT / "space" / "app.py", "--index", "index", "--device", "cpu") as space:
+        yield space
+
+
+@contextmanager
+def serving(folder: Path, app: Path, *options: str, **environment: str) -> Iterator[Space]:
+    """Start an app in a folder, wait until it answers, and stop it afterwards."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        str(ROOT / "space" / "app.py"),
-        "--index",
-        "index",
-        "--port",
-        str(port),
-        "--device",
-        "cpu",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(app), "--port", str(port), *options]
+    settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with (folder / "log.txt").open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            command, cwd=folder, env={**os.environ, **settings, **environment}, stdout=log, stderr=log
+        )
     space = Space(f"http://127.0.0.1:{port}", folder, process)
+    _wait(space)
+    yield space
+    process.terminate()
+    process.wait(timeout=30)
+
+
+def _wait(space: Space) -> None:
     end = time.monotonic() + 120
     while time.monotonic() < end:
-        assert process.poll() is None, space.log
+        assert space.process.poll() is None, space.log
         try:
             urllib.request.urlopen(space.url, timeout=5).close()
-            return space
+            return
         except OSError:
             time.sleep(0.3)
     raise AssertionError(space.log)

@@ -17,7 +17,6 @@ from koclip.evaluation.tables import place, split
 from koclip.publishing.card import render, write_card
 from koclip.publishing.facts import gather
 from koclip.publishing.files import CARD, LICENCE
-from koclip.publishing.licences import Source, Terms, conclude, terms_of
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).with_name("golden_card.md")
@@ -179,45 +178,6 @@ def test_a_data_card_that_lacks_something_is_named(run, tmp_path, part):
         card_of(run, data_cards=str(tmp_path / "cards"))
 
 
-@pytest.mark.parametrize(
-    ("text", "terms"),
-    [
-        ("Apache-2.0, as koclip", Terms.FREE),
-        ("mit", Terms.FREE),
-        ("cc-by-4.0", Terms.FREE),
-        ("CC-BY-SA-4.0. Names: Unicode-3.0.", Terms.ALIKE),
-        ("cc-by-nc-4.0", Terms.RESEARCH),
-        ("CC-BY-NC-SA-4.0", Terms.RESEARCH),
-        ("ImageNet terms of access, non-commercial research. Korean names: Apache-2.0", Terms.RESEARCH),
-        ("Photos: no licence stated, free use customary. Korean names: Apache-2.0", Terms.NONE_STATED),
-        ("unstated", Terms.NONE_STATED),
-        ("openrail", Terms.OWN),
-        ("gemma", Terms.OWN),
-    ],
-)
-def test_terms_of_licences(text, terms):
-    assert terms_of(text) == terms
-
-
-@pytest.mark.parametrize(
-    ("licences", "id_", "name"),
-    [
-        ([], "apache-2.0", None),
-        (["mit", "cc-by-4.0"], "apache-2.0", None),
-        (["mit", "cc-by-sa-4.0"], "cc-by-sa-4.0", None),
-        (["twemoji: CC-BY-4.0. openmoji: CC-BY-SA-4.0. Names: Unicode-3.0."], "cc-by-sa-4.0", None),
-        (["mit", "gpl-3.0"], "gpl-3.0", None),
-        (["cc-by-sa-3.0", "cc-by-sa-4.0"], "other", "share-alike-sources"),
-        (["cc-by-sa-4.0", "openrail"], "other", "terms-of-sources"),
-        (["mit", "unstated"], "other", "unstated-sources"),
-        (["unstated", "research only", "mit"], "other", "non-commercial-research"),
-    ],
-)
-def test_the_strictest_source_decides(licences, id_, name):
-    found = conclude([Source("data", f"s{number}", one) for number, one in enumerate(licences)], "apache-2.0")
-    assert (found.id, found.name) == (id_, name)
-
-
 def test_a_non_commercial_source_makes_the_model_so_and_the_card_says_it(run):
     values = yaml.safe_load((run / "config.yaml").read_text())
     values["data"]["sources"].append({"path": "x.parquet", "name": "flickr8k_ko", "captions": {"ko": "ko"}})
@@ -233,6 +193,35 @@ def test_a_non_commercial_source_makes_the_model_so_and_the_card_says_it(run):
     change(run / "config.yaml", data={"sources": [{"path": "scenes", "captions": {"ko": "ko"}}]})
     write_card(cfg, gather(cfg))
     assert not (run / "model" / LICENCE).exists()
+
+
+VERDICTS = {
+    "apache-2.0": ("scenes", "crossmodal_3600"),
+    "cc-by-sa-4.0": ("emoji",),
+    "share-alike-sources": ("wit_ko",),
+    "unstated-sources": ("cifar10", "coco_ko", "kocc3m", "kocc12m"),
+    "non-commercial-research": ("flickr8k_ko", "tiny_imagenet_ko", "xtd10"),
+}
+
+
+CARDS = sorted(file.stem for file in (ROOT / "data_cards").glob("*.md") if file.stem not in ("README", "class_names"))
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_card_of_a_data_set_binds_the_models_trained_on_it(run, name):
+    change(run / "config.yaml", data={"sources": [{"path": "x.parquet", "name": name, "captions": {"ko": "ko"}}]})
+    card = card_of(run)
+    assert name in VERDICTS[card.data.get("license_name") or card.data.license]
+    (used,) = [one for one in gather(settings(run)).data if one.name == name]
+    assert used.version.startswith("made by" if name == "scenes" else (name[:5], "no version known"))
+
+
+def test_the_commit_of_a_data_card_is_told_of_data_read_from_the_hub_only(run):
+    for path, told in (("QuoQA-NLP/KoCC12M", "revision 5cadc7b3"), ("data/kocc12m/*.tar", "no version known")):
+        source = {"path": path, "name": "kocc12m", "captions": {"ko": "txt"}}
+        change(run / "config.yaml", data={"sources": [source]})
+        (used,) = [one for one in gather(settings(run)).data if one.trained]
+        assert used.version.startswith(told)
 
 
 def test_the_base_trained_here_is_part_of_the_chain(run, tmp_path):

@@ -42,6 +42,17 @@ def test_missing_csv_cells_give_no_caption(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_quotes_are_text_in_tab_separated_files(tmp_path, streaming) -> None:
+    told = ['"고양이', '개 "멍멍"', '가"나', '"새"']
+    lines = ["image\ttext", *(f"{place}.png\t{text}" for place, text in enumerate(told))]
+    (tmp_path / "rows.tsv").write_text("\n".join(lines), encoding="utf-8")
+    rows = all_rows(
+        open_source(SourceConfig(path=str(tmp_path / "rows.tsv"), captions={"ko": "text"}, streaming=streaming))
+    )
+    assert [one.captions for one in rows] == [{"ko": [text]} for text in told]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_where_keeps_rows_by_value_and_their_stored_numbers(tmp_path, records, streaming) -> None:
     rows = [{**record, "id": n, "meta": {"vendor": "ab"[n % 2]}} for n, record in enumerate(records)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")

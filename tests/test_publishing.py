@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from hub_server import Fault, HubServer
+from hub_repos import Fault
+from hub_server import HubServer
 from PIL import Image
 from runs_to_publish import adapted, pretrained, swapped
+from space_server import serving
 
 from koclip.models.encoders import TransformersEncoder
 from koclip.models.inference import load
@@ -180,3 +182,45 @@ def test_a_model_that_fails_the_checks_is_not_pushed(hub):
     assert ran.returncode == 2
     assert "1 of 13 checks fail; nothing was pushed. no pickles, no foreign files: pytorch_model.bin" in ran.stderr
     assert "org/broken" not in hub.server.repos
+
+
+def test_a_space_shows_the_model_that_was_pushed(hub, tmp_path):
+    gradio_client = pytest.importorskip("gradio_client", reason="pip install 'koclip[space]'")
+    pytest.importorskip("gradio", reason="pip install 'koclip[space]'")
+    hub.server.faults = [Fault("set_variable", "500")]
+    ran = hub.publish(hub.clip, "clip", "--space", "org/show")
+    assert ran.returncode == 0, ran.stderr
+    assert f"{hub.server.url}/spaces/org/show at commit" in ran.stdout
+    space = hub.server.repos["spaces/org/show"]
+    assert set(space.files) == {
+        path.name for path in (ROOT / "space").glob("*") if path.suffix in (".py", ".md", ".txt")
+    }
+    assert space.variables == {"KOCLIP_MODEL": "org/clip"}
+    assert "\ntitle: show\n" in space.files["README.md"].decode()
+    assert "\nmodels:\n- org/clip\n" in space.files["README.md"].decode()
+    for name, content in space.files.items():
+        (tmp_path / name).write_bytes(content)
+    settings = {"HF_ENDPOINT": hub.server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    with serving(tmp_path, tmp_path / "app.py", **settings, **space.variables) as started:
+        client = gradio_client.Client(started.url, verbose=False)
+        found, told, _ = client.predict("빨간 원", 1, "ko", api_name="/search")
+    assert len(found) == 12
+    assert "240" in told
+    asked = hub.server.calls["set_variable"]
+    again = hub.publish(hub.clip, "clip", "--space", "org/show")
+    assert again.stdout.count("nothing new") == 2
+    assert hub.server.calls["set_variable"] == asked
+    space.commit(space.trees[space.commits[-1]] | {"index/index.json": (b"{}", False), "app.py": (b"old", False)})
+    space.variables["KOCLIP_MODEL"] = "org/other"
+    changed = hub.publish(hub.clip, "clip", "--space", "org/show")
+    assert "1 files, 0 deleted" in changed.stdout
+    assert space.files["index/index.json"] == b"{}"  # what is not the app's stays
+    assert space.files["app.py"] == (ROOT / "space" / "app.py").read_bytes()
+    assert space.variables["KOCLIP_MODEL"] == "org/clip"
+
+
+def test_a_space_that_may_not_be_written_stops_everything(hub):
+    ran = hub.publish(hub.clip, "unwritten", "--space", "readers/show")
+    assert ran.returncode == 2
+    assert "space: got 'readers/show'" in ran.stderr
+    assert "org/unwritten" not in hub.server.repos

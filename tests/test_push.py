@@ -5,13 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import Fault, HubServer
+from hub_repos import Fault
+from hub_server import HubServer
 
 from koclip.publishing.push import _grants
 
@@ -29,13 +31,15 @@ def hub() -> Iterator[HubServer]:
 
 
 class Worker:
-    """A process that pushes, with an empty home."""
+    """A process that pushes, large files by Xet or by LFS."""
 
-    def __init__(self, hub: HubServer, home: Path, token: str | None = TOKEN) -> None:
+    def __init__(self, hub: HubServer, home: Path, token: str | None = TOKEN, way: str = "xet") -> None:
+        self.way = way
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE"))}
-        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-        environment |= {"HF_TOKEN": token} if token else {}
-        self.errors = (home.parent / f"{home.name}.err").open("w+", encoding="utf-8")
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"}
+        environment |= {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2"} | ({"HF_TOKEN": token} if token else {})
+        environment |= {"HF_HUB_DISABLE_XET": "1"} if way == "lfs" else {}
+        self.errors = (home / f"{time.monotonic_ns()}.err").open("w+", encoding="utf-8")
         self.said: list[str] = []
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         self.process = subprocess.Popen([sys.executable, str(WORKER)], env=environment, text=True, **pipes)
@@ -62,13 +66,12 @@ class Worker:
 @pytest.fixture(scope="module")
 def workers(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Worker]]:
     """Return a function that gives a worker: the one before if it lives. At the end no token is anywhere."""
-    folder = tmp_path_factory.mktemp("homes")
+    folder = tmp_path_factory.mktemp("home")
     made: list[Worker] = []
 
-    def worker(token: str | None = TOKEN, fresh: bool = False) -> Worker:
-        if fresh or not made or made[-1].process.poll() is not None:
-            (folder / str(len(made))).mkdir()
-            made.append(Worker(hub, folder / str(len(made)), token))
+    def worker(token: str | None = TOKEN, fresh: bool = False, way: str = "xet") -> Worker:
+        if fresh or not made or made[-1].process.poll() is not None or made[-1].way != way:
+            made.append(Worker(hub, folder, token, way))
         hub.killer = made[-1].process.kill
         return made[-1]
 
@@ -119,7 +122,7 @@ def test_a_push_makes_the_repository_and_the_next_one_does_nothing(hub, workers,
     repo = hub.repos["org/plain"]
     assert len(repo.commits) == 2  # the Hub's own and ours
     assert repo.tags == {"v1": first["commit"]}
-    assert all(hub.calls[name] == calls[name] for name in ("preupload", "batch", "upload", "commit", "tag"))
+    assert all(hub.calls[name] == calls[name] for name in ("preupload", "xet_token", "xorb", "shard", "commit", "tag"))
 
 
 def test_only_what_changed_is_sent_and_what_a_loader_would_read_is_deleted(hub, workers, model):
@@ -212,23 +215,31 @@ def test_metadata_that_the_hub_refuses_are_named(hub, workers, model):
     assert hub.repos["org/refused"].files == {}
 
 
+LFS = ("batch", "upload", "verify")  # calls that only clients without Xet make
 PASSING = [
     *((where, kind) for where in ("create", "info", "tree", "preupload", "batch") for kind in ("drop", "500")),
     *((where, kind) for where in ("whoami", "upload", "commit", "tag") for kind in ("drop", "429", "500")),
-    *((where, "drop_after") for where in ("create", "upload", "commit", "tag")),
-    *((where, "cut") for where in ("upload", "commit")),
+    *((where, kind) for where in ("xet_token", "xorb", "shard") for kind in ("drop", "429", "500")),
+    *((where, "drop_after") for where in ("create", "upload", "xorb", "shard", "commit", "tag")),
+    *((where, "cut") for where in ("upload", "xorb", "commit")),
     *((where, "500") for where in ("verify", "validate", "refs")),
 ]
 LASTING = [
     *((where, "403", 9) for where in ("whoami", "preupload", "batch", "upload", "commit", "tag")),
+    *((where, "403", 9) for where in ("xet_token", "xorb", "shard")),
     ("commit", "drop", 4),
     ("commit", "500", 4),
+    ("shard", "500", 99),
     ("upload", "wrong_hash", 1),
     ("commit", "wrong_hash", 1),
-    *((where, kind, 1) for where in ("upload", "commit", "tag") for kind in ("kill", "kill_after")),
-    *((where, "kill", 1) for where in ("create", "preupload", "batch", "verify")),
+    *((where, kind, 1) for where in ("upload", "xorb", "shard", "commit", "tag") for kind in ("kill", "kill_after")),
+    *((where, "kill", 1) for where in ("create", "preupload", "batch", "verify", "xet_token")),
 ]
 assert len(PASSING) + len(LASTING) >= 30
+
+
+def way_of(where: str) -> str:
+    return "lfs" if where in LFS else "xet"
 
 
 def start(hub: HubServer, worker: Worker, model: Path, name: str) -> dict[str, bytes]:
@@ -247,7 +258,7 @@ def check(hub: HubServer, model: Path, name: str, done: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("where", "kind"), PASSING)
 def test_faults_that_pass_are_outlived(hub, workers, model, where, kind):
-    worker, name = workers(), f"org/{where}-{kind}"
+    worker, name = workers(way=way_of(where)), f"org/{where}-{kind}"
     start(hub, worker, model, name)
     hub.faults = [Fault(where, kind)]
     done = worker.push(model, name, tag="v2")
@@ -262,7 +273,7 @@ def test_faults_that_pass_are_outlived(hub, workers, model, where, kind):
 def test_after_faults_that_last_the_repository_is_untouched_or_complete_and_a_retry_completes_it(
     hub, workers, model, where, kind, times
 ):
-    worker, name = workers(), f"org/{where}-{kind}-{times}"
+    worker, name = workers(way=way_of(where)), f"org/{where}-{kind}-{times}"
     before = start(hub, worker, model, name)
     hub.faults = [Fault(where, kind, times)]
     failed = worker.push(model, name, tag="v2")
@@ -276,11 +287,11 @@ def test_after_faults_that_last_the_repository_is_untouched_or_complete_and_a_re
         assert name in failed["message"] or where == "whoami"
     wrong = (where, kind) == ("commit", "wrong_hash")  # the Hub itself is at fault: it is noticed, and mended below
     assert wrong or hub.repos[name].files in (before, contents(model))
-    uploaded = hub.calls["upload"]
-    done = workers().push(model, name, tag="v2")
+    uploaded = hub.calls["upload"], hub.calls["xorb"]
+    done = workers(way=way_of(where)).push(model, name, tag="v2")
     check(hub, model, name, done)
     if where in ("commit", "tag") and not wrong:
-        assert hub.calls["upload"] == uploaded  # nothing is uploaded twice
+        assert (hub.calls["upload"], hub.calls["xorb"]) == uploaded  # nothing is uploaded twice
         assert len(hub.repos[name].commits) == 3
 
 

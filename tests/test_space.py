@@ -133,6 +133,8 @@ def test_what_takes_too_long_is_stopped(made):
     made.clock = lambda: next(ticks)
     with pytest.raises(texts.RefusedError, match="too_slow"):
         made.classify(picture(), ",".join(f"빨강 {number}" for number in range(200)), "{label}", False)
+    with pytest.raises(texts.RefusedError, match="too_slow"):
+        made.heat(picture(), "빨강", "cover")
 
 
 def file(tmp_path: Path, content: bytes) -> Path:
@@ -272,9 +274,36 @@ def test_the_gate(path, length, status):
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "path": path, "headers": [(b"content-length", length)]}
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [(b"content-length", length)]}
     asyncio.run(guard.Gate(app)(scope, None, send))
     assert sent[0]["status"] == status
+
+
+def test_the_gate_takes_no_more_in_an_hour_than_it_may_keep(monkeypatch):
+    monkeypatch.setattr(guard, "MAX_KEPT", 10_000)
+    now, statuses = [0.0], []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message):
+        statuses.extend([message["status"]] if "status" in message else [])
+
+    gate = guard.Gate(app, clock=lambda: now[0])
+
+    def ask(seconds, length, method="POST"):
+        now[0] = seconds
+        headers = [(b"content-length", str(length).encode())] if length else []
+        asyncio.run(gate({"type": "http", "method": method, "path": "/", "headers": headers}, None, send))
+        return statuses[-1]
+
+    assert ask(0, 5_000) == 200
+    assert ask(10, 6_000) == 503  # together more than 10,000
+    assert ask(20, 1) == 200  # 4,096 on disk
+    assert ask(30, 5_000) == 503
+    assert ask(40, None) == 503  # of unknown length
+    assert ask(50, None, "GET") == 200
+    assert ask(guard.KEPT + 1, 5_000) == 200  # the first is deleted
 
 
 def test_a_body_without_a_length_is_cut_off():
@@ -287,7 +316,7 @@ def test_a_body_without_a_length_is_cut_off():
     async def receive():
         return {"type": "http.request", "body": b"x" * 2**20, "more_body": True}
 
-    asyncio.run(guard.Gate(app)({"type": "http", "path": "/", "headers": []}, receive, None))
+    asyncio.run(guard.Gate(app)({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, None))
     assert sum(len(one.get("body", b"")) for one in seen) <= guard.MAX_BODY
     assert seen[-1] == {"type": "http.disconnect"}
 

@@ -55,6 +55,8 @@ def visit(space, browser):
         if language == "en":
             page.get_by_text("English", exact=True).click()
             page.get_by_role("heading", name=say("title", "en")).wait_for()
+        first = page.get_by_role("tab", name=say(f"tab_{TABS[0]}", language), exact=True)
+        first.filter(visible=True).first.wait_for()
         return page
 
     yield opened
@@ -66,11 +68,13 @@ def visit(space, browser):
 def go_to(page, tab: str, language: str) -> None:
     """Open a tab, through the menu of those that a phone has no room for."""
     name = say(f"tab_{tab}", language)
-    place = page.get_by_role("tab", name=name, exact=True)
-    if place.count() and place.first.is_visible():
+    place = page.get_by_role("tab", name=name, exact=True).filter(visible=True)
+    menu = page.locator(".overflow-menu > button").filter(visible=True)
+    place.or_(menu).first.wait_for()  # tabs are drawn anew when the language changes
+    if place.count():
         place.first.click()
         return
-    page.locator(".overflow-menu > button").first.click()
+    menu.first.click()
     page.locator(".overflow-dropdown button", has_text=name).click()
 
 

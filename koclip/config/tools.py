@@ -79,6 +79,7 @@ class PublishConfig:
         int8_sets: What the loss of `int8` in retrieval is measured on; default: the sets of `results` with the task
             `retrieval`, their first 1,000 images, or the built-in scenes where it has none.
         sentence_transformers: Let `SentenceTransformer(repo_id)` load it, too.
+        space: Space of the Hub that shows it, `organisation/name`; made or brought up to date. Default: none.
     """
 
     model: str
@@ -98,11 +99,12 @@ class PublishConfig:
     onnx: Literal["fp32", "int8"] | None = None
     int8_sets: list[EvalSetConfig] = field(default_factory=list)
     sentence_transformers: bool = False
+    space: str | None = None
 
     def __post_init__(self) -> None:
-        form = r"[\w.-]+/[\w.-]+"
-        named = re.fullmatch(form, self.repo_id, re.ASCII) is not None
-        check(named, "repo_id", self.repo_id, "expected organisation/name: letters, digits, - _ .")
+        for key, name in (("repo_id", self.repo_id), ("space", self.space)):
+            named = name is None or re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is not None
+            check(named, key, name, "expected organisation/name: letters, digits, - _ .")
         check(bool(self.message.strip()), "message", self.message, "expected some words")
         names = [one.source.short_name for one in self.int8_sets]
         check(not names or self.onnx == "int8", "int8_sets", names, "expected --onnx int8, whose loss they measure")
@@ -124,7 +126,7 @@ class IndexConfig:
         thumbnail_size: Longer side of the small pictures that are kept to be shown, pixels; 0 keeps none.
         approximate: Whether to make an approximate index too (needs `pip install 'koclip[search]'`); `auto` makes one
             from `approximate_from` images on.
-        approximate_from: Images; fewer are all looked at in a few hundredths of a second.
+        approximate_from: Images; fewer are all looked at in a tenth of a second.
         batch_size: Images encoded at once.
         device: As PyTorch names it; default: a GPU if there is one.
     """
@@ -136,7 +138,7 @@ class IndexConfig:
     max_images: int = 0
     thumbnail_size: int = 256
     approximate: Literal["auto", "yes", "no"] = "auto"
-    approximate_from: int = 200_000
+    approximate_from: int = 1_000_000
     batch_size: int = 64
     device: str | None = None
 

@@ -1,5 +1,6 @@
 """Read tables of rows with `datasets`: local files, image folders, tar shards, the Hub. Images stay encoded."""
 
+import csv
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -148,7 +149,8 @@ def _load(config: SourceConfig, kind: str) -> Table:
             "or set format: hub for a Hub data set"
         )
     if config.path.endswith(".tsv"):
-        options["sep"] = "\t"
+        # Quotes are text in such files: taken for CSV's, one that is not closed swallows the lines after it.
+        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
     if config.columns:
         options["column_names"] = config.columns
     builder = "json" if kind == "annotations" else kind

@@ -191,7 +191,9 @@ def _data_set(
         check(found is not None, f"{file}: **{part}.**", None, "expected a paragraph of that name in the data card")
         parts[part] = " ".join(_LOCAL_LINK.sub(r"\1", found[1] if found else "").split())
     checksums = [f"{Path(path).name} sha256 {digest[:12]}" for path, digest in (card.get("files") or {}).items()]
-    versions = [f"revision {revision or card.get('revision')}"] if revision or card.get("revision") else checksums
+    revision = revision or (card.get("revision") if path == card.get("hub", path) else None)
+    versions = [f"revision {revision}"] if revision else checksums
+    unknown = "no version known" if card.get("unverified") else "made by koclip's code"
     return DataSet(
         name=name,
         roles=(role,),
@@ -202,7 +204,7 @@ def _data_set(
             f"{part} {count:,}" if isinstance(count, int) else f"{part}: {count}"
             for part, count in card["rows"].items()
         ),
-        version=", ".join(versions) or "made by koclip's code",
+        version=", ".join(versions) or unknown,
         limits=parts["Limits"],
         harms=parts["Harms"],
         hub_id=hub_id,

@@ -78,7 +78,7 @@ def conclude(sources: Sequence[Source], wish: str) -> Licence:
         return Licence(wish, None, "its sources leave its makers the choice")
     bound = [one for one in sources if one.terms == strictest]
     if strictest == Terms.ALIKE:
-        wanted = {found[0].lower() for one in bound if (found := _ALIKE.search(one.licence))}
+        wanted = {found.lower() for one in bound for found in _ALIKE.findall(one.licence)}
         if len(wanted) == 1:
             return Licence(wanted.pop(), None, f"{_names(bound)} must be passed on under that licence")
         return Licence("other", "share-alike-sources", f"{_names(bound)} must be passed on under their own licences")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
@@ -29,12 +29,21 @@ Made = TypeVar("Made")
 TRIES = 4
 _WAIT = 1.0  # seconds before the second try, doubled each time
 _PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}  # 409 and 412: somebody else's commit came between
-# What loaders or koclip's card read; of these the repository holds exactly what the directory does, all else stays.
+# What loaders or koclip's card read; of these a model's repository holds what the directory does, all else stays.
 _OURS = (
     *("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack"),
     *("config.json", "generation_config.json", "*processor_config.json", "tokenizer*.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.*", "merges.txt", "*.model", "adapter_*", LICENCE),
 )
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository of the Hub: a model's or a Space's, made private if it is new and that is asked for."""
+
+    repo_id: str
+    kind: Literal["model", "space"] = "model"
+    private: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,8 +56,8 @@ class Pushed:
     deleted: list[str]
 
 
-def check_rights(repo_id: str) -> None:
-    """Make sure that there is a token and that it may write to `repo_id`.
+def check_rights(repo_id: str, key: str = "repo_id") -> None:
+    """Make sure that there is a token and that it may write to `repo_id`, which the configuration calls `key`.
 
     Raises:
         ConfigError: there is none, it is not valid, or it may only read, or not write there.
@@ -57,12 +66,12 @@ def check_rights(repo_id: str) -> None:
     login = "log in with `hf auth login` or set HF_TOKEN; tokens are made at hf.co/settings/tokens"
     check(get_token() is not None, "token", None, f"expected one with write rights: {login}")
     namespace = repo_id.split("/")[0]
-    who = _repeat(lambda: HfApi().whoami(), "asking who the token belongs to")
+    who = repeat(lambda: HfApi().whoami(), "asking who the token belongs to")
     mine = {who["name"]: "admin"} | {one["name"]: one.get("roleInOrg", "write") for one in who.get("orgs", [])}
     named = f"a namespace of {who['name']}: {', '.join(sorted(mine))}"
-    check(namespace in mine, "repo_id", repo_id, f"expected {named}; take one, or the token of a member")
+    check(namespace in mine, key, repo_id, f"expected {named}; take one, or the token of a member")
     may = mine[namespace] != "read"
-    check(may, "repo_id", repo_id, f"{who['name']} may only read in {namespace}: ask an admin for write rights")
+    check(may, key, repo_id, f"{who['name']} may only read in {namespace}: ask an admin for write rights")
     access = who.get("auth", {}).get("accessToken", {})
     role = access.get("role")
     writes = role == "write" or (role == "fineGrained" and _grants(access.get("fineGrained", {}), repo_id))
@@ -79,73 +88,72 @@ def check_base(directory: Path) -> None:
     file = directory / ADAPTER / "adapter_config.json"
     base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") if file.is_file() else None
     if base is not None:
-        _repeat(lambda: HfApi().model_info(base), f"looking for {base}, the base of {ADAPTER}/")
+        repeat(lambda: HfApi().model_info(base), f"looking for {base}, the base of {ADAPTER}/")
 
 
-def push(
-    directory: Path, files: Sequence[str], repo_id: str, message: str, tag: str | None = None, private: bool = False
-) -> Pushed:
+def push(directory: Path, files: Sequence[str], repo: Repository, message: str, tag: str | None = None) -> Pushed:
     """Make the repository hold `files` of `directory`, by one commit, or by none if it does already.
 
     Args:
         directory: Where they are.
         files: Relative to it.
-        repo_id: Where to; the repository is made if it is missing.
+        repo: Where to; it is made if it is missing.
         message: The commit's first line.
         tag: Name of the release.
-        private: Whether a new repository is private.
 
     Raises:
         ConfigError: the tag names another commit; or the Hub refuses the token, the name or the files.
         RunError: it could not be done; the repository is as it was, or complete. The message says which.
     """
-    api = HfApi()
-    url = _repeat(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True), f"making {repo_id}")
+    url = repeat(lambda: _create(repo), f"making {repo.repo_id}")
     if tag:
-        _check_tag(api, repo_id, tag, directory, files)
+        _check_tag(repo, tag, directory, files)
     sent: list[tuple[list[str], list[str]]] = []
-    commit = _repeat(lambda: _commit(api, directory, files, repo_id, message, sent), f"pushing to {repo_id}")
+    commit = repeat(lambda: _commit(directory, files, repo, message, sent), f"pushing to {repo.repo_id}")
     if tag:
-        _repeat(lambda: _set_tag(api, repo_id, tag, commit), f"setting the tag {tag} of {repo_id}")
+        repeat(lambda: _set_tag(repo, tag, commit), f"setting the tag {tag} of {repo.repo_id}")
     added, deleted = sent[0] if sent else ([], [])
-    return Pushed(str(url), commit, added, deleted)
+    return Pushed(url, commit, added, deleted)
+
+
+def _create(repo: Repository) -> str:
+    sdk = "gradio" if repo.kind == "space" else None
+    made = HfApi().create_repo(
+        repo.repo_id, repo_type=repo.kind, space_sdk=sdk, private=repo.private or None, exist_ok=True
+    )
+    return str(made)
 
 
 def _commit(
-    api: HfApi,
-    directory: Path,
-    files: Sequence[str],
-    repo_id: str,
-    message: str,
-    sent: list[tuple[list[str], list[str]]],
+    directory: Path, files: Sequence[str], repo: Repository, message: str, sent: list[tuple[list[str], list[str]]]
 ) -> str:
     """Return the commit that holds the files, made now or there already; note in `sent` what one is asked to change."""
-    head = _head(api, repo_id)
-    added, deleted = _differences(api, directory, files, repo_id, head)
+    head = _head(repo)
+    added, deleted = _differences(directory, files, repo, head)
     if not added and not deleted:
         return head
     sent.append((added, deleted))
     operations: list[Any] = [CommitOperationAdd(name, str((directory / name).resolve())) for name in added]
     operations += [CommitOperationDelete(name) for name in deleted]
     # The parent makes it fail, and be repeated, if the repository has changed since its files were compared.
-    made = api.create_commit(repo_id, operations, commit_message=message, parent_commit=head)
-    left = _differences(api, directory, files, repo_id, made.oid)
+    made = HfApi().create_commit(
+        repo.repo_id, operations, commit_message=message, repo_type=repo.kind, parent_commit=head
+    )
+    left = _differences(directory, files, repo, made.oid)
     if any(left):
         raise RunError(
-            f"repo_id: {repo_id} does not hold what was pushed, its hashes differ: {', '.join(left[0] + left[1])} at "
-            f"commit {made.oid}. Run the same command again; if it stays so, delete these files on the Hub first"
+            f"repo_id: {repo.repo_id} does not hold what was pushed, its hashes differ: {', '.join(left[0] + left[1])} "
+            f"at commit {made.oid}. Run the same command again; if it stays so, delete these files on the Hub first"
         )
     return str(made.oid)
 
 
-def _differences(
-    api: HfApi, directory: Path, files: Sequence[str], repo_id: str, revision: str
-) -> tuple[list[str], list[str]]:
+def _differences(directory: Path, files: Sequence[str], repo: Repository, revision: str) -> tuple[list[str], list[str]]:
     """Return the files that a commit lacks or holds otherwise, and those that loaders would read but must not."""
-    tree = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    tree = HfApi().list_repo_tree(repo.repo_id, recursive=True, revision=revision, repo_type=repo.kind)
     there = {one.path: one for one in tree if isinstance(one, RepoFile)}
     added = [name for name in files if name not in there or not _same(directory / name, there[name])]
-    deleted = [name for name in there if name not in files and _is_ours(name)]
+    deleted = [name for name in there if name not in files and _is_ours(name, repo)]
     return added, deleted
 
 
@@ -158,41 +166,41 @@ def _same(file: Path, remote: RepoFile) -> bool:
         return bool(sha_fileobj(content).hex() == remote.lfs.sha256)
 
 
-def _is_ours(name: str) -> bool:
+def _is_ours(name: str, repo: Repository) -> bool:
     path = Path(name)
     if name in {f"{onnx_export.FOLDER}/{file}" for file in onnx_export.FILES}:
-        return True  # graphs of other weights than those beside them
-    here = path.parent.as_posix() in (".", ADAPTER)
+        return repo.kind == "model"  # graphs of other weights than those beside them
+    here = repo.kind == "model" and path.parent.as_posix() in (".", ADAPTER)
     return here and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _OURS)
 
 
-def _head(api: HfApi, repo_id: str) -> str:
-    head = api.model_info(repo_id).sha
-    check(
-        head is not None, "repo_id", repo_id, "expected a repository with a commit: delete it on the Hub and try again"
-    )
+def _head(repo: Repository) -> str:
+    head = HfApi().repo_info(repo.repo_id, repo_type=repo.kind).sha
+    mend = "expected a repository with a commit: delete it on the Hub and try again"
+    check(head is not None, "repo_id", repo.repo_id, mend)
     return str(head)
 
 
-def _check_tag(api: HfApi, repo_id: str, tag: str, directory: Path, files: Sequence[str]) -> None:
+def _check_tag(repo: Repository, tag: str, directory: Path, files: Sequence[str]) -> None:
     """Make sure, before anything is pushed, that a tag is new or that the repository already is what it names."""
 
     def look() -> tuple[str | None, bool]:
-        target = _target(api, repo_id, tag)
-        same = target is None or not any(_differences(api, directory, files, repo_id, target))
+        target = _target(repo, tag)
+        same = target is None or not any(_differences(directory, files, repo, target))
         return target, same
 
-    target, same = _repeat(look, f"looking for the tag {tag} of {repo_id}")
+    target, same = repeat(look, f"looking for the tag {tag} of {repo.repo_id}")
     check(same, "tag", tag, f"it names commit {target}, of other files: releases are not moved, choose a new name")
 
 
-def _set_tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
-    if _target(api, repo_id, tag) is None:
-        api.create_tag(repo_id, tag=tag, revision=commit)
+def _set_tag(repo: Repository, tag: str, commit: str) -> None:
+    if _target(repo, tag) is None:
+        HfApi().create_tag(repo.repo_id, tag=tag, revision=commit, repo_type=repo.kind)
 
 
-def _target(api: HfApi, repo_id: str, tag: str) -> str | None:
-    return next((one.target_commit for one in api.list_repo_refs(repo_id).tags if one.name == tag), None)
+def _target(repo: Repository, tag: str) -> str | None:
+    refs = HfApi().list_repo_refs(repo.repo_id, repo_type=repo.kind)
+    return next((one.target_commit for one in refs.tags if one.name == tag), None)
 
 
 def _grants(rights: dict[str, Any], repo_id: str) -> bool:
@@ -203,7 +211,7 @@ def _grants(rights: dict[str, Any], repo_id: str) -> bool:
     return bool(granted & {"repo.write", "repo.content.write"})
 
 
-def _repeat(do: Callable[[], Made], what: str) -> Made:
+def repeat(do: Callable[[], Made], what: str) -> Made:
     """Do something with the Hub; again, a few times, after faults that pass.
 
     Raises:
