@@ -16,6 +16,7 @@ from koclip.publishing.files import CARD, publishable
 from koclip.publishing.onnx_export import export
 from koclip.publishing.preflight import preflight, print_checks, refuse
 from koclip.publishing.push import Pushed, Repository, check_base, check_rights, push
+from koclip.publishing.quantized import measure, open_sets, print_losses
 from koclip.publishing.sentence import describe
 from koclip.publishing.space import push_space
 
@@ -29,13 +30,17 @@ def main(cfg: config.PublishConfig) -> None:
     targets = {"repo_id": cfg.repo_id} | ({"space": cfg.space} if cfg.space else {})
     for key, name in targets.items() if not cfg.dry_run else []:
         check_rights(name, key)
+    facts = gather(cfg)
+    sets = open_sets(cfg.int8_sets, facts.results["data"]) if cfg.onnx == "int8" else []
     if cfg.onnx:
         for name, parity in export(directory, directory, int8=cfg.onnx == "int8").items():
             print(f"{name}: {parity}")
+    if sets:
+        print_losses(measure(directory, sets, cfg.repo_id))
     if cfg.sentence_transformers:
         describe(directory)
     name_base(directory, cfg.clip, cfg.text_encoder)
-    write_card(cfg, gather(cfg))
+    write_card(cfg, facts)
     checks = preflight(directory, cfg.repo_id, cfg.adapter)
     print_checks(checks)
     refuse(checks)

@@ -97,6 +97,8 @@ def beside(folder: Path, settings: Any) -> Path:
     """Write what training leaves beside model/."""
     config.dump(settings, folder / "config.yaml")
     (folder / "environment.json").write_text(json.dumps(ENVIRONMENT), encoding="utf-8")
+    log = [{"step": 50, "seconds": 25.0, "loss": 3.0}, {"step": 3000, "seconds": 1234.5, "loss": 0.5}]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in log), encoding="utf-8")
     metrics = {name: Metric(value, (low, high), n) for name, (value, low, high, n) in METRICS.items()}
     source = dataclasses.asdict(SCENES.sources[0])
     write_results(folder / "results.json", str(folder / "model"), {"scenes": {"source": source}}, metrics, ENVIRONMENT)

@@ -247,6 +247,10 @@ def test_a_run_leaves_what_the_design_says(place: Path) -> None:
     assert {"config.yaml", "environment.json", "metrics.jsonl", "results.json", "model/model.safetensors"} <= left
     assert {"pictures/queries-pairs.png", "features/images/features.json", "features/teacher/features.json"} <= left
     assert not [name for name in left if name.endswith((".bin", ".pt", ".pkl", ".pth"))]
+    logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    seconds = [line["seconds"] for line in logged]  # of both stages
+    assert len(seconds) > 3
+    assert seconds == sorted(seconds)
 
 
 @pytest.mark.parametrize(

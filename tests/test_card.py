@@ -261,8 +261,27 @@ def test_a_card_of_somebody_else_is_kept(run):
 
 def test_time_and_hardware_are_told_if_known(run):
     change(run / "environment.json", gpus=["NVIDIA H200", "NVIDIA H200"], num_processes=2)
+    assert "| time | 20.6 minutes, from the start to the last step |" in str(card_of(run))
     text = str(card_of(run, training_time="20 minutes"))
     assert "| time | 20 minutes |" in text
     assert "| hardware | NVIDIA H200 and NVIDIA H200, 2 processes |" in text
-    assert "| time |" not in GOLDEN.read_text(encoding="utf-8")
     assert ENVIRONMENT["commit"][:12] in text
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([{"step": 10, "seconds": 7.25}], "7.2 seconds"),
+        ([{"step": 10, "seconds": 119.0}], "119.0 seconds"),
+        ([{"step": 10, "seconds": 7_190.0}], "119.8 minutes"),
+        ([{"step": 10, "seconds": 9.0}, {"step": 20, "seconds": 4_000_000.0}], "1,111.1 hours"),
+        ([{"step": 10, "loss": 0.5}], None),  # of a run before koclip kept the time
+        ([], None),
+    ],
+)
+def test_the_time_is_the_logs_last(run, lines, words):
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    told = re.findall(r"\| time \| (.+) \|", str(card_of(run)))
+    assert told == ([f"{words}, from the start to the last step"] if words else [])
+    (run / "metrics.jsonl").unlink()
+    assert "| time |" not in str(card_of(run))

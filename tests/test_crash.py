@@ -149,14 +149,16 @@ def test_killed_and_resumed_equals_undisturbed(kind: Kind, seed: int, sources: d
         run = tmp_path / "undisturbed"
         _undisturbed[reference] = finish(start(kind, sources, run, seed), run)
     rng = random.Random(seed)
-    run = tmp_path / "killed"
+    run, began = tmp_path / "killed", time.monotonic()
     for _ in range(rng.choice([1, 1, 2])):
         kill_while_training(start(kind, sources, run, seed), run, rng)
         assert not (run / "model").exists()
     assert finish(start(kind, sources, run, seed), run) == _undisturbed[reference]
-    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == list(
-        range(1, NUM_STEPS + 1)
-    )
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == list(range(1, NUM_STEPS + 1))
+    seconds = [line["seconds"] for line in logged]
+    assert seconds == sorted(seconds)
+    assert 0 < seconds[-1] < time.monotonic() - began
 
 
 @pytest.mark.timeout(900)

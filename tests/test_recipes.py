@@ -83,6 +83,7 @@ def test_metrics_hold_every_promised_number(finished):
     promised = {"loss", "accuracy", "logit_scale", "lr", "grad_norm", "images_per_second", "data_wait_share"}
     assert promised | {"padding_share", "skipped"} <= set(logged[0])
     assert logged[-1]["loss"] < logged[0]["loss"]
+    assert 0 < logged[0]["seconds"] < logged[-1]["seconds"] < 600
 
 
 def test_results_name_sets_languages_tasks_and_intervals(finished):
@@ -114,6 +115,9 @@ def test_stopped_and_resumed_equals_uninterrupted(finished, tmp_path):
     pretrain(*RANDOM, "--output_dir", str(run), "--resume", "auto")
     assert weights(run) == weights(finished)
     assert [line["step"] for line in lines(run / "metrics.jsonl")] == [5, 10, 15, 20]
+    seconds = [line["seconds"] for line in lines(run / "metrics.jsonl")]
+    assert seconds[0] > 0
+    assert seconds == sorted(seconds)
 
 
 def test_a_second_signal_exits_at_once():

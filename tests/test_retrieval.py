@@ -14,9 +14,9 @@ from koclip.config import ConfigError
 from koclip.evaluation import embed
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate
-from koclip.evaluation.retrieval import collect, languages, retrieval, stress
+from koclip.evaluation.retrieval import approximated, collect, languages, retrieval, stress
 from koclip.evaluation.sets import EvalSet
-from koclip.metrics import first_ranks
+from koclip.metrics import first_ranks, mean
 from koclip.text.stress import STRESSES
 
 CAPTIONS = {"ko": "ko", "en": "en"}
@@ -52,6 +52,28 @@ def test_recalls_are_those_of_the_whole_matrix(colours: Callable[..., EvalSet]) 
             assert metrics[f"{task}/recall@{k}"].value == pytest.approx((ranks < k).double().mean().item()), task
         assert metrics[f"{task}/median_rank"].value == ranks.sort().values[(len(ranks) - 1) // 2].item() + 1
         assert metrics[f"{task}/recall@1"].n == len(ranks)
+
+
+def test_an_approximation_is_compared_query_by_query() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.nn.functional.normalize(torch.randn(24, 16, generator=generator), dim=-1)
+    captions = collect([[f"{number}", f"{number}번"] for number in range(24)], [])
+    texts = images.repeat_interleave(2, dim=0) + 0.05 * torch.randn(48, 16, generator=generator)
+    other = torch.cat([texts[:24].roll(2, dims=0), texts[24:]])  # half of the captions are those of others
+    found = approximated(captions, (images, texts), (images, other), "half")
+    right = torch.eye(24, dtype=torch.bool).repeat_interleave(2, dim=0)
+    for task in ("text_to_image", "image_to_text"):
+        forward = task == "text_to_image"
+        both = [(made @ images.T, right) if forward else (images @ made.T, right.T) for made in (texts, other)]
+        plain, ranks = (first_ranks(*one) for one in both)
+        owners = torch.tensor([own[0] for own in captions.images]) if forward else None
+        for k in (1, 5):
+            assert found[f"{task}/recall@{k}"].value == (plain < k).double().mean().item()
+            assert found[f"{task}_half/recall@{k}"].value == (ranks < k).double().mean().item()
+            assert found[f"{task}_half/drop@{k}"] == mean((plain < k).double() - (ranks < k).double(), owners)
+        assert found[f"{task}_half/drop@1"].value > 0
+    same = approximated(captions, (images, texts), (images, texts), "same")
+    assert {metric.value for name, metric in same.items() if "drop" in name} == {0}
 
 
 def test_the_gap_is_between_the_same_captions(colours: Callable[..., EvalSet]) -> None:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -45,6 +46,8 @@ class Run:
     """
 
     def __init__(self, recipe: str, output_dir: str | None, resume: bool) -> None:
+        self._began = time.monotonic()
+        self._before: float | None = 0.0  # seconds of the processes before this one; None: their log does not say
         name = f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
         self.path = Path(distributed.gather_objects(output_dir or f"runs/{name}")[0])
         if not resume and (self.path / "checkpoints").exists():
@@ -77,6 +80,9 @@ class Run:
             dump(config, self.path / "config.yaml")
             facts = json.dumps(environment(), indent=2, ensure_ascii=False)
             lines.replace(self.path / "environment.json", facts + "\n")
+            step = self.step
+            kept = [line for line in lines.read(self.path / "metrics.jsonl") if line["step"] <= step]
+            self._before = kept[-1].get("seconds") if kept else 0.0
 
     def tokenizer(
         self, config: TokenizerConfig, captions: Iterator[str], encoder: PreTrainedConfig | None = None
@@ -106,10 +112,17 @@ class Run:
         return load_tokenizer(str(directory), config.max_tokens, encoder, probes=())  # tried when it was made
 
     def log(self, step: int, stats: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl and hand it to the tracker; what is not finite is null in it."""
+        """Append one line to metrics.jsonl and hand it to the tracker; what is not finite is null in it.
+
+        Its `seconds` are those of the run's processes until then, from their start: what comes before the first step
+        and between steps counts. Of a process that was killed they count up to the last line that its checkpoint
+        covers: the steps after that are trained again. A run that an older koclip began has none.
+        """
         self._accelerator.log(stats, step=step)
         if distributed.rank() == 0:
             finite = {name: value if math.isfinite(value) else None for name, value in stats.items()}
+            if self._before is not None:
+                finite = {"seconds": round(self._before + time.monotonic() - self._began, 3), **finite}
             lines.append(self.path / "metrics.jsonl", [{"step": step, **finite}])
 
     def list_events(self, events: list[Event]) -> None:

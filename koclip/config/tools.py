@@ -72,9 +72,12 @@ class PublishConfig:
             stated. Default: what the Hub says.
         license: Licence of this model if its sources leave the choice, as the Hub spells it.
         data_cards: Directory of the data cards.
-        training_time: How long training took, as people read it; default: the card does not say.
+        training_time: How long training took, as people read it; default: the last `seconds` of the run's
+            metrics.jsonl, where there are some.
         onnx: Write ONNX graphs of both towers, too, as transformers.js reads them: in `fp32`, or in `int8` besides;
             needs `pip install 'koclip[onnx]'`.
+        int8_sets: What the loss of `int8` in retrieval is measured on; default: the sets of `results` with the task
+            `retrieval`, their first 1,000 images, or the built-in scenes where it has none.
         sentence_transformers: Let `SentenceTransformer(repo_id)` load it, too.
         space: Space of the Hub that shows it, `organisation/name`; made or brought up to date. Default: none.
     """
@@ -94,6 +97,7 @@ class PublishConfig:
     data_cards: str = "data_cards"
     training_time: str | None = None
     onnx: Literal["fp32", "int8"] | None = None
+    int8_sets: list[EvalSetConfig] = field(default_factory=list)
     sentence_transformers: bool = False
     space: str | None = None
 
@@ -102,6 +106,11 @@ class PublishConfig:
             named = name is None or re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is not None
             check(named, key, name, "expected organisation/name: letters, digits, - _ .")
         check(bool(self.message.strip()), "message", self.message, "expected some words")
+        names = [one.source.short_name for one in self.int8_sets]
+        check(not names or self.onnx == "int8", "int8_sets", names, "expected --onnx int8, whose loss they measure")
+        check(len(set(names)) == len(names), "int8_sets[].source.name", names, "give each data set a name of its own")
+        tasks = [one.tasks for one in self.int8_sets]
+        check(all("retrieval" in one for one in tasks), "int8_sets[].tasks", tasks, "expected retrieval among them")
 
 
 @dataclass(frozen=True, kw_only=True)

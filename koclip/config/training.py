@@ -52,7 +52,7 @@ class TrainConfig:
         compile: Compile the model with torch.compile.
         ema_decay: Decay of an exponential moving average of the weights; 0 turns it off. Evaluation and the
             published model use the average when it is on.
-        log_every: Steps between two lines of metrics.jsonl.
+        log_every: Steps between two lines of metrics.jsonl, each with the `seconds` that the run has taken.
         eval_every: Steps between two evaluations; 0 evaluates at the end only.
         save_every: Steps between two checkpoints; 0 saves at the end only.
         keep_checkpoints: Newest checkpoints kept.

@@ -1,5 +1,6 @@
 """Images by captions and captions by images: in one language, in two, and under stress."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,10 +8,12 @@ import torch
 from koclip.config import ConfigError
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.sets import EvalSet
-from koclip.metrics import Metric, mean, recall_at
+from koclip.metrics import Metric, mean, recall_at, search
 from koclip.text.stress import STRESSES
 
 _KS = (1, 10)  # of comparisons
+_KS_APPROXIMATED = (1, 5)
+_Ranks = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,41 @@ def retrieval(embedder: Embedder, one: EvalSet, language: str, images: torch.Ten
 
 
 def _ranked(embedder: Embedder, captions: Captions, images: torch.Tensor, protocol: str) -> dict[str, Metric]:
-    texts = embedder.texts(captions.texts)
+    forward, backward = _both_ways(captions, images, embedder.texts(captions.texts), embedder.search)
+    found = {"text_to_image": recall_at(forward, _groups(captions)), "image_to_text": recall_at(backward)}
+    return {f"{task}{protocol}/{name}": metric for task, own in found.items() for name, metric in own.items()}
+
+
+def _both_ways(captions: Captions, images: torch.Tensor, texts: torch.Tensor, search: Callable[..., _Ranks]) -> _Ranks:
+    """Return the rank of each caption that an image has, and that of each image with a caption in this language."""
     asked = texts[: len(captions.images)]
-    shown = [image for image, own in enumerate(captions.texts_of) if own]  # those with a caption in this language
-    forward = recall_at(embedder.search(asked, images, captions.images)[0], _groups(captions))
-    backward = recall_at(embedder.search(images[shown], texts, [captions.texts_of[image] for image in shown])[0])
-    return {f"text_to_image{protocol}/{name}": metric for name, metric in forward.items()} | {
-        f"image_to_text{protocol}/{name}": metric for name, metric in backward.items()
-    }
+    shown = [image for image, own in enumerate(captions.texts_of) if own]
+    forward, _ = search(asked, images, captions.images)
+    backward, _ = search(images[shown], texts, [captions.texts_of[image] for image in shown])
+    return forward, backward
+
+
+def approximated(
+    captions: Captions, exact: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor], name: str
+) -> dict[str, Metric]:
+    """Return recall@k of a model and of an approximation of it on the same queries, and `drop@k`, what that one loses.
+
+    Args:
+        captions: Those of the images.
+        exact: The model's embeddings (N, D) of the images and (C, D) of the captions.
+        other: The approximation's.
+        name: What its metrics are called: `text_to_image_<name>/recall@1`.
+    """
+    metrics: dict[str, Metric] = {}
+    tasks = {"text_to_image": _groups(captions), "image_to_text": None}
+    before, after = (_both_ways(captions, *one, search) for one in (exact, other))
+    for (task, groups), plain, ranks in zip(tasks.items(), before, after, strict=True):
+        recalls, others = recall_at(plain, groups), recall_at(ranks, groups)
+        for k in _KS_APPROXIMATED:
+            metrics[f"{task}/recall@{k}"] = recalls[f"recall@{k}"]
+            metrics[f"{task}_{name}/recall@{k}"] = others[f"recall@{k}"]
+            metrics[f"{task}_{name}/drop@{k}"] = mean((plain < k).double() - (ranks < k).double(), groups)
+    return metrics
 
 
 def _groups(captions: Captions) -> torch.Tensor:

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from koclip.config import PublishConfig, check
 from koclip.evaluation.printing import NOTE
 from koclip.evaluation.tables import MAIN, Cell, sections
+from koclip.publishing import quantized
 from koclip.publishing.facts import Facts
 from koclip.publishing.files import ADAPTER, CARD, LICENCE
 from koclip.publishing.licences import Licence, conclude
@@ -125,6 +126,7 @@ def render(cfg: PublishConfig, facts: Facts, year: int | None = None) -> ModelCa
     check(not missing, "the card", missing, "these fields are empty: mend what they are made from")
     may_be_empty: dict[str, Any] = {
         "towers": facts.towers,
+        "int8": quantized.read(Path(cfg.model)),
         "adapter": cfg.adapter and (Path(cfg.model) / ADAPTER).is_dir(),
     }
     template = files("koclip") / "assets" / "model_card.md"
@@ -229,8 +231,9 @@ def _training(cfg: PublishConfig, facts: Facts) -> Iterator[tuple[str, str]]:
     yield "steps", f"{config['train']['num_steps']:,} of {pairs:,} pairs"
     yield "command", f"`recipes/{shlex.join(_FOLDERS.sub('', word) for word in environment['command'])}`"
     yield "hardware", f"{_hardware(environment)}, {_count(environment['num_processes'], 'process', 'es')}"
-    if cfg.training_time:
-        yield "time", cfg.training_time
+    measured = f"{_duration(facts.seconds)}, from the start to the last step" if facts.seconds else None
+    if time := cfg.training_time or measured:
+        yield "time", time
     yield "software", _software(environment)
 
 
@@ -243,6 +246,13 @@ def _measured(facts: Facts) -> str:
 
 def _hardware(environment: dict[str, Any]) -> str:
     return _enumerated(environment["gpus"]) or _count(environment["cpu_threads"], "CPU thread", "s")
+
+
+def _duration(seconds: float) -> str:
+    """Return a time in the largest unit that it has two or more of."""
+    units = {"hours": 3600, "minutes": 60, "seconds": 1}
+    unit = next((name for name, size in units.items() if seconds >= 2 * size), "seconds")
+    return f"{seconds / units[unit]:,.1f} {unit}"
 
 
 def _count(number: int, what: str, plural: str) -> str:

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
+from koclip.checkpoint import lines
 from koclip.config import ConfigError, PublishConfig, SourceConfig, check
 from koclip.metrics import Metric
 from koclip.publishing.files import is_hub_id
@@ -57,6 +58,7 @@ class Facts:
     image_size: int
     config: dict[str, Any]  # the run's config.yaml
     environment: dict[str, Any]
+    seconds: float | None  # of training, its last step included; None if its log does not say
     results: dict[str, Any]
     metrics: dict[str, Metric]
     data: list[DataSet]
@@ -97,6 +99,7 @@ def gather(cfg: PublishConfig) -> Facts:
         image_size=_image_size(directory / "preprocessor_config.json"),
         config=config,
         environment={name: _needed(run / "environment.json", name) for name in _SURROUNDINGS},
+        seconds=_seconds(run / "metrics.jsonl"),
         results=results,
         metrics={name: Metric(one["value"], tuple(one["ci95"]), one["n"]) for name, one in results["metrics"].items()},
         data=_once(data),
@@ -104,6 +107,11 @@ def gather(cfg: PublishConfig) -> Facts:
         base_models=list(dict.fromkeys(one.name for one in towers if one.role in ("clip", "text_encoder"))),
         languages=_languages(config),
     )
+
+
+def _seconds(log: Path) -> float | None:
+    found = lines.read(log)
+    return found[-1].get("seconds") if found else None
 
 
 def _once(data: list[DataSet]) -> list[DataSet]:

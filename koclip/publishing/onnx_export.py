@@ -26,8 +26,10 @@ from koclip.models.inference import load
 from koclip.text import tokenizers
 
 FOLDER = "onnx"
-_SIDES = ("vision_model", "text_model")
-FILES = tuple(f"{side}{kind}.onnx" for side in _SIDES for kind in ("", "_quantized"))
+SIDES = ("vision_model", "text_model")
+EXACT, INT8 = "", "_quantized"  # kinds of graphs, as their names end
+RESULTS = "results.json"  # what the graphs in int8 lose (`koclip.publishing.quantized`)
+FILES = (*(f"{side}{kind}.onnx" for side in SIDES for kind in (EXACT, INT8)), RESULTS)
 MOST = 1e-4  # largest difference of a number of an embedding that is taken for rounding
 _OPSET = 18
 _PROBES = 32  # pictures, and captions in each language, that graphs are tried on
@@ -62,7 +64,7 @@ class Parity(NamedTuple):
 
 
 def export(directory: str | Path, output: Path, int8: bool = False) -> dict[str, Parity]:
-    """Write a model's graphs to `output`/onnx and return how they differ, by file name.
+    """Write a model's graphs to `output`/onnx, in the place of earlier ones; return how they differ, by file name.
 
     Args:
         directory: A dual encoder that `koclip.load` loads.
@@ -78,15 +80,17 @@ def export(directory: str | Path, output: Path, int8: bool = False) -> dict[str,
     images, texts = _probes(processor)
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:  # those of other weights, and what was not asked for this time
+        (folder / name).unlink(missing_ok=True)
     found: dict[str, Parity] = {}
-    for name, side, inputs in zip(_SIDES, (_Images(model), _Texts(model)), (images, texts), strict=True):
+    for name, side, inputs in zip(SIDES, (_Images(model), _Texts(model)), (images, texts), strict=True):
         file = folder / f"{name}.onnx"
         _write(side.eval(), inputs, file)
         found[file.name] = parity(side, inputs, file)
         if found[file.name].largest > MOST:
             raise RunError(f"{file} differs from the model by {found[file.name].largest:.1e}, more than {MOST:.0e}")
         if int8:
-            small = folder / f"{name}_quantized.onnx"
+            small = folder / f"{name}{INT8}.onnx"
             quantize(file, small)
             found[small.name] = parity(side, inputs, small)
     return found
@@ -95,14 +99,23 @@ def export(directory: str | Path, output: Path, int8: bool = False) -> dict[str,
 @torch.no_grad()
 def parity(side: nn.Module, inputs: Mapping[str, torch.Tensor], file: Path) -> Parity:
     """Return how the embeddings of ONNX Runtime differ from those of a side of the model."""
-    import onnxruntime
-
     expected = side(**inputs)
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    (made,) = session.run(None, {name: one.numpy() for name, one in inputs.items()})
-    got = torch.from_numpy(made)
+    got = run(session(file), inputs)
     cosine = torch.nn.functional.cosine_similarity(expected, got, dim=-1).mean().item()
     return Parity((expected - got).abs().max().item(), cosine)
+
+
+def session(file: Path) -> Any:
+    """Open a graph."""
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+
+def run(opened: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the embeddings (B, D) that an opened graph makes."""
+    (made,) = opened.run(None, {name: one.numpy() for name, one in inputs.items()})
+    return torch.from_numpy(made)
 
 
 def _write(side: nn.Module, inputs: Mapping[str, torch.Tensor], file: Path) -> None:
