@@ -67,6 +67,19 @@ def test_a_graph_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         export(published(tmp_path), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"), [(".onnx", "differs from the model by nan"), ("_quantized.onnx", "not finite")]
+)
+def test_graphs_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name, told) -> None:
+    def parity(side, inputs, file):
+        broken = file.name == f"text_model{name}"
+        return onnx_export.Parity(float("nan") if broken else 0.0, 1.0)
+
+    monkeypatch.setattr(onnx_export, "parity", parity)
+    with pytest.raises(RunError, match=told):
+        export(published(tmp_path), tmp_path, int8=True)
+
+
 def test_nothing_else_is_written(tmp_path: Path) -> None:
     """No path of this machine in a graph, and one file each."""
     export(published(tmp_path), tmp_path)

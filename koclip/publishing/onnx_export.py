@@ -6,6 +6,7 @@ those that transformers.js looks for.
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ def export(directory: str | Path, output: Path, int8: bool = False) -> dict[str,
 
     Raises:
         ConfigError: the packages are not installed.
-        RunError: a graph in fp32 differs from the model by more than 1e-4.
+        RunError: a graph in fp32 differs from the model by more than 1e-4, or one in int8 is not finite.
     """
     quantize = _quantizer()
     model, processor = load(directory, "cpu")
@@ -87,12 +88,14 @@ def export(directory: str | Path, output: Path, int8: bool = False) -> dict[str,
         file = folder / f"{name}.onnx"
         _write(side.eval(), inputs, file)
         found[file.name] = parity(side, inputs, file)
-        if found[file.name].largest > MOST:
+        if not found[file.name].largest <= MOST:  # so written, NaN is too much
             raise RunError(f"{file} differs from the model by {found[file.name].largest:.1e}, more than {MOST:.0e}")
         if int8:
             small = folder / f"{name}{INT8}.onnx"
             quantize(file, small)
             found[small.name] = parity(side, inputs, small)
+            if not math.isfinite(found[small.name].largest):
+                raise RunError(f"{small} gives values that are not finite: 8 bits do not do for it; take --onnx fp32")
     return found
 
 
