@@ -130,7 +130,9 @@ def test_a_second_evaluation_embeds_nothing(tmp_path: Path, colours: Callable[..
     metrics = evaluate(Embedder(first, 8, tmp_path / "kept"), sets)
     assert evaluate(Embedder(second, 8, tmp_path / "kept"), sets) == metrics
     assert first.calls > 0 == second.calls
-    assert evaluate(Embedder(ColourEncoder(), 8), sets) == metrics
+    third = ColourEncoder()
+    assert evaluate(Embedder(third, 8), sets) == metrics
+    assert third.calls == first.calls  # without files, too, nothing is embedded twice
     other = ColourEncoder(english=False)  # another model: nothing of the first one's is taken
     evaluate(Embedder(other, 8, tmp_path / "kept"), sets)
     assert other.calls == first.calls

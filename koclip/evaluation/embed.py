@@ -1,4 +1,4 @@
-"""Embed whole data sets: shared among processes, kept on disk by model and data."""
+"""Embed whole data sets: shared among processes, once, kept on disk by model and data."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -28,19 +28,20 @@ class Embedder:
     Args:
         encoder: The model.
         batch_size: Images or texts encoded at once.
-        cache: Folder that keeps embeddings, found again by a hash of the model and one of the data; default: none is
-            kept.
+        cache: Folder that keeps embeddings, found again by a hash of the model and one of the data; default: they are
+            kept in memory, as long as this object lives. Its model must not change meanwhile.
         spread: Share the work among the processes, all of which must ask for the same. The batches stay the same, so
             that the embeddings do, bit for bit.
     """
 
     def __init__(self, encoder: Encoder, batch_size: int, cache: Path | None = None, spread: bool = False) -> None:
         self.encoder, self._batch_size, self._cache, self._spread = encoder, batch_size, cache, spread
+        self._memory: dict[str, torch.Tensor] = {}  # tasks and languages ask for the same
 
     def alone(self) -> "Embedder":
         """Return the same embedder for one process alone: it calls no collective, and finds what has been kept."""
         other = copy.copy(self)
-        other._spread = False
+        other._spread, other._memory = False, dict(self._memory)  # what it adds, the other processes would not have
         return other
 
     def images(self, pictures: Pictures) -> torch.Tensor:
@@ -81,9 +82,14 @@ class Embedder:
         return self.encoder.fingerprint()
 
     def _kept(self, kind: str, digest: Callable[[], str], make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        if self._cache is None:
-            return make()
-        file = self._cache / self._fingerprint / f"{kind}-{digest()}-{self._batch_size}.safetensors"
+        name = f"{kind}-{digest()}-{self._batch_size}"
+        if name not in self._memory:
+            self._memory[name] = self._filed(name, make) if self._cache else make()
+        return self._memory[name]
+
+    def _filed(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        assert self._cache is not None
+        file = self._cache / self._fingerprint / f"{name}.safetensors"
         # The first process says what there is: another may look a moment later.
         kept = _read(file) if distributed.rank() == 0 or not self._spread else None
         if self._spread:

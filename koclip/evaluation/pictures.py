@@ -26,6 +26,7 @@ class Pictures(Sequence[Image.Image]):
 
     def __init__(self, rows: Sequence[Row], corruption: tuple[str, int, int] | None = None) -> None:
         self._rows, self._corruption = rows, corruption
+        self._digest: str | None = None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -50,9 +51,11 @@ class Pictures(Sequence[Image.Image]):
 
     def digest(self) -> str:
         """Return a hash of all images and of what is done to them."""
-        digest = xxh3_128(repr(self._corruption).encode())
-        for row in self._rows:
-            content = read(row.image)
-            digest.update(content.tobytes() if isinstance(content, np.ndarray) else content)
-            digest.update(b"|")
-        return digest.hexdigest()
+        if self._digest is None:
+            digest = xxh3_128(repr(self._corruption).encode())
+            for row in self._rows:
+                content = read(row.image)
+                digest.update(content.tobytes() if isinstance(content, np.ndarray) else content)
+                digest.update(b"|")
+            self._digest = digest.hexdigest()
+        return self._digest
