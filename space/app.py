@@ -7,18 +7,24 @@ On Hugging Face Spaces `KOCLIP_MODEL` and `KOCLIP_INDEX` name the two. Calls of 
 """
 
 import argparse
+import atexit
 import os
+import shutil
+import signal
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
 _WORK = tempfile.mkdtemp(prefix="koclip-space-")
+atexit.register(shutil.rmtree, _WORK, ignore_errors=True)
 os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(_WORK) / "files"))
 
 from answers import Answers  # noqa: E402
-from guard import MAX_BYTES, Gate  # noqa: E402
+from guard import MAX_BYTES, SWEPT, Gate, sweep  # noqa: E402
 from layout import CSS, THEME, blocks  # noqa: E402
 from PIL import Image  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
@@ -87,6 +93,15 @@ def examples() -> dict[str, list[list[Any]]]:
     }
 
 
+def sweep_for_ever() -> None:
+    """Delete what visitors left, every few minutes; what is there at the start, the examples, stays."""
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    kept = {path for start in (folder, Path(_WORK)) for path in start.rglob("*")}
+    while True:
+        time.sleep(SWEPT)
+        sweep(folder, kept)
+
+
 def main(args: list[str] | None = None) -> None:
     """Open the model and the collection, and serve until stopped."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -110,6 +125,8 @@ def main(args: list[str] | None = None) -> None:
     answers = Answers(encoder, index)
     answers.prepare()
     page = blocks(answers, name, examples())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # else what is registered for the exit would not run
+    threading.Thread(target=sweep_for_ever, daemon=True).start()
     page.launch(
         server_name=options.host,
         server_port=options.port,

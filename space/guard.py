@@ -1,9 +1,10 @@
 """What the Space takes: sizes of pictures and texts, and requests that are answered at all."""
 
+import contextlib
 import io
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 from texts import RefusedError
 from torchvision.transforms.v2.functional import to_pil_image
 
-from koclip.data.transforms import BROKEN, FORMATS, ImageError, decode
+from koclip.data.transforms import BROKEN, ImageError, decode
 from koclip.text.normalize import normalize
 
 MAX_BYTES = 8 * 2**20  # of a picture's file
@@ -21,11 +22,15 @@ MAX_RATIO = 20  # of the sides: resizing the shorter one makes the longer one hu
 MAX_LABELS = 200
 MAX_LABEL = 200  # characters
 MAX_TEXT = 10_000  # characters
-MAX_BODY = MAX_BYTES + 2**20  # bytes of a request
+MAX_BODY = MAX_BYTES + 2**20  # bytes of an upload
+MAX_CALL = 3 * 2**20  # bytes of any other request
+MAX_NESTED = 5_000  # lists and objects in one: an empty one takes fifty times its bytes in memory
 KEPT = 3_600  # seconds that what is uploaded is kept
-MAX_KEPT = 2 * 2**30  # bytes of all requests in that time: more could fill the disk
-_LEAST = 4_096  # bytes that a file takes on disk, at least
-_FETCHING = ("/file=http:", "/file=https:", "/proxy=")  # gradio would fetch what these name
+MAX_KEPT = 2 * 2**30  # bytes of all uploads in that time: more could fill the disk
+SWEPT = 600  # seconds between two looks for what must be deleted
+_LEAST = 8_192  # bytes that an upload takes on disk, at least: a folder and a file
+_KINDS = ("JPEG", "PNG", "WEBP", "GIF")
+_FETCHING = ("http:", "https:", "proxy=")  # gradio would fetch what a path with one of these names
 
 
 def read_picture(path: str | Path) -> tuple[Image.Image, bool]:
@@ -41,19 +46,20 @@ def read_picture(path: str | Path) -> tuple[Image.Image, bool]:
         raise RefusedError("broken_image") from None
     if size > MAX_BYTES:
         raise RefusedError("heavy_image", limit=MAX_BYTES >> 20)
-    _check_sides(data)
+    moves = _look(data)
     try:
         picture: Image.Image = to_pil_image(decode(data, MAX_PIXELS))
     except ImageError:
         raise RefusedError("broken_image") from None
-    return picture, _moves(data)
+    return picture, moves
 
 
-def _check_sides(data: bytes) -> None:
-    """Look at a picture's header only: nothing is decoded that is refused."""
+def _look(data: bytes) -> bool:
+    """Look at a picture's header only, so that nothing is decoded that is refused; return whether it moves."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+        with Image.open(io.BytesIO(data), formats=_KINDS) as picture:
             width, height = picture.size
+            moves = bool(getattr(picture, "is_animated", False))
     except Image.DecompressionBombError:
         raise RefusedError("large_image", limit=MAX_PIXELS // 10**6) from None
     except BROKEN:
@@ -64,11 +70,7 @@ def _check_sides(data: bytes) -> None:
         raise RefusedError("small_image", limit=MIN_SIDE)
     if max(width, height) > MAX_RATIO * min(width, height):
         raise RefusedError("narrow_image", limit=MAX_RATIO)
-
-
-def _moves(data: bytes) -> bool:
-    with Image.open(io.BytesIO(data)) as picture:
-        return bool(getattr(picture, "is_animated", False))
+    return moves
 
 
 def read_text(text: object, empty: str = "no_text") -> str:
@@ -112,8 +114,7 @@ class Gate:
 
     def __init__(self, app: Any, clock: Callable[[], float] = time.monotonic) -> None:
         self._app, self._clock = app, clock
-        self._received: deque[tuple[float, int]] = deque()  # when, and bytes
-        self._sum = 0
+        self._uploads: deque[list[float]] = deque()  # when, and bytes
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer or pass on one request."""
@@ -124,37 +125,53 @@ class Gate:
         if any(part in path for part in _FETCHING):
             await _answer(send, 404)
             return
-        told = dict(scope["headers"]).get(b"content-length", b"0")
-        if not told.isdigit() or int(told) > MAX_BODY:
+        uploads = path.rstrip("/").endswith("/upload")
+        told, most = dict(scope["headers"]).get(b"content-length", b"0"), MAX_BODY if uploads else MAX_CALL
+        if not told.isdigit() or int(told) > most:
             await _answer(send, 413)
             return
-        if scope["method"] == "POST" and not self._has_room(int(told)):
+        charge = [self._clock(), float(int(told) or MAX_BODY)] if uploads else [0.0, 0.0]  # 0: it does not say
+        if not self._has_room(charge):
             await _answer(send, 503)
             return
-        seen = 0
+        seen = nested = 0
 
         async def counted() -> Any:
-            nonlocal seen
+            nonlocal seen, nested
             message = await receive()
-            seen += len(message.get("body", b""))
-            # A body without a length: what is too much is cut off, and nothing can be made of the rest.
-            return {"type": "http.disconnect"} if seen > MAX_BODY else message
+            body = message.get("body", b"")
+            seen += len(body)
+            nested += 0 if uploads else body.count(b"[") + body.count(b"{")
+            # What is too much is cut off, and nothing can be made of the rest.
+            return {"type": "http.disconnect"} if seen > most or nested > MAX_NESTED else message
 
-        await self._app(scope, counted, send)
+        try:
+            await self._app(scope, counted, send)
+        finally:
+            charge[1] = min(max(seen, _LEAST), charge[1])
 
-    def _has_room(self, size: int) -> bool:
-        """Return whether a request of so many bytes is taken, and remember it if so; 0 means that it does not say."""
-        now = self._clock()
-        while self._received and self._received[0][0] < now - KEPT:
-            self._sum -= self._received.popleft()[1]
-        size = max(size or MAX_BODY, _LEAST)
-        if self._sum + size > MAX_KEPT:
+    def _has_room(self, charge: list[float]) -> bool:
+        """Return whether an upload is taken, and remember it if so."""
+        while self._uploads and self._uploads[0][0] < self._clock() - KEPT:
+            self._uploads.popleft()
+        if not charge[1]:
+            return True
+        charge[1] = max(charge[1], _LEAST)
+        if sum(size for _, size in self._uploads) + charge[1] > MAX_KEPT:
             return False
-        self._received.append((now, size))
-        self._sum += size
+        self._uploads.append(charge)
         return True
 
 
 async def _answer(send: Any, status: int) -> None:
     await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
     await send({"type": "http.response.body", "body": b"refused"})
+
+
+def sweep(folder: Path, kept: Collection[Path]) -> None:
+    """Delete uploads, whole or broken off, and answers before they are as old as `KEPT`; leave what is in `kept`."""
+    old = time.time() - (KEPT - SWEPT)
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder comes before it
+        with contextlib.suppress(OSError):  # a folder that is not empty; a file that is gone
+            if path not in kept and path.lstat().st_ctime < old:
+                path.rmdir() if path.is_dir() else path.unlink()

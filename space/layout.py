@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 from answers import WAYS, Answers
-from guard import KEPT, MAX_LABEL, MAX_LABELS
+from guard import MAX_LABEL, MAX_LABELS
 from pieces import Texts, add_examples, answering, captioned, gallery_box, headers, opened, picture_box, text_box, ways
 from texts import LANGUAGES, say
 
@@ -32,7 +32,6 @@ CSS = """
 }
 """
 _QUEUED_AT_ONCE = 2  # calls answered at a time, one per core of the smallest Space
-_SWEPT = 600  # seconds between two looks for what must be deleted
 _PROMPTS = 12  # shown
 
 
@@ -45,7 +44,7 @@ def blocks(answers: Answers, name: str, examples: dict[str, list[list[Any]]]) ->
         examples: Inputs by tab; every row works when it is clicked.
     """
     texts = Texts()
-    with gr.Blocks(title="koclip", analytics_enabled=False, delete_cache=(_SWEPT, KEPT - _SWEPT)) as page:
+    with gr.Blocks(title="koclip", analytics_enabled=False) as page:
         with gr.Row(elem_id="top"):
             with gr.Column(scale=4, min_width=260):
                 heading = gr.Markdown(_heading("ko", name))

@@ -8,6 +8,8 @@ from typing import Any
 
 import gradio as gr
 from answers import WAYS, Hit
+from gradio import route_utils
+from gradio.blocks import Block
 from guard import MAX_TEXT, read_picture
 from texts import RefusedError, say
 
@@ -23,11 +25,26 @@ class Picture(gr.Image):
         """Return the path of an uploaded file without opening it."""
         return None if payload is None else payload.path
 
-    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-        """Leave what is not a file here as it is; gradio would fetch it."""
-        if "://" in str(url_or_file_path):
-            return str(url_or_file_path)
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
+
+_move = Block.async_move_resource_to_block_cache
+
+
+async def _move_without_fetching(self: Block, path: str | Path | None) -> str | None:
+    """Leave an address as it is: gradio fetches what any input, also a text, names as a file."""
+    return str(path) if "://" in str(path) else await _move(self, path)
+
+
+Block.async_move_resource_to_block_cache = _move_without_fetching
+
+
+class OneFile(route_utils.GradioMultiPartParser):
+    """Takes one file per upload: each takes a folder and a file on the disk, however small it is."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "max_files": 1})
+
+
+route_utils.GradioMultiPartParser = OneFile
 
 
 class Texts:

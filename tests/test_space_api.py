@@ -1,5 +1,6 @@
 """The Space, running: its API by name, what it refuses, what it does not tell, and how it stands many callers."""
 
+import asyncio
 import concurrent.futures
 import http.server
 import io
@@ -221,6 +222,41 @@ def test_no_address_is_fetched(space):
     assert "주소로는" in json.loads(told.split("data: ")[1])["error"]
     server.shutdown()
     assert visits == []
+
+
+def test_no_input_makes_the_server_fetch_an_address(monkeypatch):
+    """Whatever component it is in: here the address is a public one, which gradio would fetch."""
+    import gradio as gr
+    import pieces
+    import safehttpx
+    from gradio.processing_utils import async_move_files_to_cache
+
+    fetched = []
+
+    async def fetch(url, *args, **options):
+        fetched.append(url)
+        raise OSError(url)
+
+    monkeypatch.setattr(safehttpx, "get", fetch)
+    address = "https://203.0.113.7/x.png"
+    payload = {"path": address, "url": address, "meta": {"_type": "gradio.FileData"}}
+    for component in (pieces.Picture(), gr.Textbox(), gr.Number(), gr.Checkbox(), gr.Radio(["a"]), gr.Dropdown(["a"])):
+        moved = asyncio.run(async_move_files_to_cache(payload, component))
+        assert moved["path"] == address
+    assert not fetched
+
+
+def test_one_upload_holds_one_file(space):
+    part = '--b\r\nContent-Disposition: form-data; name="files"; filename="{}"\r\n\r\nx\r\n'
+    for count, status in ((1, 200), (2, 400)):
+        body = "".join(part.format(number) for number in range(count)) + "--b--\r\n"
+        request = urllib.request.Request(f"{space.url}/gradio_api/upload", body.encode(), method="POST")
+        request.add_header("Content-Type", "multipart/form-data; boundary=b")
+        try:
+            got = urllib.request.urlopen(request, timeout=20).status
+        except urllib.error.HTTPError as error:
+            got = error.code
+        assert got == status
 
 
 def test_what_the_page_says_of_itself_names_no_place_here(space):
