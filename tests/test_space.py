@@ -127,6 +127,16 @@ def test_what_cannot_be_done_is_refused_in_both_languages(made, call, key):
     assert "{" not in korean.replace("{label}", "")
 
 
+def test_probabilities_have_the_models_own_scale(made):
+    def odds(scale):
+        made.encoder.scale = scale
+        scores = made.classify(picture((200, 60, 5)), "빨강, 초록", "{label}", False).scores
+        return np.log(scores["빨강"] / scores["초록"])
+
+    assert odds(4.0) == pytest.approx(2 * odds(2.0), rel=1e-4)
+    assert odds(2.0) > 0.1
+
+
 def test_what_takes_too_long_is_stopped(made):
     ticks = iter(range(0, 1_000, 15))
     made.clock = lambda: next(ticks)
