@@ -28,6 +28,7 @@ Saved {model}, a stock transformers model. Next:
   tensorboard --logdir {run}
   accelerate launch recipes/pretrain.py --data.sources "[{{path: pairs.csv, image: file, captions: {{ko: caption}}}}]"
 """
+QUOTES = str.maketrans("'\"", "  ")  # what a shell would read
 
 
 def main(cfg: config.PretrainConfig) -> None:
@@ -74,9 +75,10 @@ def main(cfg: config.PretrainConfig) -> None:
     if accelerator.is_main_process:
         saved = TransformersEncoder(*koclip.load(model_dir), name=str(model_dir))  # as a user loads it
         report(run.path, cfg, Embedder(saved, cfg.eval.batch_size), eval_sets)
-        captions = [next(iter(captions.values()))[0] for captions in eval_sets[0].captions[:3]]
-        labels = [caption.replace("'", " ").replace('"', " ") for caption in captions]  # quotable in a shell
-        print(NEXT.format(model=model_dir, run=run.path, labels=labels))
+        captions = [own[0].translate(QUOTES) for one in eval_sets for image in one.captions for own in image.values()]
+        labels = list(dict.fromkeys(captions))[:3]
+        measured = NEXT.format(model=model_dir, run=run.path, labels=labels)
+        print(measured if labels else f"Saved {model_dir}, a stock transformers model; nothing was measured: eval.sets")
 
 
 if __name__ == "__main__":

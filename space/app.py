@@ -127,6 +127,15 @@ def main(args: list[str] | None = None) -> None:
     page = blocks(answers, name, examples())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # else what is registered for the exit would not run
     threading.Thread(target=sweep_for_ever, daemon=True).start()
+    try:
+        launch(page, options)
+    except OSError as error:  # gradio's own message names its settings
+        print(f"app.py: error: port: {options.port} cannot be used ({error}); name another: --port", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2) from None
+
+
+def launch(page: Any, options: argparse.Namespace) -> None:
+    """Serve until stopped."""
     page.launch(
         server_name=options.host,
         server_port=options.port,

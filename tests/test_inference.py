@@ -15,6 +15,7 @@ import koclip
 from koclip.checkpoint import publish
 from koclip.config import ConfigError
 from koclip.models.dual_encoder import from_scratch
+from koclip.models.inference import usable
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +152,10 @@ def test_load_refuses_weights_of_other_sizes(tmp_path: Path, directory: Path) ->
     config.save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match=r"mismatched_keys.*token_embedding"):
         koclip.load(tmp_path / "model", device="cpu")
+
+
+def test_a_device_that_is_not_here_is_named():
+    for name in ("cuda:99", "nowhere"):
+        with pytest.raises(ConfigError, match=f"device: got '{name}', which cannot be used here"):
+            usable(name)
+    assert usable("cpu").type == "cpu"

@@ -144,7 +144,7 @@ def test_pieces_train_what_the_whole_batch_trains(tmp_path):
 
 
 def test_a_change_that_changes_the_result_is_refused_by_name(finished):
-    with pytest.raises(config.ConfigError, match=r"data\.seed: 0 -> 1.*--resume_with"):
+    with pytest.raises(config.ConfigError, match=r"data\.seed: 0 -> 1.*--resume_with '\[data\.seed\]'"):
         pretrain(*RANDOM, "--output_dir", str(finished), "--resume", "auto", "--data.seed", "1")
 
 
@@ -172,6 +172,25 @@ def test_evaluating_during_training_changes_nothing(finished, tmp_path, encoded)
 def test_another_seed_gives_another_model(finished, tmp_path):
     pretrain(*RANDOM, "--data.seed", "1", "--output_dir", str(tmp_path / "other"))
     assert weights(tmp_path / "other") != weights(finished)
+
+
+def test_a_finished_run_keeps_what_it_was_trained_with(finished):
+    before = [(finished / name).read_bytes() for name in ("config.yaml", "environment.json")]
+    options = ("--resume", "auto", "--resume_with", "[optim.lr]", "--optim.lr", "0.5")
+    pretrain(*RANDOM, "--output_dir", str(finished), *options)
+    assert [(finished / name).read_bytes() for name in ("config.yaml", "environment.json")] == before
+
+
+def test_without_evaluation_sets_a_model_is_made(tmp_path, capsys):
+    pretrain("--train.num_steps", "5", "--eval.sets", "[]", "--output_dir", str(tmp_path / "run"))
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert "nothing was measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["/proc/none/run", "/dev/null/run"])
+def test_a_directory_that_cannot_be_made_is_named(place):
+    with pytest.raises(config.ConfigError, match=f"output_dir: {place} cannot be made"):
+        pretrain("--output_dir", place)
 
 
 def test_a_used_directory_is_not_overwritten(finished):
@@ -202,10 +221,11 @@ def dirty(tmp_path) -> Path:
     return tmp_path
 
 
-def test_dirty_data_trains_to_the_end_and_every_bad_sample_is_listed(dirty):
+def test_dirty_data_trains_to_the_end_and_every_bad_sample_is_listed(dirty, capsys):
     source = f"[{{path: {dirty / 'pairs.jsonl'}, image: file, captions: {{ko: ko, en: en}}}}]"
     pretrain("--data.sources", source, "--train.num_steps", "80", "--output_dir", str(dirty / "run"))
     listed = lines(dirty / "run" / "skipped.jsonl")
+    assert f"{len(listed)} samples could not be used" in capsys.readouterr().out
     bad = {index for index in range(300) if index % 20 == 0 or index in (7, 8)}
     assert {int(line["key"].split("/")[1]) for line in listed} == bad
     assert len(listed) == len(bad)

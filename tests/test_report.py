@@ -283,6 +283,6 @@ def test_names_come_apart_at_the_last_three_slashes():
 def test_the_picture_of_training_shows_main_numbers_only(tmp_path):
     names = ["scenes/ko/text_to_image/recall@10", "things/ko/zero_shot_template_01/accuracy"]
     log = [{"step": 5, "loss": 1.0, "accuracy": 0.5}, {"step": 10, **dict.fromkeys(names, 0.5)}]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, log)), encoding="utf-8")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
     figure = training_figure(tmp_path / "metrics.jsonl", {})
     assert [line.get_label() for line in figure.axes[1].lines] == names[:1]

@@ -55,11 +55,15 @@ class Run:
                 f"output_dir: {self.path} already holds a run; pass --resume auto to go on with it, or another one"
             )
         distributed.barrier()
+        try:
+            (self.path / "pictures").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            told = f"{self.path} cannot be made: {error.strerror}; expected a folder that may be written"
+            raise ConfigError(f"output_dir: {told}") from error
         self._series = Series(self.path / "checkpoints")
         self.positions: dict[int, Position] = {}
         self._skipped = {item["key"] for item in lines.read(self.path / "skipped.jsonl")}
         self.num_skipped = self._drawn = 0
-        (self.path / "pictures").mkdir(parents=True, exist_ok=True)
 
     def start(self, config: Any, accelerator: Accelerator) -> None:
         """Find the checkpoint to go on from, write config.yaml and environment.json, and start the tracker.
@@ -77,10 +81,11 @@ class Run:
         accelerator.init_trackers("tracker")
         if distributed.rank() == 0:
             lines.keep(self.path / "skipped.jsonl", lambda _: True)  # but a line that was cut off
-            dump(config, self.path / "config.yaml")
-            facts = json.dumps(environment(), indent=2, ensure_ascii=False)
-            lines.replace(self.path / "environment.json", facts + "\n")
             step = self.step
+            if step < config.train.num_steps:  # a finished run keeps what it was trained with
+                dump(config, self.path / "config.yaml")
+                facts = json.dumps(environment(), indent=2, ensure_ascii=False)
+                lines.replace(self.path / "environment.json", facts + "\n")
             kept = [line for line in lines.read(self.path / "metrics.jsonl") if line["step"] <= step]
             self._before = kept[-1].get("seconds") if kept else 0.0
 

@@ -15,6 +15,7 @@ FREE = (
     *("train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints"),
     *("train.max_bad_steps", "train.spike_sigmas"),
 )
+_GLOBAL = "global batch (train.batch_size x processes)"
 
 
 def check_changes(
@@ -36,15 +37,16 @@ def check_changes(
         if key not in new:
             raise ConfigError(f"resume_with: {key} is not a key of this recipe; it takes names such as optim.lr")
     for config, count in zip((old, new), processes, strict=True):
-        config["global batch (train.batch_size x processes)"] = config.pop("train.batch_size") * count
+        config[_GLOBAL] = config.pop("train.batch_size") * count
     changed = {key: (old.get(key), new.get(key)) for key in old | new if old.get(key) != new.get(key)}
     lines = {key: f"{key}: {was} -> {now}" for key, (was, now) in changed.items()}
-    named = {*accepted, *(["global batch (train.batch_size x processes)"] if "train.batch_size" in accepted else [])}
-    refused = [line for key, line in lines.items() if not _is_free(key) and key not in named]
+    named = {*accepted, *([_GLOBAL] if "train.batch_size" in accepted else [])}
+    refused = {key: line for key, line in lines.items() if not _is_free(key) and key not in named}
     if refused:
+        names = ", ".join("train.batch_size" if key == _GLOBAL else key for key in refused)
         raise ConfigError(
             "resume: these keys changed since the checkpoint, and the model would come out different: "
-            f"{'; '.join(refused)}. Set them back, or accept them by name, as in --resume_with '[optim.lr]'"
+            f"{'; '.join(refused.values())}. Set them back, or accept them by name: --resume_with '[{names}]'"
         )
     return list(lines.values())
 

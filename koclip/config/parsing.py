@@ -89,6 +89,8 @@ def run(main: Callable[[Config], None], schema: type[Config], default: Path | No
         _explain(str(error))
     except RunError as error:
         _explain(str(error), code=1)
+    except KeyboardInterrupt:
+        _explain("interrupted; what had been saved is whole", code=130)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

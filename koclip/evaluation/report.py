@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from koclip.checkpoint import lines
 from koclip.config import to_dict
 from koclip.evaluation.drawing import korean_style, save
 from koclip.evaluation.embed import Embedder
@@ -19,7 +20,7 @@ from koclip.metrics import Metric
 
 
 def report(run: Path, config: Any, embedder: Embedder, sets: Sequence[EvalSet]) -> dict[str, Metric]:
-    """Evaluate; write results.json and pictures/ in the run directory, and print the table."""
+    """Evaluate; write results.json and pictures/ in the run directory; print the table and what could not be used."""
     metrics = evaluate(embedder, sets)
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     data = {one.name: {"source": to_dict(one.config), "images": len(one.pictures)} for one in sets}
@@ -31,8 +32,12 @@ def report(run: Path, config: Any, embedder: Embedder, sets: Sequence[EvalSet]) 
             if figure is not None:
                 save(figure, pictures / f"queries-{file_name(one.name)}.png")
         save(training_figure(run / "metrics.jsonl", metrics), pictures / "training.png")
-    sets[0].pictures[0].save(pictures / "example.png")
-    print_tables(sections([metrics], {}), [run.name])
+    if sets:
+        sets[0].pictures[0].save(pictures / "example.png")
+        print_tables(sections([metrics], {}), [run.name])
+    skipped = len(lines.read(run / "skipped.jsonl"))
+    if skipped:
+        print(f"{skipped:,} samples could not be used: {run / 'skipped.jsonl'} lists them with their reasons")  # noqa: T201
     return metrics
 
 
@@ -62,11 +67,11 @@ def file_name(name: str) -> str:
 
 def training_figure(log: Path, final: dict[str, Metric]) -> Figure:
     """Draw the loss of a run over its steps, and the recall or accuracy it was watched on; `final` is at the end."""
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    losses = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    watched = {name for line in lines for name in line if name.endswith(("text_to_image/recall@10", "/accuracy"))}
+    logged = lines.read(log)
+    losses = [(line["step"], line["loss"]) for line in logged if line.get("loss") is not None]
+    watched = {name for line in logged for name in line if name.endswith(("text_to_image/recall@10", "/accuracy"))}
     watched = {name for name in watched if place(split(name)[2])[0] == MAIN}
-    lines.append({"step": lines[-1]["step"], **{name: metric.value for name, metric in final.items()}})
+    logged.append({"step": logged[-1]["step"], **{name: metric.value for name, metric in final.items()}})
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axis = figure.subplots()
     axis.plot(*zip(*losses, strict=True), color="tab:grey", marker=".", label="loss")
@@ -76,7 +81,7 @@ def training_figure(log: Path, final: dict[str, Metric]) -> Figure:
         percent = axis.twinx()
         percent.set(ylabel="%", ylim=(0, 100))
         for name in sorted(watched):
-            points = [(line["step"], 100 * line[name]) for line in lines if name in line]
+            points = [(line["step"], 100 * line[name]) for line in logged if name in line]
             percent.plot(*zip(*points, strict=True), marker="o", label=name)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoProcessor, ProcessorMixin
 
-from koclip.config import check
+from koclip.config import ConfigError, check
 from koclip.data.transforms import to_rgb
 from koclip.models import StockModel
 from koclip.models.encoders import TransformersEncoder, by_length, in_batches
@@ -29,8 +29,21 @@ def load(path: str | Path, device: str | torch.device | None = None) -> tuple[St
     model, problems = read(path, "model")
     check(isinstance(model, StockModel), "model", str(path), f"a {type(model).__name__}: expected a dual encoder")
     refuse(path, "model", model, problems)
+    return model.to(usable(device)), AutoProcessor.from_pretrained(path)
+
+
+def usable(device: str | torch.device | None) -> torch.device:
+    """Return a device; by default a GPU if there is one.
+
+    Raises:
+        ConfigError: it is none, or cannot be used here.
+    """
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device or default), AutoProcessor.from_pretrained(path)
+    try:
+        return torch.empty(0, device=device or default).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ConfigError(f"device: got {str(device)!r}, which cannot be used here: {reason}; take cpu") from error
 
 
 def embed_images(

@@ -32,6 +32,7 @@ from koclip.models.encoders import (
     unknown_share,
 )
 from koclip.models.fingerprint import fingerprint
+from koclip.models.inference import usable
 from koclip.models.mclip import MClipTexts
 from koclip.models.pretrained import read, read_processor, refuse
 from koclip.models.sentences import SentenceImages, SentenceTexts, package
@@ -71,7 +72,7 @@ def open_encoder(spec: str, device: str | torch.device | None = None) -> Encoder
         ConfigError: nothing that can be loaded is there, weights are missing or left over, it is no dual encoder, its
             parts do not fit together, or the package that it needs is not installed.
     """
-    encoder = _open(spec, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    encoder = _open(spec, usable(device))
     picture = [Image.new("RGB", (64, 48), (200, 40, 90))]
     try:
         made = encoder.encode_images(picture), encoder.encode_texts(["a picture"]), encoder.image_features(picture)
