@@ -255,7 +255,8 @@ def _licence(hub_id: str, given: Mapping[str, str]) -> str:
             f"licenses: the licence of {hub_id} is not known, the Hub was asked and gave: {reason} Say it: "
             f"--licenses '{{{hub_id}: mit}}', or {UNSTATED} if it has none"
         ) from error
-    return (info.card_data.get("license") if info.card_data else None) or UNSTATED
+    stated = (info.card_data.get("license") if info.card_data else None) or UNSTATED
+    return stated if isinstance(stated, str) else "; ".join(stated)  # of several the strictest holds
 
 
 def _languages(config: Mapping[str, Any]) -> list[str]:
