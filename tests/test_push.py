@@ -306,6 +306,19 @@ def test_a_commit_that_came_between_is_kept(hub, workers, model):
     assert repo.tags["v2"] == done["commit"]
 
 
+def test_what_is_told_is_what_the_last_try_sent(hub, workers, model):
+    worker = workers()
+    start(hub, worker, model, "org/told")
+    repo = hub.repos["org/told"]
+    same = {"config.json": ((model / "config.json").read_bytes(), False)}
+    hub.faults = [Fault("commit", "kill")]
+    hub.killer = lambda: repo.commit(repo.trees[repo.commits[-1]] | same) and None
+    done = worker.push(model, "org/told", tag="v2")
+    assert repo.files == contents(model)
+    assert "model.safetensors" in done["added"]
+    assert "config.json" not in done["added"]
+
+
 def test_a_file_is_served_from_where_a_download_broke_off(hub, workers, model):
     """The client goes on there in pieces of 10 MB only, which no test has."""
     workers().push(model, "org/ranges")

@@ -112,7 +112,7 @@ def push(directory: Path, files: Sequence[str], repo: Repository, message: str, 
     commit = repeat(lambda: _commit(directory, files, repo, message, sent), f"pushing to {repo.repo_id}")
     if tag:
         repeat(lambda: _set_tag(repo, tag, commit), f"setting the tag {tag} of {repo.repo_id}")
-    added, deleted = sent[0] if sent else ([], [])
+    added, deleted = sent[-1] if sent else ([], [])
     return Pushed(url, commit, added, deleted)
 
 
