@@ -171,6 +171,13 @@ def test_a_part_of_a_data_set_has_the_card_that_lists_its_file(run):
         card_of(run)
 
 
+@pytest.mark.parametrize("name", ["environment.json", "model/config.json"])
+def test_a_file_that_is_broken_is_named(run, name):
+    (run / name).write_text('{"a": ', encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"model: .*{name} cannot be read: Expecting value"):
+        card_of(run)
+
+
 @pytest.mark.parametrize("part", ["**Limits.**", "**Harms.**", "license: Apache-2.0, as koclip", "languages: [ko, en]"])
 def test_a_data_card_that_lacks_something_is_named(run, tmp_path, part):
     shutil.copytree(ROOT / "data_cards", tmp_path / "cards")

@@ -74,6 +74,8 @@ TOKEN = "hf_" + "abcDEF123" * 4
 DEFECTS = {
     "a missing file": (lambda model: (model / "tokenizer.json").unlink(), "files are complete", "tokenizer.json is"),
     "no weights": (lambda model: (model / "model.safetensors").unlink(), "files are complete", "no model*.safetensors"),
+    "broken JSON": (write("config.json", '{"a": '), "files are complete", "config.json cannot be read: Expecting"),
+    "a broken adapter": (write("adapter/a.json", "{"), "files are complete", "adapter/a.json cannot be read: E"),
     "a pickle": (write("pytorch_model.bin", "x"), "no pickles, no foreign files", "pytorch_model.bin is a pickle"),
     "a pickle below": (write("adapter/a.pt", "x"), "no pickles, no foreign files", "adapter/a.pt is a pickle"),
     "code": (write("modeling.py", "x"), "no pickles, no foreign files", "modeling.py is nothing that a model"),
@@ -170,6 +172,14 @@ def test_an_adapter_whose_base_is_a_directory_is_refused_until_it_is_named(sound
     assert 'from_pretrained("org/base")' in (model / "adapter" / "README.md").read_text(encoding="utf-8")
     edit("adapter/adapter_config.json", base_model_name_or_path="/home/me/base")(model)
     assert {"adapter's base can be found", "nothing of this machine"} == set(failing(check_files(model)))
+
+
+def test_a_broken_adapter_config_is_left_to_the_checks(sound, tmp_path):
+    model, _ = adapted(tmp_path, str(sound), sound)
+    (model / "README.md").write_text(CARD, encoding="utf-8")
+    (model / "adapter" / "adapter_config.json").write_text("{", encoding="utf-8")
+    name_base(model, "org/base", None)
+    assert "adapter/adapter_config.json cannot be read" in failing(preflight.preflight(model))["files are complete"]
 
 
 def test_ids_that_are_not_the_tokenizers_are_found(model):

@@ -286,5 +286,8 @@ def _needed(file: Path, name: str) -> Any:
 
 def _read(file: Path) -> dict[str, Any]:
     check(file.is_file(), "model", str(file), "no such file, which the card is made from: publish what koclip wrote")
-    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ConfigError(f"model: {file} cannot be read: {error}; publish what koclip wrote") from error
     return values

@@ -65,7 +65,11 @@ def check_files(directory: Path, repo_id: str | None = None, adapter: bool = Tru
     """Check the files of a directory that is to be published as `repo_id`."""
     files = publishable(directory, adapter)
     return [
-        Check("files are complete", _missing(files), "publish what koclip wrote as model/, whole: train or save again"),
+        Check(
+            "files are complete",
+            _missing(directory, files),
+            "publish what koclip wrote as model/, whole: train or save again",
+        ),
         Check("no pickles, no foreign files", _foreign(files), "move these files out of the directory"),
         Check("no remote code", _remote_code(directory, files), "use a stock class of transformers; drop auto_map"),
         Check("weights are fp32", _types(directory, files), "save the model again in fp32, as safetensors"),
@@ -85,9 +89,15 @@ def check_files(directory: Path, repo_id: str | None = None, adapter: bool = Tru
     ]
 
 
-def _missing(files: list[str]) -> list[str]:
+def _missing(directory: Path, files: list[str]) -> list[str]:
     lacking = [f"{name} is missing" for name in _NEEDED if name not in files]
-    return lacking + ([] if any(_is_weights(name) for name in files) else ["no model*.safetensors"])
+    lacking += [] if any(_is_weights(name) for name in files) else ["no model*.safetensors"]
+    for name in (name for name in files if name.endswith(".json")):
+        try:
+            json.loads((directory / name).read_text(encoding="utf-8"))
+        except ValueError as error:  # no JSON, or no UTF-8
+            lacking.append(f"{name} cannot be read: {error}")
+    return lacking
 
 
 def _foreign(files: list[str]) -> list[str]:
@@ -190,7 +200,11 @@ def _is_weights(name: str) -> bool:
 
 
 def _read(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
+    """Return what a file of JSON holds; nothing if it is broken, which the first check tells."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
 
 
 def _texts(directory: Path, files: list[str]) -> Iterator[tuple[str, str]]:
