@@ -174,7 +174,7 @@ def test_a_part_of_a_data_set_has_the_card_that_lists_its_file(run):
 def test_data_without_a_card_are_refused_whatever_licences_say(run):
     source = {"path": "org/unknown", "name": "unknown", "captions": {"ko": "ko"}}
     change(run / "config.yaml", data={"sources": [source]})
-    with pytest.raises(ConfigError, match="the data card of unknown: got .*no such file"):
+    with pytest.raises(ConfigError, match=r"the data card of unknown: got .*no such file"):
         card_of(run, licenses={"unknown": "mit", "org/unknown": "mit"})
     told = " ".join(str(PublishConfig.__doc__).split("license:")[0].split("licenses:")[1].split())
     assert "A data set's licence is that of its data card alone" in told
