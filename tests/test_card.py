@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from runs_to_publish import ENVIRONMENT, METRICS, SCENES, aligned, beside
 from koclip import config
 from koclip.config import ConfigError, PublishConfig
 from koclip.evaluation.tables import place, split
+from koclip.publishing import facts
 from koclip.publishing.card import render, write_card
 from koclip.publishing.facts import gather
 from koclip.publishing.files import CARD, LICENCE
@@ -169,6 +171,22 @@ def test_a_part_of_a_data_set_has_the_card_that_lists_its_file(run):
         card_of(run)
 
 
+def test_data_without_a_card_are_refused_whatever_licences_say(run):
+    source = {"path": "org/unknown", "name": "unknown", "captions": {"ko": "ko"}}
+    change(run / "config.yaml", data={"sources": [source]})
+    with pytest.raises(ConfigError, match=r"the data card of unknown: got .*no such file"):
+        card_of(run, licenses={"unknown": "mit", "org/unknown": "mit"})
+    told = " ".join(str(PublishConfig.__doc__).split("license:")[0].split("licenses:")[1].split())
+    assert "A data set's licence is that of its data card alone" in told
+
+
+@pytest.mark.parametrize("name", ["environment.json", "model/config.json"])
+def test_a_file_that_is_broken_is_named(run, name):
+    (run / name).write_text('{"a": ', encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"model: .*{name} cannot be read: Expecting value"):
+        card_of(run)
+
+
 @pytest.mark.parametrize("part", ["**Limits.**", "**Harms.**", "license: Apache-2.0, as koclip", "languages: [ko, en]"])
 def test_a_data_card_that_lacks_something_is_named(run, tmp_path, part):
     shutil.copytree(ROOT / "data_cards", tmp_path / "cards")
@@ -198,7 +216,7 @@ def test_a_non_commercial_source_makes_the_model_so_and_the_card_says_it(run):
 VERDICTS = {
     "apache-2.0": ("scenes", "crossmodal_3600"),
     "cc-by-sa-4.0": ("emoji",),
-    "share-alike-sources": ("wit_ko",),
+    "terms-of-sources": ("wit_ko",),
     "unstated-sources": ("cifar10", "coco_ko", "kocc3m", "kocc12m"),
     "non-commercial-research": ("flickr8k_ko", "tiny_imagenet_ko", "xtd10"),
 }
@@ -249,6 +267,17 @@ def test_a_licence_that_nobody_tells_is_asked_for(run):
         card_of(run)
     told = {"openai/clip-vit-base-patch32": "unstated", "klue/roberta-base": "cc-by-sa-4.0"}
     assert card_of(run, licenses=told).data["license_name"] == "unstated-sources"
+
+
+@pytest.mark.parametrize(
+    ("stated", "licence"),
+    [(["mit", "apache-2.0"], "apache-2.0"), (["mit", "cc-by-sa-4.0"], "cc-by-sa-4.0"), ([], "other")],
+)
+def test_a_card_on_the_hub_may_state_several_licences(run, monkeypatch, stated, licence):
+    beside(run, aligned("openai/clip-vit-base-patch32", "same", "lora"))
+    found = SimpleNamespace(card_data={"license": stated})
+    monkeypatch.setattr(facts, "HfApi", lambda: SimpleNamespace(model_info=lambda _: found))
+    assert card_of(run).data.license == licence
 
 
 def test_a_card_of_somebody_else_is_kept(run):

@@ -19,6 +19,18 @@ from koclip.publishing.licences import Source, Terms, conclude, terms_of
         ("unstated", Terms.NONE_STATED),
         ("openrail", Terms.OWN),
         ("gemma", Terms.OWN),
+        ("CC-BY-4.0 for the captions; pictures under Flickr's terms of use", Terms.OWN),
+        ("CC-BY-4.0, the pictures under Flickr's terms of use", Terms.OWN),
+        ("cc-by-sa-4.0 captions; pictures under the terms of Getty", Terms.OWN),
+        ("Texts: CC-BY-SA-3.0. Pictures: each has a licence of its own.", Terms.OWN),
+        ("not MIT: all rights reserved", Terms.NONE_STATED),
+        ("not MIT", Terms.OWN),
+        ("MIT, except the pictures", Terms.OWN),
+        ("Captions: CC-BY-4.0. Pictures have no licence.", Terms.NONE_STATED),
+        ("Captions: CC-BY-4.0. Photos: listed by Open Images as CC-BY-2.0, without a promise for each.", Terms.FREE),
+        ("OFL-1.1 (image resources Apache-2.0 by its README). blob: Apache-2.0.", Terms.FREE),
+        ("mit; apache-2.0", Terms.FREE),
+        ("", Terms.NONE_STATED),
     ],
 )
 def test_terms_of_licences(text, terms):
@@ -33,6 +45,9 @@ def test_terms_of_licences(text, terms):
         (["mit", "cc-by-sa-4.0"], "cc-by-sa-4.0", None),
         (["twemoji: CC-BY-4.0. openmoji: CC-BY-SA-4.0. Names: Unicode-3.0."], "cc-by-sa-4.0", None),
         (["mit", "gpl-3.0"], "gpl-3.0", None),
+        (["mit", "cc-by-sa-2.0"], "other", "cc-by-sa-2.0"),  # the Hub knows 3.0 and 4.0
+        (["agpl"], "other", "agpl"),
+        (["mit", "MIT; pictures: ask them"], "other", "terms-of-sources"),
         (["cc-by-sa-3.0", "cc-by-sa-4.0"], "other", "share-alike-sources"),
         (["Texts: CC-BY-SA-3.0. Pictures: CC-BY-SA-4.0."], "other", "share-alike-sources"),
         (["cc-by-sa-4.0", "openrail"], "other", "terms-of-sources"),

@@ -62,10 +62,20 @@ def cut(model: Path) -> None:
     (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:1000])
 
 
+def label(**metadata: str) -> Callable[[Path], None]:
+    def change(model: Path) -> None:
+        weights = load_file(model / "model.safetensors")
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"} | metadata)
+
+    return change
+
+
 TOKEN = "hf_" + "abcDEF123" * 4
 DEFECTS = {
     "a missing file": (lambda model: (model / "tokenizer.json").unlink(), "files are complete", "tokenizer.json is"),
     "no weights": (lambda model: (model / "model.safetensors").unlink(), "files are complete", "no model*.safetensors"),
+    "broken JSON": (write("config.json", '{"a": '), "files are complete", "config.json cannot be read: Expecting"),
+    "a broken adapter": (write("adapter/a.json", "{"), "files are complete", "adapter/a.json cannot be read: E"),
     "a pickle": (write("pytorch_model.bin", "x"), "no pickles, no foreign files", "pytorch_model.bin is a pickle"),
     "a pickle below": (write("adapter/a.pt", "x"), "no pickles, no foreign files", "adapter/a.pt is a pickle"),
     "code": (write("modeling.py", "x"), "no pickles, no foreign files", "modeling.py is nothing that a model"),
@@ -78,10 +88,21 @@ DEFECTS = {
     "a path": (edit("config.json", _name_or_path="/home/me/run"), "nothing of this machine", "the path /home/me/run"),
     "a relative path": (edit("config.json", _name_or_path="tests/tiny.py"), "nothing of this machine", "tests/tiny.py"),
     "a path of Windows": (edit("config.json", a="C:\\Users\\me"), "nothing of this machine", "C:\\Users\\me"),
+    "a path after auto:": (edit("config.json", a="auto:/home/kim/clip"), "nothing of this machine", "/home/kim/clip"),
+    "a path of a file:": (edit("config.json", a="file:/home/kim/x"), "nothing of this machine", "file:/home/kim/x"),
+    "a path of Windows, /": (edit("config.json", a="C:/Users/kim"), "nothing of this machine", "C:/Users/kim"),
+    "a path of nfs": (edit("config.json", a="/nfs/kim/x"), "nothing of this machine", "/nfs/kim/x"),
+    "a path of storage": (edit("config.json", a="/storage/kim"), "nothing of this machine", "/storage/kim"),
+    "a path of data2": (edit("config.json", a="at=/data2/kim"), "nothing of this machine", "/data2/kim"),
+    "a path in weights": (label(base="/home/kim/x"), "nothing of this machine", "the path /home/kim/x"),
     "a path in the card": (write("README.md", CARD + "see /data/x.csv"), "nothing of this machine", "/data/x.csv"),
     "a user": (edit("config.json", made_by="jihoon.kim"), "nothing of this machine", "names the user jihoon.kim"),
     "a user in a path": (edit("config.json", a="x/jihoon.kim/y"), "nothing of this machine", "the user jihoon.kim"),
     "a token": (edit("config.json", a=f"see {TOKEN}"), "no token", "config.json holds an access token"),
+    "a token in weights": (label(note=TOKEN), "no token", "model.safetensors holds an access token"),
+    "a token in vocab.txt": (write("vocab.txt", f"a\n{TOKEN}\n"), "no token", "vocab.txt holds an access token"),
+    "a token in vocab.json": (write("vocab.json", f'{{"{TOKEN}": 1}}'), "no token", "vocab.json holds an access token"),
+    "a token after a word": (write("README.md", CARD + "토큰" + TOKEN), "no token", "README.md holds an access token"),
     "a token in the card": (write("README.md", CARD + TOKEN), "no token", "README.md holds an access token"),
     "no card": (lambda model: (model / "README.md").unlink(), "licence is stated", "there is no README.md"),
     "no licence": (write("README.md", "---\nlanguage: ko\n---\n"), "licence is stated", "has no license"),
@@ -104,6 +125,22 @@ def test_every_defect_of_the_files_is_found_alone(model, defect, monkeypatch, ca
         refuse(checks)
     print_checks(checks)
     assert TOKEN not in str(raised.value) + capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://huggingface.co/home/x",
+        "see (https://huggingface.co/data/x), s3://data/x or hf://datasets/a/b",
+        "http://localhost:8080/home/x, ../data/x, and/or, /dev/null",
+        r"(?s:\s+)|\p{L}+|D:/ :/ ~ /",
+    ],
+)
+def test_urls_and_ordinary_words_are_no_alarm(model, text):
+    edit("config.json", a=text)(model)
+    write("README.md", CARD + text)(model)
+    write("vocab.txt", "/home/\nhf_\n##hf_a\nC:/a\n" + text)(model)
+    assert failing(check_files(model)) == {}
 
 
 def test_the_own_token_is_found_whatever_it_looks_like(model, monkeypatch):
@@ -135,6 +172,14 @@ def test_an_adapter_whose_base_is_a_directory_is_refused_until_it_is_named(sound
     assert 'from_pretrained("org/base")' in (model / "adapter" / "README.md").read_text(encoding="utf-8")
     edit("adapter/adapter_config.json", base_model_name_or_path="/home/me/base")(model)
     assert {"adapter's base can be found", "nothing of this machine"} == set(failing(check_files(model)))
+
+
+def test_a_broken_adapter_config_is_left_to_the_checks(sound, tmp_path):
+    model, _ = adapted(tmp_path, str(sound), sound)
+    (model / "README.md").write_text(CARD, encoding="utf-8")
+    (model / "adapter" / "adapter_config.json").write_text("{", encoding="utf-8")
+    name_base(model, "org/base", None)
+    assert "adapter/adapter_config.json cannot be read" in failing(preflight.preflight(model))["files are complete"]
 
 
 def test_ids_that_are_not_the_tokenizers_are_found(model):

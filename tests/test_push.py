@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -12,9 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
+from hf_xet import XetAuthenticationError, XetObjectNotFoundError
 from hub_repos import Fault
 from hub_server import HubServer
+from huggingface_hub.errors import HTTPError
 
+from koclip.config import ConfigError, RunError
+from koclip.publishing import push
 from koclip.publishing.push import _grants
 
 TOKEN, READER = "hf_" + "writes" * 6, "hf_" + "reads" * 7
@@ -306,6 +313,19 @@ def test_a_commit_that_came_between_is_kept(hub, workers, model):
     assert repo.tags["v2"] == done["commit"]
 
 
+def test_what_is_told_is_what_the_last_try_sent(hub, workers, model):
+    worker = workers()
+    start(hub, worker, model, "org/told")
+    repo = hub.repos["org/told"]
+    same = {"config.json": ((model / "config.json").read_bytes(), False)}
+    hub.faults = [Fault("commit", "kill")]
+    hub.killer = lambda: repo.commit(repo.trees[repo.commits[-1]] | same) and None
+    done = worker.push(model, "org/told", tag="v2")
+    assert repo.files == contents(model)
+    assert "model.safetensors" in done["added"]
+    assert "config.json" not in done["added"]
+
+
 def test_a_file_is_served_from_where_a_download_broke_off(hub, workers, model):
     """The client goes on there in pieces of 10 MB only, which no test has."""
     workers().push(model, "org/ranges")
@@ -315,6 +335,55 @@ def test_a_file_is_served_from_where_a_download_broke_off(hub, workers, model):
         assert answer.headers["Content-Range"] == "bytes 49990-49999/50000"
         assert answer.headers["ETag"] == answer.headers["X-Linked-Etag"]
         assert answer.read() == b"1" * 10
+
+
+def missing() -> None:
+    Path("no/such/file").read_bytes()
+
+
+def raising(error: Exception) -> Callable[[], None]:
+    def do() -> None:
+        raise error
+
+    return do
+
+
+def counted(do: Callable[[], None], key: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, Exception]:
+    """Return how often `repeat` tries, and what it raises."""
+    tries: list[int] = []
+    monkeypatch.setattr(push, "_WAIT", 0)
+    with pytest.raises((ConfigError, RunError)) as raised:
+        push.repeat(lambda: [tries.append(1), do()], "pushing", key)
+    return len(tries), raised.value
+
+
+@pytest.mark.parametrize("do", [missing, raising(PermissionError(13, "Permission denied", "no/such/file"))])
+def test_a_file_that_cannot_be_read_is_told_at_once(monkeypatch, do):
+    tries, error = counted(do, "repo_id", monkeypatch)
+    assert (tries, type(error)) == (1, ConfigError)
+    assert "no/such/file" in str(error)
+    assert "repo_id" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(XetObjectNotFoundError("lost"), XetAuthenticationError("expired"), RuntimeError("xet")),
+        *(requests.ConnectionError("cut"), requests.exceptions.SSLError("bad"), HTTPError("cut")),
+        *(ConnectionResetError(104, "reset"), TimeoutError("slow"), socket.gaierror(-3, "no name")),
+        *(ssl.SSLError("bad"), OSError(101, "Network is unreachable")),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_faults_of_the_network_are_tried_again_and_told_of_what_was_asked(monkeypatch, error):
+    tries, told = counted(raising(error), "space", monkeypatch)
+    assert (tries, type(told)) == (4, RunError)
+    assert str(told).startswith("space: pushing did not work, 4 times")
+
+
+def test_a_space_is_told_by_its_own_key():
+    assert push.Repository("org/a").key == "repo_id"
+    assert push.Repository("org/a", "space").key == "space"
 
 
 def test_without_a_hub_it_says_so(tmp_path, model):

@@ -68,8 +68,8 @@ class PublishConfig:
         message: The commit's first line.
         clip: Hub id of what the run's config.yaml names as model.clip, where that is a directory.
         text_encoder: The same of model.text_encoder.
-        licenses: Licences of Hub models and of data without a data card, by Hub id or name; `unstated` if none is
-            stated. Default: what the Hub says.
+        licenses: Licences of the Hub models that the run began with, by Hub id; `unstated` if none is stated.
+            Default: what the Hub says. A data set's licence is that of its data card alone.
         license: Licence of this model if its sources leave the choice, as the Hub spells it.
         data_cards: Directory of the data cards.
         training_time: How long training took, as people read it; default: the last `seconds` of the run's

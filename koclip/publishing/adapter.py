@@ -18,7 +18,10 @@ def name_base(directory: Path, clip: str | None, text_encoder: str | None) -> No
     if not readme.is_file() or not settings.is_file():
         return
     told = readme.read_text(encoding="utf-8")
-    values = json.loads(settings.read_text(encoding="utf-8"))
+    try:
+        values = json.loads(settings.read_text(encoding="utf-8"))
+    except ValueError:
+        return  # broken, which the pre-flight tells
     if clip and values.get("base_model_name_or_path") is None and "swap_text_tower" not in told:
         values["base_model_name_or_path"] = clip
         settings.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

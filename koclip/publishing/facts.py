@@ -255,7 +255,8 @@ def _licence(hub_id: str, given: Mapping[str, str]) -> str:
             f"licenses: the licence of {hub_id} is not known, the Hub was asked and gave: {reason} Say it: "
             f"--licenses '{{{hub_id}: mit}}', or {UNSTATED} if it has none"
         ) from error
-    return (info.card_data.get("license") if info.card_data else None) or UNSTATED
+    stated = (info.card_data.get("license") if info.card_data else None) or UNSTATED
+    return stated if isinstance(stated, str) else "; ".join(stated)  # of several the strictest holds
 
 
 def _languages(config: Mapping[str, Any]) -> list[str]:
@@ -285,5 +286,8 @@ def _needed(file: Path, name: str) -> Any:
 
 def _read(file: Path) -> dict[str, Any]:
     check(file.is_file(), "model", str(file), "no such file, which the card is made from: publish what koclip wrote")
-    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ConfigError(f"model: {file} cannot be read: {error}; publish what koclip wrote") from error
     return values

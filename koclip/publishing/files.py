@@ -24,12 +24,17 @@ _NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocess
 _KINDS = {".json", ".safetensors", ".md", ".txt", ".model", ".onnx"}
 _VOCABULARIES = {"vocab.json", "added_tokens.json"}  # whose keys are words of the training text
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".joblib", ".msgpack", ".h5"}
+_WEIGHTS = {".safetensors", ".onnx", *_PICKLES}
 _TYPES = {"F32", "I64", "I32", "BOOL", "U8"}  # weights are fp32; the others are buffers of positions
-_PATH = re.compile(
-    r"(?<![\w./:~-])(?:(?:/(?:home|Users|root|tmp|var|mnt|data|work|workspace|opt|srv|scratch|private|content|kaggle)/)"
-    r"|~/|[A-Za-z]:\\|file://)[^\s\"'`)\]]*"
+_ROOTS = (
+    r"home|[Uu]sers?|root|tmp|var|mnt|media|Volumes|nfs|efs|fsx|gpfs|lustre|ceph(?:fs)?|raid|ssd|nvme|hdd|disk|storage|"
+    r"shared?|data(?:sets?)?|work|workspaces?|projects?|opt|usr|etc|srv|dev/shm|export|scratch|private|content|kaggle"
 )
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}|\bapi_org_[A-Za-z0-9]{16,}")
+# A slash that follows a letter, a dot or a slash is a URL's or a relative path's; `?` comes before `s:\s` of patterns.
+_PATH = re.compile(
+    rf"(?:(?<![\w./~-])/(?:{_ROOTS})\d*/|(?<![\w./:~-])~/|(?<![\w./?-])[A-Za-z]:[\\/](?=\w)|\bfile:/)[^\s\"'`)\]]*"
+)
+_TOKEN = re.compile(rb"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{16,}")
 # Account names that are also words; they count only as a part of a path.
 _WORDS = {"root", "user", "ubuntu", "admin", "runner", "jovyan", "guest", "nobody", "model", "data", "test"}
 
@@ -60,7 +65,11 @@ def check_files(directory: Path, repo_id: str | None = None, adapter: bool = Tru
     """Check the files of a directory that is to be published as `repo_id`."""
     files = publishable(directory, adapter)
     return [
-        Check("files are complete", _missing(files), "publish what koclip wrote as model/, whole: train or save again"),
+        Check(
+            "files are complete",
+            _missing(directory, files),
+            "publish what koclip wrote as model/, whole: train or save again",
+        ),
         Check("no pickles, no foreign files", _foreign(files), "move these files out of the directory"),
         Check("no remote code", _remote_code(directory, files), "use a stock class of transformers; drop auto_map"),
         Check("weights are fp32", _types(directory, files), "save the model again in fp32, as safetensors"),
@@ -80,9 +89,15 @@ def check_files(directory: Path, repo_id: str | None = None, adapter: bool = Tru
     ]
 
 
-def _missing(files: list[str]) -> list[str]:
+def _missing(directory: Path, files: list[str]) -> list[str]:
     lacking = [f"{name} is missing" for name in _NEEDED if name not in files]
-    return lacking + ([] if any(_is_weights(name) for name in files) else ["no model*.safetensors"])
+    lacking += [] if any(_is_weights(name) for name in files) else ["no model*.safetensors"]
+    for name in (name for name in files if name.endswith(".json")):
+        try:
+            json.loads((directory / name).read_text(encoding="utf-8"))
+        except ValueError as error:  # no JSON, or no UTF-8
+            lacking.append(f"{name} cannot be read: {error}")
+    return lacking
 
 
 def _foreign(files: list[str]) -> list[str]:
@@ -136,9 +151,12 @@ def _traces(directory: Path, files: list[str], repo_id: str | None) -> list[str]
 
 
 def _tokens(directory: Path, files: list[str]) -> list[str]:
-    own = get_token()
+    """Look into the bytes of all but weights, vocabularies too, and into what JSON and weights hold as text."""
+    own = (get_token() or "").encode()
+    read = [(name, (directory / name).read_bytes()) for name in files if Path(name).suffix not in _WEIGHTS]
+    read += [(name, text.encode(errors="replace")) for name, text in _texts(directory, files)]
     # The token itself is never printed, only where it stands.
-    leaks = [name for name, text in _texts(directory, files) if _TOKEN.search(text) or (own and own in text)]
+    leaks = [name for name, content in read if _TOKEN.search(content) or (own and own in content)]
     return [f"{name} holds an access token" for name in dict.fromkeys(leaks)]
 
 
@@ -182,11 +200,18 @@ def _is_weights(name: str) -> bool:
 
 
 def _read(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
+    """Return what a file of JSON holds; nothing if it is broken, which the first check tells."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
 
 
 def _texts(directory: Path, files: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield (file, text) of all that people or machines wrote into JSON and Markdown, vocabularies left out."""
+    """Yield (file, text) of what people or machines wrote into JSON, Markdown and the heads of weights.
+
+    Vocabularies are left out.
+    """
     for name in files:
         if name.endswith(".md"):
             yield from ((name, line) for line in (directory / name).read_text(encoding="utf-8").splitlines())
@@ -195,6 +220,16 @@ def _texts(directory: Path, files: list[str]) -> Iterator[tuple[str, str]]:
             if name == "tokenizer.json":
                 values = {key: value for key, value in values.items() if key not in ("model", "added_tokens")}
             yield from ((name, text) for text in _walk(values, lambda one: isinstance(one, str)))
+        elif name.endswith(".safetensors"):
+            yield from ((name, text) for item in _metadata(directory / name).items() for text in item)
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    try:
+        with safe_open(file, framework="pt") as weights:
+            return weights.metadata() or {}
+    except SafetensorError:
+        return {}  # told by the check of their types
 
 
 def _keys(values: Any) -> set[str]:

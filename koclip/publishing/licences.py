@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 UNSTATED = "unstated"
-_NO = re.compile(r"no licen[cs]e stated|states? no licen[cs]e|unstated|rights stay", re.IGNORECASE)
+_CLAUSE = re.compile(r"\.(?=\s|$)|;")  # the dot of a version, as in 4.0, ends none
+_NO = re.compile(r"\b(?:no|without a) licen[cs]e\b|unstated|rights stay|rights reserved", re.IGNORECASE)
+_OWN = re.compile(r"\bterms of (?:use|access|service)\b|\bnot\b|\bexcept", re.IGNORECASE)
 _RESEARCH = re.compile(
     r"non-?commercial|\bresearch\b|educational?\b|\bNC\b|by-nc|-nc-|internal use|evaluation only", re.IGNORECASE
 )
@@ -16,6 +18,8 @@ _FREE = re.compile(
     r"|\bunlicense\b|\bpublic domain\b|\bcdla-permissive|\bzlib\b",
     re.IGNORECASE,
 )
+# Of those that `_ALIKE` finds, what the Hub takes: huggingface.co/docs/hub/repositories-licenses.
+_HUB = {"cc-by-sa-3.0", "cc-by-sa-4.0", "gpl", "gpl-2.0", "gpl-3.0", "lgpl", "lgpl-2.1", "lgpl-3.0", "agpl-3.0", "odbl"}
 
 
 class Terms(IntEnum):
@@ -59,11 +63,17 @@ class Licence:
 
 
 def terms_of(text: str) -> Terms:
-    """Return the strictest terms that a licence in words, or as an identifier, holds."""
-    for pattern, terms in ((_RESEARCH, Terms.RESEARCH), (_NO, Terms.NONE_STATED), (_ALIKE, Terms.ALIKE)):
-        if pattern.search(text):
-            return terms
-    return Terms.FREE if _FREE.search(text) else Terms.OWN
+    """Return the strictest terms that a licence in words, or as an identifier, holds; a clause without one is OWN."""
+    clauses = [one for one in _CLAUSE.split(text) if one.strip()]
+    return max((_terms_of_clause(one) for one in clauses), default=Terms.NONE_STATED)
+
+
+def _terms_of_clause(text: str) -> Terms:
+    strictest_first = (
+        *((_RESEARCH, Terms.RESEARCH), (_NO, Terms.NONE_STATED), (_OWN, Terms.OWN)),
+        *((_ALIKE, Terms.ALIKE), (_FREE, Terms.FREE)),
+    )
+    return next((terms for pattern, terms in strictest_first if pattern.search(text)), Terms.OWN)
 
 
 def conclude(sources: Sequence[Source], wish: str) -> Licence:
@@ -78,9 +88,11 @@ def conclude(sources: Sequence[Source], wish: str) -> Licence:
         return Licence(wish, None, "its sources leave its makers the choice")
     bound = [one for one in sources if one.terms == strictest]
     if strictest == Terms.ALIKE:
-        wanted = {found.lower() for one in bound for found in _ALIKE.findall(one.licence)}
+        wanted = {name.lower() for one in bound for name in _ALIKE.findall(one.licence)}
         if len(wanted) == 1:
-            return Licence(wanted.pop(), None, f"{_names(bound)} must be passed on under that licence")
+            (found,) = wanted
+            why = f"{_names(bound)} must be passed on under {'that licence' if found in _HUB else found}"
+            return Licence(found, None, why) if found in _HUB else Licence("other", found, why)
         return Licence("other", "share-alike-sources", f"{_names(bound)} must be passed on under their own licences")
     name, why = _NAMES[strictest]
     return Licence("other", name, f"{why}: {_names(bound)}")

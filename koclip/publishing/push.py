@@ -45,6 +45,11 @@ class Repository:
     kind: Literal["model", "space"] = "model"
     private: bool = False
 
+    @property
+    def key(self) -> str:
+        """What the configuration calls it."""
+        return "space" if self.kind == "space" else "repo_id"
+
 
 @dataclass(frozen=True)
 class Pushed:
@@ -66,7 +71,7 @@ def check_rights(repo_id: str, key: str = "repo_id") -> None:
     login = "log in with `hf auth login` or set HF_TOKEN; tokens are made at hf.co/settings/tokens"
     check(get_token() is not None, "token", None, f"expected one with write rights: {login}")
     namespace = repo_id.split("/")[0]
-    who = repeat(lambda: HfApi().whoami(), "asking who the token belongs to")
+    who = repeat(lambda: HfApi().whoami(), "asking who the token belongs to", key)
     mine = {who["name"]: "admin"} | {one["name"]: one.get("roleInOrg", "write") for one in who.get("orgs", [])}
     named = f"a namespace of {who['name']}: {', '.join(sorted(mine))}"
     check(namespace in mine, key, repo_id, f"expected {named}; take one, or the token of a member")
@@ -105,14 +110,14 @@ def push(directory: Path, files: Sequence[str], repo: Repository, message: str, 
         ConfigError: the tag names another commit; or the Hub refuses the token, the name or the files.
         RunError: it could not be done; the repository is as it was, or complete. The message says which.
     """
-    url = repeat(lambda: _create(repo), f"making {repo.repo_id}")
+    url = repeat(lambda: _create(repo), f"making {repo.repo_id}", repo.key)
     if tag:
         _check_tag(repo, tag, directory, files)
     sent: list[tuple[list[str], list[str]]] = []
-    commit = repeat(lambda: _commit(directory, files, repo, message, sent), f"pushing to {repo.repo_id}")
+    commit = repeat(lambda: _commit(directory, files, repo, message, sent), f"pushing to {repo.repo_id}", repo.key)
     if tag:
-        repeat(lambda: _set_tag(repo, tag, commit), f"setting the tag {tag} of {repo.repo_id}")
-    added, deleted = sent[0] if sent else ([], [])
+        repeat(lambda: _set_tag(repo, tag, commit), f"setting the tag {tag} of {repo.repo_id}", repo.key)
+    added, deleted = sent[-1] if sent else ([], [])
     return Pushed(url, commit, added, deleted)
 
 
@@ -142,8 +147,9 @@ def _commit(
     left = _differences(directory, files, repo, made.oid)
     if any(left):
         raise RunError(
-            f"repo_id: {repo.repo_id} does not hold what was pushed, its hashes differ: {', '.join(left[0] + left[1])} "
-            f"at commit {made.oid}. Run the same command again; if it stays so, delete these files on the Hub first"
+            f"{repo.key}: {repo.repo_id} does not hold what was pushed, its hashes differ: "
+            f"{', '.join(left[0] + left[1])} at commit {made.oid}. Run the same command again; if it stays so, "
+            "delete these files on the Hub first"
         )
     return str(made.oid)
 
@@ -177,7 +183,7 @@ def _is_ours(name: str, repo: Repository) -> bool:
 def _head(repo: Repository) -> str:
     head = HfApi().repo_info(repo.repo_id, repo_type=repo.kind).sha
     mend = "expected a repository with a commit: delete it on the Hub and try again"
-    check(head is not None, "repo_id", repo.repo_id, mend)
+    check(head is not None, repo.key, repo.repo_id, mend)
     return str(head)
 
 
@@ -189,7 +195,7 @@ def _check_tag(repo: Repository, tag: str, directory: Path, files: Sequence[str]
         same = target is None or not any(_differences(directory, files, repo, target))
         return target, same
 
-    target, same = repeat(look, f"looking for the tag {tag} of {repo.repo_id}")
+    target, same = repeat(look, f"looking for the tag {tag} of {repo.repo_id}", repo.key)
     check(same, "tag", tag, f"it names commit {target}, of other files: releases are not moved, choose a new name")
 
 
@@ -211,11 +217,11 @@ def _grants(rights: dict[str, Any], repo_id: str) -> bool:
     return bool(granted & {"repo.write", "repo.content.write"})
 
 
-def repeat(do: Callable[[], Made], what: str) -> Made:
-    """Do something with the Hub; again, a few times, after faults that pass.
+def repeat(do: Callable[[], Made], what: str, key: str = "repo_id") -> Made:
+    """Do something with the Hub, which the configuration calls `key`; again, a few times, after faults that pass.
 
     Raises:
-        ConfigError: the Hub refuses it.
+        ConfigError: the Hub refuses it, or a file here cannot be read.
         RunError: it does not work.
     """
     for number in range(1, TRIES + 1):
@@ -227,19 +233,32 @@ def repeat(do: Callable[[], Made], what: str) -> Made:
             if isinstance(error, ConfigError | RunError):
                 raise
             status = _status(error)
+            if status is None and _is_local(error):
+                raise ConfigError(f"{what}: {_line(error)}. Make the file readable, and run it again") from error
             if status is not None and status not in _PASSING:
-                raise ConfigError(f"repo_id: {what}: the Hub says {_line(error)}") from error
+                raise ConfigError(f"{key}: {what}: the Hub says {_line(error)}") from error
             # A proxy's page in the place of JSON passes; other wrong values are what the client or the Hub refuse.
             if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError) and status is None:
-                raise ConfigError(f"repo_id: {what}: {_line(error)}") from error
+                raise ConfigError(f"{key}: {what}: {_line(error)}") from error
             if number == TRIES:
                 raise RunError(
-                    f"repo_id: {what} did not work, {TRIES} times: {_line(error)}. A commit is whole or not there at "
+                    f"{key}: {what} did not work, {TRIES} times: {_line(error)}. A commit is whole or not there at "
                     "all, so the repository is as it was, or complete: run the same command again"
                 ) from error
             tqdm.write(f"{what}: {_line(error)}; again in {_WAIT * 2 ** (number - 1):.0f} s", file=sys.stderr)
             time.sleep(_WAIT * 2 ** (number - 1))
     raise AssertionError("unreachable")
+
+
+def _is_local(error: Exception) -> bool:
+    """Return whether a file here is the reason; errors of the network are classes of their own, or name no file."""
+    kinds = (
+        FileNotFoundError,
+        PermissionError,
+        IsADirectoryError,
+        NotADirectoryError,
+    )  # not their subclasses: hf_xet's
+    return type(error) in kinds or (type(error) is OSError and error.filename is not None)
 
 
 def _status(error: BaseException) -> int | None:

@@ -46,7 +46,7 @@ def push_space(source: Path, repo: Repository, model_id: str, message: str) -> P
         card.data.title, card.data.models = repo.repo_id.split("/")[1], [model_id]
         card.save(Path(folder) / CARD)
         pushed = push(Path(folder), files, repo, message)
-    repeat(lambda: _name_model(repo.repo_id, model_id), f"setting {MODEL} of {repo.repo_id}")
+    repeat(lambda: _name_model(repo.repo_id, model_id), f"setting {MODEL} of {repo.repo_id}", repo.key)
     return pushed
 
 
