@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from fake_encoder import COLOURS, ColourEncoder
 from PIL import Image
 
+from koclip.checkpoint import lines
 from koclip.config import ConfigError, IndexConfig
 from koclip.search import ImageIndex, approximate, build, open_index
 from koclip.search.index import _MARGIN
@@ -103,7 +104,7 @@ def test_what_is_kept_of_an_image_is_found_again(tmp_path):
 def test_a_folder_becomes_an_index(folder, tmp_path, small):
     count, skipped = build.build(config(folder), ColourEncoder(), tmp_path / "index")
     assert count == 30
-    assert [key for key, _ in skipped] == ["나/broken.jpg"]
+    assert [(skip.source, skip.key) for skip in skipped] == [(str(folder), "나/broken.jpg")]
     index = open_index(tmp_path / "index")
     query = ColourEncoder().encode_texts(["파랑"])
     keys = [index.entry(int(place)).record["key"] for place in index.search(query, 7).places[0]]
@@ -132,15 +133,18 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 def test_a_stopped_build_goes_on_and_gives_the_same_bytes(folder, tmp_path, small):
-    build.build(config(folder), ColourEncoder(), tmp_path / "whole")
+    (folder / "가" / "00.jpg").write_bytes(b"in the first shard")
+    _, skipped = build.build(config(folder), ColourEncoder(), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         build.build(config(folder), Dying(), tmp_path / "stopped")
     with pytest.raises(ConfigError, match="not finished"):
         open_index(tmp_path / "stopped")
     (tmp_path / "stopped" / "writing-shard-000002.safetensors").write_bytes(b"half")
     encoder = ColourEncoder()
-    build.build(config(folder), encoder, tmp_path / "stopped")
+    _, left_out = build.build(config(folder), encoder, tmp_path / "stopped")
     assert encoder.calls < 11
+    assert [skip.key for skip in left_out] == ["가/00.jpg", "나/broken.jpg"]
+    assert left_out == skipped
     (tmp_path / "stopped" / "writing-shard-000002.safetensors").unlink(missing_ok=True)
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
 
@@ -293,11 +297,13 @@ def test_the_recipe_makes_an_index_and_names_what_it_left_out(folder, tmp_path):
     from align_runs import write_source
 
     model = write_source(tmp_path / "model")
-    told = run("--model", str(model), "--images", str(folder), "--output_dir", str(tmp_path / "index"))
-    assert told.returncode == 0, told.stderr
-    assert "30 images" in told.stdout
-    left = (tmp_path / "index" / "skipped.jsonl").read_text(encoding="utf-8")
-    assert json.loads(left)["key"] == "나/broken.jpg"
+    for _ in range(2):  # the second embeds nothing, and lists the same
+        told = run("--model", str(model), "--images", str(folder), "--output_dir", str(tmp_path / "index"))
+        assert told.returncode == 0, told.stderr
+        assert "30 images" in told.stdout
+        (left,) = lines.read(tmp_path / "index" / "skipped.jsonl")
+        assert (left["source"], left["key"]) == (str(folder), "나/broken.jpg")
+        assert "PIL does not read" in left["reason"]
     assert len(open_index(tmp_path / "index")) == 30
 
 

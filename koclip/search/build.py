@@ -14,13 +14,14 @@ from tqdm.auto import tqdm
 from xxhash import xxh3_128_hexdigest
 
 from koclip.config import ConfigError, DataConfig, IndexConfig, SourceConfig, check
+from koclip.data.batches import Skip
 from koclip.data.sources import Row, StreamSource, open_source
 from koclip.data.transforms import ImageError, decode
 from koclip.models.encoders import Encoder
 from koclip.search import approximate
 from koclip.search.shards import FACTS, ROWS, SHARD, Entry, Shards, read_facts, write, write_facts
 
-FORMAT = 1  # of the files
+FORMAT = 2  # of the files
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".avif", ".jp2", ".ppm"}
 _QUALITY = 80  # of thumbnails
 
@@ -35,6 +36,7 @@ class Collection:
 
     def __init__(self, config: IndexConfig) -> None:
         self._most = config.max_images or None
+        self.name = config.images if config.source is None else config.source.path
         self._source = None
         self._paths: list[Path] = []
         if config.source is None and Path(config.images).is_dir():
@@ -77,11 +79,11 @@ class Collection:
         ]
 
 
-def build(config: IndexConfig, encoder: Encoder, directory: Path) -> tuple[int, list[tuple[str, str]]]:
+def build(config: IndexConfig, encoder: Encoder, directory: Path) -> tuple[int, list[Skip]]:
     """Embed what is not embedded yet, and make the approximate index if it is asked for.
 
     Returns:
-        The number of images in the index, and keys and reasons of those that this run left out.
+        The number of images in the index, and what was left out of it, by runs before this one too.
 
     Raises:
         ConfigError: the directory holds an index of something else, or no image can be used.
@@ -89,21 +91,20 @@ def build(config: IndexConfig, encoder: Encoder, directory: Path) -> tuple[int, 
     collection = Collection(config)
     facts = _claim(directory, config, collection, encoder)
     there = {int(path.stem.split("-")[1]) for path in directory.glob(SHARD.replace("{:06}", "*"))}
-    skipped: list[tuple[str, str]] = []
     with tqdm(desc="embedding images", total=len(collection) or None, unit=" images") as bar:
         bar.update(min(len(there) * ROWS, len(collection)))
         for number, rows in collection.shards(there):
-            _embed(directory / SHARD.format(number), rows, encoder, config, skipped, bar)
+            _embed(directory / SHARD.format(number), rows, encoder, config, collection.name, bar)
             there.add(number)
     paths = [directory / SHARD.format(number) for number in sorted(there)]
     shards = Shards(paths)
-    check(len(shards) > 0, "images", config.images, f"none can be used; the first: {skipped[:1]}")
+    check(len(shards) > 0, "images", config.images, f"none can be used; the first: {shards.skipped[:1]}")
     large = config.approximate == "auto" and len(shards) >= config.approximate_from
     quick = directory / approximate.FILE
     if (large or config.approximate == "yes") and not quick.exists():
         approximate.build(shards.rows, shards.width, quick)
     write_facts(directory, {**facts, "num_images": len(shards), "num_shards": len(paths)})
-    return len(shards), skipped
+    return len(shards), shards.skipped
 
 
 def _claim(directory: Path, config: IndexConfig, collection: Collection, encoder: Encoder) -> dict[str, Any]:
@@ -138,18 +139,19 @@ def _embed(
     rows: list[Row],
     encoder: Encoder,
     config: IndexConfig,
-    skipped: list[tuple[str, str]],
+    name: str,
     bar: "tqdm[Any]",
 ) -> None:
     entries: list[Entry] = []
     made: list[torch.Tensor] = []
+    skipped: list[Skip] = []
     for start in range(0, len(rows), config.batch_size):
         batch = []
         for row in rows[start : start + config.batch_size]:
             try:
                 picture: Image.Image = to_pil_image(decode(row.image, DataConfig.max_image_pixels))
             except ImageError as error:
-                skipped.append((row.key, str(error)))
+                skipped.append(Skip(row.key, str(error), name))
                 continue
             batch.append(picture)
             entries.append(
@@ -158,7 +160,7 @@ def _embed(
         if batch:
             made.append(encoder.encode_images(batch))
         bar.update(len(rows[start : start + config.batch_size]))
-    write(path, torch.cat(made) if made else torch.zeros(0, 0), entries)
+    write(path, torch.cat(made) if made else torch.zeros(0, 0), entries, skipped)
 
 
 def _thumbnail(picture: Image.Image, side: int) -> bytes:
