@@ -16,7 +16,7 @@ from fake_encoder import COLOURS, ColourEncoder
 from PIL import Image
 
 from koclip.checkpoint import lines
-from koclip.config import ConfigError, IndexConfig
+from koclip.config import ConfigError, IndexConfig, SourceConfig
 from koclip.search import ImageIndex, approximate, build, open_index
 from koclip.search.index import _MARGIN
 from koclip.search.shards import Entry, Shards, write
@@ -110,6 +110,37 @@ def test_a_folder_becomes_an_index(folder, tmp_path, small):
     keys = [index.entry(int(place)).record["key"] for place in index.search(query, 7).places[0]]
     assert {int(key.split("/")[1][:2]) % 4 for key in keys} == {2}
     assert index.entry(0).thumbnail.startswith(b"\xff\xd8")
+
+
+def table(path: Path, folder: Path, count: int) -> Path:
+    """Write a data set of the folder's pictures."""
+    pictures = [path for path in sorted(folder.rglob("*.png")) for _ in range(2)][:count]
+    rows = [json.dumps({"image": str(picture), "captions_ko": "사진", "captions_en": "photo"}) for picture in pictures]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_that_grew_is_refused(folder, tmp_path, small, streaming):
+    source = SourceConfig(path=str(table(tmp_path / "rows.jsonl", folder, 12)), streaming=streaming)
+    cfg, target = config("", source=source), tmp_path / "index"
+    assert build.build(cfg, ColourEncoder(), target)[0] == 12
+    assert build.build(cfg, ColourEncoder(), target)[0] == 12
+    table(tmp_path / "rows.jsonl", folder, 40)
+    with pytest.raises(ConfigError, match=r"made otherwise .*files.*; delete it or name another"):
+        build.build(cfg, ColourEncoder(), target)
+
+
+@pytest.mark.parametrize(("then", "now", "streaming"), [(12, 40, True), (20, 12, True), (16, 8, True), (12, 40, False)])
+def test_a_shard_of_other_images_leaves_no_hole(folder, tmp_path, small, monkeypatch, then, now, streaming):
+    """Where neither files nor their number tell: what the Hub holds has changed."""
+    monkeypatch.setattr(build, "_files", lambda _: "")
+    file = tmp_path / "rows.jsonl"
+    cfg = config("", source=SourceConfig(path=str(table(file, folder, then)), streaming=streaming))
+    build.build(cfg, ColourEncoder(), tmp_path / "index")
+    table(file, folder, now)
+    with pytest.raises(ConfigError, match="belong into it" if streaming else "rows: 12, here 40"):
+        build.build(cfg, ColourEncoder(), tmp_path / "index")
 
 
 def test_scenes_bring_their_captions(tmp_path):

@@ -97,6 +97,16 @@ def read_facts(directory: Path) -> dict[str, Any]:
         raise ConfigError(f"index: {file} is broken: {error}; delete {directory}; {made_by}") from error
 
 
+def num_taken(path: Path) -> int:
+    """Return the number of images that a shard was made of, those that were left out among them.
+
+    Raises:
+        ConfigError: it is broken.
+    """
+    shard, skipped = _read(path)
+    return len(shard["embeddings"]) + len(skipped)
+
+
 def write_facts(directory: Path, facts: dict[str, Any]) -> None:
     """Write what an index says of itself."""
     partial = directory / f"writing-{FACTS}"
