@@ -246,6 +246,22 @@ def test_a_build_makes_the_approximate_index_when_asked(folder, tmp_path, small)
     assert index.search(ColourEncoder().encode_texts(["파랑"]), 5).places.shape == (1, 5)
 
 
+def test_an_approximate_index_of_other_rows_is_not_used(folder, tmp_path, small):
+    pytest.importorskip("faiss", reason="faiss is not installed: pip install 'koclip[search]'")
+    target, other = tmp_path / "index", vectors(29, 8)
+    cfg = config(folder, approximate="yes")
+    build.build(cfg, ColourEncoder(), target)
+    quick = target / approximate.FILE
+    whole = quick.read_bytes()
+    approximate.build([other], 8, quick)
+    with pytest.raises(ConfigError, match=r"approximate\.faiss, images: got 29, expected 30: delete that file"):
+        open_index(target)
+    (target / "shard-000001.safetensors").unlink()
+    build.build(cfg, ColourEncoder(), target)  # a shard is made again, and so is what was made of all
+    assert quick.read_bytes() == whole
+    assert open_index(target).is_approximate
+
+
 @pytest.mark.parametrize(
     ("queries", "k", "message"),
     [

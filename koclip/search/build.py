@@ -107,18 +107,18 @@ def build(config: IndexConfig, encoder: Encoder, directory: Path) -> tuple[int, 
         ConfigError: the directory holds an index of something else, or no image can be used.
     """
     collection = Collection(config)
-    facts = _claim(directory, config, collection, encoder)
+    facts, quick = _claim(directory, config, collection, encoder), directory / approximate.FILE
     paths = {int(path.stem.split("-")[1]): path for path in sorted(directory.glob(SHARD.replace("{:06}", "*")))}
     there = {number: num_taken(path) for number, path in paths.items()}
     with tqdm(desc="embedding images", total=len(collection) or None, unit=" images") as bar:
         bar.update(sum(there.values()))
         for number, rows in collection.shards(there):
+            quick.unlink(missing_ok=True)  # made of other rows
             paths[number] = directory / SHARD.format(number)
             _embed(paths[number], rows, encoder, config, collection.name, bar)
     shards = Shards([paths[number] for number in sorted(paths)])
     check(len(shards) > 0, "images", config.images, f"none can be used; the first: {shards.skipped[:1]}")
     large = config.approximate == "auto" and len(shards) >= config.approximate_from
-    quick = directory / approximate.FILE
     if (large or config.approximate == "yes") and not quick.exists():
         approximate.build(shards.rows, shards.width, quick)
     write_facts(directory, {**facts, "num_images": len(shards), "num_shards": len(paths)})

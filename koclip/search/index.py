@@ -37,9 +37,15 @@ class ImageIndex:
         shards: Its embeddings, and what is kept of each image.
         facts: What it says of itself: `model`, `fingerprint`, `images` and more.
         quick: What finds the likely ones; None looks at all.
+
+    Raises:
+        ConfigError: `quick` was made of other images.
     """
 
     def __init__(self, shards: Shards, facts: dict[str, Any], quick: approximate.Quick | None = None) -> None:
+        expected = f"expected {len(shards)}: delete that file, and run the command that makes the index again"
+        made_of = len(shards) if quick is None else len(quick)
+        check(made_of == len(shards), f"index: {approximate.FILE}, images", made_of, expected)
         self.facts = facts
         self._shards, self._quick = shards, quick
 
