@@ -143,6 +143,22 @@ def test_a_shard_of_other_images_leaves_no_hole(folder, tmp_path, small, monkeyp
         build.build(cfg, ColourEncoder(), tmp_path / "index")
 
 
+def test_file_names_need_not_be_utf_8(folder, tmp_path, small):
+    named = os.fsencode(folder) + "/사진.png".encode("euc-kr")
+    broken = os.fsencode(folder) + "/고장.png".encode("euc-kr")
+    try:
+        Path(os.fsdecode(named)).write_bytes((folder / "나" / "00.png").read_bytes())
+        Path(os.fsdecode(broken)).write_bytes(b"no picture")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    count, skipped = build.build(config(folder), ColourEncoder(), tmp_path / "index")
+    assert count == 31
+    lines.append(tmp_path / "skipped.jsonl", [skip._asdict() for skip in skipped])
+    index = open_index(tmp_path / "index")
+    assert sum("\ufffd" in index.entry(place).record["key"] for place in range(31)) == 1
+    assert sum("\ufffd" in skip.key for skip in skipped) == 1
+
+
 def test_scenes_bring_their_captions(tmp_path):
     build.build(config("scenes", max_images=10), ColourEncoder(), tmp_path / "index")
     record = open_index(tmp_path / "index").entry(9).record

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
@@ -38,7 +39,7 @@ class Collection:
 
     def __init__(self, config: IndexConfig) -> None:
         self._most = config.max_images or None
-        self.name = config.images if config.source is None else config.source.path
+        self.name = _printable(config.images if config.source is None else config.source.path)
         self._source = None
         self._paths: list[Path] = []
         if config.source is None and Path(config.images).is_dir():
@@ -93,7 +94,8 @@ class Collection:
         if self._source is not None and not isinstance(self._source, StreamSource):
             return self._source.rows(places)
         return [
-            Row(path, {}, path.relative_to(self._root).as_posix()) for path in self._paths[places.start : places.stop]
+            Row(path, {}, _printable(path.relative_to(self._root).as_posix()))
+            for path in self._paths[places.start : places.stop]
         ]
 
 
@@ -123,6 +125,11 @@ def build(config: IndexConfig, encoder: Encoder, directory: Path) -> tuple[int, 
         approximate.build(shards.rows, shards.width, quick)
     write_facts(directory, {**facts, "num_images": len(shards), "num_shards": len(paths)})
     return len(shards), shards.skipped
+
+
+def _printable(name: str) -> str:
+    """Return a file name without the bytes in it that are not UTF-8: old Korean names are EUC-KR."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def _files(source: SourceConfig) -> str:
