@@ -159,6 +159,19 @@ def test_file_names_need_not_be_utf_8(folder, tmp_path, small):
     assert sum("\ufffd" in skip.key for skip in skipped) == 1
 
 
+def test_an_embedding_that_is_not_finite_is_named(folder, tmp_path, small):
+    class Spoilt(ColourEncoder):
+        def encode_images(self, images):
+            made = super().encode_images(images)
+            if self.calls == 2:
+                made[1, 0] = torch.nan
+            return made
+
+    with pytest.raises(ConfigError, match=r"not finite: got \['가/09\.png'\], expected finite values"):
+        build.build(config(folder), Spoilt(), tmp_path / "index")
+    assert not list((tmp_path / "index").glob("shard-*"))
+
+
 def test_scenes_bring_their_captions(tmp_path):
     build.build(config("scenes", max_images=10), ColourEncoder(), tmp_path / "index")
     record = open_index(tmp_path / "index").entry(9).record

@@ -199,6 +199,10 @@ def _embed(
             )
         if batch:
             made.append(encoder.encode_images(batch))
+            finite = made[-1].isfinite().all(dim=1).tolist()
+            keys = [one.record["key"] for one, fine in zip(entries[-len(batch) :], finite, strict=True) if not fine]
+            told = "expected finite values: check the model, or take the picture out"
+            check(not keys, "images, embeddings that are not finite", keys[:3], told)
         bar.update(len(rows[start : start + config.batch_size]))
     write(path, torch.cat(made) if made else torch.zeros(0, 0), entries, skipped)
 
