@@ -72,6 +72,14 @@ def test_exact_search_is_worked_out_by_hand(tmp_path):
     assert torch.allclose(found.scores, torch.tensor([[1.0, 0.8, 0.8], [1.0, 0.0, -0.6]]), atol=2e-3)
 
 
+def test_scores_above_1_are_ordered_before_they_are_cut(tmp_path):
+    query = torch.tensor([[0.6, 0.8]])
+    rows = torch.tensor([[0.6016, 0.8008], [0.6055, 0.8047], [0.8, 0.6]])  # scores 1.0016, 1.0071, 0.96
+    found = ImageIndex(stored(tmp_path, rows, 2), {}).exact(query, 3)
+    assert found.places.tolist() == [[1, 0, 2]]
+    assert found.scores[0, :2].tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("size", [1, 7, 100, 5_000])
 def test_exact_search_is_brute_force_over_the_stored_rows(tmp_path, size):
     rows, queries = vectors(500, clusters=20), vectors(40, seed=1)

@@ -116,9 +116,9 @@ class ImageIndex:
 
     def _rescore(self, query: torch.Tensor, places: torch.Tensor, k: int) -> Found:
         parts = [self._shards.gather(part) @ query for part in places.split(_GATHERED)]
-        scores = torch.cat(parts).clamp(-1, 1)
+        scores = torch.cat(parts)
         order = scores.argsort(descending=True, stable=True)[: min(k, len(self))]
-        return Found(scores[order], places[order])
+        return Found(scores[order].clamp(-1, 1), places[order])  # stored rows may be a little longer than 1
 
     def _check(self, queries: torch.Tensor, k: int) -> None:
         check(len(self) > 0, "index", 0, "it holds no image: build it again")
