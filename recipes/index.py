@@ -6,10 +6,10 @@ python recipes/index.py --model runs/mine/model --images scenes --output_dir ind
 A run that was stopped or killed goes on where it was: give the same command again.
 """
 
-import json
 from pathlib import Path
 
 from koclip import config
+from koclip.checkpoint import lines
 from koclip.models.peers import open_encoder
 from koclip.search.build import build
 
@@ -19,9 +19,8 @@ def main(cfg: config.IndexConfig) -> None:
     directory = Path(cfg.output_dir)
     encoder = open_encoder(cfg.model, cfg.device)
     num_images, skipped = build(cfg, encoder, directory)
-    with (directory / "skipped.jsonl").open("a", encoding="utf-8") as file:
-        for key, reason in skipped:
-            file.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
+    (directory / "skipped.jsonl").unlink(missing_ok=True)  # a run before this one's
+    lines.append(directory / "skipped.jsonl", [skip._asdict() for skip in skipped])
     left = f"; {len(skipped)} left out, listed in {directory / 'skipped.jsonl'}" if skipped else ""
     print(f"{num_images} images in {directory}{left}")
     print(f"Show them: python space/app.py --model {cfg.model} --index {directory}")

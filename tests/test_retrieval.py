@@ -5,15 +5,18 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fake_encoder import ColourEncoder
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from koclip.config import ConfigError
+from koclip.data.sources import Row
 from koclip.evaluation import embed
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate
+from koclip.evaluation.pictures import Pictures
 from koclip.evaluation.retrieval import approximated, collect, languages, retrieval, stress
 from koclip.evaluation.sets import EvalSet
 from koclip.metrics import first_ranks, mean
@@ -149,6 +152,29 @@ def test_a_broken_file_is_made_again(
     assert "is broken and made again" in capsys.readouterr().out
     assert torch.equal(load_file(file)["embeddings"], kept)
     assert not list((tmp_path / "kept").rglob("*.partial"))
+
+
+def test_two_evaluations_may_write_the_same_file(
+    tmp_path: Path, colours: Callable[..., EvalSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, others = colours(None, CAPTIONS), []
+
+    def meanwhile(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        save_file(tensors, path)
+        if not others:
+            others.append(Embedder(ColourEncoder(), 8, tmp_path / "kept"))
+            others[0].images(one.pictures)
+
+    monkeypatch.setattr(embed, "save_file", meanwhile)
+    kept = Embedder(ColourEncoder(), 8, tmp_path / "kept").images(one.pictures)
+    assert torch.equal(others[0].images(one.pictures), kept)
+    assert [file.suffix for file in (tmp_path / "kept").rglob("*.*")] == [".safetensors"]
+
+
+def test_pictures_of_other_shapes_are_others() -> None:
+    pixels = np.arange(48, dtype=np.uint8)
+    shapes = [(4, 4, 3), (2, 8, 3), (8, 2, 3)]
+    assert len({Pictures([Row(pixels.reshape(shape), {}, "")]).digest() for shape in shapes}) == 3
 
 
 def test_other_pictures_and_texts_are_not_taken_for_the_same(tmp_path: Path, colours: Callable[..., EvalSet]) -> None:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from fake_encoder import COLOURS, ColourEncoder
 from PIL import Image
 
-from koclip.config import ConfigError, IndexConfig
+from koclip.checkpoint import lines
+from koclip.config import ConfigError, IndexConfig, SourceConfig
 from koclip.search import ImageIndex, approximate, build, open_index
 from koclip.search.index import _MARGIN
 from koclip.search.shards import Entry, Shards, write
@@ -71,6 +72,14 @@ def test_exact_search_is_worked_out_by_hand(tmp_path):
     assert torch.allclose(found.scores, torch.tensor([[1.0, 0.8, 0.8], [1.0, 0.0, -0.6]]), atol=2e-3)
 
 
+def test_scores_above_1_are_ordered_before_they_are_cut(tmp_path):
+    query = torch.tensor([[0.6, 0.8]])
+    rows = torch.tensor([[0.6016, 0.8008], [0.6055, 0.8047], [0.8, 0.6]])  # scores 1.0016, 1.0071, 0.96
+    found = ImageIndex(stored(tmp_path, rows, 2), {}).exact(query, 3)
+    assert found.places.tolist() == [[1, 0, 2]]
+    assert found.scores[0, :2].tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("size", [1, 7, 100, 5_000])
 def test_exact_search_is_brute_force_over_the_stored_rows(tmp_path, size):
     rows, queries = vectors(500, clusters=20), vectors(40, seed=1)
@@ -103,12 +112,72 @@ def test_what_is_kept_of_an_image_is_found_again(tmp_path):
 def test_a_folder_becomes_an_index(folder, tmp_path, small):
     count, skipped = build.build(config(folder), ColourEncoder(), tmp_path / "index")
     assert count == 30
-    assert [key for key, _ in skipped] == ["나/broken.jpg"]
+    assert [(skip.source, skip.key) for skip in skipped] == [(str(folder), "나/broken.jpg")]
     index = open_index(tmp_path / "index")
     query = ColourEncoder().encode_texts(["파랑"])
     keys = [index.entry(int(place)).record["key"] for place in index.search(query, 7).places[0]]
     assert {int(key.split("/")[1][:2]) % 4 for key in keys} == {2}
     assert index.entry(0).thumbnail.startswith(b"\xff\xd8")
+
+
+def table(path: Path, folder: Path, count: int) -> Path:
+    """Write a data set of the folder's pictures."""
+    pictures = [path for path in sorted(folder.rglob("*.png")) for _ in range(2)][:count]
+    rows = [json.dumps({"image": str(picture), "captions_ko": "사진", "captions_en": "photo"}) for picture in pictures]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_that_grew_is_refused(folder, tmp_path, small, streaming):
+    source = SourceConfig(path=str(table(tmp_path / "rows.jsonl", folder, 12)), streaming=streaming)
+    cfg, target = config("", source=source), tmp_path / "index"
+    assert build.build(cfg, ColourEncoder(), target)[0] == 12
+    assert build.build(cfg, ColourEncoder(), target)[0] == 12
+    table(tmp_path / "rows.jsonl", folder, 40)
+    with pytest.raises(ConfigError, match=r"made otherwise .*files.*; delete it or name another"):
+        build.build(cfg, ColourEncoder(), target)
+
+
+@pytest.mark.parametrize(("then", "now", "streaming"), [(12, 40, True), (20, 12, True), (16, 8, True), (12, 40, False)])
+def test_a_shard_of_other_images_leaves_no_hole(folder, tmp_path, small, monkeypatch, then, now, streaming):
+    """Where neither files nor their number tell: what the Hub holds has changed."""
+    monkeypatch.setattr(build, "_files", lambda _: "")
+    file = tmp_path / "rows.jsonl"
+    cfg = config("", source=SourceConfig(path=str(table(file, folder, then)), streaming=streaming))
+    build.build(cfg, ColourEncoder(), tmp_path / "index")
+    table(file, folder, now)
+    with pytest.raises(ConfigError, match="belong into it" if streaming else "rows: 12, here 40"):
+        build.build(cfg, ColourEncoder(), tmp_path / "index")
+
+
+def test_file_names_need_not_be_utf_8(folder, tmp_path, small):
+    named = os.fsencode(folder) + "/사진.png".encode("euc-kr")
+    broken = os.fsencode(folder) + "/고장.png".encode("euc-kr")
+    try:
+        Path(os.fsdecode(named)).write_bytes((folder / "나" / "00.png").read_bytes())
+        Path(os.fsdecode(broken)).write_bytes(b"no picture")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    count, skipped = build.build(config(folder), ColourEncoder(), tmp_path / "index")
+    assert count == 31
+    lines.append(tmp_path / "skipped.jsonl", [skip._asdict() for skip in skipped])
+    index = open_index(tmp_path / "index")
+    assert sum("\ufffd" in index.entry(place).record["key"] for place in range(31)) == 1
+    assert sum("\ufffd" in skip.key for skip in skipped) == 1
+
+
+def test_an_embedding_that_is_not_finite_is_named(folder, tmp_path, small):
+    class Spoilt(ColourEncoder):
+        def encode_images(self, images):
+            made = super().encode_images(images)
+            if self.calls == 2:
+                made[1, 0] = torch.nan
+            return made
+
+    with pytest.raises(ConfigError, match=r"not finite: got \['가/09\.png'\], expected finite values"):
+        build.build(config(folder), Spoilt(), tmp_path / "index")
+    assert not list((tmp_path / "index").glob("shard-*"))
 
 
 def test_scenes_bring_their_captions(tmp_path):
@@ -132,15 +201,18 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 def test_a_stopped_build_goes_on_and_gives_the_same_bytes(folder, tmp_path, small):
-    build.build(config(folder), ColourEncoder(), tmp_path / "whole")
+    (folder / "가" / "00.jpg").write_bytes(b"in the first shard")
+    _, skipped = build.build(config(folder), ColourEncoder(), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         build.build(config(folder), Dying(), tmp_path / "stopped")
     with pytest.raises(ConfigError, match="not finished"):
         open_index(tmp_path / "stopped")
     (tmp_path / "stopped" / "writing-shard-000002.safetensors").write_bytes(b"half")
     encoder = ColourEncoder()
-    build.build(config(folder), encoder, tmp_path / "stopped")
+    _, left_out = build.build(config(folder), encoder, tmp_path / "stopped")
     assert encoder.calls < 11
+    assert [skip.key for skip in left_out] == ["가/00.jpg", "나/broken.jpg"]
+    assert left_out == skipped
     (tmp_path / "stopped" / "writing-shard-000002.safetensors").unlink(missing_ok=True)
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
 
@@ -209,6 +281,22 @@ def test_a_build_makes_the_approximate_index_when_asked(folder, tmp_path, small)
     index = open_index(tmp_path / "index")
     assert index.is_approximate
     assert index.search(ColourEncoder().encode_texts(["파랑"]), 5).places.shape == (1, 5)
+
+
+def test_an_approximate_index_of_other_rows_is_not_used(folder, tmp_path, small):
+    pytest.importorskip("faiss", reason="faiss is not installed: pip install 'koclip[search]'")
+    target, other = tmp_path / "index", vectors(29, 8)
+    cfg = config(folder, approximate="yes")
+    build.build(cfg, ColourEncoder(), target)
+    quick = target / approximate.FILE
+    whole = quick.read_bytes()
+    approximate.build([other], 8, quick)
+    with pytest.raises(ConfigError, match=r"approximate\.faiss, images: got 29, expected 30: delete that file"):
+        open_index(target)
+    (target / "shard-000001.safetensors").unlink()
+    build.build(cfg, ColourEncoder(), target)  # a shard is made again, and so is what was made of all
+    assert quick.read_bytes() == whole
+    assert open_index(target).is_approximate
 
 
 @pytest.mark.parametrize(
@@ -293,11 +381,13 @@ def test_the_recipe_makes_an_index_and_names_what_it_left_out(folder, tmp_path):
     from align_runs import write_source
 
     model = write_source(tmp_path / "model")
-    told = run("--model", str(model), "--images", str(folder), "--output_dir", str(tmp_path / "index"))
-    assert told.returncode == 0, told.stderr
-    assert "30 images" in told.stdout
-    left = (tmp_path / "index" / "skipped.jsonl").read_text(encoding="utf-8")
-    assert json.loads(left)["key"] == "나/broken.jpg"
+    for _ in range(2):  # the second embeds nothing, and lists the same
+        told = run("--model", str(model), "--images", str(folder), "--output_dir", str(tmp_path / "index"))
+        assert told.returncode == 0, told.stderr
+        assert "30 images" in told.stdout
+        (left,) = lines.read(tmp_path / "index" / "skipped.jsonl")
+        assert (left["source"], left["key"]) == (str(folder), "나/broken.jpg")
+        assert "PIL does not read" in left["reason"]
     assert len(open_index(tmp_path / "index")) == 30
 
 

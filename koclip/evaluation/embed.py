@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -99,7 +100,7 @@ class Embedder:
         made = make()
         if distributed.rank() == 0 or not self._spread:
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
+            partial = file.with_suffix(f".{uuid4().hex}.partial")  # another evaluation may write the same
             save_file({"embeddings": made}, partial)
             partial.replace(file)
         return made

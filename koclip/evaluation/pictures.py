@@ -55,7 +55,10 @@ class Pictures(Sequence[Image.Image]):
             digest = xxh3_128(repr(self._corruption).encode())
             for row in self._rows:
                 content = read(row.image)
-                digest.update(content.tobytes() if isinstance(content, np.ndarray) else content)
+                if isinstance(content, np.ndarray):
+                    digest.update(repr(content.shape).encode())
+                    content = content.tobytes()
+                digest.update(content)
                 digest.update(b"|")
             self._digest = digest.hexdigest()
         return self._digest

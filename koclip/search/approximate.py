@@ -36,6 +36,10 @@ class Quick:
         self._index = index
         index.nprobe = min(probed, index.nlist)
 
+    def __len__(self) -> int:
+        """Number of images that it was made of."""
+        return int(self._index.ntotal)
+
     def likely(self, query: torch.Tensor, k: int) -> torch.Tensor:
         """Return the places of at most k images, ascending, that are likely the nearest to a query (D,) float32."""
         _, places = self._index.search(np.ascontiguousarray(query.numpy()[None]), k)

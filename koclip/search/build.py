@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,15 @@ from tqdm.auto import tqdm
 from xxhash import xxh3_128_hexdigest
 
 from koclip.config import ConfigError, DataConfig, IndexConfig, SourceConfig, check
+from koclip.data.batches import Skip
 from koclip.data.sources import Row, StreamSource, open_source
+from koclip.data.tables import file_format
 from koclip.data.transforms import ImageError, decode
 from koclip.models.encoders import Encoder
 from koclip.search import approximate
-from koclip.search.shards import FACTS, ROWS, SHARD, Entry, Shards, read_facts, write, write_facts
+from koclip.search.shards import FACTS, ROWS, SHARD, Entry, Shards, num_taken, read_facts, write, write_facts
 
-FORMAT = 1  # of the files
+FORMAT = 2  # of the files
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".avif", ".jp2", ".ppm"}
 _QUALITY = 80  # of thumbnails
 
@@ -35,6 +39,7 @@ class Collection:
 
     def __init__(self, config: IndexConfig) -> None:
         self._most = config.max_images or None
+        self.name = _printable(config.images if config.source is None else config.source.path)
         self._source = None
         self._paths: list[Path] = []
         if config.source is None and Path(config.images).is_dir():
@@ -47,7 +52,7 @@ class Collection:
             return
         source = config.source or SourceConfig(path=config.images, scenes_part="test", scenes_size=1_000)
         self._source = open_source(source)
-        self.facts = {"images": dataclasses.asdict(source)}
+        self.facts = {"images": dataclasses.asdict(source), "files": _files(source), "rows": len(self)}
 
     def __len__(self) -> int:
         """Number of images, 0 if it is not known before they are read."""
@@ -56,54 +61,90 @@ class Collection:
         count = len(self._paths if self._source is None else self._source)
         return min(count, self._most or count)
 
-    def shards(self, there: set[int]) -> Iterator[tuple[int, list[Row]]]:
-        """Yield numbers and rows of the shards that are not there yet."""
-        if isinstance(self._source, StreamSource):
-            rows, number = islice(self._source.stored_rows(), self._most), 0
-            while part := list(islice(rows, ROWS)):
-                if number not in there:
-                    yield number, part
-                number += 1
-            return
-        for number, start in enumerate(range(0, len(self), ROWS)):
+    def shards(self, there: Mapping[int, int]) -> Iterator[tuple[int, list[Row]]]:
+        """Yield numbers and rows of the shards that are not there yet.
+
+        Args:
+            there: Numbers of those that are, and of the images that each was made of.
+
+        Raises:
+            ConfigError: one was made of more or fewer images than belong into it now.
+        """
+        number = -1
+        for number, (count, rows) in enumerate(self._parts()):
             if number not in there:
-                yield number, self._read(range(start, min(start + ROWS, len(self))))
+                yield number, rows()
+            elif there[number] != count:
+                raise _changed(number, there[number], count)
+        for beyond in [one for one in there if one > number][:1]:
+            raise _changed(beyond, there[beyond], 0)
+
+    def _parts(self) -> Iterator[tuple[int, Callable[[], list[Row]]]]:
+        """Yield the size of each shard, and what reads its rows."""
+        if isinstance(self._source, StreamSource):
+            rows = islice(self._source.stored_rows(), self._most)
+            while part := list(islice(rows, ROWS)):
+                yield len(part), partial(list, part)
+            return
+        for start in range(0, len(self), ROWS):
+            places = range(start, min(start + ROWS, len(self)))
+            yield len(places), partial(self._read, places)
 
     def _read(self, places: range) -> list[Row]:
         if self._source is not None and not isinstance(self._source, StreamSource):
             return self._source.rows(places)
         return [
-            Row(path, {}, path.relative_to(self._root).as_posix()) for path in self._paths[places.start : places.stop]
+            Row(path, {}, _printable(path.relative_to(self._root).as_posix()))
+            for path in self._paths[places.start : places.stop]
         ]
 
 
-def build(config: IndexConfig, encoder: Encoder, directory: Path) -> tuple[int, list[tuple[str, str]]]:
+def build(config: IndexConfig, encoder: Encoder, directory: Path) -> tuple[int, list[Skip]]:
     """Embed what is not embedded yet, and make the approximate index if it is asked for.
 
     Returns:
-        The number of images in the index, and keys and reasons of those that this run left out.
+        The number of images in the index, and what was left out of it, by runs before this one too.
 
     Raises:
         ConfigError: the directory holds an index of something else, or no image can be used.
     """
     collection = Collection(config)
-    facts = _claim(directory, config, collection, encoder)
-    there = {int(path.stem.split("-")[1]) for path in directory.glob(SHARD.replace("{:06}", "*"))}
-    skipped: list[tuple[str, str]] = []
+    facts, quick = _claim(directory, config, collection, encoder), directory / approximate.FILE
+    paths = {int(path.stem.split("-")[1]): path for path in sorted(directory.glob(SHARD.replace("{:06}", "*")))}
+    there = {number: num_taken(path) for number, path in paths.items()}
     with tqdm(desc="embedding images", total=len(collection) or None, unit=" images") as bar:
-        bar.update(min(len(there) * ROWS, len(collection)))
+        bar.update(sum(there.values()))
         for number, rows in collection.shards(there):
-            _embed(directory / SHARD.format(number), rows, encoder, config, skipped, bar)
-            there.add(number)
-    paths = [directory / SHARD.format(number) for number in sorted(there)]
-    shards = Shards(paths)
-    check(len(shards) > 0, "images", config.images, f"none can be used; the first: {skipped[:1]}")
+            quick.unlink(missing_ok=True)  # made of other rows
+            paths[number] = directory / SHARD.format(number)
+            _embed(paths[number], rows, encoder, config, collection.name, bar)
+    shards = Shards([paths[number] for number in sorted(paths)])
+    check(len(shards) > 0, "images", config.images, f"none can be used; the first: {shards.skipped[:1]}")
     large = config.approximate == "auto" and len(shards) >= config.approximate_from
-    quick = directory / approximate.FILE
     if (large or config.approximate == "yes") and not quick.exists():
         approximate.build(shards.rows, shards.width, quick)
     write_facts(directory, {**facts, "num_images": len(shards), "num_shards": len(paths)})
-    return len(shards), skipped
+    return len(shards), shards.skipped
+
+
+def _printable(name: str) -> str:
+    """Return a file name without the bytes in it that are not UTF-8: old Korean names are EUC-KR."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def _files(source: SourceConfig) -> str:
+    """Return a hash of the names and sizes of a data set's files; of one that has none here it is that of nothing."""
+    path = Path(source.path)
+    found = path.rglob("*") if path.is_dir() else Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+    files = [] if file_format(source) == "scenes" else sorted(file for file in found if file.is_file())
+    return xxh3_128_hexdigest(repr([(str(file), file.stat().st_size) for file in files]).encode())
+
+
+def _changed(number: int, held: int, count: int) -> ConfigError:
+    return ConfigError(
+        f"output_dir: {SHARD.format(number)} was made of {held} images, but {count} belong into it: the images have "
+        "changed since; delete the folder and run the same command again, or name another"
+    )
 
 
 def _claim(directory: Path, config: IndexConfig, collection: Collection, encoder: Encoder) -> dict[str, Any]:
@@ -138,18 +179,19 @@ def _embed(
     rows: list[Row],
     encoder: Encoder,
     config: IndexConfig,
-    skipped: list[tuple[str, str]],
+    name: str,
     bar: "tqdm[Any]",
 ) -> None:
     entries: list[Entry] = []
     made: list[torch.Tensor] = []
+    skipped: list[Skip] = []
     for start in range(0, len(rows), config.batch_size):
         batch = []
         for row in rows[start : start + config.batch_size]:
             try:
                 picture: Image.Image = to_pil_image(decode(row.image, DataConfig.max_image_pixels))
             except ImageError as error:
-                skipped.append((row.key, str(error)))
+                skipped.append(Skip(row.key, str(error), name))
                 continue
             batch.append(picture)
             entries.append(
@@ -157,8 +199,12 @@ def _embed(
             )
         if batch:
             made.append(encoder.encode_images(batch))
+            finite = made[-1].isfinite().all(dim=1).tolist()
+            keys = [one.record["key"] for one, fine in zip(entries[-len(batch) :], finite, strict=True) if not fine]
+            told = "expected finite values: check the model, or take the picture out"
+            check(not keys, "images, embeddings that are not finite", keys[:3], told)
         bar.update(len(rows[start : start + config.batch_size]))
-    write(path, torch.cat(made) if made else torch.zeros(0, 0), entries)
+    write(path, torch.cat(made) if made else torch.zeros(0, 0), entries, skipped)
 
 
 def _thumbnail(picture: Image.Image, side: int) -> bytes:

@@ -37,9 +37,15 @@ class ImageIndex:
         shards: Its embeddings, and what is kept of each image.
         facts: What it says of itself: `model`, `fingerprint`, `images` and more.
         quick: What finds the likely ones; None looks at all.
+
+    Raises:
+        ConfigError: `quick` was made of other images.
     """
 
     def __init__(self, shards: Shards, facts: dict[str, Any], quick: approximate.Quick | None = None) -> None:
+        expected = f"expected {len(shards)}: delete that file, and run the command that makes the index again"
+        made_of = len(shards) if quick is None else len(quick)
+        check(made_of == len(shards), f"index: {approximate.FILE}, images", made_of, expected)
         self.facts = facts
         self._shards, self._quick = shards, quick
 
@@ -110,9 +116,9 @@ class ImageIndex:
 
     def _rescore(self, query: torch.Tensor, places: torch.Tensor, k: int) -> Found:
         parts = [self._shards.gather(part) @ query for part in places.split(_GATHERED)]
-        scores = torch.cat(parts).clamp(-1, 1)
+        scores = torch.cat(parts)
         order = scores.argsort(descending=True, stable=True)[: min(k, len(self))]
-        return Found(scores[order], places[order])
+        return Found(scores[order].clamp(-1, 1), places[order])  # stored rows may be a little longer than 1
 
     def _check(self, queries: torch.Tensor, k: int) -> None:
         check(len(self) > 0, "index", 0, "it holds no image: build it again")

@@ -2,7 +2,8 @@
 
 A shard `shard-000123.safetensors` holds, of n images, `embeddings` (n, D) bf16 of unit norm before rounding, and two
 runs of bytes with the places where each image's part ends: `records` (one JSON object per image: key, captions) and
-`thumbnails` (JPEGs; empty where none were asked for). It is there whole or not at all.
+`thumbnails` (JPEGs; empty where none were asked for). Its header lists what was left out. It is there whole or not at
+all.
 """
 
 import json
@@ -13,10 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from koclip.config import ConfigError, check
+from koclip.data.batches import Skip
 
 SHARD = "shard-{:06}.safetensors"
 FACTS = "index.json"
@@ -30,15 +32,15 @@ class Entry(NamedTuple):
     thumbnail: bytes = b""
 
 
-def write(path: Path, embeddings: torch.Tensor, entries: Sequence[Entry]) -> None:
-    """Write a shard of n images, embeddings (n, D)."""
+def write(path: Path, embeddings: torch.Tensor, entries: Sequence[Entry], skipped: Sequence[Skip] = ()) -> None:
+    """Write a shard of n images, embeddings (n, D), and what was left out of it."""
     records = [json.dumps(entry.record, ensure_ascii=False).encode() for entry in entries]
     tensors = {"embeddings": embeddings.to(torch.bfloat16).contiguous()}
     for name, parts in (("records", records), ("thumbnails", [entry.thumbnail for entry in entries])):
         tensors[name] = torch.frombuffer(bytearray(b"".join(parts) or b"\0"), dtype=torch.uint8)
         tensors[f"{name}_ends"] = torch.tensor(np.cumsum([len(part) for part in parts]), dtype=torch.int64)
     partial = path.with_name(f"writing-{path.name}")
-    save_file(tensors, partial)
+    save_file(tensors, partial, {"skipped": json.dumps(skipped)})
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
@@ -52,7 +54,9 @@ class Shards:
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._shards = [_read(path) for path in paths]
+        read = [_read(path) for path in paths]
+        self._shards = [shard for shard, _ in read]
+        self.skipped = [skip for _, skipped in read for skip in skipped]
         widths = {shard["embeddings"].shape[1] for shard in self._shards if len(shard["embeddings"])}
         check(len(widths) <= 1, "index", sorted(widths), "expected shards of one width: build it again")
         self.width = widths.pop() if widths else 0
@@ -93,6 +97,16 @@ def read_facts(directory: Path) -> dict[str, Any]:
         raise ConfigError(f"index: {file} is broken: {error}; delete {directory}; {made_by}") from error
 
 
+def num_taken(path: Path) -> int:
+    """Return the number of images that a shard was made of, those that were left out among them.
+
+    Raises:
+        ConfigError: it is broken.
+    """
+    shard, skipped = _read(path)
+    return len(shard["embeddings"]) + len(skipped)
+
+
 def write_facts(directory: Path, facts: dict[str, Any]) -> None:
     """Write what an index says of itself."""
     partial = directory / f"writing-{FACTS}"
@@ -100,14 +114,17 @@ def write_facts(directory: Path, facts: dict[str, Any]) -> None:
     partial.replace(directory / FACTS)
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], list[Skip]]:
+    """Return a shard's parts, and what was left out of it."""
     try:
+        with safe_open(path, framework="pt") as file:
+            skipped = [Skip(*skip) for skip in json.loads((file.metadata() or {}).get("skipped", "[]"))]
         shard = load_file(path)  # maps the file, reads nothing
         if shard["embeddings"].dtype != torch.bfloat16 or len(shard["records_ends"]) != len(shard["embeddings"]):
             raise ValueError("its parts do not fit together")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ConfigError(f"index: {path} is broken: {error}; delete it and run the same command again") from error
-    return shard
+    return shard, skipped
 
 
 def _part(shard: dict[str, torch.Tensor], name: str, row: int) -> bytes:
