@@ -1,5 +1,6 @@
 """Search: exact is brute force, whatever the shards; building goes on after a kill; mistakes are named."""
 
+import io
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from fake_encoder import COLOURS, ColourEncoder
 from PIL import Image
 
 from koclip.checkpoint import lines
-from koclip.config import ConfigError, IndexConfig, SourceConfig
+from koclip.config import ConfigError, DataConfig, IndexConfig, SourceConfig
 from koclip.search import ImageIndex, approximate, build, open_index
 from koclip.search.index import _MARGIN
 from koclip.search.shards import Entry, Shards, write
@@ -101,6 +102,50 @@ def test_no_score_is_further_off_than_the_margin():
         assert float((rough - rows.float() @ queries.T).abs().max()) < _MARGIN
 
 
+def test_the_margin_is_needed(tmp_path):
+    """Without it, rounding loses the nearest image of one of these queries."""
+    rows, queries = vectors(3_000, 8, seed=5), vectors(600, 8, seed=1_005)
+    found = ImageIndex(stored(tmp_path, rows, 1_000), {}).exact(queries, 1)
+    scores = queries @ rows.bfloat16().float().T
+    best, places = scores.max(dim=1)
+    assert bool((found.scores[:, 0] > best.clamp(max=1) - 1e-6).all())
+    rough = (queries.bfloat16().double() @ rows.bfloat16().double().T).bfloat16()
+    lost = rough.gather(1, places[:, None])[:, 0] < rough.amax(dim=1)
+    assert int(lost.sum()) > 0
+
+
+def test_threads_are_set_back_after_a_scan(tmp_path):
+    before, index = torch.get_num_threads(), ImageIndex(stored(tmp_path, vectors(20), 6), {})
+    try:
+        torch.set_num_threads(3)
+        index.exact(vectors(2), 5)
+        assert torch.get_num_threads() == 3
+        index._shards.rows[1] = torch.zeros(6, 7)  # of another width: the product fails
+        with pytest.raises(RuntimeError):
+            index.exact(vectors(2), 5)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_all_are_looked_at_where_too_few_are_likely(tmp_path):
+    class Few(approximate.Quick):
+        def __init__(self) -> None:
+            pass
+
+        def __len__(self) -> int:
+            return 20
+
+        def likely(self, query: torch.Tensor, k: int) -> torch.Tensor:
+            return torch.tensor([3, 11])
+
+    index = ImageIndex(stored(tmp_path, vectors(20), 6), {}, Few())
+    query = vectors(1, seed=1)
+    assert set(index.search(query, 2).places[0].tolist()) == {3, 11}
+    assert index.search(query, 3).places.tolist() == index.exact(query, 3).places.tolist()
+    assert index.search(query, 30).places.shape == (1, 20)
+
+
 def test_what_is_kept_of_an_image_is_found_again(tmp_path):
     index = ImageIndex(stored(tmp_path, vectors(20), 6), {})
     for place in (0, 5, 6, 13, 19):
@@ -149,6 +194,33 @@ def test_a_shard_of_other_images_leaves_no_hole(folder, tmp_path, small, monkeyp
     table(file, folder, now)
     with pytest.raises(ConfigError, match="belong into it" if streaming else "rows: 12, here 40"):
         build.build(cfg, ColourEncoder(), tmp_path / "index")
+
+
+def test_shards_have_the_rows_that_are_asked_for(folder, tmp_path, small, monkeypatch):
+    target = tmp_path / "index"
+    build.build(config(folder), ColourEncoder(), target)
+    sizes = [len(rows) for rows in Shards(sorted(target.glob("shard-*"))).rows]
+    assert sizes == [8, 8, 8, 6]  # of 31 pictures the last is broken
+    monkeypatch.setattr(build, "ROWS", 9)
+    with pytest.raises(ConfigError, match="rows_per_shard: 8, here 9"):
+        build.build(config(folder), ColourEncoder(), target)
+
+
+def test_thumbnails_are_small(folder, tmp_path, small):
+    for side, size in ((16, (16, 12)), (256, (40, 30)), (0, None)):
+        build.build(config(folder, thumbnail_size=side), ColourEncoder(), tmp_path / str(side))
+        thumbnail = open_index(tmp_path / str(side)).entry(0).thumbnail
+        assert (Image.open(io.BytesIO(thumbnail)).size if thumbnail else None) == size
+
+
+def test_pictures_of_too_many_pixels_are_left_out(folder, tmp_path, small, monkeypatch):
+    Image.new("RGB", (50, 30)).save(folder / "large.png")
+    monkeypatch.setattr(DataConfig, "max_image_pixels", 1_200)
+    count, skipped = build.build(config(folder), ColourEncoder(), tmp_path / "index")
+    assert count == 30
+    assert [skip.reason for skip in skipped if skip.key == "large.png"] == [
+        "50 x 30 pixels; data.max_image_pixels is 1200"
+    ]
 
 
 def test_file_names_need_not_be_utf_8(folder, tmp_path, small):
