@@ -19,6 +19,7 @@ from space_server import serving
 
 from koclip.models.encoders import TransformersEncoder
 from koclip.models.inference import load
+from koclip.publishing import space
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_" + "writes" * 6
@@ -191,17 +192,17 @@ def test_a_space_shows_the_model_that_was_pushed(hub, tmp_path):
     ran = hub.publish(hub.clip, "clip", "--space", "org/show")
     assert ran.returncode == 0, ran.stderr
     assert f"{hub.server.url}/spaces/org/show at commit" in ran.stdout
-    space = hub.server.repos["spaces/org/show"]
-    assert set(space.files) == {
+    shown = hub.server.repos["spaces/org/show"]
+    assert set(shown.files) == {
         path.name for path in (ROOT / "space").glob("*") if path.suffix in (".py", ".md", ".txt")
     }
-    assert space.variables == {"KOCLIP_MODEL": "org/clip"}
-    assert "\ntitle: show\n" in space.files["README.md"].decode()
-    assert "\nmodels:\n- org/clip\n" in space.files["README.md"].decode()
-    for name, content in space.files.items():
+    assert shown.variables == {"KOCLIP_MODEL": "org/clip"}
+    assert "\ntitle: show\n" in shown.files["README.md"].decode()
+    assert "\nmodels:\n- org/clip\n" in shown.files["README.md"].decode()
+    for name, content in shown.files.items():
         (tmp_path / name).write_bytes(content)
     settings = {"HF_ENDPOINT": hub.server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-    with serving(tmp_path, tmp_path / "app.py", **settings, **space.variables) as started:
+    with serving(tmp_path, tmp_path / "app.py", **settings, **shown.variables) as started:
         client = gradio_client.Client(started.url, verbose=False)
         found, told, _ = client.predict("빨간 원", 1, "ko", api_name="/search")
     assert len(found) == 12
@@ -210,13 +211,32 @@ def test_a_space_shows_the_model_that_was_pushed(hub, tmp_path):
     again = hub.publish(hub.clip, "clip", "--space", "org/show")
     assert again.stdout.count("nothing new") == 2
     assert hub.server.calls["set_variable"] == asked
-    space.commit(space.trees[space.commits[-1]] | {"index/index.json": (b"{}", False), "app.py": (b"old", False)})
-    space.variables["KOCLIP_MODEL"] = "org/other"
+    shown.commit(shown.trees[shown.commits[-1]] | {"index/index.json": (b"{}", False), "app.py": (b"old", False)})
+    shown.variables["KOCLIP_MODEL"] = "org/other"
     changed = hub.publish(hub.clip, "clip", "--space", "org/show")
     assert "1 files, 0 deleted" in changed.stdout
-    assert space.files["index/index.json"] == b"{}"  # what is not the app's stays
-    assert space.files["app.py"] == (ROOT / "space" / "app.py").read_bytes()
-    assert space.variables["KOCLIP_MODEL"] == "org/clip"
+    assert shown.files["index/index.json"] == b"{}"  # what is not the app's stays
+    assert shown.files["app.py"] == (ROOT / "space" / "app.py").read_bytes()
+    assert shown.variables["KOCLIP_MODEL"] == "org/clip"
+
+
+def test_a_space_installs_the_commit_that_it_comes_from_once_that_is_pushed(tmp_path):
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def pinned() -> str:
+        file = tmp_path / "copy.txt"
+        file.write_text("gradio==6.31.0\nkoclip[search] @ git+https://github.com/koclip/koclip\n", encoding="utf-8")
+        space._pin(file, tmp_path)
+        return file.read_text(encoding="utf-8").removeprefix("gradio==6.31.0\nkoclip[search] @ ")
+
+    assert pinned() == "git+https://github.com/koclip/koclip\n"  # no checkout
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "One")
+    assert pinned() == "git+https://github.com/koclip/koclip\n"  # nobody else has it
+    git("update-ref", "refs/remotes/origin/main", "HEAD")
+    assert pinned() == f"git+https://github.com/koclip/koclip@{git('rev-parse', 'HEAD')}\n"
 
 
 def test_a_space_that_may_not_be_written_stops_everything(hub):

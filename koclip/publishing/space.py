@@ -1,6 +1,8 @@
 """A Space on the Hub that shows a published model: the files of space/, and the variable that names the model."""
 
+import re
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -42,12 +44,24 @@ def push_space(source: Path, repo: Repository, model_id: str, message: str) -> P
     with tempfile.TemporaryDirectory() as folder:
         for name in files:
             shutil.copy(source / name, folder)
+        _pin(Path(folder) / "requirements.txt", source)
         card = SpaceCard.load(Path(folder) / CARD)
         card.data.title, card.data.models = repo.repo_id.split("/")[1], [model_id]
         card.save(Path(folder) / CARD)
         pushed = push(Path(folder), files, repo, message)
     repeat(lambda: _name_model(repo.repo_id, model_id), f"setting {MODEL} of {repo.repo_id}", repo.key)
     return pushed
+
+
+def _pin(requirements: Path, source: Path) -> None:
+    """Let the Space install the koclip that the app comes with, if that is a commit which its remote has."""
+    git = ["git", "-C", str(source)]
+    pushed = [*git, "for-each-ref", "refs/remotes", "--contains", "HEAD", "--count=1"]
+    if shutil.which("git") and subprocess.run(pushed, capture_output=True, check=False).stdout:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        text = requirements.read_text(encoding="utf-8")
+        pinned = re.sub(r"(@ git\+https://[^\s@]+)$", rf"\g<1>@{head}", text, flags=re.MULTILINE)
+        requirements.write_text(pinned, encoding="utf-8")
 
 
 def _name_model(space_id: str, model_id: str) -> None:
