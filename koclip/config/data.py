@@ -27,7 +27,7 @@ class SourceConfig:
     Args:
         path: `scenes` (built in), a local file, folder or glob, or a Hub data set id such as `owner/name`.
         format: How to read it; `auto` decides by the file name. `annotations` is KoCLIP's and COCO's
-            `[{"file_path": ..., "captions": [...]}]`.
+            `[{"file_path": ..., "captions": [...]}]`. Fields of CSV may be quoted; in `.tsv` a quote is text.
         name: Short name used in logs and metric names; default: the last part of the path.
         split: Split to read; of local files too a slice, such as `train[:1000]`.
         subset: Configuration of a Hub data set that has several.
