@@ -96,7 +96,7 @@ def examples() -> dict[str, list[list[Any]]]:
 def sweep_for_ever() -> None:
     """Delete what visitors left, every few minutes; what is there at the start, the examples, stays."""
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
-    kept = {path for start in (folder, Path(_WORK)) for path in start.rglob("*")}
+    kept = set(folder.rglob("*"))
     while True:
         time.sleep(SWEPT)
         sweep(folder, kept)

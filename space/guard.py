@@ -130,8 +130,8 @@ class Gate:
         if not told.isdigit() or int(told) > most:
             await _answer(send, 413)
             return
-        charge = [self._clock(), float(int(told) or MAX_BODY)] if uploads else [0.0, 0.0]  # 0: it does not say
-        if not self._has_room(charge):
+        upload = self._admit(int(told) or MAX_BODY) if uploads else None  # 0: it does not say
+        if uploads and upload is None:
             await _answer(send, 503)
             return
         seen = nested = 0
@@ -148,19 +148,19 @@ class Gate:
         try:
             await self._app(scope, counted, send)
         finally:
-            charge[1] = min(max(seen, _LEAST), charge[1])
+            if upload is not None:
+                upload[1] = min(max(seen, _LEAST), upload[1])
 
-    def _has_room(self, charge: list[float]) -> bool:
-        """Return whether an upload is taken, and remember it if so."""
-        while self._uploads and self._uploads[0][0] < self._clock() - KEPT:
+    def _admit(self, size: int) -> list[float] | None:
+        """Return when an upload came and its bytes, which count from now on; None if there is no room for it."""
+        now = self._clock()
+        while self._uploads and self._uploads[0][0] < now - KEPT:
             self._uploads.popleft()
-        if not charge[1]:
-            return True
-        charge[1] = max(charge[1], _LEAST)
-        if sum(size for _, size in self._uploads) + charge[1] > MAX_KEPT:
-            return False
-        self._uploads.append(charge)
-        return True
+        upload = [now, float(max(size, _LEAST))]
+        if sum(taken for _, taken in self._uploads) + upload[1] > MAX_KEPT:
+            return None
+        self._uploads.append(upload)
+        return upload
 
 
 async def _answer(send: Any, status: int) -> None:

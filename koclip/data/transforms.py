@@ -19,7 +19,7 @@ from koclip.config import DataConfig
 
 # Kinds that are read. PIL's other readers break in ways of their own (SPIDER: AttributeError), decode before their size
 # is known (ICO) or start another program (EPS: Ghostscript).
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM")
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM")
 # Pictures that torchvision decodes faster than PIL, to the same pixels. PNG is not among them: torchvision 0.29
 # crashes the process on some broken ones, and returns 16 bits for others.
 _DIRECT = {("JPEG", "RGB"), ("JPEG", "L")}
@@ -79,7 +79,7 @@ def decode(image: bytes | Path | npt.NDArray[np.uint8] | None, max_pixels: int) 
 def _decode(data: bytes, max_pixels: int) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's bomb and metadata warnings; the size is checked below
-        with Image.open(BytesIO(data), formats=FORMATS) as picture:
+        with Image.open(BytesIO(data), formats=_FORMATS) as picture:
             width, height = picture.size
             if width * height > max_pixels:
                 raise ImageError(f"{width} x {height} pixels; data.max_image_pixels is {max_pixels}")
