@@ -79,8 +79,7 @@ def test_nothing_imports_a_recipe():
 def test_files_and_functions_stay_short():
     for file in [*(ROOT / "koclip").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]:
         source = file.read_text(encoding="utf-8")
-        limit = 300
-        assert source.count("\n") <= limit, f"{file.relative_to(ROOT)} has {source.count(chr(10))} lines"
+        assert source.count("\n") <= 400, f"{file.relative_to(ROOT)} has {source.count(chr(10))} lines"
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef):
                 length = (node.end_lineno or 0) - node.lineno + 1
