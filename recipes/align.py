@@ -18,7 +18,7 @@ from koclip.checkpoint.model import publish_aligned
 from koclip.data.batches import Known
 from koclip.data.loader import train_loader, training_captions
 from koclip.data.order import Shard
-from koclip.data.transforms import Views, centre_view, view_size
+from koclip.data.transforms import PixelLimit, Views, centre_view, view_size
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate
 from koclip.evaluation.report import report
@@ -45,7 +45,7 @@ def main(cfg: config.AlignConfig) -> None:
     run.start(cfg, accelerator)
     cache = Path(cfg.align.cache_dir or run.path / "features")
 
-    eval_sets = [open_set(one) for one in cfg.eval.sets]
+    eval_sets = [open_set(one, PixelLimit(cfg.data.max_image_pixels)) for one in cfg.eval.sets]
     if accelerator.is_main_process:
         run.list_skipped([skip for one in eval_sets for skip in one.skipped])
     clip, image_processor = load_image_side(cfg.model.clip)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from koclip import config
+from koclip.data.transforms import PixelLimit
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate, warnings_of
 from koclip.evaluation.people import people
@@ -22,7 +23,8 @@ from koclip.models.peers import open_encoder
 def main(cfg: config.EvaluateConfig) -> None:
     """Run the recipe: every model on every data set, then the models side by side."""
     accelerator = processes(cfg)
-    sets = [open_set(one) for one in cfg.sets]
+    limit = PixelLimit(cfg.max_image_pixels, "max_image_pixels")
+    sets = [open_set(one, limit) for one in cfg.sets]
     run = start(cfg, sets)
     metrics, embedders, warnings = {}, {}, []
     for spec in cfg.all_models:
@@ -32,7 +34,9 @@ def main(cfg: config.EvaluateConfig) -> None:
         warnings += [warning for warning in warnings_of(embedder, sets) if warning not in warnings]
         found = evaluate(embedder, sets)
         for rated in cfg.ratings:
-            found |= {f"{rated.name}/{rated.language}/{name}": one for name, one in people(embedder, rated).items()}
+            found |= {
+                f"{rated.name}/{rated.language}/{name}": one for name, one in people(embedder, rated, limit).items()
+            }
         metrics[spec], embedders[spec] = found, embedder
         if accelerator.is_main_process:
             keep(folders_of(run, cfg.all_models)[spec], spec, found, sets)

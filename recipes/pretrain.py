@@ -13,7 +13,7 @@ import koclip
 from koclip import checkpoint, config, losses, training
 from koclip.data.loader import train_loader, training_captions
 from koclip.data.order import Shard
-from koclip.data.transforms import Views, centre_view, view_size
+from koclip.data.transforms import PixelLimit, Views, centre_view, view_size
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate
 from koclip.evaluation.report import report
@@ -37,7 +37,7 @@ def main(cfg: config.PretrainConfig) -> None:
     run = checkpoint.Run("pretrain", cfg.output_dir, resume=cfg.resume == "auto")
     run.start(cfg, accelerator)
 
-    eval_sets = [open_set(one) for one in cfg.eval.sets]
+    eval_sets = [open_set(one, PixelLimit(cfg.data.max_image_pixels)) for one in cfg.eval.sets]
     if accelerator.is_main_process:
         run.list_skipped([skip for one in eval_sets for skip in one.skipped])
     tokenizer = run.tokenizer(cfg.tokenizer, training_captions(cfg.data))

@@ -9,6 +9,7 @@ python recipes/publish.py --help                                                
 from pathlib import Path
 
 from koclip import config
+from koclip.data.transforms import PixelLimit
 from koclip.publishing.adapter import name_base
 from koclip.publishing.card import write_card
 from koclip.publishing.facts import gather
@@ -31,7 +32,8 @@ def main(cfg: config.PublishConfig) -> None:
     for key, name in targets.items() if not cfg.dry_run else []:
         check_rights(name, key)
     facts = gather(cfg)
-    sets = open_sets(cfg.int8_sets, facts.results["data"]) if cfg.onnx == "int8" else []
+    limit = PixelLimit(cfg.max_image_pixels, "max_image_pixels")
+    sets = open_sets(cfg.int8_sets, facts.results["data"], limit) if cfg.onnx == "int8" else []
     if cfg.onnx:
         for name, parity in export(directory, directory, int8=cfg.onnx == "int8").items():
             print(f"{name}: {parity}")

@@ -59,7 +59,8 @@ def _look(data: bytes) -> bool:
     try:
         with Image.open(io.BytesIO(data), formats=_KINDS) as picture:
             width, height = picture.size
-            moves = bool(getattr(picture, "is_animated", False))
+            # A phone's JPEG may hold further pictures (MPO): it does not move.
+            moves = bool(getattr(picture, "is_animated", False)) and picture.format in _KINDS
     except Image.DecompressionBombError:
         raise RefusedError("large_image", limit=MAX_PIXELS // 10**6) from None
     except BROKEN:

@@ -7,7 +7,7 @@ A recipe's configuration is the dataclass that lists the sections it uses. `pars
 from koclip.config.alignment import AdapterConfig, AlignMethodConfig, DistillConfig, SwapConfig
 from koclip.config.changes import check_changes
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
-from koclip.config.errors import ConfigError, RunError, check
+from koclip.config.errors import ConfigError, RunError, check, check_pixels
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig, Task
 from koclip.config.model import LossConfig, ModelConfig
 from koclip.config.parsing import dump, parse, run, to_dict
@@ -41,6 +41,7 @@ __all__ = [
     "TrainConfig",
     "check",
     "check_changes",
+    "check_pixels",
     "dump",
     "parse",
     "run",

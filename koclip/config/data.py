@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from koclip.config.errors import check
+from koclip.config.errors import check, check_pixels
 
 Format = Literal[
     "auto",
@@ -106,7 +106,8 @@ class DataConfig:
         num_workers: Processes that decode images, per training process; 0 decodes in the training process.
         shuffle_buffer: Rows that a streamed source shuffles within.
         max_skipped_fraction: Stop when more than this share of the rows drawn is unusable.
-        max_image_pixels: Refuse larger images (width x height) as decompression bombs.
+        max_image_pixels: Leave larger images (width x height) out, in training and in its evaluation: decompression
+            bombs.
         seed: Seed of the order, the captions drawn and the augmentation.
     """
 
@@ -141,6 +142,7 @@ class DataConfig:
         check(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "expected 1 or more")
         share = self.max_skipped_fraction
         check(0 <= share < 1, "data.max_skipped_fraction", share, "expected 0 or more and less than 1")
+        check_pixels("data.max_image_pixels", self.max_image_pixels)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from koclip.config.data import SourceConfig
-from koclip.config.errors import check
+from koclip.config.data import DataConfig, SourceConfig
+from koclip.config.errors import check, check_pixels
 from koclip.config.evaluation import EvalSetConfig, RatingsConfig
 
 
@@ -23,6 +23,7 @@ class EvaluateConfig:
             none.
         sets: What to evaluate on.
         ratings: People's ratings that the models' scores should agree with.
+        max_image_pixels: Leave larger images (width x height) out as decompression bombs.
         batch_size: Images or texts encoded at once.
         device: As PyTorch names it; default: a GPU if there is one.
     """
@@ -33,6 +34,7 @@ class EvaluateConfig:
     cache_dir: str | None = "runs/embeddings"
     sets: list[EvalSetConfig] = field(default_factory=list)
     ratings: list[RatingsConfig] = field(default_factory=list)
+    max_image_pixels: int = DataConfig.max_image_pixels
     batch_size: int = 256
     device: str | None = None
 
@@ -43,6 +45,7 @@ class EvaluateConfig:
         check(bool(self.sets or self.ratings), "sets", [], "expected at least one data set")
         names = [one.source.short_name for one in self.sets] + [one.name for one in self.ratings]
         check(len(set(names)) == len(names), "sets[].source.name", names, "give each data set a name of its own")
+        check_pixels("max_image_pixels", self.max_image_pixels)
         check(self.batch_size >= 1, "batch_size", self.batch_size, "expected 1 or more")
 
     @property
@@ -78,6 +81,7 @@ class PublishConfig:
             needs `pip install 'koclip[onnx]'`.
         int8_sets: What the loss of `int8` in retrieval is measured on; default: the sets of `results` with the task
             `retrieval`, their first 1,000 images, or the built-in scenes where it has none.
+        max_image_pixels: Leave larger images (width x height) of these sets out as decompression bombs.
         sentence_transformers: Let `SentenceTransformer(repo_id)` load it, too.
         space: Space of the Hub that shows it, `organisation/name`; made or brought up to date. Default: none.
     """
@@ -98,6 +102,7 @@ class PublishConfig:
     training_time: str | None = None
     onnx: Literal["fp32", "int8"] | None = None
     int8_sets: list[EvalSetConfig] = field(default_factory=list)
+    max_image_pixels: int = DataConfig.max_image_pixels
     sentence_transformers: bool = False
     space: str | None = None
 
@@ -106,6 +111,7 @@ class PublishConfig:
             named = name is None or re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is not None
             check(named, key, name, "expected organisation/name: letters, digits, - _ .")
         check(bool(self.message.strip()), "message", self.message, "expected some words")
+        check_pixels("max_image_pixels", self.max_image_pixels)
         names = [one.source.short_name for one in self.int8_sets]
         check(not names or self.onnx == "int8", "int8_sets", names, "expected --onnx int8, whose loss they measure")
         check(len(set(names)) == len(names), "int8_sets[].source.name", names, "give each data set a name of its own")
@@ -123,6 +129,7 @@ class IndexConfig:
         source: A data set whose columns must be named, in the place of `images`.
         output_dir: Where the index goes; the same command goes on where a killed one stopped.
         max_images: Images taken, the first ones; 0 takes all.
+        max_image_pixels: Leave larger images (width x height) out as decompression bombs.
         thumbnail_size: Longer side of the small pictures that are kept to be shown, pixels; 0 keeps none.
         approximate: Whether to make an approximate index too (needs `pip install 'koclip[search]'`); `auto` makes one
             from `approximate_from` images on.
@@ -136,6 +143,7 @@ class IndexConfig:
     source: SourceConfig | None = None
     output_dir: str = "index"
     max_images: int = 0
+    max_image_pixels: int = DataConfig.max_image_pixels
     thumbnail_size: int = 256
     approximate: Literal["auto", "yes", "no"] = "auto"
     approximate_from: int = 1_000_000
@@ -147,6 +155,7 @@ class IndexConfig:
         some = bool(self.images) or self.source is not None
         check(some, "images", self.images, "name a folder of pictures or a data set: --images photos/")
         check(self.max_images >= 0, "max_images", self.max_images, "expected 0 or more")
+        check_pixels("max_image_pixels", self.max_image_pixels)
         size = self.thumbnail_size
         check(size == 0 or 16 <= size <= 1_024, "thumbnail_size", size, "expected 16 to 1024, or 0 for none")
         check(self.approximate_from >= 1, "approximate_from", self.approximate_from, "expected 1 or more")

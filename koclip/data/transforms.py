@@ -6,12 +6,12 @@ import warnings
 import zlib
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
@@ -20,9 +20,25 @@ from koclip.config import DataConfig
 # Kinds that are read. PIL's other readers break in ways of their own (SPIDER: AttributeError), decode before their size
 # is known (ICO) or start another program (EPS: Ghostscript).
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM")
+_MPO = "MPO"  # JPEGs with further pictures behind the first, as phones write them; PIL's reader of JPEG opens them
+KINDS = ", ".join(_FORMATS)
 # Pictures that torchvision decodes faster than PIL, to the same pixels. PNG is not among them: torchvision 0.29
 # crashes the process on some broken ones, and returns 16 bits for others.
-_DIRECT = {("JPEG", "RGB"), ("JPEG", "L")}
+_DIRECT = {(kind, mode) for kind in ("JPEG", _MPO) for mode in ("RGB", "L")}
+# EXIF's orientations, and how a picture is turned upright. 1 is upright, and any other number stands for nothing.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_WHITE_IS_ZERO = 0  # a TIFF's PhotometricInterpretation
+# Longer side over shorter side. The shorter side is resized to what a model sees: at 512 pixels, more than most image
+# towers see, the whole then has 79 million pixels.
+MAX_RATIO = 300
 
 
 # What PIL and torchvision raise on broken files. SyntaxError: PIL's broken PNG; RuntimeError: libjpeg.
@@ -39,6 +55,23 @@ class ImageError(ValueError):
     """A picture that cannot be used; the message says why."""
 
 
+class PixelLimit(NamedTuple):
+    """The most pixels of a picture (width x height), and the key of the configuration that sets it."""
+
+    pixels: int = DataConfig.max_image_pixels
+    key: str = "data.max_image_pixels"
+
+
+PIXEL_LIMIT = PixelLimit()  # where no configuration says another
+
+
+def suffixes() -> frozenset[str]:
+    """Return the suffixes of files that hold pictures of the kinds that are read, in lower case: `.jpg` and so on."""
+    return frozenset(
+        suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS or kind == _MPO
+    )
+
+
 def read(image: bytes | Path | npt.NDArray[np.uint8] | None) -> bytes | npt.NDArray[np.uint8]:
     """Return the bytes of an image that may be given by its path.
 
@@ -49,58 +82,130 @@ def read(image: bytes | Path | npt.NDArray[np.uint8] | None) -> bytes | npt.NDAr
         raise ImageError("no image")
     try:
         return image.read_bytes() if isinstance(image, Path) else image
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
         raise ImageError(f"{type(error).__name__}: {error}".split("\n")[0]) from error
 
 
-def decode(image: bytes | Path | npt.NDArray[np.uint8] | None, max_pixels: int) -> torch.Tensor:
-    """Return an image as (3, H, W) uint8 RGB, upright by its EXIF tag, transparency on white.
+def decode(
+    image: bytes | Path | npt.NDArray[np.uint8] | None, max_pixels: int, key: str = PIXEL_LIMIT.key
+) -> torch.Tensor:
+    """Return an image as (3, H, W) uint8 RGB, as `to_rgb` makes it.
 
     Args:
         image: An encoded picture, the path of one, or decoded RGB pixels (H, W, 3).
         max_pixels: Largest width x height.
+        key: Of the configuration, which sets `max_pixels`.
 
     Raises:
-        ImageError: it is missing, truncated, no image, or has more than `max_pixels` pixels.
+        ImageError: it is missing, truncated, no image, has more than `max_pixels` pixels or an extreme form, or its
+            values have no agreed brightness.
     """
     image = read(image)
     if isinstance(image, np.ndarray):
+        _check_form(image.shape[1], image.shape[0])
         return torch.from_numpy(image).permute(2, 0, 1)
     try:
-        return _decode(image, max_pixels)
+        return _decode(image, max_pixels, key)
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError("not an image, or of a kind that PIL does not read") from None
+        raise ImageError(f"not an image, or of a kind that PIL does not read here: expected {KINDS}") from None
+    except Image.DecompressionBombError as error:  # raised before the size is known here
+        raise ImageError(f"too many pixels; {key} is {max_pixels} ({error})".split("\n")[0]) from error
     except BROKEN as error:
         raise ImageError(f"{type(error).__name__}: {error}".split("\n")[0]) from error
 
 
-def _decode(data: bytes, max_pixels: int) -> torch.Tensor:
+def _decode(data: bytes, max_pixels: int, key: str) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's bomb and metadata warnings; the size is checked below
         with Image.open(BytesIO(data), formats=_FORMATS) as picture:
             width, height = picture.size
             if width * height > max_pixels:
-                raise ImageError(f"{width} x {height} pixels; data.max_image_pixels is {max_pixels}")
-            if (picture.format, picture.mode) in _DIRECT:
+                raise ImageError(f"{width} x {height} pixels; {key} is {max_pixels}")
+            _check_form(width, height)
+            if (picture.format, picture.mode) not in _DIRECT:
+                rgb = to_rgb(picture)
+            else:
                 encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                decoded: torch.Tensor = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-                return decoded
-            rgb = to_rgb(ImageOps.exif_transpose(picture))
+                # torchvision reads another orientation than PIL of some files: of those with XMP before EXIF, and of
+                # tags that are no SHORT.
+                decoded: torch.Tensor = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=False)
+                turn = _turn(picture)
+                if turn is None:
+                    return decoded
+                rgb = Image.fromarray(decoded.permute(1, 2, 0).numpy()).transpose(turn)
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Convert a picture of any mode to RGB: transparency on white, 16-bit scaled to 8."""
-    if picture.mode.startswith("I"):
-        wide = np.asarray(picture, dtype=np.int64)
-        return Image.fromarray((wide.clip(0, 65_535) >> 8).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
+    """Return a picture of any mode as RGB: upright, transparency on white, gray of 16 bits and floats scaled to 8 bits.
+
+    Upright is as PIL's `ImageOps.exif_transpose` has it: by the orientation in EXIF, else that in XMP. The picture
+    that is returned names no orientation, so that it is not turned again.
+
+    Raises:
+        ImageError: one side is more than `MAX_RATIO` times the other, or its values have no agreed brightness: floats
+            other than 0 to 1, integers of more than 16 bits, and those that would come out black.
+    """
+    _check_form(*picture.size)
+    deep = ";16" in str(getattr(picture, "tile", ""))  # of 16 bits in the file, of which PIL keeps the higher 8
+    picture.load()  # in PNG the orientation may stand behind the pixels; PIL turns TIFF as it loads it
+    turn = _turn(picture)
+    if picture.mode.startswith("I") or picture.mode == "F":
+        rgb = _scaled(picture).convert("RGB")
+    elif picture.has_transparency_data:
         rgba = picture.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return picture.convert("RGB")
+        rgb = Image.alpha_composite(white, rgba).convert("RGB")
+    else:
+        rgb = picture.convert("RGB")
+    if deep and not rgb.getbbox():
+        raise ImageError("values of 16 bits that all come out black: none is above 255 of 65535; scale them")
+    rgb = rgb if turn is None else rgb.transpose(turn)
+    rgb.info = {}
+    return rgb
+
+
+def _check_form(width: int, height: int) -> None:
+    """Refuse pictures so narrow that resizing the shorter side makes them huge."""
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise ImageError(
+            f"{width} x {height} pixels: one side is more than {MAX_RATIO} times the other, and resizing the shorter "
+            "one would make a huge picture; crop it"
+        )
+
+
+def _turn(picture: Image.Image) -> Image.Transpose | None:
+    """Return how a picture is turned upright. Metadata that cannot be read turn nothing, as in every viewer."""
+    try:
+        return _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except BROKEN:
+        return None
+
+
+def _scaled(picture: Image.Image) -> Image.Image:
+    """Scale gray values of 16 bits, or floats of 0 to 1, to 8 bits.
+
+    PIL hands out the values of a TIFF as they are stored, of 12 bits or with white as 0 too.
+    """
+    tags = getattr(picture, "tag_v2", {})
+    values = np.asarray(picture)
+    low, high = values.min(), values.max()
+    bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
+    white = 1 if picture.mode == "F" else 2**bits - 1
+    if not (low >= 0 and high <= white and bits <= (32 if picture.mode == "F" else 16)):  # nan is neither
+        raise ImageError(
+            f"gray values of {low} to {high} ({values.dtype}, {bits} bits): expected integers of 16 bits or less, or "
+            "floats of 0 to 1; scale them"
+        )
+    gray = (values * 255).round().astype(np.uint8) if picture.mode == "F" else (values >> (bits - 8)).astype(np.uint8)
+    if high > 0 and not gray.any():
+        raise ImageError(f"gray values of {low} to {high}, which come out black where {white} is white; scale them")
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO:
+        gray = 255 - gray
+    gray[values == picture.info.get("transparency")] = 255
+    return Image.fromarray(gray)
 
 
 class Views:

@@ -8,14 +8,14 @@ import torch
 
 from koclip.config import ConfigError, RatingsConfig
 from koclip.data.sources import Row
-from koclip.data.transforms import ImageError, decode
+from koclip.data.transforms import PIXEL_LIMIT, ImageError, PixelLimit, decode
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.pictures import MAX_PIXELS, Pictures
+from koclip.evaluation.pictures import Pictures
 from koclip.metrics import Metric, agreement
 from koclip.text.normalize import normalize
 
 
-def people(embedder: Embedder, config: RatingsConfig) -> dict[str, Metric]:
+def people(embedder: Embedder, config: RatingsConfig, limit: PixelLimit = PIXEL_LIMIT) -> dict[str, Metric]:
     """Return Kendall's tau c and b between cosine similarities and ratings.
 
     A caption that several people rated stands there once per rating, as in Flickr8k-Expert's protocol.
@@ -23,10 +23,10 @@ def people(embedder: Embedder, config: RatingsConfig) -> dict[str, Metric]:
     Raises:
         ConfigError: the file is missing, or a line has no caption, no rating or an image that cannot be read.
     """
-    rated = read_ratings(config)
+    rated = read_ratings(config, limit)
     files = sorted({file for file, _, _ in rated})
     texts = list(dict.fromkeys(caption for _, caption, _ in rated))
-    images = embedder.images(Pictures([Row(file, {}, str(file)) for file in files]))
+    images = embedder.images(Pictures([Row(file, {}, str(file)) for file in files], limit=limit))
     embedded = embedder.texts(texts)
     at = [files.index(file) for file, _, _ in rated]
     said = [texts.index(caption) for _, caption, _ in rated]
@@ -35,7 +35,7 @@ def people(embedder: Embedder, config: RatingsConfig) -> dict[str, Metric]:
     return {f"agreement/kendall_tau_{variant}": agreement(scores, ratings, variant) for variant in ("c", "b")}
 
 
-def read_ratings(config: RatingsConfig) -> list[tuple[Path, str, float]]:
+def read_ratings(config: RatingsConfig, limit: PixelLimit = PIXEL_LIMIT) -> list[tuple[Path, str, float]]:
     """Return image, caption and rating, one for each rating.
 
     Raises:
@@ -53,7 +53,7 @@ def read_ratings(config: RatingsConfig) -> list[tuple[Path, str, float]]:
                     f"{where}: got {len(cells)} cells, expected image, caption and ratings, tab-separated"
                 )
             try:
-                decode(root / cells[0], MAX_PIXELS)
+                decode(root / cells[0], *limit)
                 ratings = [float(cell) for cell in cells[2:]]
             except ImageError as error:
                 raise ConfigError(f"{where}: {root / cells[0]} cannot be used: {error}") from None

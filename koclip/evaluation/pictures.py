@@ -8,12 +8,9 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 from xxhash import xxh3_128
 
-from koclip.config import DataConfig
 from koclip.data.corruptions import corrupt
 from koclip.data.sources import Row
-from koclip.data.transforms import decode, read
-
-MAX_PIXELS = DataConfig.max_image_pixels
+from koclip.data.transforms import PIXEL_LIMIT, PixelLimit, decode, read
 
 
 class Pictures(Sequence[Image.Image]):
@@ -22,10 +19,13 @@ class Pictures(Sequence[Image.Image]):
     Args:
         rows: Rows whose images can be decoded.
         corruption: Name of a corruption (`koclip.data.corruptions`), its severity 1 to 5 and a seed.
+        limit: The most pixels of one.
     """
 
-    def __init__(self, rows: Sequence[Row], corruption: tuple[str, int, int] | None = None) -> None:
-        self._rows, self._corruption = rows, corruption
+    def __init__(
+        self, rows: Sequence[Row], corruption: tuple[str, int, int] | None = None, limit: PixelLimit = PIXEL_LIMIT
+    ) -> None:
+        self._rows, self._corruption, self._limit = rows, corruption, limit
         self._digest: str | None = None
 
     def __len__(self) -> int:
@@ -38,7 +38,7 @@ class Pictures(Sequence[Image.Image]):
     def __getitem__(self, place: int | slice) -> Image.Image | list[Image.Image]:
         if isinstance(place, slice):
             return [self[one] for one in range(*place.indices(len(self)))]
-        pixels = decode(self._rows[place].image, MAX_PIXELS)
+        pixels = decode(self._rows[place].image, *self._limit)
         if self._corruption:
             name, severity, seed = self._corruption
             pixels = corrupt(pixels, name, severity, seed=1_000_003 * seed + place)
@@ -47,7 +47,7 @@ class Pictures(Sequence[Image.Image]):
 
     def corrupted(self, name: str, severity: int, seed: int) -> "Pictures":
         """Return the same images, corrupted."""
-        return Pictures(self._rows, (name, severity, seed))
+        return Pictures(self._rows, (name, severity, seed), self._limit)
 
     def digest(self) -> str:
         """Return a hash of all images and of what is done to them."""

@@ -8,9 +8,9 @@ from koclip.config import ConfigError, EvalSetConfig, SourceConfig
 from koclip.data.batches import Skip
 from koclip.data.sources import Row, StreamSource, open_source
 from koclip.data.tables import SourceError
-from koclip.data.transforms import ImageError, decode
+from koclip.data.transforms import PIXEL_LIMIT, ImageError, PixelLimit, decode
 from koclip.evaluation.choices import Choice, scene_choices
-from koclip.evaluation.pictures import MAX_PIXELS, Pictures
+from koclip.evaluation.pictures import Pictures
 from koclip.text.classes import ClassName, load_classes
 
 _BATCH = 256  # rows read at once
@@ -47,7 +47,7 @@ class EvalSet:
         return [self, *self.shifted.values(), *([self.train] if self.train else [])]
 
 
-def open_set(config: EvalSetConfig) -> EvalSet:
+def open_set(config: EvalSetConfig, limit: PixelLimit = PIXEL_LIMIT) -> EvalSet:
     """Read a set's captions and check its images; unusable rows are left out and listed in `skipped`.
 
     Raises:
@@ -55,7 +55,7 @@ def open_set(config: EvalSetConfig) -> EvalSet:
         ConfigError: an image's class is not in the list, or there are fewer than two.
     """
     listed = load_classes(config.classes) if config.classes else []
-    rows, labels, skipped = _usable(config, config.source, listed)
+    rows, labels, skipped = _usable(config, config.source, listed, limit)
     classes, warnings = _present(listed, set(labels), config) if listed else ([], [])
     gallery: dict[str, list[str]] = {}
     for source in config.gallery:
@@ -66,11 +66,13 @@ def open_set(config: EvalSetConfig) -> EvalSet:
 
     def related(source: SourceConfig) -> EvalSet:
         """Open a set of the same classes; images of classes that have been left out are left out, too."""
-        rows, labels, skipped = _usable(config, source, listed)
+        rows, labels, skipped = _usable(config, source, listed, limit)
         known = [place for place, label in enumerate(labels) if label in places] if listed else range(len(rows))
         rows, labels = [rows[place] for place in known], [places[labels[place]] for place in known if listed]
         captions = [row.captions for row in rows]
-        return EvalSet(source.short_name, config, Pictures(rows), captions, {}, [], skipped, classes, labels)
+        return EvalSet(
+            source.short_name, config, Pictures(rows, limit=limit), captions, {}, [], skipped, classes, labels
+        )
 
     train = related(config.train) if config.train else None
     shifted = {name: related(source) for name, source in config.shifted.items()}
@@ -78,7 +80,7 @@ def open_set(config: EvalSetConfig) -> EvalSet:
     return EvalSet(
         name=config.source.short_name,
         config=config,
-        pictures=Pictures(rows),
+        pictures=Pictures(rows, limit=limit),
         captions=[row.captions for row in rows],
         gallery=gallery,
         choices=scene_choices() if config.source.path == "scenes" else [],
@@ -92,7 +94,7 @@ def open_set(config: EvalSetConfig) -> EvalSet:
 
 
 def _usable(
-    config: EvalSetConfig, source: SourceConfig, classes: list[ClassName]
+    config: EvalSetConfig, source: SourceConfig, classes: list[ClassName], limit: PixelLimit
 ) -> tuple[list[Row], list[int], list[Skip]]:
     """Return the rows with an image and what the tasks need, their classes' places in the list, and what was left."""
     rows, labels, skipped = [], [], []
@@ -103,7 +105,7 @@ def _usable(
                 raise ImageError("no class")
             if not classes and not row.captions:
                 raise ImageError("no usable caption")
-            decode(row.image, MAX_PIXELS)
+            decode(row.image, *limit)
         except ImageError as error:
             skipped.append(Skip(row.key, str(error)))
             continue

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
 from transformers import AutoProcessor, ProcessorMixin
 
-from koclip.config import ConfigError, check
-from koclip.data.transforms import to_rgb
+from koclip.config import ConfigError, DataConfig, check, check_pixels
+from koclip.data.transforms import BROKEN, ImageError, decode, to_rgb
 from koclip.models import StockModel
 from koclip.models.encoders import TransformersEncoder, by_length, in_batches
 from koclip.models.pretrained import read, refuse
@@ -51,13 +52,31 @@ def embed_images(
     processor: ProcessorMixin,
     images: Sequence[Image.Image | str | Path],
     batch_size: int = 64,
+    max_image_pixels: int = DataConfig.max_image_pixels,
 ) -> torch.Tensor:
-    """Return unit-norm float32 embeddings (N, D) of N images (PIL images or file paths), in order, on the CPU."""
+    """Return unit-norm float32 embeddings (N, D) of N images, in order, on the CPU.
 
+    Args:
+        model: What `load` returned.
+        processor: Its own.
+        images: PIL images or file paths. Both are turned upright by the orientation that they name, and seen as
+            training and evaluation see them (`koclip.data.transforms`).
+        batch_size: Images encoded at once.
+        max_image_pixels: Largest width x height of a file.
+
+    Raises:
+        OSError: a file cannot be read.
+        ImageError: an image cannot be used; the message names it and says why.
+    """
+    check_pixels("max_image_pixels", max_image_pixels)
     if not images:
         return torch.zeros(0, model.visual_projection.out_features)
     encoder = TransformersEncoder(model, processor)
-    return in_batches(lambda batch: encoder.encode_images([_open(one) for one in batch]), images, batch_size, "images")
+
+    def embed(batch: list[int]) -> torch.Tensor:
+        return encoder.encode_images([_open(images[place], place, max_image_pixels) for place in batch])
+
+    return in_batches(embed, range(len(images)), batch_size, "images")
 
 
 def embed_texts(
@@ -74,8 +93,16 @@ def embed_texts(
     return in_batches(encoder.encode_texts, cleaned, batch_size, "texts", by_length(cleaned))
 
 
-def _open(image: Image.Image | str | Path) -> Image.Image:
+def _open(image: Image.Image | str | Path, place: int, max_pixels: int) -> Image.Image:
+    """Return an image as a model is shown it; errors name it by its path, or else by its place in the list."""
     if isinstance(image, Image.Image):
-        return image
-    with Image.open(image) as picture:
-        return to_rgb(ImageOps.exif_transpose(picture))
+        try:
+            return to_rgb(image)
+        except BROKEN as error:
+            raise ImageError(f"images[{place}]: {error}") from error
+    encoded = Path(image).read_bytes()
+    try:
+        picture: Image.Image = to_pil_image(decode(encoded, max_pixels, "max_image_pixels"))
+    except ImageError as error:
+        raise ImageError(f"{image}: {error}") from error
+    return picture

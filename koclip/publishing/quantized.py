@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import AutoProcessor, ProcessorMixin
 
 from koclip.config import ConfigError, EvalSetConfig, SourceConfig
+from koclip.data.transforms import PIXEL_LIMIT, PixelLimit
 from koclip.evaluation.pictures import Pictures
 from koclip.evaluation.report import write_results
 from koclip.evaluation.retrieval import approximated, collect
@@ -66,13 +67,16 @@ class _Graphs:
         return run(self._text, {name: encoded[name] for name in ("input_ids", "attention_mask")})
 
 
-def open_sets(named: Sequence[EvalSetConfig], evaluated: Mapping[str, Any]) -> list[EvalSet]:
+def open_sets(
+    named: Sequence[EvalSetConfig], evaluated: Mapping[str, Any], limit: PixelLimit = PIXEL_LIMIT
+) -> list[EvalSet]:
     """Open what is measured on; there is at least one.
 
     Args:
         named: Sets that the user names.
         evaluated: Those of results.json, by name, of which the ones with retrieval are taken if none is named; the
             built-in scenes if there is none of them either.
+        limit: The most pixels of an image.
 
     Raises:
         ConfigError: one cannot be read here.
@@ -82,13 +86,13 @@ def open_sets(named: Sequence[EvalSetConfig], evaluated: Mapping[str, Any]) -> l
     opened = []
     for name, values in retrievals.items():
         try:
-            opened.append(open_set(_again(values)))
+            opened.append(open_set(_again(values), limit))
         except (ConfigError, TypeError) as error:  # TypeError: described by a koclip that had other keys
             raise ConfigError(
                 f"int8_sets: {name}, which results.json has numbers of, cannot be read here: {error}. Name data that "
                 f"can, as `sets` of recipes/evaluate.py does, or the built-in scenes: {_SCENES}"
             ) from error
-    return opened or [open_set(one) for one in named or [EvalSetConfig()]]
+    return opened or [open_set(one, limit) for one in named or [EvalSetConfig()]]
 
 
 def _again(values: Mapping[str, Any]) -> EvalSetConfig:
