@@ -3,7 +3,8 @@
 python recipes/index.py --model runs/mine/model --images photos/ --output_dir index/
 python recipes/index.py --model runs/mine/model --images scenes --output_dir index/    # the built-in pictures
 
-A run that was stopped or killed goes on where it was: give the same command again.
+A run that was stopped or killed goes on where it was: give the same command again. It also embeds anew what has changed
+since: pictures of other content, other captions.
 """
 
 from pathlib import Path

@@ -17,7 +17,7 @@ from fake_encoder import COLOURS, ColourEncoder
 from PIL import Image
 
 from koclip.checkpoint import lines
-from koclip.config import ConfigError, DataConfig, IndexConfig, SourceConfig
+from koclip.config import ConfigError, IndexConfig, SourceConfig
 from koclip.search import ImageIndex, approximate, build, open_index
 from koclip.search.index import _MARGIN
 from koclip.search.shards import Entry, Shards, write
@@ -157,7 +157,10 @@ def test_what_is_kept_of_an_image_is_found_again(tmp_path):
 def test_a_folder_becomes_an_index(folder, tmp_path, small):
     count, skipped = build.build(config(folder), ColourEncoder(), tmp_path / "index")
     assert count == 30
-    assert [(skip.source, skip.key) for skip in skipped] == [(str(folder), "나/broken.jpg")]
+    assert [(skip.source, skip.key) for skip in skipped] == [
+        (str(folder), "나/broken.jpg"),
+        (str(folder), "notes.txt"),
+    ]
     index = open_index(tmp_path / "index")
     query = ColourEncoder().encode_texts(["파랑"])
     keys = [index.entry(int(place)).record["key"] for place in index.search(query, 7).places[0]]
@@ -213,14 +216,13 @@ def test_thumbnails_are_small(folder, tmp_path, small):
         assert (Image.open(io.BytesIO(thumbnail)).size if thumbnail else None) == size
 
 
-def test_pictures_of_too_many_pixels_are_left_out(folder, tmp_path, small, monkeypatch):
+def test_pictures_of_too_many_pixels_are_left_out(folder, tmp_path, small):
     Image.new("RGB", (50, 30)).save(folder / "large.png")
-    monkeypatch.setattr(DataConfig, "max_image_pixels", 1_200)
-    count, skipped = build.build(config(folder), ColourEncoder(), tmp_path / "index")
+    count, skipped = build.build(config(folder, max_image_pixels=1_200), ColourEncoder(), tmp_path / "index")
     assert count == 30
-    assert [skip.reason for skip in skipped if skip.key == "large.png"] == [
-        "50 x 30 pixels; data.max_image_pixels is 1200"
-    ]
+    assert [skip.reason for skip in skipped if skip.key == "large.png"] == ["50 x 30 pixels; max_image_pixels is 1200"]
+    with pytest.raises(ConfigError, match="max_image_pixels: 1200, here 9999"):  # what was left out would stay so
+        build.build(config(folder, max_image_pixels=9_999), ColourEncoder(), tmp_path / "index")
 
 
 def test_file_names_need_not_be_utf_8(folder, tmp_path, small):
@@ -283,7 +285,7 @@ def test_a_stopped_build_goes_on_and_gives_the_same_bytes(folder, tmp_path, smal
     encoder = ColourEncoder()
     _, left_out = build.build(config(folder), encoder, tmp_path / "stopped")
     assert encoder.calls < 11
-    assert [skip.key for skip in left_out] == ["가/00.jpg", "나/broken.jpg"]
+    assert [skip.key for skip in left_out] == ["가/00.jpg", "나/broken.jpg", "notes.txt"]
     assert left_out == skipped
     (tmp_path / "stopped" / "writing-shard-000002.safetensors").unlink(missing_ok=True)
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
@@ -457,7 +459,9 @@ def test_the_recipe_makes_an_index_and_names_what_it_left_out(folder, tmp_path):
         told = run("--model", str(model), "--images", str(folder), "--output_dir", str(tmp_path / "index"))
         assert told.returncode == 0, told.stderr
         assert "30 images" in told.stdout
-        (left,) = lines.read(tmp_path / "index" / "skipped.jsonl")
+        assert "2 left out" in told.stdout
+        left, notes = lines.read(tmp_path / "index" / "skipped.jsonl")
+        assert (notes["source"], notes["key"]) == (str(folder), "notes.txt")
         assert (left["source"], left["key"]) == (str(folder), "나/broken.jpg")
         assert "PIL does not read" in left["reason"]
     assert len(open_index(tmp_path / "index")) == 30

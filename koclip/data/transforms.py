@@ -25,15 +25,16 @@ KINDS = ", ".join(_FORMATS)
 # Pictures that torchvision decodes faster than PIL, to the same pixels. PNG is not among them: torchvision 0.29
 # crashes the process on some broken ones, and returns 16 bits for others.
 _DIRECT = {(kind, mode) for kind in ("JPEG", _MPO) for mode in ("RGB", "L")}
-# EXIF's orientations, and how a picture is turned upright. 1 is upright, and any other number stands for nothing.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+# EXIF's orientations but 1, upright: how a picture (H, W, 3) is turned upright. Whether rows and columns change places,
+# and the axes that are mirrored then.
+_TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
+    2: (False, (1,)),
+    3: (False, (0, 1)),
+    4: (False, (0,)),
+    5: (True, ()),
+    6: (True, (1,)),
+    7: (True, (0, 1)),
+    8: (True, (0,)),
 }
 _WHITE_IS_ZERO = 0  # a TIFF's PhotometricInterpretation
 # Longer side over shorter side. The shorter side is resized to what a model sees: at 512 pixels, more than most image
@@ -124,17 +125,13 @@ def _decode(data: bytes, max_pixels: int, key: str) -> torch.Tensor:
             if width * height > max_pixels:
                 raise ImageError(f"{width} x {height} pixels; {key} is {max_pixels}")
             _check_form(width, height)
-            if (picture.format, picture.mode) not in _DIRECT:
-                rgb = to_rgb(picture)
-            else:
+            if (picture.format, picture.mode) in _DIRECT:
                 encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
                 # torchvision reads another orientation than PIL of some files: of those with XMP before EXIF, and of
                 # tags that are no SHORT.
                 decoded: torch.Tensor = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=False)
-                turn = _turn(picture)
-                if turn is None:
-                    return decoded
-                rgb = Image.fromarray(decoded.permute(1, 2, 0).numpy()).transpose(turn)
+                return _turned(decoded.permute(1, 2, 0), _orientation(picture)).permute(2, 0, 1)
+            rgb = to_rgb(picture)
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
@@ -151,20 +148,25 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     _check_form(*picture.size)
     deep = ";16" in str(getattr(picture, "tile", ""))  # of 16 bits in the file, of which PIL keeps the higher 8
     picture.load()  # in PNG the orientation may stand behind the pixels; PIL turns TIFF as it loads it
-    turn = _turn(picture)
+    orientation = _orientation(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         rgb = _scaled(picture).convert("RGB")
-    elif picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        rgb = Image.alpha_composite(white, rgba).convert("RGB")
     else:
-        rgb = picture.convert("RGB")
-    if deep and not rgb.getbbox():
-        raise ImageError("values of 16 bits that all come out black: none is above 255 of 65535; scale them")
-    rgb = rgb if turn is None else rgb.transpose(turn)
+        rgb = _on_white(picture)
+        if deep and not rgb.getbbox():
+            raise ImageError("values of 16 bits that all come out black: none is above 255 of 65535; scale them")
+    if orientation != 1:
+        rgb = Image.fromarray(_turned(torch.from_numpy(np.array(rgb)), orientation).numpy())
     rgb.info = {}
     return rgb
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    rgba = picture.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, "white")
+    return Image.alpha_composite(white, rgba).convert("RGB")
 
 
 def _check_form(width: int, height: int) -> None:
@@ -176,12 +178,20 @@ def _check_form(width: int, height: int) -> None:
         )
 
 
-def _turn(picture: Image.Image) -> Image.Transpose | None:
-    """Return how a picture is turned upright. Metadata that cannot be read turn nothing, as in every viewer."""
+def _orientation(picture: Image.Image) -> int:
+    """Return the orientation that PIL reads, 1 to 8. Metadata that cannot be read turn nothing, as in every viewer."""
     try:
-        return _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        return int(orientation) if orientation in _TURNS else 1
     except BROKEN:
-        return None
+        return 1
+
+
+def _turned(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
+    """Return pixels (H, W, 3) upright."""
+    swap, mirrored = _TURNS.get(orientation, (False, ()))
+    pixels = pixels.transpose(0, 1) if swap else pixels
+    return pixels.flip(mirrored) if mirrored else pixels
 
 
 def _scaled(picture: Image.Image) -> Image.Image:

@@ -1,10 +1,8 @@
-"""Build an index: embed images shard by shard, and go on where a killed run stopped."""
+"""Build an index: embed images shard by shard, go on where a killed run stopped, and embed anew what has changed."""
 
 import dataclasses
 import io
-import os
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,22 +13,25 @@ from torchvision.transforms.v2.functional import to_pil_image
 from tqdm.auto import tqdm
 from xxhash import xxh3_128_hexdigest
 
-from koclip.config import ConfigError, DataConfig, IndexConfig, SourceConfig, check
+from koclip.config import ConfigError, IndexConfig, SourceConfig, check
 from koclip.data.batches import Skip
 from koclip.data.sources import Row, StreamSource, open_source
 from koclip.data.tables import file_format
-from koclip.data.transforms import ImageError, decode
+from koclip.data.transforms import KINDS, ImageError, decode
 from koclip.models.encoders import Encoder
 from koclip.search import approximate
-from koclip.search.shards import FACTS, ROWS, SHARD, Entry, Shards, num_taken, read_facts, write, write_facts
+from koclip.search.contents import Content, changed, look
+from koclip.search.folder import list_folder, printable
+from koclip.search.shards import FACTS, ROWS, SHARD, Entry, Shards, read_contents, read_facts, write, write_facts
 
-FORMAT = 2  # of the files
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".avif", ".jp2", ".ppm"}
+FORMAT = 3  # of the files
 _QUALITY = 80  # of thumbnails
 
 
 class Collection:
     """The images to be indexed, in a fixed order: a folder's, by their paths, or a data set's rows.
+
+    `left_out` are the files of a folder that no kind of picture has the suffix of.
 
     Raises:
         ConfigError: there is no image.
@@ -39,15 +40,17 @@ class Collection:
 
     def __init__(self, config: IndexConfig) -> None:
         self._most = config.max_images or None
-        self.name = _printable(config.images if config.source is None else config.source.path)
+        self.name = printable(config.images if config.source is None else config.source.path)
         self._source = None
         self._paths: list[Path] = []
+        self.left_out: list[Skip] = []
         if config.source is None and Path(config.images).is_dir():
             self._root = Path(config.images)
-            files = (path for path in self._root.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
-            self._paths = sorted(files)[: self._most]
-            check(bool(self._paths), "images", config.images, f"no picture there ({', '.join(sorted(_SUFFIXES))})")
-            listed = [f"{path.relative_to(self._root).as_posix()} {path.stat().st_size}" for path in self._paths]
+            paths, left_out = list_folder(self._root)
+            self.left_out = [skip._replace(source=self.name) for skip in left_out]
+            self._paths = paths[: self._most]
+            check(bool(paths), "images", config.images, f"no picture there ({KINDS}); not used: {left_out[:3]}")
+            listed = [path.relative_to(self._root).as_posix() for path in self._paths]
             self.facts: dict[str, Any] = {"images": xxh3_128_hexdigest("\n".join(listed).encode("utf-8", "replace"))}
             return
         source = config.source or SourceConfig(path=config.images, scenes_part="test", scenes_size=1_000)
@@ -62,45 +65,43 @@ class Collection:
         return min(count, self._most or count)
 
     def shards(self, there: Mapping[int, int]) -> Iterator[tuple[int, list[Row]]]:
-        """Yield numbers and rows of the shards that are not there yet.
+        """Yield the number and the rows of every shard.
 
         Args:
-            there: Numbers of those that are, and of the images that each was made of.
+            there: Numbers of those that are there already, and of the images that each was made of.
 
         Raises:
             ConfigError: one was made of more or fewer images than belong into it now.
         """
         number = -1
-        for number, (count, rows) in enumerate(self._parts()):
-            if number not in there:
-                yield number, rows()
-            elif there[number] != count:
-                raise _changed(number, there[number], count)
+        for number, rows in enumerate(self._parts()):
+            if there.get(number, len(rows)) != len(rows):
+                raise _resized(number, there[number], len(rows))
+            yield number, rows
         for beyond in [one for one in there if one > number][:1]:
-            raise _changed(beyond, there[beyond], 0)
+            raise _resized(beyond, there[beyond], 0)
 
-    def _parts(self) -> Iterator[tuple[int, Callable[[], list[Row]]]]:
-        """Yield the size of each shard, and what reads its rows."""
+    def _parts(self) -> Iterator[list[Row]]:
+        """Yield the rows of each shard."""
         if isinstance(self._source, StreamSource):
             rows = islice(self._source.stored_rows(), self._most)
             while part := list(islice(rows, ROWS)):
-                yield len(part), partial(list, part)
+                yield part
             return
         for start in range(0, len(self), ROWS):
-            places = range(start, min(start + ROWS, len(self)))
-            yield len(places), partial(self._read, places)
+            yield self._read(range(start, min(start + ROWS, len(self))))
 
     def _read(self, places: range) -> list[Row]:
         if self._source is not None and not isinstance(self._source, StreamSource):
             return self._source.rows(places)
         return [
-            Row(path, {}, _printable(path.relative_to(self._root).as_posix()))
+            Row(path, {}, printable(path.relative_to(self._root).as_posix()))
             for path in self._paths[places.start : places.stop]
         ]
 
 
 def build(config: IndexConfig, encoder: Encoder, directory: Path) -> tuple[int, list[Skip]]:
-    """Embed what is not embedded yet, and make the approximate index if it is asked for.
+    """Embed what is not embedded yet or has changed since, and make the approximate index if it is asked for.
 
     Returns:
         The number of images in the index, and what was left out of it, by runs before this one too.
@@ -111,25 +112,30 @@ def build(config: IndexConfig, encoder: Encoder, directory: Path) -> tuple[int, 
     collection = Collection(config)
     facts, quick = _claim(directory, config, collection, encoder), directory / approximate.FILE
     paths = {int(path.stem.split("-")[1]): path for path in sorted(directory.glob(SHARD.replace("{:06}", "*")))}
-    there = {number: num_taken(path) for number, path in paths.items()}
+    there = {number: len(read_contents(path)) for number, path in paths.items()}
     with tqdm(desc="embedding images", total=len(collection) or None, unit=" images") as bar:
-        bar.update(sum(there.values()))
         for number, rows in collection.shards(there):
+            if number in there and not _stale(paths[number], rows):
+                bar.update(len(rows))
+                continue
             quick.unlink(missing_ok=True)  # made of other rows
             paths[number] = directory / SHARD.format(number)
-            _embed(paths[number], rows, encoder, config, collection.name, bar)
+            _embed(paths[number], rows, encoder, config, (collection.name, bar))
     shards = Shards([paths[number] for number in sorted(paths)])
     check(len(shards) > 0, "images", config.images, f"none can be used; the first: {shards.skipped[:1]}")
     large = config.approximate == "auto" and len(shards) >= config.approximate_from
     if (large or config.approximate == "yes") and not quick.exists():
         approximate.build(shards.rows, shards.width, quick)
     write_facts(directory, {**facts, "num_images": len(shards), "num_shards": len(paths)})
-    return len(shards), shards.skipped
+    return len(shards), [*shards.skipped, *collection.left_out]
 
 
-def _printable(name: str) -> str:
-    """Return a file name without the bytes in it that are not UTF-8: old Korean names are EUC-KR."""
-    return os.fsencode(name).decode("utf-8", "replace")
+def _stale(path: Path, rows: list[Row]) -> bool:
+    """Tell whether a shard was made of other images or captions, and say of which."""
+    keys = changed(read_contents(path), rows)
+    if keys:
+        tqdm.write(f"{path.name} is made again: {len(keys)} of its images or captions have changed: {keys[:3]}")
+    return bool(keys)
 
 
 def _files(source: SourceConfig) -> str:
@@ -140,7 +146,7 @@ def _files(source: SourceConfig) -> str:
     return xxh3_128_hexdigest(repr([(str(file), file.stat().st_size) for file in files]).encode())
 
 
-def _changed(number: int, held: int, count: int) -> ConfigError:
+def _resized(number: int, held: int, count: int) -> ConfigError:
     return ConfigError(
         f"output_dir: {SHARD.format(number)} was made of {held} images, but {count} belong into it: the images have "
         "changed since; delete the folder and run the same command again, or name another"
@@ -156,6 +162,7 @@ def _claim(directory: Path, config: IndexConfig, collection: Collection, encoder
         "rows_per_shard": ROWS,
         "thumbnail_size": config.thumbnail_size,
         "max_images": config.max_images,
+        "max_image_pixels": config.max_image_pixels,
         **collection.facts,
     }
     directory.mkdir(parents=True, exist_ok=True)
@@ -174,29 +181,25 @@ def _claim(directory: Path, config: IndexConfig, collection: Collection, encoder
     return facts
 
 
-def _embed(
-    path: Path,
-    rows: list[Row],
-    encoder: Encoder,
-    config: IndexConfig,
-    name: str,
-    bar: "tqdm[Any]",
-) -> None:
+def _embed(path: Path, rows: list[Row], encoder: Encoder, config: IndexConfig, shown: "tuple[str, tqdm[Any]]") -> None:
+    """Write the shard of these rows; `shown` are the collection's name and the progress bar."""
+    name, bar = shown
     entries: list[Entry] = []
     made: list[torch.Tensor] = []
     skipped: list[Skip] = []
+    contents: list[Content] = []
     for start in range(0, len(rows), config.batch_size):
         batch = []
-        for row in rows[start : start + config.batch_size]:
+        for content, row in map(look, rows[start : start + config.batch_size]):
+            contents.append(content)
             try:
-                picture: Image.Image = to_pil_image(decode(row.image, DataConfig.max_image_pixels))
+                pixels = decode(row.image, config.max_image_pixels, "max_image_pixels")
             except ImageError as error:
                 skipped.append(Skip(row.key, str(error), name))
                 continue
-            batch.append(picture)
-            entries.append(
-                Entry({"key": row.key, "captions": row.captions}, _thumbnail(picture, config.thumbnail_size))
-            )
+            batch.append(to_pil_image(pixels))
+            record = {"key": row.key, "captions": row.captions}
+            entries.append(Entry(record, _thumbnail(batch[-1], config.thumbnail_size)))
         if batch:
             made.append(encoder.encode_images(batch))
             finite = made[-1].isfinite().all(dim=1).tolist()
@@ -204,7 +207,7 @@ def _embed(
             told = "expected finite values: check the model, or take the picture out"
             check(not keys, "images, embeddings that are not finite", keys[:3], told)
         bar.update(len(rows[start : start + config.batch_size]))
-    write(path, torch.cat(made) if made else torch.zeros(0, 0), entries, skipped)
+    write(path, torch.cat(made) if made else torch.zeros(0, 0), entries, skipped, contents)
 
 
 def _thumbnail(picture: Image.Image, side: int) -> bytes:

@@ -2,8 +2,9 @@
 
 A shard `shard-000123.safetensors` holds, of n images, `embeddings` (n, D) bf16 of unit norm before rounding, and two
 runs of bytes with the places where each image's part ends: `records` (one JSON object per image: key, captions) and
-`thumbnails` (JPEGs; empty where none were asked for). Its header lists what was left out. It is there whole or not at
-all.
+`thumbnails` (JPEGs; empty where none were asked for). Its header lists what was left out. Of all that it was made of,
+what was left out among it, it keeps what tells whether that has changed since (`koclip.search.contents`). It is there
+whole or not at all.
 """
 
 import json
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from koclip.config import ConfigError, check
 from koclip.data.batches import Skip
+from koclip.search.contents import Content, pack, unpack
 
 SHARD = "shard-{:06}.safetensors"
 FACTS = "index.json"
@@ -32,10 +34,16 @@ class Entry(NamedTuple):
     thumbnail: bytes = b""
 
 
-def write(path: Path, embeddings: torch.Tensor, entries: Sequence[Entry], skipped: Sequence[Skip] = ()) -> None:
-    """Write a shard of n images, embeddings (n, D), and what was left out of it."""
+def write(
+    path: Path,
+    embeddings: torch.Tensor,
+    entries: Sequence[Entry],
+    skipped: Sequence[Skip] = (),
+    contents: Sequence[Content] = (),
+) -> None:
+    """Write a shard of n images, embeddings (n, D), what was left out of it, and what it was made of."""
     records = [json.dumps(entry.record, ensure_ascii=False).encode() for entry in entries]
-    tensors = {"embeddings": embeddings.to(torch.bfloat16).contiguous()}
+    tensors = {"embeddings": embeddings.to(torch.bfloat16).contiguous()} | (pack(contents) if contents else {})
     for name, parts in (("records", records), ("thumbnails", [entry.thumbnail for entry in entries])):
         tensors[name] = torch.frombuffer(bytearray(b"".join(parts) or b"\0"), dtype=torch.uint8)
         tensors[f"{name}_ends"] = torch.tensor(np.cumsum([len(part) for part in parts]), dtype=torch.int64)
@@ -97,14 +105,16 @@ def read_facts(directory: Path) -> dict[str, Any]:
         raise ConfigError(f"index: {file} is broken: {error}; delete {directory}; {made_by}") from error
 
 
-def num_taken(path: Path) -> int:
-    """Return the number of images that a shard was made of, those that were left out among them.
+def read_contents(path: Path) -> list[Content]:
+    """Return what a shard was made of, what was left out among it.
 
     Raises:
         ConfigError: it is broken.
     """
-    shard, skipped = _read(path)
-    return len(shard["embeddings"]) + len(skipped)
+    try:
+        return unpack(_read(path)[0])
+    except (KeyError, ValueError) as error:
+        raise _broken(path, error) from error
 
 
 def write_facts(directory: Path, facts: dict[str, Any]) -> None:
@@ -123,8 +133,12 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], list[Skip]]:
         if shard["embeddings"].dtype != torch.bfloat16 or len(shard["records_ends"]) != len(shard["embeddings"]):
             raise ValueError("its parts do not fit together")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ConfigError(f"index: {path} is broken: {error}; delete it and run the same command again") from error
+        raise _broken(path, error) from error
     return shard, skipped
+
+
+def _broken(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"index: {path} is broken: {error}; delete it and run the same command again")
 
 
 def _part(shard: dict[str, torch.Tensor], name: str, row: int) -> bytes:
