@@ -12,7 +12,7 @@ import torch
 from fake_encoder import ColourEncoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -181,9 +181,23 @@ def test_every_kind_is_turned_as_pil_turns_it(kind, orientation, model) -> None:
     torch.testing.assert_close(made[:1], made[1:], atol=1e-6, rtol=0)
 
 
+XMP = b'<x:xmpmeta><a tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_xmp_turns_every_kind_that_has_no_exif(kind) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", XMP.decode())
+    options = {"PNG": {"pnginfo": info}, "TIFF": {"tiffinfo": {700: XMP}}}.get(kind, {"xmp": XMP})
+    data = encoded(drawn(), kind, **options)
+    assert pixels(data).shape == (24, SIDE, 3)
+    np.testing.assert_array_equal(pixels(data), by_pil(data))
+
+
 @pytest.mark.parametrize(
     "data",
     [
+        encoded(drawn(), "JPEG", keep_rgb=True),
         encoded(drawn().convert("CMYK"), "JPEG"),
         encoded(drawn(), "JPEG", icc_profile=b"a profile"),
         encoded(drawn().convert("P"), "PNG"),
@@ -192,7 +206,7 @@ def test_every_kind_is_turned_as_pil_turns_it(kind, orientation, model) -> None:
         encoded(drawn(), "WEBP", save_all=True, append_images=[drawn().rotate(180)], lossless=True),
         encoded(drawn(), "MPO", save_all=True, append_images=[drawn().rotate(180)]),
     ],
-    ids=["CMYK", "ICC", "palette", "APNG", "GIF", "WebP", "MPO"],
+    ids=["RGB JPEG", "CMYK", "ICC", "palette", "APNG", "GIF", "WebP", "MPO"],
 )
 def test_other_kinds_have_pils_pixels_of_the_first_picture(data) -> None:
     np.testing.assert_array_equal(pixels(data), by_pil(data))
