@@ -24,7 +24,9 @@ def _noise(image: torch.Tensor, severity: int, generator: torch.Generator) -> to
 def _blur(image: torch.Tensor, severity: int, generator: torch.Generator) -> torch.Tensor:
     relative = (0.004, 0.008, 0.012, 0.018, 0.026)[severity]
     sigma = 0.4 + relative * min(image.shape[1:])  # a kernel below 0.4 pixels changes nothing
-    blurred: torch.Tensor = F.gaussian_blur(image, 2 * max(1, round(3 * sigma)) + 1, sigma)
+    height, width = image.shape[1:]
+    radii = [min(max(1, round(3 * sigma)), side - 1) for side in (width, height)]  # one row alone is not blurred
+    blurred: torch.Tensor = F.gaussian_blur(image, [2 * radius + 1 for radius in radii], sigma)
     return blurred
 
 
