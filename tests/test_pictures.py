@@ -19,6 +19,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 import koclip
 from koclip.config import DataConfig, IndexConfig
 from koclip.data.batches import Assembler, Sample, Skip
+from koclip.data.corruptions import CORRUPTIONS, corrupt
 from koclip.data.feature_rows import Images
 from koclip.data.sources import Row
 from koclip.data.transforms import ImageError, Views, decode
@@ -375,10 +376,12 @@ def test_a_narrow_picture_is_refused_before_it_is_resized(tmp_path) -> None:
     ], child.stderr
 
 
-@pytest.mark.parametrize("size", [(300, 1), (2, 600), (96, 64)])
+@pytest.mark.parametrize("size", [(300, 1), (2, 600), (96, 64), (1, 1)])
 def test_pictures_of_other_forms_are_used(size) -> None:
     image = decode(encoded(Image.new("RGB", size, "red"), "PNG"), MAX_PIXELS)
     assert Views(DataConfig(num_crops=1), 32).numbered(image, b"", 0).shape == (3, 32, 32)
+    for name in CORRUPTIONS:
+        assert corrupt(image, name, 5, seed=0).shape == image.shape
 
 
 def test_the_kinds_are_named_where_none_of_them_fits(tmp_path) -> None:
