@@ -206,8 +206,8 @@ def _scaled(picture: Image.Image) -> Image.Image:
     white = 1 if picture.mode == "F" else 2**bits - 1
     if not (low >= 0 and high <= white and bits <= (32 if picture.mode == "F" else 16)):  # nan is neither
         raise ImageError(
-            f"gray values of {low} to {high} ({values.dtype}, {bits} bits): expected integers of 16 bits or less, or "
-            "floats of 0 to 1; scale them"
+            f"gray values of {low} to {high}, {values.dtype}: expected integers of 16 bits or less, or floats of 0 to "
+            "1; scale them"
         )
     gray = (values * 255).round().astype(np.uint8) if picture.mode == "F" else (values >> (bits - 8)).astype(np.uint8)
     if high > 0 and not gray.any():
