@@ -4,6 +4,7 @@ A row's image stays bytes or a path until it is drawn.
 """
 
 import dataclasses
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_hexdigest
 
-from koclip.config import SourceConfig
+from koclip.config import SourceConfig, locate
 from koclip.data import scenes
-from koclip.data.tables import UNREADABLE, SourceError, Table, dig, file_format, open_table
+from koclip.data.files import SourceError, file_format
+from koclip.data.tables import UNREADABLE, Table, dig, open_table, reason
 from koclip.text.normalize import clean_captions
 
 
@@ -141,22 +143,35 @@ class StreamSource:
         except UNREADABLE as error:
             place = f"behind row {last.key}" if last else "at the start of its shards"
             raise SourceError(
-                f"source {self.config.path!r} cannot be read on {place}: {type(error).__name__}: {error}; "
-                "mend that file or take it out"
+                f"source {self.config.path!r} cannot be read on {place}: {reason(error)}; mend that file or take it out"
             ) from error
 
     def stored_rows(self) -> Iterator[Row]:
-        """Yield every row in stored order."""
+        """Yield every row in stored order.
+
+        Raises:
+            SourceError: a shard is broken.
+        """
         classes = _class_names(self._stream, self.config)
-        for record in self._stream:
+        for record in self._read(self._stream):
             yield row(record, self.config, classes=classes)
 
     def captions(self) -> Iterator[dict[str, list[str]]]:
-        """Yield every row's captions in stored order, without the images where the format allows."""
+        """Yield every row's captions in stored order, without the images where the format allows.
+
+        Raises:
+            SourceError: a shard is broken.
+        """
         names = self._stream.column_names or []
         told = [name for name in names if any(_under(name, column) for column in self.config.captions.values())]
-        for record in self._stream.select_columns(told) if told else self._stream:
+        for record in self._read(self._stream.select_columns(told) if told else self._stream):
             yield row_captions(record, self.config)
+
+    def _read(self, stream: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
+        try:
+            yield from stream
+        except UNREADABLE as error:
+            raise SourceError(f"source {self.config.path!r} cannot be read on: {reason(error)}") from error
 
 
 def open_source(config: SourceConfig, seed: int = 0) -> MapSource | StreamSource:
@@ -170,10 +185,10 @@ def open_source(config: SourceConfig, seed: int = 0) -> MapSource | StreamSource
     if file_format(config) == "annotations":
         config = _annotation_columns(config)
     table = open_table(config)
-    wanted = {column: set(values) for column, values in (config.where or {}).items()}
+    wanted = {column: set(map(_nfc, values)) for column, values in (config.where or {}).items()}
 
     def matches(record: Mapping[str, Any]) -> bool:
-        return all(str(dig(record, column)) in values for column, values in wanted.items())
+        return all(_nfc(dig(record, column)) in values for column, values in wanted.items())
 
     if isinstance(table, datasets.IterableDataset):
         return StreamSource(table.filter(matches) if wanted else table, config)
@@ -193,7 +208,7 @@ def row(record: Mapping[str, Any], config: SourceConfig, number: str = "", class
     Its key is made of the source's name, the row's number and name. Rows of a stream have no number; one without a
     name either is known by a hash of its captions. `classes` are the names of numbered labels.
     """
-    value = dig(record, config.image) if config.image else None
+    value = next((cell for column in config.images if _holds_image(cell := dig(record, column))), None)
     captions = row_captions(record, config)
     path = value.get("path") if isinstance(value, Mapping) else value
     name = record.get("__key__") or (Path(path).name if isinstance(path, str) else None) or record.get("id")
@@ -204,7 +219,12 @@ def row(record: Mapping[str, Any], config: SourceConfig, number: str = "", class
     label = dig(record, config.label) if config.label else None
     if classes is not None and label is not None:
         label = classes[label]
-    return Row(_image(value, config), captions, key, None if label is None else str(label))
+    return Row(_image(value, config), captions, key, None if label is None else _nfc(label))
+
+
+def _nfc(value: object) -> str:
+    """Return a label as text, alike in every Unicode form: folders from macOS have decomposed names."""
+    return unicodedata.normalize("NFC", str(value))
 
 
 def _class_names(table: Table, config: SourceConfig) -> list[str] | None:
@@ -219,6 +239,13 @@ def row_captions(record: Mapping[str, Any], config: SourceConfig) -> dict[str, l
     return {language: captions for language, captions in cells.items() if captions}
 
 
+def _holds_image(value: Any) -> bool:
+    """Tell whether an image cell holds bytes or a path."""
+    if isinstance(value, Mapping):
+        return value.get("bytes") is not None or bool(value.get("path"))
+    return isinstance(value, bytes) or (isinstance(value, str) and bool(value))
+
+
 def _image(value: Any, config: SourceConfig) -> bytes | Path | None:
     """Return an image cell's bytes or path; None if it holds neither."""
     if isinstance(value, Mapping):
@@ -230,7 +257,7 @@ def _image(value: Any, config: SourceConfig) -> bytes | Path | None:
     if not isinstance(value, str) or not value:
         return None
     root = Path(config.image_root) if config.image_root else Path(config.path).parent
-    return root / value
+    return locate(root / value)
 
 
 def _records(columns: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
