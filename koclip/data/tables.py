@@ -50,7 +50,8 @@ def open_table(config: SourceConfig) -> Table:
     except SourceError:
         raise
     except UNREADABLE as error:
-        cause = error.__cause__ or error  # `datasets` wraps what went wrong
+        # `datasets` wraps what went wrong.
+        cause = error if isinstance(error, ShardError) else error.__cause__ or error
         raise SourceError(
             f"source {config.path!r} cannot be read as {kind}, split {config.split!r}: {reason(cause)}; "
             "check path, format and split"
