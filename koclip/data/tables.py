@@ -1,8 +1,7 @@
 """Read tables of rows with `datasets`: local files, image folders, tar shards, the Hub. Images stay encoded."""
 
-import csv
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -10,7 +9,9 @@ import datasets
 from datasets.exceptions import DatasetsError
 
 from koclip.config import ConfigError, SourceConfig
+from koclip.data.encodings import FileError
 
+TEXT = ("csv", "json", "annotations")  # `koclip.data.text_files` reads them
 _BUILDERS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
@@ -54,23 +55,45 @@ def open_table(config: SourceConfig) -> Table:
         table = _load(config, kind)
         # A stream may tell its columns by its rows only.
         features: Mapping[str, Any] = table.features or next(iter(table.take(1)), {})
-    except SourceError:
-        raise
     except UNREADABLE as error:
-        cause = error.__cause__ or error  # `datasets` wraps what went wrong
-        reason = f"{type(cause).__name__}: {cause}".split("\n")[0]
-        raise SourceError(
-            f"source {config.path!r} cannot be read as {kind}, split {config.split!r}: {reason}; "
-            "check path, format and split"
-        ) from error
-    single = [column for column in (config.image, config.label) if column]
-    named = [*single, *config.captions.values(), *(config.where or {})]
-    missing = sorted({column for column in named if not _has(features, column)})
+        raise unreadable(config, kind, error) from error
+    named = named_columns(config)
+    missing = {column for column in named if not has_column(features, column)}
     if missing:
-        raise SourceError(f"source {config.path!r} has no column {missing}; its columns are {sorted(_names(features))}")
+        raise missing_columns(config.path, missing, column_names(features))
     needed = {_top(features, column) for column in named}
     table = table.select_columns(sorted(needed | (features.keys() & _KEYS)))
     return _undecoded(table, config.image) if config.image else table
+
+
+def named_columns(config: SourceConfig) -> list[str]:
+    """Return the columns that a source names, each once."""
+    single = [column for column in (config.image, config.label) if column]
+    return list(dict.fromkeys([*single, *config.captions.values(), *(config.where or {})]))
+
+
+def missing_columns(path: str, missing: Iterable[str], names: Iterable[str]) -> SourceError:
+    """Return the error for columns that a source lacks; `names` are those that it has."""
+    return SourceError(f"source {path!r} has no column {sorted(missing)}; its columns are {sorted(names)}")
+
+
+def unreadable(config: SourceConfig, kind: str, error: BaseException) -> SourceError:
+    """Return the error for a source that cannot be opened."""
+    while error.__cause__ and not isinstance(error, (SourceError, FileError)):
+        error = error.__cause__  # `datasets` wraps what went wrong
+    if isinstance(error, SourceError):
+        return error
+    if isinstance(error, FileError):
+        return SourceError(f"source {config.path!r} cannot be read as {kind}: {error}")
+    return SourceError(
+        f"source {config.path!r} cannot be read as {kind}, split {config.split!r}: {reason(error)}; "
+        "check path, format and split"
+    )
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error of a reader says, on one line unless it is koclip's own."""
+    return str(error) if isinstance(error, FileError) else f"{type(error).__name__}: {error}".split("\n")[0]
 
 
 def dig(record: Any, column: str) -> Any:
@@ -90,23 +113,27 @@ def _top(record: Mapping[str, Any], column: str) -> str:
     return next((prefix for prefix in prefixes if prefix in record), column)
 
 
-def _has(feature: Any, column: str) -> bool:
+def has_column(feature: Any, column: str) -> bool:
     """Tell whether a table with these features, or such a record, has a column; JSON may hold anything."""
     if isinstance(feature, _LISTS):
-        return _has(feature.feature, column)
+        return has_column(feature.feature, column)
+    if isinstance(feature, list):
+        return any(has_column(item, column) for item in feature)
     if not isinstance(feature, Mapping):
         return isinstance(feature, datasets.Json)
     top = _top(feature, column)
-    return top in feature and (top == column or _has(feature[top], column[len(top) + 1 :]))
+    return top in feature and (top == column or has_column(feature[top], column[len(top) + 1 :]))
 
 
-def _names(feature: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of the columns in `feature`."""
+def column_names(feature: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of the columns in these features, or in such a record."""
     if isinstance(feature, _LISTS):
-        yield from _names(feature.feature, prefix)
+        yield from column_names(feature.feature, prefix)
+    elif isinstance(feature, list) and feature and isinstance(feature[0], Mapping):
+        yield from column_names(feature[0], prefix)
     elif isinstance(feature, Mapping):
         for name, inner in feature.items():
-            yield from _names(inner, f"{prefix}.{name}" if prefix else name)
+            yield from column_names(inner, f"{prefix}.{name}" if prefix else name)
     else:
         yield prefix
 
@@ -142,22 +169,22 @@ def _load(config: SourceConfig, kind: str) -> Table:
         if not Path(config.path).is_dir():
             raise SourceError(f"source {config.path!r} is not a folder; expected a folder of images with metadata")
         return datasets.load_dataset("imagefolder", data_dir=str(Path(config.path).resolve()), **options)
-    files = [config.path] if "://" in config.path else _files(config.path)
+    return datasets.load_dataset(kind, data_files={config.split.split("[")[0]: files_of(config)}, **options)
+
+
+def files_of(config: SourceConfig) -> list[str]:
+    """Return the files that a source's path or glob pattern names, sorted; the pattern itself if it is a URL.
+
+    Raises:
+        SourceError: there is none.
+    """
+    if "://" in config.path:
+        return [config.path]
+    pattern = Path(config.path)
+    files = sorted(str(found) for found in Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
     if not files:
         raise SourceError(
             f"source {config.path!r} matches no file (from {Path.cwd()}); check the path, "
             "or set format: hub for a Hub data set"
         )
-    if config.path.endswith(".tsv"):
-        # Quotes are text in such files: taken for CSV's, one that is not closed swallows the lines after it.
-        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
-    if config.columns:
-        options["column_names"] = config.columns
-    builder = "json" if kind == "annotations" else kind
-    return datasets.load_dataset(builder, data_files={config.split.split("[")[0]: files}, **options)
-
-
-def _files(path: str) -> list[str]:
-    """Return the files that a path or glob pattern names, sorted."""
-    pattern = Path(path)
-    return sorted(str(found) for found in Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+    return files
