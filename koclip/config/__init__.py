@@ -11,6 +11,7 @@ from koclip.config.errors import ConfigError, RunError, check
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig, Task
 from koclip.config.model import LossConfig, ModelConfig
 from koclip.config.parsing import dump, parse, run, to_dict
+from koclip.config.paths import locate
 from koclip.config.recipes import AlignConfig, PretrainConfig, Stage
 from koclip.config.tools import EvaluateConfig, IndexConfig, PublishConfig
 from koclip.config.training import OptimConfig, TrainConfig
@@ -42,6 +43,7 @@ __all__ = [
     "check",
     "check_changes",
     "dump",
+    "locate",
     "parse",
     "run",
     "to_dict",

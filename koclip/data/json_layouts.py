@@ -42,12 +42,12 @@ ONE = ("one JSON object, as in AI-Hub's JSON file per picture", _ONE)
 Layout = tuple[str, str]  # what a document is, and the body of a generator of its rows
 
 
-def layout_of(data: Mapping[str, Any], image: object, has_columns: Callable[[Any], bool]) -> Layout | None:
+def layout_of(data: Mapping[str, Any], cells: Sequence[object], has_columns: Callable[[Any], bool]) -> Layout | None:
     """Return the layout of a document that is not a row, None if it is one.
 
     Args:
         data: The document.
-        image: What it holds in the column of images.
+        cells: What it holds in the columns of images.
         has_columns: Tells whether a record has the columns that a source names.
     """
     images, annotations = _records(data.get("images")), _records(data.get("annotations"))
@@ -55,9 +55,9 @@ def layout_of(data: Mapping[str, Any], image: object, has_columns: Callable[[Any
         return "Karpathy's JSON: images with sentences", _KARPATHY
     if images and annotations and annotations[0].keys() >= {"image_id", "caption"}:
         return "COCO's JSON: images and annotations", _COCO
-    if isinstance(image, list) and all(isinstance(value, list) for value in data.values()):
+    if any(isinstance(cell, list) for cell in cells) and all(isinstance(value, list) for value in data.values()):
         return "one list per column", _LISTS
-    if isinstance(image, Mapping) and all(isinstance(value, Mapping) for value in data.values()):
+    if any(isinstance(cell, Mapping) for cell in cells) and all(isinstance(value, Mapping) for value in data.values()):
         return "one object per column, as pandas writes it", _DICTS
     if has_columns(data):
         return None

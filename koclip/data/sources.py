@@ -6,6 +6,7 @@ A row's image stays bytes or a path until it is drawn.
 import dataclasses
 import itertools
 import random
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,20 +15,11 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 
-from koclip.config import SourceConfig
+from koclip.config import SourceConfig, locate
 from koclip.data import scenes
-from koclip.data.tables import (
-    TEXT,
-    UNREADABLE,
-    SourceError,
-    Table,
-    dig,
-    file_format,
-    files_of,
-    open_table,
-    reason,
-)
-from koclip.data.text_files import open_text
+from koclip.data.columns import dig
+from koclip.data.files import SourceError, file_format, is_remote
+from koclip.data.tables import TEXT, UNREADABLE, Table, files_of, open_table, reason
 from koclip.text.normalize import clean_captions
 
 
@@ -216,7 +208,7 @@ def open_source(config: SourceConfig, seed: int = 0) -> MapSource | StreamSource
         return ScenesSource(config, seed)
     if kind == "annotations":
         config = _annotation_columns(config)
-    table = open_text(config, kind, files_of(config)) if kind in TEXT else open_table(config)
+    table = open_table(config)
     wanted = config.where or {}
     if isinstance(table, datasets.IterableDataset):
         return StreamSource(table, config, _shard_names(config, kind))
@@ -247,26 +239,31 @@ def row(
         classes: The names of numbered labels.
         shard: Name of the row's shard, without a slash, if there are several.
     """
-    value = dig(record, config.image) if config.image else None
+    value = next((cell for column in config.images if _holds_image(cell := dig(record, column))), None)
     path = value.get("path") if isinstance(value, Mapping) else value
     name = record.get("__key__") or (Path(path).name if isinstance(path, str) else None) or record.get("id")
     key = "/".join(filter(None, (config.key, shard, number, str(name or ""))))
     label = dig(record, config.label) if config.label else None
     if classes is not None and label is not None:
         label = classes[label] if label >= 0 else None  # -1 stands for no class
-    return Row(_image(value, config), row_captions(record, config), key, None if label is None else str(label))
+    return Row(_image(value, config), row_captions(record, config), key, None if label is None else _nfc(label))
+
+
+def _nfc(value: object) -> str:
+    """Return a label as text, alike in every Unicode form: folders from macOS have decomposed names."""
+    return unicodedata.normalize("NFC", str(value))
 
 
 def _matches(record: Mapping[str, Any], where: Mapping[str, Sequence[str]]) -> bool:
     """Tell whether each column named holds one of the values listed, compared as text."""
-    return all(str(dig(record, column)) in values for column, values in where.items())
+    return all(_nfc(dig(record, column)) in map(_nfc, values) for column, values in where.items())
 
 
 def _shard_names(config: SourceConfig, kind: str) -> list[str]:
     """Return a different name without a slash for each of a source's files on this machine."""
-    if kind in ("hub", "image_folder") or "://" in config.path:
+    if kind in ("hub", "image_folder", "save_to_disk") or is_remote(config.path):
         return []
-    names = [Path(file).name for file in files_of(config)]
+    names = [Path(file).name for file in files_of(config, kind)]
     alike = len(set(names)) < len(names)
     return [f"{number}-{name}" if alike else name for number, name in enumerate(names)]
 
@@ -291,6 +288,13 @@ def row_captions(record: Mapping[str, Any], config: SourceConfig) -> dict[str, l
     return {language: captions for language, captions in cells.items() if captions}
 
 
+def _holds_image(value: Any) -> bool:
+    """Tell whether an image cell holds bytes or a path."""
+    if isinstance(value, Mapping):
+        return value.get("bytes") is not None or bool(value.get("path"))
+    return isinstance(value, bytes) or (isinstance(value, str) and bool(value))
+
+
 def _image(value: Any, config: SourceConfig) -> bytes | Path | None:
     """Return an image cell's bytes or path; None if it holds neither."""
     if isinstance(value, Mapping):
@@ -302,7 +306,7 @@ def _image(value: Any, config: SourceConfig) -> bytes | Path | None:
     if not isinstance(value, str) or not value:
         return None
     root = Path(config.image_root) if config.image_root else Path(config.path).parent
-    return root / value
+    return locate(root / value)
 
 
 def _records(columns: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:

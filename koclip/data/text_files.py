@@ -8,25 +8,16 @@ import csv
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import fsspec
 
 from koclip.config import SourceConfig
+from koclip.data.columns import column_names, dig, has_column
 from koclip.data.encodings import FileError, read_lines, read_text
+from koclip.data.files import SourceError, identity, is_remote, suffix_of
 from koclip.data.json_layouts import ONE, Layout, conversion, layout_of
-from koclip.data.tables import (
-    UNREADABLE,
-    Table,
-    column_names,
-    dig,
-    has_column,
-    missing_columns,
-    named_columns,
-    unreadable,
-)
 
 _PEEKED = 1_000  # rows that tell the columns of a stream
 _VERSION = 1  # of what `datasets` keeps on disk
@@ -38,72 +29,82 @@ class _Task(NamedTuple):
     """What is read and how. The table that `datasets` keeps on disk is known by it."""
 
     path: str
-    kind: str  # csv or json
+    kind: str
     files: tuple[str, ...]
-    contents: tuple[str, ...]  # a hash of each file's size, times and place on the disk
+    contents: tuple[str, ...]  # what differs when a file does
     encoding: str
     header: tuple[str, ...] | None  # of CSV files that have none
-    image: str | None
-    columns: tuple[str, ...]
+    images: tuple[str, ...]  # columns of which a file has one or more
+    columns: tuple[str, ...]  # all the others that are wanted
     version: int = _VERSION
 
+    @property
+    def names(self) -> list[str]:
+        """The columns of the table."""
+        return list(dict.fromkeys([*self.images, *self.columns, "id"]))
 
-def open_text(config: SourceConfig, kind: str, files: Sequence[str]) -> Table:
-    """Open files as a table of the columns that a source names and those that name a row.
+
+def open_text(config: SourceConfig, kind: str, files: Sequence[str]) -> datasets.Dataset | datasets.IterableDataset:
+    """Open files as a table of the columns that a source names, and `id`.
 
     Args:
         config: The source.
-        kind: csv (TSV too) or json (one object per line, or one array of objects).
-        files: Their paths, or one URL, which may be a pattern.
+        kind: csv (TSV too), or json and annotations (one object per line, or one array of objects).
+        files: Their paths, or one address, which may be a pattern.
 
     Raises:
-        SourceError: a file is broken, not in its encoding or of another layout, or no row has one of the columns.
+        SourceError: no row has one of the columns.
+        FileError: a file is broken, not in its encoding or of another layout.
     """
+    if is_remote(files[0]):
+        files = [opened.full_name for opened in fsspec.open_files(files[0])]
     split = config.split.split("[")[0]
-    try:
-        if "://" in files[0]:
-            files = [opened.full_name for opened in fsspec.open_files(files[0])]
-        contents = tuple(map(_content, files))
-        header = tuple(config.columns) if config.columns else None
-        columns = tuple(named_columns(config))
-        task = _Task(config.path, kind, tuple(files), contents, config.encoding, header, config.image, columns)
-        if config.streaming:
-            if split != config.split:
-                raise FileError("a stream cannot be cut: name the split without brackets, or set streaming: false")
-            for _ in _checked(itertools.islice(_records(files, task), _PEEKED), task):
-                pass
-            options = {"gen_kwargs": {"files": list(files), "task": task}, "split": datasets.NamedSplit(split)}
-            return datasets.IterableDataset.from_generator(_rows, **options)
-        names = dict.fromkeys([*columns, "id"])
-        table = datasets.Dataset.from_generator(
-            _encoded_rows,
-            features=datasets.Features(dict.fromkeys(names, datasets.Value("string"))),
-            gen_kwargs={"task": task},
-            split=datasets.NamedSplit(split),
-        )
-        parts = datasets.ReadInstruction.from_spec(config.split).to_absolute({split: len(table)})
-        places = itertools.chain(*(range(part.from_, part.to) for part in parts))
-        return (table if split == config.split else table.select(places)).with_transform(_decoded)
-    except UNREADABLE as error:
-        raise unreadable(config, kind, error) from error
+    columns = [*([config.label] if config.label else []), *config.captions.values(), *(config.where or {})]
+    task = _Task(
+        path=config.path,
+        kind=kind,
+        files=tuple(files),
+        contents=tuple(map(_content, files)),
+        encoding=config.encoding,
+        header=tuple(config.columns) if config.columns else None,
+        images=tuple(config.images),
+        columns=tuple(columns),
+    )
+    if config.streaming:
+        if split != config.split:
+            raise FileError("a stream cannot be cut: name the split without brackets, or set streaming: false")
+        for _ in _checked(itertools.islice(_records(files, task), _PEEKED), task):
+            pass
+        options = {"gen_kwargs": {"files": list(files), "task": task}, "split": datasets.NamedSplit(split)}
+        return datasets.IterableDataset.from_generator(_rows, **options)
+    table = datasets.Dataset.from_generator(
+        _encoded_rows,
+        features=datasets.Features(dict.fromkeys(task.names, datasets.Value("string"))),
+        gen_kwargs={"task": task},
+        split=datasets.NamedSplit(split),
+    )
+    parts = datasets.ReadInstruction.from_spec(config.split).to_absolute({split: len(table)})
+    places = itertools.chain.from_iterable(range(part.from_, part.to) for part in parts)
+    return (table if split == config.split else table.select(places)).with_transform(_decoded)
 
 
 def _content(file: str) -> str:
-    """Return a hash that changes with a file's content: of its size, times and place on the disk."""
+    """Return what differs when a file's content does."""
+    if not is_remote(file):
+        return identity(file)
     filesystem, path = fsspec.core.url_to_fs(file)
     return str(filesystem.ukey(path))
 
 
 def _rows(files: Sequence[str], task: _Task) -> Iterator[dict[str, Any]]:
     """Yield the cells that are wanted of every row."""
-    names = dict.fromkeys([*task.columns, "id"])
     for record in _records(files, task):
-        yield {name: dig(record, name) for name in names}
+        yield {name: dig(record, name) for name in task.names}
 
 
 def _encoded_rows(task: _Task) -> Iterator[dict[str, str]]:
     """Yield rows with each cell as JSON: a column may hold anything."""
-    names = dict.fromkeys([*task.columns, "id"])
+    names = task.names
     for record in _checked(_records(task.files, task), task):
         yield {name: json.dumps(dig(record, name)) for name in names}
 
@@ -114,15 +115,16 @@ def _decoded(columns: Mapping[str, list[str]]) -> dict[str, list[Any]]:
 
 def _checked(records: Iterable[Mapping[str, Any]], task: _Task) -> Iterator[Mapping[str, Any]]:
     """Pass records on; at their end, make sure that each column was in one of them."""
-    missing = set(task.columns)
+    missing = {task.images, *((column,) for column in task.columns)} - {()}
     names: dict[str, None] = {}
     for number, record in enumerate(records):
         if missing:
-            missing = {column for column in missing if not has_column(record, column)}
+            missing = {either for either in missing if not any(has_column(record, column) for column in either)}
             names |= dict.fromkeys(column_names(record) if number < _PEEKED else ())
         yield record
     if missing and names:
-        raise missing_columns(task.path, missing, names)
+        columns = sorted(itertools.chain.from_iterable(missing))
+        raise SourceError(f"source {task.path!r} has no column {columns}; its columns are {sorted(names)}")
 
 
 def _records(files: Sequence[str], task: _Task) -> Iterator[Mapping[str, Any]]:
@@ -135,7 +137,7 @@ def _csv_records(file: str, task: _Task) -> Iterator[Mapping[str, Any]]:
 
     In tab-separated files quotes are text: taken for CSV's, one that is not closed swallows the lines after it.
     """
-    tabs = ".tsv" in map(str.lower, Path(file).suffixes)
+    tabs = suffix_of(file) == ".tsv"
     form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL}
     lines = csv.reader(read_lines(read_text(file, task.encoding)), strict=True, **form)  # type: ignore[arg-type]
     header: Sequence[str] | None = task.header
@@ -210,8 +212,13 @@ def _object(item: Any, place: str) -> Mapping[str, Any]:
 
 
 def _layout(document: Mapping[str, Any], task: _Task) -> Layout | None:
-    image = dig(document, task.image) if task.image else None
-    return layout_of(document, image, lambda record: all(has_column(record, column) for column in task.columns))
+    images = [dig(document, image) for image in task.images if has_column(document, image)]
+
+    def has_columns(record: Mapping[str, Any]) -> bool:
+        image = not task.images or any(has_column(record, image) for image in task.images)
+        return image and all(has_column(record, column) for column in task.columns)
+
+    return layout_of(document, images, has_columns)
 
 
 def _other_layout(layout: Layout, file: str, task: _Task) -> FileError:

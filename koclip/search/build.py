@@ -15,10 +15,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 from tqdm.auto import tqdm
 from xxhash import xxh3_128_hexdigest
 
-from koclip.config import ConfigError, DataConfig, IndexConfig, SourceConfig, check
+from koclip.config import ConfigError, DataConfig, IndexConfig, SourceConfig, check, locate
 from koclip.data.batches import Skip
+from koclip.data.files import file_format, find, is_folder, walk
 from koclip.data.sources import Row, StreamSource, open_source
-from koclip.data.tables import file_format
 from koclip.data.transforms import ImageError, decode
 from koclip.models.encoders import Encoder
 from koclip.search import approximate
@@ -42,8 +42,8 @@ class Collection:
         self.name = _printable(config.images if config.source is None else config.source.path)
         self._source = None
         self._paths: list[Path] = []
-        if config.source is None and Path(config.images).is_dir():
-            self._root = Path(config.images)
+        if config.source is None and is_folder(locate(config.images)):
+            self._root = locate(config.images)
             files = (path for path in self._root.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
             self._paths = sorted(files)[: self._most]
             check(bool(self._paths), "images", config.images, f"no picture there ({', '.join(sorted(_SUFFIXES))})")
@@ -134,9 +134,9 @@ def _printable(name: str) -> str:
 
 def _files(source: SourceConfig) -> str:
     """Return a hash of the names and sizes of a data set's files; of one that has none here it is that of nothing."""
-    path = Path(source.path)
-    found = path.rglob("*") if path.is_dir() else Path(path.anchor).glob(str(path.relative_to(path.anchor)))
-    files = [] if file_format(source) == "scenes" else sorted(file for file in found if file.is_file())
+    path = locate(source.path)
+    there = walk(path) if is_folder(path) else map(Path, find(source.path))
+    files = [] if file_format(source) == "scenes" else list(there)
     return xxh3_128_hexdigest(repr([(str(file), file.stat().st_size) for file in files]).encode())
 
 
