@@ -12,6 +12,7 @@ from sources_on_disk import (
     colour,
     csv_file,
     features,
+    json_lines,
     nested_parquet,
     parquet,
     tsv_file,
@@ -19,7 +20,7 @@ from sources_on_disk import (
 )
 
 from koclip.config import SourceConfig
-from koclip.data.sources import StreamSource, open_source, row
+from koclip.data.sources import StreamSource, open_source
 from koclip.data.tables import dig
 from koclip.data.transforms import decode
 
@@ -96,14 +97,13 @@ def test_other_columns_are_not_read(tmp_path, records) -> None:
 
 
 def test_keys_find_a_row_again(tmp_path, records) -> None:
-    keys = [one.key for one in all_rows(open_source(webdataset(tmp_path, records)))]
-    assert keys == ["shard-all/shard-000.tar/00000", "shard-all/shard-001.tar/00001", "shard-all/shard-002.tar/00002"]
-    nameless = SourceConfig(captions=CAPTIONS)
-    keys = {
-        row({"image": b"", "captions_ko": "개"}, nameless).key,
-        row({"image": b"", "captions_ko": "새"}, nameless).key,
-    }
-    assert len(keys) == 2
+    config = webdataset(tmp_path, records)
+    keys = [one.key for one in all_rows(open_source(config))]
+    assert keys == [f"{config.key}/shard-00{n}.tar/0/0000{n}" for n in range(3)]
+    assert config.key.startswith("shard-all~")
+    config = json_lines(tmp_path, records)
+    keys = [one.key for one in all_rows(open_source(config))]
+    assert keys == [f"{config.key}/{n}/{n}.png" for n in range(3)]
 
 
 def test_local_files_take_any_split_name_and_slices(tmp_path, records) -> None:

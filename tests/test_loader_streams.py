@@ -95,5 +95,7 @@ def test_unusable_rows_are_replaced_and_listed(streaming, tokenizer, flawed) -> 
 
 def test_a_source_of_nothing_usable_is_an_error(tokenizer, write_table) -> None:
     path = write_table("rows.parquet", 4, none=[None] * 4)
-    with pytest.raises(SourceError, match=r"rows.parquet': 1000 samples in a row .*rows/\d/000\d: no usable caption"):
+    with pytest.raises(
+        SourceError, match=r"rows.parquet': 1000 samples in a row .*rows~\w+/\d/000\d: no usable caption"
+    ):
         batches(config(SourceConfig(path=path, captions={"ko": "none"})), tokenizer, 1)

@@ -1,5 +1,6 @@
 """What is read and how batches are made of it."""
 
+import hashlib
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,8 @@ class SourceConfig:
             images, for `align.method: distill`.
         image_root: Folder that relative image paths start from; default: the folder of `path`.
         columns: Names of the columns of a CSV or TSV file that has no header line.
+        encoding: Encoding of CSV, TSV and JSON files, and of the texts in tar shards, for example `cp949` for those of
+            Korean Excel. A byte-order mark (UTF-8, UTF-16, UTF-32) decides before it.
         captions: Caption column by language, for example `{ko: captions_ko, en: captions_en}`. A cell is a string
             or a list of strings. May be empty (`{}`) where `label` is given and nothing is trained.
         label: Column that holds the class of the image, as a name or a number, for evaluation by classes.
@@ -68,6 +71,7 @@ class SourceConfig:
     image: str | list[str] | None = "image"
     image_root: str | None = None
     columns: list[str] | None = None
+    encoding: str = "utf-8"
     captions: dict[str, str] = field(default_factory=lambda: {"ko": "captions_ko", "en": "captions_en"})
     label: str | None = None
     languages: dict[str, float] | None = None
@@ -91,6 +95,12 @@ class SourceConfig:
         even = self.scenes_size >= 2 and self.scenes_size % 2 == 0
         check(even, "data.sources[].scenes_size", self.scenes_size, "expected an even number")
         check(self.weight is None or self.weight > 0, "data.sources[].weight", self.weight, "expected more than 0")
+        try:
+            "".encode(self.encoding)
+        except LookupError:
+            check(
+                False, "data.sources[].encoding", self.encoding, "expected an encoding such as utf-8, cp949 or utf-16"
+            )
 
     @property
     def short_name(self) -> str:
@@ -102,6 +112,13 @@ class SourceConfig:
     def images(self) -> list[str]:
         """The columns that may hold the image."""
         return [self.image] if isinstance(self.image, str) else self.image or []
+
+    @property
+    def key(self) -> str:
+        """What the keys of its rows begin with: the short name, and a hash of which rows and cells are read."""
+        read = (self.path, self.subset, self.split, self.revision, self.image, self.image_root)
+        cells = (self.columns, sorted(self.captions.items()), self.label)
+        return f"{self.short_name}~{hashlib.sha256(repr((read, cells)).encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True, kw_only=True)

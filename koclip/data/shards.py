@@ -23,6 +23,7 @@ from datasets.data_files import DataFilesList
 from datasets.download.streaming_download_manager import xopen
 
 from koclip.config import SourceConfig
+from koclip.data.encodings import FileError, decode
 from koclip.data.files import is_remote
 
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # of a sample, of a column
@@ -34,21 +35,22 @@ _MOST = 1_000  # files of a sample
 Fields = dict[str, Any]
 
 
-class ShardError(ValueError):
+class ShardError(FileError):
     """A shard that cannot be read. The message names it, and says what to do."""
 
 
 class Columns(NamedTuple):
-    """What is read of a sample: files that hold its image, and files that hold text."""
+    """What is read of a sample: files that hold its image, and files that hold text, in this encoding."""
 
     images: tuple[str, ...]
     texts: tuple[str, ...]  # dotted: `json.ko` is in the file `json`
+    encoding: str = "utf-8"
 
     @classmethod
     def of(cls, config: SourceConfig) -> "Columns":
         """Return the columns that a source names."""
         label = [config.label] if config.label else []
-        return cls(tuple(config.images), (*config.captions.values(), *label, *(config.where or {})))
+        return cls(tuple(config.images), (*config.captions.values(), *label, *(config.where or {})), config.encoding)
 
     def has_text(self, name: str) -> bool:
         """Tell whether a file of a sample holds a text that is read."""
@@ -180,8 +182,8 @@ def _read(where: str, data: dict[str, bytes], columns: Columns) -> Fields:
         if column in columns.images:
             fields[column] = content
         elif columns.has_text(column):
+            text = decode(content, columns.encoding, f"{where}, {column}").strip()
             try:
-                text = content.decode("utf-8-sig").strip()
                 fields[column] = json.loads(text) if column.split(".")[-1] in ("json", "jsn") else text
             except ValueError as error:
                 raise ShardError(f"{where}, {column}: {type(error).__name__}: {error}".split("\n")[0]) from error

@@ -1,12 +1,11 @@
 """Read tables of rows with `datasets`: local files, image folders, tar shards, the Hub. Images stay encoded."""
 
-import csv
 import glob
 import itertools
 import lzma
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,16 +18,19 @@ from xxhash import xxh3_64_hexdigest
 
 from koclip.config import SourceConfig, locate
 from koclip.data import shards
+from koclip.data.columns import LISTS, column_names, has_column, top_column
+from koclip.data.columns import dig as dig
+from koclip.data.encodings import FileError
 from koclip.data.files import SourceError as SourceError
-from koclip.data.files import file_format, find, identity, is_folder, is_remote, listed, suffix_of, walk
-from koclip.data.shards import ShardError
+from koclip.data.files import file_format, find, identity, is_folder, is_remote, listed, walk
+from koclip.data.text_files import open_text
 
 # What `datasets` and the readers below it raise on files that are missing or broken.
 UNREADABLE = (
     *(OSError, ValueError, TypeError, LookupError, EOFError),
     *(DatasetsError, tarfile.TarError, zlib.error, lzma.LZMAError),
 )
-_LISTS = (datasets.List, datasets.LargeList)
+TEXT = ("csv", "json", "annotations")  # formats of text files
 _KEYS = ("__key__", "__url__", "id")  # columns that name a row
 _PEEKED = 5  # rows that tell the columns of a stream
 _PARTS = 64  # of a stream of what `save_to_disk` has saved, at most
@@ -47,72 +49,37 @@ def open_table(config: SourceConfig) -> Table:
         table = _load(config, kind)
         # A stream may tell its columns by its rows only.
         heads: list[Any] = [table.features] if table.features else list(table.take(_PEEKED))
-    except SourceError:
-        raise
     except UNREADABLE as error:
-        # `datasets` wraps what went wrong.
-        cause = error if isinstance(error, ShardError) else error.__cause__ or error
-        raise SourceError(
-            f"source {config.path!r} cannot be read as {kind}, split {config.split!r}: {reason(cause)}; "
-            "check path, format and split"
-        ) from error
+        raise _unreadable(config, kind, error) from error
     single = [*([config.label] if config.label else []), *config.captions.values(), *(config.where or {})]
-    images = [column for column in config.images if any(_has(head, column) for head in heads)]
-    missing = {column for column in single if not any(_has(head, column) for head in heads)}
+    images = [column for column in config.images if any(has_column(head, column) for head in heads)]
+    missing = {column for column in single if not any(has_column(head, column) for head in heads)}
     missing |= set() if images else set(config.images)
     if missing:
-        names = sorted({name for head in heads for name in _names(head)})
+        names = sorted({name for head in heads for name in column_names(head)})
         raise SourceError(f"source {config.path!r} has no column {sorted(missing)}; its columns are {names}")
     if not table.features:
         return table  # its rows may differ in their columns
-    needed = {_top(table.features, column) for column in [*images, *single]}
+    needed = {top_column(table.features, column) for column in [*images, *single]}
     table = table.select_columns(sorted(needed | (table.features.keys() & _KEYS)))
     return _undecoded(table, images)
 
 
 def reason(error: BaseException) -> str:
-    """Return what an error of a reader says, on one line."""
-    return str(error) if isinstance(error, ShardError) else f"{type(error).__name__}: {error}".split("\n")[0]
+    """Return what an error of a reader says, on one line unless it is koclip's own."""
+    return str(error) if isinstance(error, FileError) else f"{type(error).__name__}: {error}".split("\n")[0]
 
 
-def dig(record: Any, column: str) -> Any:
-    """Return a column of a record, None if it has none; dots reach into nested records and lists of records."""
-    if isinstance(record, (list, tuple)):
-        return [dig(one, column) for one in record]
-    if not isinstance(record, Mapping):
-        return None
-    top = _top(record, column)
-    return record.get(column) if top == column else dig(record.get(top), column[len(top) + 1 :])
-
-
-def _top(record: Mapping[str, Any], column: str) -> str:
-    """Return the part of a dotted column name that is a key of `record`: columns may have dots in their names."""
-    parts = column.split(".")
-    prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
-    return next((prefix for prefix in prefixes if prefix in record), column)
-
-
-def _has(feature: Any, column: str) -> bool:
-    """Tell whether a table with these features, or such a record, has a column; JSON may hold anything."""
-    if isinstance(feature, _LISTS):
-        return _has(feature.feature, column)
-    if isinstance(feature, list):
-        return any(_has(item, column) for item in feature)
-    if not isinstance(feature, Mapping):
-        return isinstance(feature, datasets.Json)
-    top = _top(feature, column)
-    return top in feature and (top == column or _has(feature[top], column[len(top) + 1 :]))
-
-
-def _names(feature: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of the columns in `feature`."""
-    if isinstance(feature, _LISTS):
-        yield from _names(feature.feature, prefix)
-    elif isinstance(feature, Mapping):
-        for name, inner in feature.items():
-            yield from _names(inner, f"{prefix}.{name}" if prefix else name)
-    else:
-        yield prefix
+def _unreadable(config: SourceConfig, kind: str, error: BaseException) -> SourceError:
+    """Return the error for a source that cannot be opened."""
+    while error.__cause__ and not isinstance(error, (SourceError, FileError)):
+        error = error.__cause__  # `datasets` wraps what went wrong
+    if isinstance(error, SourceError):
+        return error
+    advice = "" if isinstance(error, FileError) else "; check path, format and split"
+    return SourceError(
+        f"source {config.path!r} cannot be read as {kind}, split {config.split!r}: {reason(error)}{advice}"
+    )
 
 
 def _undecoded(table: Table, images: Sequence[str]) -> Table:
@@ -130,7 +97,7 @@ def _undecoded(table: Table, images: Sequence[str]) -> Table:
 
 def _images_encoded(feature: Any) -> Any:
     """Return a feature with every image in it left as it is stored."""
-    if isinstance(feature, _LISTS):
+    if isinstance(feature, LISTS):
         return type(feature)(_images_encoded(feature.feature))
     if isinstance(feature, Mapping):
         return {name: _images_encoded(inner) for name, inner in feature.items()}
@@ -150,15 +117,11 @@ def _load(config: SourceConfig, kind: str) -> Table:
     files = files_of(config, kind)
     if kind == "webdataset":
         return shards.stream(files, config)
-    if config.columns:
-        options["column_names"] = config.columns
-    if suffix_of(config.path) == ".tsv":
-        # Quotes are text in such files: taken for CSV's, one that is not closed swallows the lines after it.
-        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
+    if kind in TEXT:
+        return open_text(config, kind, files)
     if kind in ("parquet", "arrow") and not is_remote(config.path):
         options["features"] = _features(files, kind)
-    builder = "json" if kind == "annotations" else kind
-    return datasets.load_dataset(builder, data_files={config.split.split("[")[0]: files}, **options)
+    return datasets.load_dataset(kind, data_files={config.split.split("[")[0]: files}, **options)
 
 
 def files_of(config: SourceConfig, kind: str) -> DataFilesList | list[str]:
@@ -191,10 +154,16 @@ def _hub_table(config: SourceConfig) -> Table:
         # `datasets` would know its files by their names and `mtime` only.
         files = xxh3_64_hexdigest(repr([(str(file), identity(file)) for file in walk(Path(path))]).encode())
         options["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{files}")
-    table = datasets.load_dataset(path, config.subset, split=config.split, streaming=config.streaming, **options)
+    options |= {"split": config.split, "streaming": config.streaming}
+    table = datasets.load_dataset(path, config.subset, **options)
     if table.info.builder_name == "webdataset":
-        builder = datasets.load_dataset_builder(path, config.subset, **options)
+        where = {name: options[name] for name in options.keys() & {"revision", "cache_dir"}}
+        builder = datasets.load_dataset_builder(path, config.subset, **where)
         return shards.stream(list(builder.config.data_files[config.split]), config)
+    if table.info.builder_name == "csv":  # its cells are text, not what pandas makes of them
+        names: Iterable[str] = table.column_names or next(iter(table), {})
+        texts = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
+        return datasets.load_dataset(path, config.subset, features=texts, keep_default_na=False, **options)
     return table
 
 
@@ -236,7 +205,7 @@ def _filled(feature: Any, other: Any) -> Any:
     """Return a feature with the types of another one in the places where it has `null`."""
     if isinstance(feature, datasets.Value) and feature.dtype == "null":
         return other
-    if isinstance(feature, _LISTS) and isinstance(other, _LISTS):
+    if isinstance(feature, LISTS) and isinstance(other, LISTS):
         return type(feature)(_filled(feature.feature, other.feature))
     if isinstance(feature, Mapping) and isinstance(other, Mapping):
         return {name: _filled(inner, other[name]) if name in other else inner for name, inner in feature.items()}
