@@ -59,7 +59,7 @@ def test_where_keeps_rows_by_value_and_their_stored_numbers(tmp_path, records, s
     common = {"path": str(tmp_path / "rows.parquet"), "captions": CAPTIONS, "streaming": streaming}
     kept = all_rows(open_source(SourceConfig(**common, where={"meta.vendor": ["a"], "id": ["1", "2"]})))
     assert [colour(one) for one in kept] == [COLOURS["파랑"]]
-    assert kept[0].key == ("rows/2" if streaming else "rows/2/2")
+    assert kept[0].key.endswith("/2/2")  # number and id
     if not streaming:
         with pytest.raises(SourceError, match=r"has no rows \(where: {'id': \['9'\]}\)"):
             open_source(SourceConfig(**common, where={"id": ["9"]}))

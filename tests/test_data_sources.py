@@ -12,6 +12,7 @@ from sources_on_disk import (
     colour,
     csv_file,
     features,
+    json_lines,
     nested_parquet,
     parquet,
     tsv_file,
@@ -19,7 +20,7 @@ from sources_on_disk import (
 )
 
 from koclip.config import SourceConfig
-from koclip.data.sources import StreamSource, open_source, row
+from koclip.data.sources import StreamSource, open_source
 from koclip.data.tables import dig
 from koclip.data.transforms import decode
 
@@ -66,7 +67,7 @@ def test_hub_data_sets_are_asked_for_by_id_subset_split_and_revision(monkeypatch
         assert asked == {"args": ("owner/name", "ko"), "split": "val", "revision": "abc", "streaming": streaming}
 
 
-def test_remote_shards_are_handed_on(monkeypatch, records) -> None:
+def test_remote_files_are_handed_on(monkeypatch, records) -> None:
     asked = {}
 
     def load_dataset(builder, **options):
@@ -74,9 +75,9 @@ def test_remote_shards_are_handed_on(monkeypatch, records) -> None:
         return datasets.Dataset.from_list(records, features=features()).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    open_source(SourceConfig(path="s3://bucket/shard-*.tar", captions=CAPTIONS))
-    assert asked["builder"] == "webdataset"
-    assert asked["data_files"] == {"train": ["s3://bucket/shard-*.tar"]}
+    open_source(SourceConfig(path="s3://bucket/part-?.parquet", captions=CAPTIONS))
+    assert asked["builder"] == "parquet"
+    assert asked["data_files"] == {"train": ["s3://bucket/part-?.parquet"]}
 
 
 def test_images_stay_encoded_whatever_they_hold(tmp_path, records) -> None:
@@ -96,14 +97,13 @@ def test_other_columns_are_not_read(tmp_path, records) -> None:
 
 
 def test_keys_find_a_row_again(tmp_path, records) -> None:
-    keys = [one.key for one in all_rows(open_source(webdataset(tmp_path, records)))]
-    assert keys == ["shard-all/shard-000.tar/00000", "shard-all/shard-001.tar/00001", "shard-all/shard-002.tar/00002"]
-    nameless = SourceConfig(captions=CAPTIONS)
-    keys = {
-        row({"image": b"", "captions_ko": "개"}, nameless).key,
-        row({"image": b"", "captions_ko": "새"}, nameless).key,
-    }
-    assert len(keys) == 2
+    config = webdataset(tmp_path, records)
+    keys = [one.key for one in all_rows(open_source(config))]
+    assert keys == [f"{config.key}/shard-00{n}.tar/0/0000{n}" for n in range(3)]
+    assert config.key.startswith("shard-all~")
+    config = json_lines(tmp_path, records)
+    keys = [one.key for one in all_rows(open_source(config))]
+    assert keys == [f"{config.key}/{n}/{n}.png" for n in range(3)]
 
 
 def test_local_files_take_any_split_name_and_slices(tmp_path, records) -> None:

@@ -242,7 +242,7 @@ def test_hostile_captions_become_tokens_or_skips(tokenizer, encoded) -> None:
     for number, (cell, good) in enumerate(hostile_captions()):
         sample = assembler.sample(row({"image": encoded(), "text": cell}, source, str(number)), 0, (0, number))
         assert isinstance(sample, Sample) == good, (SEED, number, str(cell)[:100])
-        assert good or sample == Skip(f"rows/{number}", "no usable caption", "rows.jsonl")
+        assert good or sample == Skip(f"{source.key}/{number}", "no usable caption", "rows.jsonl")
         samples += [sample] * good
     assert 0.7 < len(samples) / COUNT < 0.8
     batch = assembler.collate(samples, [], COUNT)

@@ -160,7 +160,7 @@ def test_sources_are_mixed_by_weight(tokenizer, write_table) -> None:
             for path, weight in zip((small, large), weights, strict=True)
         ]
         drawn = batches(config(*sources), tokenizer, 50)
-        return Counter(key.split("/")[0] for batch in drawn for key in batch.keys)
+        return Counter(key.split("~")[0] for batch in drawn for key in batch.keys)
 
     assert shares(None, None)["small"] == pytest.approx(80, abs=4)
     assert shares(1.0, 1.0)["small"] == pytest.approx(200, abs=4)

@@ -11,6 +11,7 @@ from koclip.config.errors import ConfigError, RunError, check, check_pixels
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig, Task
 from koclip.config.model import LossConfig, ModelConfig
 from koclip.config.parsing import dump, parse, run, to_dict
+from koclip.config.paths import locate
 from koclip.config.recipes import AlignConfig, PretrainConfig, Stage
 from koclip.config.tools import EvaluateConfig, IndexConfig, PublishConfig
 from koclip.config.training import OptimConfig, TrainConfig
@@ -43,6 +44,7 @@ __all__ = [
     "check_changes",
     "check_pixels",
     "dump",
+    "locate",
     "parse",
     "run",
     "to_dict",

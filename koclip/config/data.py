@@ -1,5 +1,7 @@
 """What is read and how batches are made of it."""
 
+import hashlib
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,6 +20,7 @@ Format = Literal[
     "webdataset",
     "annotations",
 ]
+_NO_NUL = "expected no NUL character: no file has one in its name"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,19 +28,27 @@ class SourceConfig:
     """One set of (image, captions) rows.
 
     Args:
-        path: `scenes` (built in), a local file, folder or glob, or a Hub data set id such as `owner/name`.
-        format: How to read it; `auto` decides by the file name. `annotations` is KoCLIP's and COCO's
-            `[{"file_path": ..., "captions": [...]}]`. Fields of CSV may be quoted; in `.tsv` a quote is text.
+        path: `scenes` (built in), a local file, folder or glob, or a Hub data set id such as `owner/name`. A file
+            that exists under this name is that file, whatever characters are in it.
+        format: How to read it; `auto` decides by the file name, in any letter case, with or without `.gz`, `.bz2` or
+            `.xz`; a folder is one of images, or what `datasets` saved with `save_to_disk`. A folder of other files is
+            read if a format is given: `parquet` takes all its Parquet files as one split, `hub` lets `datasets` find
+            the splits. `annotations` is KoCLIP's and COCO's `[{"file_path": ..., "captions": [...]}]`. Fields of CSV
+            may be quoted; in `.tsv` a quote is text.
         name: Short name used in logs and metric names; default: the last part of the path.
-        split: Split to read; of local files too a slice, such as `train[:1000]`.
+        split: Split to read; of local files too a slice, such as `train[:1000]`. Of an image folder `datasets` finds
+            the splits by the names of folders and files; `all` reads every picture.
         subset: Configuration of a Hub data set that has several.
         revision: Git revision of a Hub data set; default: its main branch.
         streaming: Read rows as they arrive instead of preparing the whole set on disk first.
             WebDataset shards are always streamed.
         image: Column that holds the image (bytes, a file path, or an Image feature). Dots reach into nested columns.
-            null: parallel sentences without images, for `align.method: distill`.
+            Of several, such as `[jpg, png]`, the first that a row has a value in. null: parallel sentences without
+            images, for `align.method: distill`.
         image_root: Folder that relative image paths start from; default: the folder of `path`.
         columns: Names of the columns of a CSV or TSV file that has no header line.
+        encoding: Encoding of CSV, TSV and JSON files, and of the texts in tar shards, for example `cp949` for those of
+            Korean Excel. A byte-order mark (UTF-8, UTF-16, UTF-32) decides before it.
         captions: Caption column by language, for example `{ko: captions_ko, en: captions_en}`. A cell is a string
             or a list of strings. May be empty (`{}`) where `label` is given and nothing is trained.
         label: Column that holds the class of the image, as a name or a number, for evaluation by classes.
@@ -57,9 +68,10 @@ class SourceConfig:
     subset: str | None = None
     revision: str | None = None
     streaming: bool = False
-    image: str | None = "image"
+    image: str | list[str] | None = "image"
     image_root: str | None = None
     columns: list[str] | None = None
+    encoding: str = "utf-8"
     captions: dict[str, str] = field(default_factory=lambda: {"ko": "captions_ko", "en": "captions_en"})
     label: str | None = None
     languages: dict[str, float] | None = None
@@ -71,6 +83,9 @@ class SourceConfig:
     def __post_init__(self) -> None:
         told = bool(self.captions or self.label)
         check(told, "data.sources[].captions", self.captions, "name at least one caption column")
+        check(self.image != [], "data.sources[].image", self.image, "name at least one column, or null for no images")
+        for name in ("path", "image_root"):
+            check("\0" not in (getattr(self, name) or ""), f"data.sources[].{name}", getattr(self, name), _NO_NUL)
         unknown = set(self.languages or {}) - set(self.captions)
         check(not unknown, "data.sources[].languages", sorted(unknown), f"captions has {sorted(self.captions)}")
         for language, chance in (self.languages or {}).items():
@@ -80,11 +95,30 @@ class SourceConfig:
         even = self.scenes_size >= 2 and self.scenes_size % 2 == 0
         check(even, "data.sources[].scenes_size", self.scenes_size, "expected an even number")
         check(self.weight is None or self.weight > 0, "data.sources[].weight", self.weight, "expected more than 0")
+        try:
+            "".encode(self.encoding)
+        except LookupError:
+            check(
+                False, "data.sources[].encoding", self.encoding, "expected an encoding such as utf-8, cp949 or utf-16"
+            )
 
     @property
     def short_name(self) -> str:
         """The name that logs and metrics use for this source."""
-        return self.name or Path(self.path.rstrip("/")).name.split(".")[0].replace("*", "all")
+        stem = Path(self.path.rstrip("/")).name.split(".")[0].replace("*", "all")
+        return self.name or unicodedata.normalize("NFC", stem)
+
+    @property
+    def images(self) -> list[str]:
+        """The columns that may hold the image."""
+        return [self.image] if isinstance(self.image, str) else self.image or []
+
+    @property
+    def key(self) -> str:
+        """What the keys of its rows begin with: the short name, and a hash of which rows and cells are read."""
+        read = (self.path, self.subset, self.split, self.revision, self.image, self.image_root)
+        cells = (self.columns, sorted(self.captions.items()), self.label)
+        return f"{self.short_name}~{hashlib.sha256(repr((read, cells)).encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,9 @@ A row's image stays bytes or a path until it is drawn.
 """
 
 import dataclasses
+import itertools
+import random
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -11,11 +14,12 @@ from typing import Any, NamedTuple, Protocol
 import datasets
 import numpy as np
 import numpy.typing as npt
-from xxhash import xxh3_64_hexdigest
 
-from koclip.config import SourceConfig
+from koclip.config import SourceConfig, locate
 from koclip.data import scenes
-from koclip.data.tables import UNREADABLE, SourceError, Table, dig, file_format, open_table
+from koclip.data.columns import dig
+from koclip.data.files import SourceError, file_format, is_remote
+from koclip.data.tables import TEXT, UNREADABLE, Table, files_of, open_table, reason
 from koclip.text.normalize import clean_captions
 
 
@@ -109,11 +113,19 @@ class TableSource:
 
 
 class StreamSource:
-    """A `datasets.IterableDataset`: rows in order of arrival, its shards split among readers."""
+    """A `datasets.IterableDataset`: rows in order of arrival, its shards split among readers.
 
-    def __init__(self, stream: datasets.IterableDataset, config: SourceConfig) -> None:
+    Args:
+        stream: The stream.
+        config: The source.
+        shards: Name of each shard; default: their numbers.
+    """
+
+    def __init__(self, stream: datasets.IterableDataset, config: SourceConfig, shards: Sequence[str] = ()) -> None:
         self.config = config
         self._stream = stream
+        self._classes = _class_names(stream, config)
+        self._shards = shards if len(shards) == self.num_shards else list(map(str, range(self.num_shards)))
 
     @property
     def num_shards(self) -> int:
@@ -126,37 +138,62 @@ class StreamSource:
         Raises:
             SourceError: a shard is broken.
         """
-        rng = np.random.default_rng((seed, epoch))  # equal for all readers: they split the same order of shards
-        # One shard at a time: reading several takes threads, and seconds to stop them at the end of a pass.
-        stream = self._stream.shuffle(generator=rng, buffer_size=buffer_size, max_buffer_input_shards=1)
-        if num_readers > 1:
-            stream = stream.shard(num_readers, reader, contiguous=False)
-        # Read by iter(): iterating the stream itself would split the shards once more over the data loader's workers.
-        last = None
-        try:
-            for columns in stream.iter(batch_size=1):
-                for record in _records(columns):
-                    last = row(record, self.config)
-                    yield last
-        except UNREADABLE as error:
-            place = f"behind row {last.key}" if last else "at the start of its shards"
-            raise SourceError(
-                f"source {self.config.path!r} cannot be read on {place}: {type(error).__name__}: {error}; "
-                "mend that file or take it out"
-            ) from error
+        # Equal for all readers: they split the same order of shards.
+        shards = np.random.default_rng((seed, epoch)).permutation(self.num_shards)[reader::num_readers]
+        rng = random.Random(f"shuffle {seed} {epoch} {reader}")
+        held: list[Row] = []
+        for one in itertools.chain.from_iterable(map(self._rows_of, shards.tolist())):
+            if len(held) < buffer_size:
+                held.append(one)
+                continue
+            place = rng.randrange(buffer_size)
+            yield held[place]
+            held[place] = one
+        rng.shuffle(held)
+        yield from held
 
     def stored_rows(self) -> Iterator[Row]:
-        """Yield every row in stored order."""
-        classes = _class_names(self._stream, self.config)
-        for record in self._stream:
-            yield row(record, self.config, classes=classes)
+        """Yield every row in stored order.
+
+        Raises:
+            SourceError: a shard is broken.
+        """
+        return itertools.chain.from_iterable(map(self._rows_of, range(self.num_shards)))
 
     def captions(self) -> Iterator[dict[str, list[str]]]:
-        """Yield every row's captions in stored order, without the images where the format allows."""
-        names = self._stream.column_names or []
-        told = [name for name in names if any(_under(name, column) for column in self.config.captions.values())]
-        for record in self._stream.select_columns(told) if told else self._stream:
-            yield row_captions(record, self.config)
+        """Yield every row's captions in stored order, without the images where the format allows.
+
+        Raises:
+            SourceError: a shard is broken.
+        """
+        wanted = [*self.config.captions.values(), *(self.config.where or {})]
+        names = [name for name in self._stream.column_names or [] if any(_under(name, column) for column in wanted)]
+        stream = self._stream.select_columns(names) if names else self._stream
+        for shard in range(self.num_shards):
+            for _, record in self._records_of(stream, shard):
+                yield row_captions(record, self.config)
+
+    def _rows_of(self, shard: int) -> Iterator[Row]:
+        name = self._shards[shard] if self.num_shards > 1 else ""
+        for number, record in self._records_of(self._stream, shard):
+            yield row(record, self.config, str(number), self._classes, name)
+
+    def _records_of(self, stream: datasets.IterableDataset, shard: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the wanted rows of a shard, with their numbers among all of its rows."""
+        number = -1
+        try:
+            # By iter(): iterating the stream itself would split the shards once more over the data loader's workers.
+            for columns in stream.shard(self.num_shards, shard).iter(batch_size=1):
+                for record in _records(columns):
+                    number += 1
+                    if _matches(record, self.config.where or {}):
+                        yield number, record
+        except UNREADABLE as error:
+            place = f"behind row {number} of" if number >= 0 else "at the start of"
+            raise SourceError(
+                f"source {self.config.path!r} cannot be read {place} shard {self._shards[shard]}: {reason(error)}; "
+                "mend that file or take it out"
+            ) from error
 
 
 def open_source(config: SourceConfig, seed: int = 0) -> MapSource | StreamSource:
@@ -165,46 +202,78 @@ def open_source(config: SourceConfig, seed: int = 0) -> MapSource | StreamSource
     Raises:
         SourceError: the file, data set or a column named in `config` does not exist, or no row is left.
     """
-    if file_format(config) == "scenes":
+    kind = file_format(config)
+    _check_encoding(config, kind)
+    if kind == "scenes":
         return ScenesSource(config, seed)
-    if file_format(config) == "annotations":
+    if kind == "annotations":
         config = _annotation_columns(config)
     table = open_table(config)
-    wanted = {column: set(values) for column, values in (config.where or {}).items()}
-
-    def matches(record: Mapping[str, Any]) -> bool:
-        return all(str(dig(record, column)) in values for column, values in wanted.items())
-
+    wanted = config.where or {}
     if isinstance(table, datasets.IterableDataset):
-        return StreamSource(table.filter(matches) if wanted else table, config)
+        return StreamSource(table, config, _shard_names(config, kind))
     numbers = None
     if wanted:
         names = [name for name in table.column_names if any(_under(name, column) for column in wanted)]
-        numbers = [number for number, record in enumerate(table.select_columns(names)) if matches(record)]
+        columns = table.select_columns(names)
+        numbers = [number for number, record in enumerate(columns) if _matches(record, wanted)]
         table = table.select(numbers)
     if len(table) == 0:
         raise SourceError(f"source {config.path!r} has no rows (where: {config.where}); check path, split and where")
     return TableSource(table, config, numbers)
 
 
-def row(record: Mapping[str, Any], config: SourceConfig, number: str = "", classes: Sequence[str] | None = None) -> Row:
+def row(
+    record: Mapping[str, Any],
+    config: SourceConfig,
+    number: str,
+    classes: Sequence[str] | None = None,
+    shard: str = "",
+) -> Row:
     """Turn one record of a table into a `Row`.
 
-    Its key is made of the source's name, the row's number and name. Rows of a stream have no number; one without a
-    name either is known by a hash of its captions. `classes` are the names of numbered labels.
+    Args:
+        record: Its cells by column.
+        config: The source. Its key, the shard and the number tell the row from all others; the key also has its name.
+        number: The row's place in what is stored, or in its shard.
+        classes: The names of numbered labels.
+        shard: Name of the row's shard, without a slash, if there are several.
     """
-    value = dig(record, config.image) if config.image else None
-    captions = row_captions(record, config)
+    value = next((cell for column in config.images if _holds_image(cell := dig(record, column))), None)
     path = value.get("path") if isinstance(value, Mapping) else value
     name = record.get("__key__") or (Path(path).name if isinstance(path, str) else None) or record.get("id")
-    shard = Path(str(record.get("__url__") or "")).name
-    if not (name or number):
-        name = xxh3_64_hexdigest(repr(captions).encode())
-    key = "/".join(filter(None, (config.short_name, shard, number, str(name or ""))))
+    key = "/".join(filter(None, (config.key, shard, number, str(name or ""))))
     label = dig(record, config.label) if config.label else None
     if classes is not None and label is not None:
-        label = classes[label]
-    return Row(_image(value, config), captions, key, None if label is None else str(label))
+        label = classes[label] if label >= 0 else None  # -1 stands for no class
+    return Row(_image(value, config), row_captions(record, config), key, None if label is None else _nfc(label))
+
+
+def _nfc(value: object) -> str:
+    """Return a label as text, alike in every Unicode form: folders from macOS have decomposed names."""
+    return unicodedata.normalize("NFC", str(value))
+
+
+def _matches(record: Mapping[str, Any], where: Mapping[str, Sequence[str]]) -> bool:
+    """Tell whether each column named holds one of the values listed, compared as text."""
+    return all(_nfc(dig(record, column)) in map(_nfc, values) for column, values in where.items())
+
+
+def _shard_names(config: SourceConfig, kind: str) -> list[str]:
+    """Return a different name without a slash for each of a source's files on this machine."""
+    if kind in ("hub", "image_folder", "save_to_disk") or is_remote(config.path):
+        return []
+    names = [Path(file).name for file in files_of(config, kind)]
+    alike = len(set(names)) < len(names)
+    return [f"{number}-{name}" if alike else name for number, name in enumerate(names)]
+
+
+def _check_encoding(config: SourceConfig, kind: str) -> None:
+    if kind not in (*TEXT, "webdataset", "image_folder") and config.encoding != "utf-8":
+        raise SourceError(
+            f"data.sources[].encoding: got {config.encoding!r} for {config.path!r}, but {kind} has an encoding of its "
+            "own; leave encoding out"
+        )
 
 
 def _class_names(table: Table, config: SourceConfig) -> list[str] | None:
@@ -219,6 +288,13 @@ def row_captions(record: Mapping[str, Any], config: SourceConfig) -> dict[str, l
     return {language: captions for language, captions in cells.items() if captions}
 
 
+def _holds_image(value: Any) -> bool:
+    """Tell whether an image cell holds bytes or a path."""
+    if isinstance(value, Mapping):
+        return value.get("bytes") is not None or bool(value.get("path"))
+    return isinstance(value, bytes) or (isinstance(value, str) and bool(value))
+
+
 def _image(value: Any, config: SourceConfig) -> bytes | Path | None:
     """Return an image cell's bytes or path; None if it holds neither."""
     if isinstance(value, Mapping):
@@ -230,7 +306,7 @@ def _image(value: Any, config: SourceConfig) -> bytes | Path | None:
     if not isinstance(value, str) or not value:
         return None
     root = Path(config.image_root) if config.image_root else Path(config.path).parent
-    return root / value
+    return locate(root / value)
 
 
 def _records(columns: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:

@@ -1,46 +1,42 @@
 """Read tables of rows with `datasets`: local files, image folders, tar shards, the Hub. Images stay encoded."""
 
-import csv
+import glob
+import itertools
+import lzma
 import tarfile
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.data_files import DataFilesList
 from datasets.exceptions import DatasetsError
+from xxhash import xxh3_64_hexdigest
 
-from koclip.config import ConfigError, SourceConfig
+from koclip.config import SourceConfig, locate
+from koclip.data import shards
+from koclip.data.columns import LISTS, column_names, has_column, top_column
+from koclip.data.columns import dig as dig
+from koclip.data.encodings import FileError
+from koclip.data.files import SourceError as SourceError
+from koclip.data.files import file_format, find, identity, is_folder, is_remote, listed, walk
+from koclip.data.image_folder import open_folder
+from koclip.data.text_files import open_text
 
-_BUILDERS = {
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".tar": "webdataset",
-}
 # What `datasets` and the readers below it raise on files that are missing or broken.
-UNREADABLE = (OSError, ValueError, TypeError, LookupError, DatasetsError, tarfile.TarError)
-_LISTS = (datasets.List, datasets.LargeList)
+UNREADABLE = (
+    *(OSError, ValueError, TypeError, LookupError, EOFError),
+    *(DatasetsError, tarfile.TarError, zlib.error, lzma.LZMAError),
+)
+TEXT = ("csv", "json", "annotations")  # formats of text files
 _KEYS = ("__key__", "__url__", "id")  # columns that name a row
+_PEEKED = 5  # rows that tell the columns of a stream
+_PARTS = 64  # of a stream of what `save_to_disk` has saved, at most
 
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
-
-
-class SourceError(ConfigError):
-    """A source that cannot be read. The message says what was asked, what there is, and what to do."""
-
-
-def file_format(config: SourceConfig) -> str:
-    """Return the format of a source: the one it names, or for `auto` what its path looks like."""
-    if config.format != "auto":
-        return config.format
-    if config.path == "scenes":
-        return "scenes"
-    if Path(config.path).is_dir():
-        return "image_folder"
-    return _BUILDERS.get(Path(config.path).suffix, "hub")
 
 
 def open_table(config: SourceConfig) -> Table:
@@ -53,81 +49,56 @@ def open_table(config: SourceConfig) -> Table:
     try:
         table = _load(config, kind)
         # A stream may tell its columns by its rows only.
-        features: Mapping[str, Any] = table.features or next(iter(table.take(1)), {})
-    except SourceError:
-        raise
+        heads: list[Any] = [table.features] if table.features else list(table.take(_PEEKED))
     except UNREADABLE as error:
-        cause = error.__cause__ or error  # `datasets` wraps what went wrong
-        reason = f"{type(cause).__name__}: {cause}".split("\n")[0]
-        raise SourceError(
-            f"source {config.path!r} cannot be read as {kind}, split {config.split!r}: {reason}; "
-            "check path, format and split"
-        ) from error
-    single = [column for column in (config.image, config.label) if column]
-    named = [*single, *config.captions.values(), *(config.where or {})]
-    missing = sorted({column for column in named if not _has(features, column)})
+        raise _unreadable(config, kind, error) from error
+    single = [*([config.label] if config.label else []), *config.captions.values(), *(config.where or {})]
+    images = [column for column in config.images if any(has_column(head, column) for head in heads)]
+    missing = {column for column in single if not any(has_column(head, column) for head in heads)}
+    missing |= set() if images else set(config.images)
     if missing:
-        raise SourceError(f"source {config.path!r} has no column {missing}; its columns are {sorted(_names(features))}")
-    needed = {_top(features, column) for column in named}
-    table = table.select_columns(sorted(needed | (features.keys() & _KEYS)))
-    return _undecoded(table, config.image) if config.image else table
+        names = sorted({name for head in heads for name in column_names(head)})
+        raise SourceError(f"source {config.path!r} has no column {sorted(missing)}; its columns are {names}")
+    if not table.features:
+        return table  # its rows may differ in their columns
+    needed = {top_column(table.features, column) for column in [*images, *single]}
+    table = table.select_columns(sorted(needed | (table.features.keys() & _KEYS)))
+    return _undecoded(table, images)
 
 
-def dig(record: Any, column: str) -> Any:
-    """Return a column of a record, None if it has none; dots reach into nested records and lists of records."""
-    if isinstance(record, (list, tuple)):
-        return [dig(one, column) for one in record]
-    if not isinstance(record, Mapping):
-        return None
-    top = _top(record, column)
-    return record.get(column) if top == column else dig(record.get(top), column[len(top) + 1 :])
+def reason(error: BaseException) -> str:
+    """Return what an error of a reader says, on one line unless it is koclip's own."""
+    return str(error) if isinstance(error, FileError) else f"{type(error).__name__}: {error}".split("\n")[0]
 
 
-def _top(record: Mapping[str, Any], column: str) -> str:
-    """Return the part of a dotted column name that is a key of `record`: columns may have dots in their names."""
-    parts = column.split(".")
-    prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
-    return next((prefix for prefix in prefixes if prefix in record), column)
+def _unreadable(config: SourceConfig, kind: str, error: BaseException) -> SourceError:
+    """Return the error for a source that cannot be opened."""
+    while error.__cause__ and not isinstance(error, (SourceError, FileError)):
+        error = error.__cause__  # `datasets` wraps what went wrong
+    if isinstance(error, SourceError):
+        return error
+    advice = "" if isinstance(error, FileError) else "; check path, format and split"
+    return SourceError(
+        f"source {config.path!r} cannot be read as {kind}, split {config.split!r}: {reason(error)}{advice}"
+    )
 
 
-def _has(feature: Any, column: str) -> bool:
-    """Tell whether a table with these features, or such a record, has a column; JSON may hold anything."""
-    if isinstance(feature, _LISTS):
-        return _has(feature.feature, column)
-    if not isinstance(feature, Mapping):
-        return isinstance(feature, datasets.Json)
-    top = _top(feature, column)
-    return top in feature and (top == column or _has(feature[top], column[len(top) + 1 :]))
-
-
-def _names(feature: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of the columns in `feature`."""
-    if isinstance(feature, _LISTS):
-        yield from _names(feature.feature, prefix)
-    elif isinstance(feature, Mapping):
-        for name, inner in feature.items():
-            yield from _names(inner, f"{prefix}.{name}" if prefix else name)
-    else:
-        yield prefix
-
-
-def _undecoded(table: Table, image: str) -> Table:
+def _undecoded(table: Table, images: Sequence[str]) -> Table:
     """Make a table hand out its images as they are stored, so that a broken one does not stop the reader."""
     if isinstance(table, datasets.IterableDataset):
-        if not table.features:
-            return table
         # decode(False) stops the threads that decode remote images, but the reading of JSON cells too.
-        return table.decode(False).cast(datasets.Features(_images_encoded(table.features)))
-    if image not in table.features:
+        return table.decode(False).cast(datasets.Features(_images_encoded(table.features))) if images else table
+    if set(images) - table.features.keys():
         table = table.flatten()  # brings a nested image to the top, under its dotted name
-    if isinstance(table.features.get(image), datasets.Image):
-        table = table.cast_column(image, datasets.Image(decode=False))
+    for image in images:
+        if isinstance(table.features.get(image), datasets.Image):
+            table = table.cast_column(image, datasets.Image(decode=False))
     return table
 
 
 def _images_encoded(feature: Any) -> Any:
     """Return a feature with every image in it left as it is stored."""
-    if isinstance(feature, _LISTS):
+    if isinstance(feature, LISTS):
         return type(feature)(_images_encoded(feature.feature))
     if isinstance(feature, Mapping):
         return {name: _images_encoded(inner) for name, inner in feature.items()}
@@ -135,29 +106,106 @@ def _images_encoded(feature: Any) -> Any:
 
 
 def _load(config: SourceConfig, kind: str) -> Table:
-    options: dict[str, Any] = {"split": config.split, "streaming": config.streaming or kind == "webdataset"}
     if kind == "hub":
-        return datasets.load_dataset(config.path, config.subset, revision=config.revision, **options)
+        return _hub_table(config)
+    if kind == "save_to_disk":
+        return _saved_table(config)
     if kind == "image_folder":
-        if not Path(config.path).is_dir():
-            raise SourceError(f"source {config.path!r} is not a folder; expected a folder of images with metadata")
-        return datasets.load_dataset("imagefolder", data_dir=str(Path(config.path).resolve()), **options)
-    files = [config.path] if "://" in config.path else _files(config.path)
+        return open_folder(config)
+    options: dict[str, Any] = {"split": config.split, "streaming": config.streaming}
+    files = files_of(config, kind)
+    if kind == "webdataset":
+        return shards.stream(files, config)
+    if kind in TEXT:
+        return open_text(config, kind, files)
+    if kind in ("parquet", "arrow") and not is_remote(config.path):
+        options["features"] = _features(files, kind)
+    return datasets.load_dataset(kind, data_files={config.split.split("[")[0]: files}, **options)
+
+
+def files_of(config: SourceConfig, kind: str) -> DataFilesList | list[str]:
+    """Return a source's files; an address as it is.
+
+    Raises:
+        SourceError: there is none.
+    """
+    if is_remote(config.path):
+        return [config.path]
+    files = find(config.path, kind)
     if not files:
         raise SourceError(
             f"source {config.path!r} matches no file (from {Path.cwd()}); check the path, "
             "or set format: hub for a Hub data set"
         )
-    if config.path.endswith(".tsv"):
-        # Quotes are text in such files: taken for CSV's, one that is not closed swallows the lines after it.
-        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
-    if config.columns:
-        options["column_names"] = config.columns
-    builder = "json" if kind == "annotations" else kind
-    return datasets.load_dataset(builder, data_files={config.split.split("[")[0]: files}, **options)
+    return listed(files)
 
 
-def _files(path: str) -> list[str]:
-    """Return the files that a path or glob pattern names, sorted."""
-    pattern = Path(path)
-    return sorted(str(found) for found in Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+def _hub_table(config: SourceConfig) -> Table:
+    """Load a data set of the Hub, or a folder that is laid out like one."""
+    options: dict[str, Any] = {"revision": config.revision}
+    path = config.path
+    if is_folder(locate(path)):
+        path = str(locate(path).resolve())
+        if glob.has_magic(path) or "::" in path:
+            raise SourceError(
+                f"source {path!r}: datasets takes [ ] * ? and :: in a folder's name for patterns; rename it"
+            )
+        # `datasets` would know its files by their names and `mtime` only.
+        files = xxh3_64_hexdigest(repr([(str(file), identity(file)) for file in walk(Path(path))]).encode())
+        options["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{files}")
+    options |= {"split": config.split, "streaming": config.streaming}
+    table = datasets.load_dataset(path, config.subset, **options)
+    if table.info.builder_name == "webdataset":
+        where = {name: options[name] for name in options.keys() & {"revision", "cache_dir"}}
+        builder = datasets.load_dataset_builder(path, config.subset, **where)
+        return shards.stream(list(builder.config.data_files[config.split]), config)
+    if table.info.builder_name == "csv":  # its cells are text, not what pandas makes of them
+        names: Iterable[str] = table.column_names or next(iter(table), {})
+        texts = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
+        return datasets.load_dataset(path, config.subset, features=texts, keep_default_na=False, **options)
+    return table
+
+
+def _saved_table(config: SourceConfig) -> Table:
+    """Load what `datasets` has saved with `save_to_disk`."""
+    folder = str(locate(config.path).absolute())
+    saved, split = datasets.load_from_disk(folder), config.split.split("[")[0]
+    if isinstance(saved, datasets.DatasetDict) and split not in saved:
+        raise SourceError(f"source {config.path!r} has no split {split!r}; it has {sorted(saved)}")
+    table = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+    parts = datasets.ReadInstruction.from_spec(config.split).to_absolute({split: len(table)})
+    if config.split != split:
+        table = table.select(itertools.chain.from_iterable(range(part.from_, part.to) for part in parts))
+    return table.to_iterable_dataset(min(_PARTS, max(1, len(table)))) if config.streaming else table
+
+
+def _features(files: Sequence[str], kind: str) -> datasets.Features | None:
+    """Return the features of files of which the first have nothing in a column; None to take those of the first.
+
+    `datasets` takes the type of a column without a value, `null`, for that of the whole column.
+    """
+    features = first = None
+    for file in files:
+        with Path(file).open("rb") as opened:
+            if kind == "parquet":
+                schema = pq.read_schema(opened)
+            else:
+                try:
+                    schema = pa.ipc.open_stream(opened).schema
+                except pa.ArrowInvalid:
+                    schema = pa.ipc.open_file(opened).schema
+        following = datasets.Features.from_arrow_schema(schema)
+        first = first or following
+        features = datasets.Features(_filled(features, following)) if features else following
+    return None if features == first else features
+
+
+def _filled(feature: Any, other: Any) -> Any:
+    """Return a feature with the types of another one in the places where it has `null`."""
+    if isinstance(feature, datasets.Value) and feature.dtype == "null":
+        return other
+    if isinstance(feature, LISTS) and isinstance(other, LISTS):
+        return type(feature)(_filled(feature.feature, other.feature))
+    if isinstance(feature, Mapping) and isinstance(other, Mapping):
+        return {name: _filled(inner, other[name]) if name in other else inner for name, inner in feature.items()}
+    return feature

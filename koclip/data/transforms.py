@@ -83,7 +83,7 @@ def read(image: bytes | Path | npt.NDArray[np.uint8] | None) -> bytes | npt.NDAr
         raise ImageError("no image")
     try:
         return image.read_bytes() if isinstance(image, Path) else image
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
+    except (OSError, ValueError) as error:  # ValueError: no file has such a name
         raise ImageError(f"{type(error).__name__}: {error}".split("\n")[0]) from error
 
 

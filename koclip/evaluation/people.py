@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from koclip.config import ConfigError, RatingsConfig
+from koclip.config import ConfigError, RatingsConfig, locate
 from koclip.data.sources import Row
 from koclip.data.transforms import PIXEL_LIMIT, ImageError, PixelLimit, decode
 from koclip.evaluation.embed import Embedder
@@ -41,7 +41,7 @@ def read_ratings(config: RatingsConfig, limit: PixelLimit = PIXEL_LIMIT) -> list
     Raises:
         ConfigError: see `people`.
     """
-    path, rated = Path(config.path), []
+    path, rated = locate(config.path), []
     if not path.is_file():
         raise ConfigError(f"ratings[].path: {path} is no file; expected a TSV file of image, caption, ratings")
     root = Path(config.image_root) if config.image_root else path.parent
@@ -53,7 +53,8 @@ def read_ratings(config: RatingsConfig, limit: PixelLimit = PIXEL_LIMIT) -> list
                     f"{where}: got {len(cells)} cells, expected image, caption and ratings, tab-separated"
                 )
             try:
-                decode(root / cells[0], *limit)
+                image = locate(root / cells[0])
+                decode(image, *limit)
                 ratings = [float(cell) for cell in cells[2:]]
             except ImageError as error:
                 raise ConfigError(f"{where}: {root / cells[0]} cannot be used: {error}") from None
@@ -61,7 +62,7 @@ def read_ratings(config: RatingsConfig, limit: PixelLimit = PIXEL_LIMIT) -> list
                 raise ConfigError(f"{where}: got ratings {cells[2:]}, expected numbers") from None
             if not all(math.isfinite(rating) for rating in ratings):
                 raise ConfigError(f"{where}: got ratings {cells[2:]}, expected finite numbers")
-            rated += [(root / cells[0], normalize(cells[1]), rating) for rating in ratings]
+            rated += [(image, normalize(cells[1]), rating) for rating in ratings]
     if not rated:
         raise ConfigError(f"ratings[].path: {path} has no line; expected image, caption and ratings")
     return rated

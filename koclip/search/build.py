@@ -13,10 +13,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 from tqdm.auto import tqdm
 from xxhash import xxh3_128_hexdigest
 
-from koclip.config import ConfigError, IndexConfig, SourceConfig, check
+from koclip.config import ConfigError, IndexConfig, SourceConfig, check, locate
 from koclip.data.batches import Skip
+from koclip.data.files import file_format, find, is_folder, walk
 from koclip.data.sources import Row, StreamSource, open_source
-from koclip.data.tables import file_format
 from koclip.data.transforms import KINDS, ImageError, decode
 from koclip.models.encoders import Encoder
 from koclip.search import approximate
@@ -43,9 +43,8 @@ class Collection:
         self.name = printable(config.images if config.source is None else config.source.path)
         self._source = None
         self._paths: list[Path] = []
-        self.left_out: list[Skip] = []
-        if config.source is None and Path(config.images).is_dir():
-            self._root = Path(config.images)
+        if config.source is None and is_folder(locate(config.images)):
+            self._root = locate(config.images)
             paths, left_out = list_folder(self._root)
             self.left_out = [skip._replace(source=self.name) for skip in left_out]
             self._paths = paths[: self._most]
@@ -140,9 +139,9 @@ def _stale(path: Path, rows: list[Row]) -> bool:
 
 def _files(source: SourceConfig) -> str:
     """Return a hash of the names and sizes of a data set's files; of one that has none here it is that of nothing."""
-    path = Path(source.path)
-    found = path.rglob("*") if path.is_dir() else Path(path.anchor).glob(str(path.relative_to(path.anchor)))
-    files = [] if file_format(source) == "scenes" else sorted(file for file in found if file.is_file())
+    path = locate(source.path)
+    there = walk(path) if is_folder(path) else map(Path, find(source.path))
+    files = [] if file_format(source) == "scenes" else list(there)
     return xxh3_128_hexdigest(repr([(str(file), file.stat().st_size) for file in files]).encode())
 
 

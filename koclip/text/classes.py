@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from koclip.config import ConfigError, check
+from koclip.config import ConfigError, check, locate
 from koclip.text.normalize import normalize
 from koclip.text.prompts import fill
 
@@ -114,7 +114,7 @@ def _read(kind: str, name: str | Path) -> Any:
     """Return what a built-in or another YAML file holds."""
     folder = resources.files("koclip").joinpath(f"assets/{kind}")
     known = sorted(Path(file.name).stem for file in folder.iterdir())
-    file = folder.joinpath(f"{name}.yaml") if str(name) in known else Path(name)
+    file = folder.joinpath(f"{name}.yaml") if str(name) in known else locate(name)
     check(file.is_file(), kind, str(name), f"expected one of {known}, or a YAML file of yours that exists")
     try:
         return yaml.load(file.read_text(encoding="utf-8"), _Loader)
