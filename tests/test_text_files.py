@@ -71,7 +71,12 @@ def test_numbers_of_json_are_labels_but_no_captions(tmp_path) -> None:
     config = source(write(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, rows))), label="label")
     read = all_rows(open_source(config))
     assert [one.label for one in read] == ["3", "3.0", "03", "True"]
-    assert [[text for texts in one.captions.values() for text in texts if text] for one in read] == [[], ["개"], [], ["7"]]
+    assert [[text for texts in one.captions.values() for text in texts if text] for one in read] == [
+        [],
+        ["개"],
+        [],
+        ["7"],
+    ]
 
 
 def test_what_programs_write_for_no_value_is_no_caption_but_a_label(tmp_path) -> None:
@@ -258,7 +263,12 @@ def test_files_without_a_header_and_packed_ones(tmp_path) -> None:
 
 
 cells = st.one_of(
-    st.none(), st.integers(), st.booleans(), st.text(), st.lists(st.one_of(st.none(), st.text())), st.sampled_from(WORDS)
+    st.none(),
+    st.integers(),
+    st.booleans(),
+    st.text(),
+    st.lists(st.one_of(st.none(), st.text())),
+    st.sampled_from(WORDS),
 )
 
 
