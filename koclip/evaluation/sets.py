@@ -107,7 +107,7 @@ def _usable(
                 raise ImageError("no usable caption")
             decode(row.image, *limit)
         except ImageError as error:
-            skipped.append(Skip(row.key, str(error)))
+            skipped.append(Skip(row.key, str(error), source.path))
             continue
         rows.append(row)
         if classes:
