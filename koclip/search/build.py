@@ -43,6 +43,7 @@ class Collection:
         self.name = printable(config.images if config.source is None else config.source.path)
         self._source = None
         self._paths: list[Path] = []
+        self.left_out: list[Skip] = []
         if config.source is None and is_folder(locate(config.images)):
             self._root = locate(config.images)
             paths, left_out = list_folder(self._root)
