@@ -102,8 +102,9 @@ class AlignMethodConfig:
 class DistillConfig:
     """The source's text tower as a teacher, on sentences in its language that correspond to the captions.
 
-    A row's captions correspond to each other by their places where both languages have equally many; else any of the
-    row's is taken. Captions in the teacher's language are taught too.
+    A row's captions correspond to each other by their places where both languages have equally many, empty ones
+    included; a caption whose counterpart is empty is not taught. Where they have unequal numbers, any of the row's is
+    taken. Both are counted when training starts. Captions in the teacher's language are taught too.
 
     Args:
         language: The teacher's language.

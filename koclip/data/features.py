@@ -10,6 +10,7 @@ can be stopped and go on, and gives the same bytes.
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +49,7 @@ class Piece(NamedTuple):
     num_rows: int
     items: list[Item]
     inputs: Inputs  # views (n, V, 3, H, W) uint8, or sentences, of the n items that have features
+    apart: Counter[str] = Counter()  # see `Sentences`
 
 
 Embed = Callable[[Inputs], torch.Tensor]

@@ -20,7 +20,11 @@ from koclip.text.normalize import clean_captions
 
 
 class Row(NamedTuple):
-    """One undecoded sample: captions by language (cleaned; may be empty), a key that finds it again, its class."""
+    """One undecoded sample: captions by language, a key that finds it again, its class.
+
+    Captions are cleaned and keep their places, "" where there is no usable one (`koclip.text.normalize.usable` leaves
+    these out): languages with equally many places correspond to each other. A language without any is left out.
+    """
 
     image: bytes | Path | npt.NDArray[np.uint8] | None
     captions: dict[str, list[str]]
@@ -214,7 +218,7 @@ def _class_names(table: Table, config: SourceConfig) -> list[str] | None:
 
 
 def row_captions(record: Mapping[str, Any], config: SourceConfig) -> dict[str, list[str]]:
-    """Return the cleaned captions of a record by language; languages without any are left out."""
+    """Return the captions of a record by language, as a `Row` has them."""
     cells = {language: clean_captions(dig(record, column)) for language, column in config.captions.items()}
     return {language: captions for language, captions in cells.items() if captions}
 

@@ -23,6 +23,7 @@ from koclip.data.transforms import ImageError, decode
 from koclip.models.encoders import Encoder
 from koclip.search import approximate
 from koclip.search.shards import FACTS, ROWS, SHARD, Entry, Shards, num_taken, read_facts, write, write_facts
+from koclip.text.normalize import usable
 
 FORMAT = 2  # of the files
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".avif", ".jp2", ".ppm"}
@@ -194,9 +195,8 @@ def _embed(
                 skipped.append(Skip(row.key, str(error), name))
                 continue
             batch.append(picture)
-            entries.append(
-                Entry({"key": row.key, "captions": row.captions}, _thumbnail(picture, config.thumbnail_size))
-            )
+            captions = {language: usable(texts) for language, texts in row.captions.items()}
+            entries.append(Entry({"key": row.key, "captions": captions}, _thumbnail(picture, config.thumbnail_size)))
         if batch:
             made.append(encoder.encode_images(batch))
             finite = made[-1].isfinite().all(dim=1).tolist()
