@@ -49,7 +49,7 @@ class Piece(NamedTuple):
     num_rows: int
     items: list[Item]
     inputs: Inputs  # views (n, V, 3, H, W) uint8, or sentences, of the n items that have features
-    apart: Counter[str] = Counter()  # see `Sentences`
+    apart: Counter[str] | None = None  # what of it does not correspond, see `Sentences`
 
 
 Embed = Callable[[Inputs], torch.Tensor]

@@ -170,17 +170,18 @@ def _features(
 
 def _tell_apart(apart: Counter[str], source: SourceConfig) -> None:
     """Say what in a source does not correspond to the teacher's language (`Sentences`), of the languages drawn."""
-    for language in (name for name, weight in (source.languages or dict.fromkeys(source.captions, 1)).items() if weight):
-        if rows := apart[f"rows/{language}"]:
-            tqdm.write(
-                f"{source.short_name}: {rows:,} rows have unequal numbers of captions in {language} and in the teacher's "
-                "language; each of these is taught by any of the row's"
-            )
-        if captions := apart[f"captions/{language}"]:
-            tqdm.write(
-                f"{source.short_name}: {captions:,} captions in {language} have none in the teacher's language in their "
-                "place; these are not taught"
-            )
+    weights = source.languages or dict.fromkeys(source.captions, 1.0)
+    for language in (name for name, weight in weights.items() if weight):
+        rows, captions = apart[f"rows/{language}"], apart[f"captions/{language}"]
+        for count, what in (
+            (rows, f"rows have unequal numbers of captions in {language} and in the teacher's: any of them teaches"),
+            (
+                captions,
+                f"captions in {language} have none in the teacher's language in their place: they are not taught",
+            ),
+        ):
+            if count:
+                tqdm.write(f"{source.short_name}: {count:,} {what}")
 
 
 def _counted(pieces: Iterable[Piece], bar: Any, world_size: int, apart: Counter[str]) -> Iterator[Piece]:
