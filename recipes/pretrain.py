@@ -20,6 +20,7 @@ from koclip.evaluation.report import report
 from koclip.evaluation.sets import open_set
 from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.models.encoders import TransformersEncoder
+from koclip.text.normalize import usable
 
 NEXT = """
 Saved {model}, a stock transformers model. Next:
@@ -75,8 +76,8 @@ def main(cfg: config.PretrainConfig) -> None:
     if accelerator.is_main_process:
         saved = TransformersEncoder(*koclip.load(model_dir), name=str(model_dir))  # as a user loads it
         report(run.path, cfg, Embedder(saved, cfg.eval.batch_size), eval_sets)
-        captions = [own[0].translate(QUOTES) for one in eval_sets for image in one.captions for own in image.values()]
-        labels = list(dict.fromkeys(captions))[:3]
+        told = [usable(own)[0] for one in eval_sets for captions in one.captions for own in captions.values()]
+        labels = list(dict.fromkeys(text.translate(QUOTES) for text in told))[:3]
         measured = NEXT.format(model=model_dir, run=run.path, labels=labels)
         print(measured if labels else f"Saved {model_dir}, a stock transformers model; nothing was measured: eval.sets")
 

@@ -22,7 +22,8 @@ class EvalSetConfig:
             `few_shot` fit a logistic regression on image features.
         gallery: Further sources whose captions join the candidates (and whose images do not).
         classes: Names of the classes: `cifar10`, `cifar100`, `stl10`, `tiny_imagenet` or a YAML file of yours
-            (koclip/text/classes.py); default: each image's caption is the name of its class.
+            (koclip/text/classes.py); default: each image's caption is the name of its class. With classes each row
+            is an image; without, rows of equal images (by content) are one image with all their captions.
         present_classes: Leave out classes that no image belongs to.
         templates: Prompts of `zero_shot` by language: a list in which `{label}` stands for the name and
             `{label:을/를}` for the name with the particle that fits; or `ko`, `en` or a YAML file of yours; default:
@@ -32,7 +33,8 @@ class EvalSetConfig:
         shots: Images per class that `few_shot` is fitted on, one after the other.
         shifted: The same classes pictured differently, by name.
         corruptions: Corruptions of `shift`, each in five severities: noise, blur, contrast, brightness, jpeg, pixels.
-        max_images: Images used, the first ones; 0 uses all.
+        max_images: Images used, the first ones; 0 uses all. Without classes these have all their captions, from
+            wherever they stand in the source; a streamed one is read up to the first row of another image.
         seed: Seed of what is drawn: stress, corruptions, shots and splits.
     """
 

@@ -80,8 +80,8 @@ class Images:
 class Sentences:
     """Every caption in one language, each once per piece of rows.
 
-    `Piece.apart` counts what does not correspond to it: `rows/<language>`, rows with unequal numbers of captions in both
-    languages, and `captions/<language>`, captions that have none in this language in their place.
+    `Piece.apart` counts what does not correspond to it: `rows/<language>`, rows with unequal numbers of captions in the
+    two languages, and `captions/<language>`, captions that have none in this language in their place.
     """
 
     def __init__(self, language: str) -> None:

@@ -23,7 +23,7 @@ def report(run: Path, config: Any, embedder: Embedder, sets: Sequence[EvalSet]) 
     """Evaluate; write results.json and pictures/ in the run directory; print the table and what could not be used."""
     metrics = evaluate(embedder, sets)
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-    data = {one.name: {"source": to_dict(one.config), "images": len(one.pictures)} for one in sets}
+    data = {one.name: {"source": to_dict(one.config), **one.counts()} for one in sets}
     write_results(run / "results.json", str(run / "model"), data, metrics, environment)
     pictures = run / "pictures"
     with korean_style():
@@ -34,7 +34,7 @@ def report(run: Path, config: Any, embedder: Embedder, sets: Sequence[EvalSet]) 
         save(training_figure(run / "metrics.jsonl", metrics), pictures / "training.png")
     if sets:
         sets[0].pictures[0].save(pictures / "example.png")
-        print_tables(sections([metrics], {}), [run.name])
+        print_tables(sections([metrics], {}), [run.name], [warning for one in sets for warning in one.warnings])
     skipped = len(lines.read(run / "skipped.jsonl"))
     if skipped:
         print(f"{skipped:,} samples could not be used: {run / 'skipped.jsonl'} lists them with their reasons")  # noqa: T201

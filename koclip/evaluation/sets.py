@@ -2,16 +2,20 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from koclip.config import ConfigError, EvalSetConfig, SourceConfig
 from koclip.data.batches import Skip
-from koclip.data.sources import Row, StreamSource, open_source
+from koclip.data.sources import MapSource, Row, StreamSource, open_source
 from koclip.data.tables import SourceError
 from koclip.data.transforms import ImageError, decode
 from koclip.evaluation.choices import Choice, scene_choices
+from koclip.evaluation.merging import content_of, first_pictures, merged
 from koclip.evaluation.pictures import MAX_PIXELS, Pictures
 from koclip.text.classes import ClassName, load_classes
+from koclip.text.normalize import paired, usable
 
 _BATCH = 256  # rows read at once
 _NAMED = 10  # classes or rows that a message names at most
@@ -20,12 +24,16 @@ _FEWEST = 2  # images: nothing can be ranked among one
 
 @dataclass(frozen=True)
 class EvalSet:
-    """One data set, opened."""
+    """One data set, opened.
+
+    Rows of equal pictures are one picture with all their captions. In a set of classes each row is a labelled picture
+    of its own; tasks of captions ask `captioned` there.
+    """
 
     name: str
     config: EvalSetConfig
     pictures: Pictures
-    captions: list[dict[str, list[str]]]  # by picture, then by language
+    captions: list[dict[str, list[str]]]  # by picture, then by language, in places as a `Row` has them
     gallery: dict[str, list[str]]  # captions that belong to no picture, by language
     choices: list[Choice] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
@@ -34,6 +42,7 @@ class EvalSet:
     train: "EvalSet | None" = None
     shifted: "dict[str, EvalSet]" = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    num_rows: int = 0  # that are used
 
     @property
     def languages(self) -> list[str]:
@@ -41,6 +50,39 @@ class EvalSet:
         if self.classes:
             return list(self.classes[0].names)
         return [name for name in self.config.source.captions if any(name in captions for captions in self.captions)]
+
+    @cached_property
+    def captioned(self) -> "EvalSet":
+        """This set without classes: equal pictures are one, and pictures without captions are left out.
+
+        Raises:
+            ConfigError: no picture has a caption.
+        """
+        if not self.classes:
+            return self
+        rows = merged(self.pictures.rows, [content_of(row) for row in self.pictures.rows])
+        rows = [row for row in rows if row.captions]
+        if not rows:
+            raise ConfigError(f"{self.name}: no image has a caption, which the tasks {self.config.tasks} need")
+        captions = [row.captions for row in rows]
+        return replace(self, pictures=Pictures(rows), captions=captions, classes=[], labels=[])
+
+    def texts(self, language: str) -> list[list[str]]:
+        """Return each picture's usable captions in a language."""
+        return [usable(captions.get(language, [])) for captions in self.captions]
+
+    def pairs(self, first: str, second: str) -> list[list[tuple[str, str]]]:
+        """Return each picture's captions in two languages that correspond: both stand at one place.
+
+        Pictures with unequal numbers of places have none.
+        """
+        both = [(captions.get(first, []), captions.get(second, [])) for captions in self.captions]
+        return [[(own[place], other[place]) for place in paired(own, other) or ()] for own, other in both]
+
+    def counts(self) -> dict[str, Any]:
+        """Return what results.json says of the size: pictures, usable captions by language, rows they come from."""
+        captions = {language: sum(map(len, self.texts(language))) for language in self.config.source.captions}
+        return {"images": len(self.pictures), "captions": captions, "rows": self.num_rows}
 
     def everything(self) -> "list[EvalSet]":
         """Return this set and those it is compared with or trained on."""
@@ -55,18 +97,18 @@ def open_set(config: EvalSetConfig) -> EvalSet:
         ConfigError: an image's class is not in the list, or there are fewer than two.
     """
     listed = load_classes(config.classes) if config.classes else []
-    rows, labels, skipped = _usable(config, config.source, listed)
+    rows, labels, skipped, num_rows = _usable(config, config.source, listed)
     classes, warnings = _present(listed, set(labels), config) if listed else ([], [])
     gallery: dict[str, list[str]] = {}
     for source in config.gallery:
         for captions in _captions(source):
             for language, texts in captions.items():
-                gallery.setdefault(language, []).extend(texts)
+                gallery.setdefault(language, []).extend(usable(texts))
     places = {listed.index(one): place for place, one in enumerate(classes)}
 
     def related(source: SourceConfig) -> EvalSet:
         """Open a set of the same classes; images of classes that have been left out are left out, too."""
-        rows, labels, skipped = _usable(config, source, listed)
+        rows, labels, skipped, _ = _usable(config, source, listed)
         known = [place for place, label in enumerate(labels) if label in places] if listed else range(len(rows))
         rows, labels = [rows[place] for place in known], [places[labels[place]] for place in known if listed]
         captions = [row.captions for row in rows]
@@ -75,7 +117,7 @@ def open_set(config: EvalSetConfig) -> EvalSet:
     train = related(config.train) if config.train else None
     shifted = {name: related(source) for name, source in config.shifted.items()}
     others = [*shifted.values(), *([train] if train else [])]
-    return EvalSet(
+    opened = EvalSet(
         name=config.source.short_name,
         config=config,
         pictures=Pictures(rows),
@@ -88,35 +130,79 @@ def open_set(config: EvalSetConfig) -> EvalSet:
         train=train,
         shifted=shifted,
         warnings=warnings,
+        num_rows=num_rows,
     )
+    return replace(opened, warnings=[*warnings, *_apart(opened)])
 
 
-def _usable(
-    config: EvalSetConfig, source: SourceConfig, classes: list[ClassName]
-) -> tuple[list[Row], list[int], list[Skip]]:
-    """Return the rows with an image and what the tasks need, their classes' places in the list, and what was left."""
-    rows, labels, skipped = [], [], []
+class _Usable(NamedTuple):
+    """The rows with an image and what the tasks need, one for each picture if there are no classes."""
+
+    rows: list[Row]
+    labels: list[int]  # their classes' places in the list
+    skipped: list[Skip]
+    num_rows: int  # before equal pictures became one
+
+
+def _usable(config: EvalSetConfig, source: SourceConfig, classes: list[ClassName]) -> _Usable:
+    """Read the rows of a source."""
+    rows, labels, contents = [], [], []
+    skipped: list[Skip] = []
+    decoded: set[bytes] = set()
     keys = {one.key: place for place, one in enumerate(classes)}
-    for row in itertools.islice(_rows(source), config.max_images or None):
+    for row, content in _contents(source, config.max_images, bool(classes)):
         try:
             if classes and row.label is None:
                 raise ImageError("no class")
             if not classes and not row.captions:
                 raise ImageError("no usable caption")
-            decode(row.image, MAX_PIXELS)
+            if content not in decoded:
+                decode(row.image, MAX_PIXELS)
+            decoded.add(content)
         except ImageError as error:
             skipped.append(Skip(row.key, str(error)))
             continue
         rows.append(row)
+        contents.append(content)
         if classes:
             labels.append(_place(row, keys, config))
+    num_rows = len(rows)
+    if not classes:
+        rows = merged(rows, contents)
     if len(rows) < _FEWEST:
         reasons = "; ".join(f"{skip.key}: {skip.reason}" for skip in skipped[:_NAMED])
         raise SourceError(
-            f"evaluation source {source.path!r} has {len(rows)} usable rows, expected {_FEWEST} or more. Left out: "
+            f"evaluation source {source.path!r} has {len(rows)} usable images, expected {_FEWEST} or more. Left out: "
             f"{len(skipped)} {reasons}"
         )
-    return rows, labels, skipped
+    return _Usable(rows, labels, skipped, num_rows)
+
+
+def _contents(config: SourceConfig, most: int, each: bool) -> Iterator[tuple[Row, bytes]]:
+    """Yield the rows of the first `most` pictures (0: of all), or if `each` row is one, that many rows."""
+    source = open_source(config)
+    if not each:
+        yield from first_pictures(_rows(source), most, isinstance(source, StreamSource))
+        return
+    for row in itertools.islice(_rows(source), most or None):
+        yield row, content_of(row)
+
+
+def _apart(one: EvalSet) -> list[str]:
+    """Say which captions the task `languages` leaves out, because none in the other language corresponds to them."""
+    found = []
+    names = list(one.config.source.captions) if "languages" in one.config.tasks else []
+    for first, second in itertools.combinations(names, 2):
+        pairs = one.pairs(first, second)
+        count = sum(map(len, pairs))
+        apart = [sum(map(len, one.texts(language))) - count for language in (first, second)]
+        if any(apart):
+            found.append(
+                f"{one.name}: {first}-{second} compares {count:,} pairs of captions, of {sum(map(bool, pairs)):,} of "
+                f"{len(pairs):,} images; {apart[0]:,} captions in {first} and {apart[1]:,} in {second} are left out, "
+                "because no caption of the other language stands at their place"
+            )
+    return found
 
 
 def _place(row: Row, keys: dict[str, int], config: EvalSetConfig) -> int:
@@ -157,8 +243,7 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
 
 
-def _rows(config: SourceConfig) -> Iterator[Row]:
-    source = open_source(config)
+def _rows(source: MapSource | StreamSource) -> Iterator[Row]:
     if isinstance(source, StreamSource):
         yield from source.stored_rows()
         return

@@ -54,7 +54,7 @@ def surroundings() -> dict[str, Any]:
 
 def described(one: EvalSet, templates: dict[str, list[str]]) -> dict[str, Any]:
     """Return what results.json says of a data set."""
-    facts: dict[str, Any] = {"source": to_dict(one.config), "images": len(one.pictures), "skipped": len(one.skipped)}
+    facts: dict[str, Any] = {"source": to_dict(one.config), **one.counts(), "skipped": len(one.skipped)}
     if one.classes:
         facts["classes"] = len(one.classes)
     return facts | ({"templates": templates} if templates else {})

@@ -33,7 +33,7 @@ def names_of(one: EvalSet, language: str) -> Names:
         plain = [name.text(language) for name in one.classes]
         return Names(plain, described, [[label] for label in one.labels], list(range(len(one.labels))))
     sets = [one, *one.shifted.values()]
-    captions = [text for part in sets for captions in part.captions for text in captions.get(language, [])]
+    captions = [text for part in sets for own in part.texts(language) for text in own]
     plain = list(dict.fromkeys([*captions, *one.gallery.get(language, [])]))
     return Names(plain, plain, *_owned(one, language, plain))
 
@@ -42,7 +42,7 @@ def _owned(one: EvalSet, language: str, names: list[str]) -> tuple[list[list[int
     if one.labels:
         return [[label] for label in one.labels], list(range(len(one.labels)))
     place = {name: number for number, name in enumerate(names)}
-    owned = [[place[text] for text in dict.fromkeys(captions.get(language, []))] for captions in one.captions]
+    owned = [[place[text] for text in dict.fromkeys(own)] for own in one.texts(language)]
     images = [image for image, right in enumerate(owned) if right]
     return [owned[image] for image in images], images
 

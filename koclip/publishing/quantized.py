@@ -114,12 +114,12 @@ def measure(directory: Path, sets: Sequence[EvalSet], model: str) -> Losses:
     for one in sets:
         images = [graphs.images(one.pictures) for graphs in both]
         for language in one.languages:
-            captions = collect([own.get(language, []) for own in one.captions], one.gallery.get(language, []))
+            captions = collect(one.texts(language), one.gallery.get(language, []))
             exact, int8 = zip(images, (graphs.texts(captions.texts) for graphs in both), strict=True)
             found = approximated(captions, exact, int8, _NAME)
             metrics |= {f"{one.name}/{language}/{name}": metric for name, metric in found.items()}
     # No path and no command: this file is published.
-    data = {one.name: {"images": len(one.pictures)} for one in sets}
+    data = {one.name: one.counts() for one in sets}
     environment = {name: value for name, value in surroundings().items() if name != "command"}
     write_results(directory / FOLDER / RESULTS, model, data, metrics, environment)
     return _losses(directory / FOLDER)

@@ -1,0 +1,80 @@
+"""Equal pictures are one picture with all its captions: data sets may have one row per caption."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from koclip.data.features import digest_of
+from koclip.data.sources import Row
+from koclip.data.transforms import ImageError, read
+
+_Captions = dict[str, list[str]]
+
+
+def content_of(row: Row) -> bytes:
+    """Return 16 bytes that are equal for rows of equal pictures, as training has it: encoded to the same bytes.
+
+    A picture that cannot be read is known by its path, one that has none by its row.
+    """
+    try:
+        return digest_of(read(row.image))
+    except ImageError:
+        return digest_of(str(row.image or row.key).encode())
+
+
+def first_pictures(rows: Iterable[Row], most: int, streamed: bool) -> Iterator[tuple[Row, bytes]]:
+    """Yield the rows of the first `most` pictures, each with its content.
+
+    Args:
+        rows: All rows of a source.
+        most: Number of pictures; 0: all.
+        streamed: Stop at the first row of another picture, because a stream may have no end. Else all rows are looked
+            at: those of one picture need not follow each other.
+    """
+    taken: set[bytes] = set()
+    sizes: set[int] = set()
+    for row in rows:
+        full = most and len(taken) == most
+        if full and not streamed and _size(row) not in sizes:
+            continue  # a file of another size has another content, and need not be read
+        content = content_of(row)
+        if full and content not in taken:
+            if streamed:
+                return
+            continue
+        taken.add(content)
+        sizes.add(_size(row))
+        yield row, content
+
+
+def merged(rows: Sequence[Row], contents: Sequence[bytes]) -> list[Row]:
+    """Return one row for each picture, in the order of their first rows, with the captions of all its rows in theirs.
+
+    Captions of two languages that correspond in a row still do, and no others.
+    """
+    by_picture: dict[bytes, list[Row]] = {}
+    for row, content in zip(rows, contents, strict=True):
+        by_picture.setdefault(content, []).append(row)
+    return [
+        own[0] if len(own) == 1 else own[0]._replace(captions=_joined([row.captions for row in own]))
+        for own in by_picture.values()
+    ]
+
+
+def _joined(rows: Sequence[_Captions]) -> _Captions:
+    """Put the captions of rows one behind the other, in places of their own."""
+    joined: _Captions = {language: [] for captions in rows for language in captions}
+    for captions in rows:
+        # Languages with unequal numbers of captions do not correspond: they get different places.
+        for size in dict.fromkeys(len(own) for own in captions.values()):
+            for language, places in joined.items():
+                own = captions.get(language, [])
+                places.extend(own if len(own) == size else [""] * size)
+    return joined
+
+
+def _size(row: Row) -> int:
+    """Return the size of a picture's file; 0 for one that is in no file, or in none that can be read."""
+    try:
+        return row.image.stat().st_size if isinstance(row.image, Path) else 0
+    except (OSError, ValueError):  # ValueError: no path at all
+        return 0
