@@ -92,8 +92,9 @@ def test_features_are_those_before_the_projection(tmp_path, encoded, colours: Ca
     assert metrics["linear_probe/accuracy"].n == 40  # half of them, no training images being given
 
 
-def test_training_images_of_their_own(tmp_path, colours: Callable[..., EvalSet]) -> None:
-    train = SourceConfig(path=str(tmp_path / "colours.parquet"), label="key", captions={})
+def test_training_images_of_their_own(tmp_path, encoded, colours: Callable[..., EvalSet]) -> None:
+    larger = write_colours(tmp_path / "larger.parquet", lambda colour: encoded(colour, size=(9, 6)))
+    train = SourceConfig(path=str(larger), label="key", captions={})
     metrics = linear_probe(Embedder(ColourEncoder(), 8), colours(tasks=["linear_probe"], train=train))
     assert metrics["linear_probe/accuracy"].n == 24
     assert metrics["linear_probe/accuracy"].value == 1.0
