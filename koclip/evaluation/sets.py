@@ -12,7 +12,7 @@ from koclip.data.sources import Row, StreamSource, open_source
 from koclip.data.tables import SourceError
 from koclip.data.transforms import ImageError, decode
 from koclip.evaluation.choices import Choice, scene_choices
-from koclip.evaluation.labels import NAMED, few, read_labels
+from koclip.evaluation.labels import NAMED, few, read_labels, said_by_number
 from koclip.evaluation.pictures import MAX_PIXELS, Pictures
 from koclip.text.classes import ClassName, load_classes, templates_of_kind
 from koclip.text.normalize import normalize
@@ -39,7 +39,7 @@ class EvalSet:
     warnings: list[str] = field(default_factory=list)
     num_rows: int | None = None  # read of its source, `skipped` among them; None: it was not read from one
     cut: bool = False  # `max_images` left rows unread
-    labels_by: str = ""  # "key" or "number", where there are classes
+    labels_by: str = ""  # "key", or "number: " and what the numbers stand for; where there are classes
     absent: list[str] = field(default_factory=list)  # keys of the classes that `present_classes` left out
     in_source: int = 0  # of `train`: rows left out because the source holds the same image
     gallery_rows: int = 0  # read
@@ -104,7 +104,7 @@ def open_set(config: EvalSetConfig) -> EvalSet:
         train=_apart(opened["train"], whole) if config.train else None,
         shifted={name: opened[f"shifted.{name}"] for name in config.shifted},
         warnings=warnings,
-        labels_by=by,
+        labels_by=f"number: {said_by_number([one.key for one in listed])}" if by == "number" else by,
         absent=[one.key for one in listed if one not in classes],
     )
 

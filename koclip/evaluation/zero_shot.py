@@ -53,6 +53,13 @@ def templates_of(one: EvalSet, language: str) -> list[str]:
     return templates_of_kind(asked, one.config.template_kind, f"eval.sets[].templates.{language}")
 
 
+def asked_templates(one: EvalSet) -> dict[str, list[str]]:
+    """Return the templates that a set's classes are put in, by language."""
+    if not {"zero_shot", "shift"} & set(one.config.tasks):
+        return {}
+    return {language: templates_of(one, language) for language in one.languages}
+
+
 def classifier(embedder: Embedder, names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
     """Return one unit-norm embedding per name and template, (C, T, D)."""
     prompts = [fill(template, name) for name in names for template in templates]
