@@ -47,7 +47,7 @@ def main(cfg: config.AlignConfig) -> None:
 
     eval_sets = [open_set(one) for one in cfg.eval.sets]
     if accelerator.is_main_process:
-        run.list_skipped([skip for one in eval_sets for skip in one.skipped])
+        run.list_skipped([skip for one in eval_sets for skip in one.all_skipped()])
     clip, image_processor = load_image_side(cfg.model.clip)
     known = Known(language=cfg.distill.language)
     if cfg.taught:

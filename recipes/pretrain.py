@@ -40,7 +40,7 @@ def main(cfg: config.PretrainConfig) -> None:
 
     eval_sets = [open_set(one) for one in cfg.eval.sets]
     if accelerator.is_main_process:
-        run.list_skipped([skip for one in eval_sets for skip in one.skipped])
+        run.list_skipped([skip for one in eval_sets for skip in one.all_skipped()])
     tokenizer = run.tokenizer(cfg.tokenizer, training_captions(cfg.data))
     model, processor = from_scratch(cfg.model, tokenizer)
     dual_encoder = DualEncoder(model, processor, losses.initial_bias(cfg.loss))

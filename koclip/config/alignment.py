@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from koclip.config.errors import check
+from koclip.config.languages import check_languages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,7 @@ class DistillConfig:
     anchor: float = 0.0
 
     def __post_init__(self) -> None:
+        check_languages("distill.language", [self.language])
         for name in ("contrastive", "cosine", "mse", "anchor"):
             value = getattr(self, name)
             check(value >= 0, f"distill.{name}", value, "expected 0 or more")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from koclip.config.errors import check
+from koclip.config.languages import check_languages
 
 Format = Literal[
     "auto",
@@ -38,8 +39,9 @@ class SourceConfig:
             null: parallel sentences without images, for `align.method: distill`.
         image_root: Folder that relative image paths start from; default: the folder of `path`.
         columns: Names of the columns of a CSV or TSV file that has no header line.
-        captions: Caption column by language, for example `{ko: captions_ko, en: captions_en}`. A cell is a string
-            or a list of strings. May be empty (`{}`) where `label` is given and nothing is trained.
+        captions: Caption column by language (a BCP 47 code: ko, en, zh-Hant, pt-BR), for example
+            `{ko: captions_ko, en: captions_en}`. A cell is a string or a list of strings. May be empty (`{}`) where
+            `label` is given and nothing is trained.
         label: Column that holds the class of the image, as a name or a number, for evaluation by classes.
         languages: Relative chance of drawing each language; default: all alike.
         where: Keep only rows whose column holds one of the listed values, for example `{vendor: [noto, twemoji]}`.
@@ -71,6 +73,7 @@ class SourceConfig:
     def __post_init__(self) -> None:
         told = bool(self.captions or self.label)
         check(told, "data.sources[].captions", self.captions, "name at least one caption column")
+        check_languages("data.sources[].captions", self.captions)
         unknown = set(self.languages or {}) - set(self.captions)
         check(not unknown, "data.sources[].languages", sorted(unknown), f"captions has {sorted(self.captions)}")
         for language, chance in (self.languages or {}).items():

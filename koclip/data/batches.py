@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from xxhash import xxh3_64_intdigest
 
 from koclip.config import DataConfig
-from koclip.data.features import Features, MissingError, digest_of
+from koclip.data.features import Features, MissingError, digest_of, image_id
 from koclip.data.sources import Row
 from koclip.data.tables import SourceError
 from koclip.data.transforms import ImageError, Views, decode, read
@@ -192,15 +192,15 @@ class Assembler:
             return xxh3_64_intdigest(row.key.encode()) >> 1, None, None
         content = read(row.image)
         digest = digest_of(content)
-        image_id = int.from_bytes(digest[:8], "little") >> 1  # 63 bits fit an int64
+        number_of_image = image_id(digest)
         count = self._views.count
         number = generator("view", *seed).randrange(count) if count else 0
         if self._known.images is not None:
-            return image_id, None, self._known.images.embedding(digest, number)
+            return number_of_image, None, self._known.images.embedding(digest, number)
         decoded = decode(content, self.config.max_image_pixels)
         if count:
-            return image_id, self._views.numbered(decoded, digest, number), None
-        return image_id, self._views.random(decoded, generator("crop", *seed).getrandbits(62)), None
+            return number_of_image, self._views.numbered(decoded, digest, number), None
+        return number_of_image, self._views.random(decoded, generator("crop", *seed).getrandbits(62)), None
 
     def _teach(self, row: Row, drawn: Drawn, seed: tuple[int, ...]) -> tuple[str | None, torch.Tensor | None]:
         """Return the sentence in the teacher's language that corresponds to a caption, and its features (D,).

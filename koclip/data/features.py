@@ -60,6 +60,11 @@ def digest_of(content: bytes | npt.NDArray[np.uint8]) -> bytes:
     return xxhash.xxh3_128_digest(content if isinstance(content, bytes) else content.tobytes())
 
 
+def image_id(digest: bytes) -> int:
+    """Return the number that stands for an image of this digest: 63 bits of it, which fit an int64."""
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 class Features:
     """The features in a directory, memory-mapped.
 

@@ -4,6 +4,7 @@ A row's image stays bytes or a path until it is drawn.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -205,15 +206,22 @@ def row(record: Mapping[str, Any], config: SourceConfig, number: str = "", class
     if not (name or number):
         name = xxh3_64_hexdigest(repr(captions).encode())
     key = "/".join(filter(None, (config.short_name, shard, number, str(name or ""))))
-    label = dig(record, config.label) if config.label else None
-    if classes is not None and label is not None:
-        label = classes[label]
-    return Row(_image(value, config), captions, key, None if label is None else str(label))
+    label = _label(dig(record, config.label), classes) if config.label else None
+    return Row(_image(value, config), captions, key, label)
+
+
+def _label(value: Any, classes: Sequence[str] | None) -> str | None:
+    """Return a label as text, its name where the table has names; None for what means that there is none: NaN, -1."""
+    if isinstance(value, float):  # what pandas makes of whole numbers where some are missing
+        value = None if math.isnan(value) else int(value) if value.is_integer() else value
+    if classes is not None and isinstance(value, int):
+        value = classes[value] if 0 <= value < len(classes) else None
+    return None if value is None else str(value)
 
 
 def _class_names(table: Table, config: SourceConfig) -> list[str] | None:
     """Return the names that a table has for the numbers in its label column."""
-    feature = (table.features or {}).get(config.label or "")
+    feature = dig(table.features, config.label) if config.label else None
     return feature.names if isinstance(feature, datasets.ClassLabel) else None
 
 

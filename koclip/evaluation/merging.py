@@ -21,26 +21,33 @@ def content_of(row: Row) -> bytes:
         return digest_of(str(row.image or row.key).encode())
 
 
-def first_pictures(rows: Iterable[Row], most: int, streamed: bool) -> Iterator[tuple[Row, bytes]]:
-    """Yield the rows of the first `most` pictures, each with its content.
+def first_rows(rows: Iterable[Row], most: int) -> Iterator[tuple[Row, bytes | None]]:
+    """Yield the first `most` rows (0: all), each with its content, and where there is another, that one with None."""
+    for number, row in enumerate(rows):
+        if most and number == most:
+            yield row, None
+            return
+        yield row, content_of(row)
 
-    Args:
-        rows: All rows of a source.
-        most: Number of pictures; 0: all.
-        streamed: Stop at the first row of another picture, because a stream may have no end. Else all rows are looked
-            at: those of one picture need not follow each other.
+
+def first_pictures(rows: Iterable[Row], most: int, streamed: bool) -> Iterator[tuple[Row, bytes | None]]:
+    """Yield the rows of the first `most` pictures (0: of all), each with its content, and those of others with None.
+
+    All rows are looked at: those of a picture need not follow each other. But if they are `streamed`, which may have no
+    end, the first row of another picture is the last.
     """
     taken: set[bytes] = set()
     sizes: set[int] = set()
     for row in rows:
-        full = most and len(taken) == most
-        if full and not streamed and _size(row) not in sizes:
-            continue  # a file of another size has another content, and need not be read
-        content = content_of(row)
+        full = bool(most) and len(taken) == most
+        # A file of another size has another content, and need not be read.
+        content = None if full and not streamed and _size(row) not in sizes else content_of(row)
         if full and content not in taken:
+            yield row, None
             if streamed:
                 return
             continue
+        assert content is not None
         taken.add(content)
         sizes.add(_size(row))
         yield row, content

@@ -10,6 +10,7 @@ from xxhash import xxh3_128
 
 from koclip.config import DataConfig
 from koclip.data.corruptions import corrupt
+from koclip.data.features import digest_of
 from koclip.data.sources import Row
 from koclip.data.transforms import decode, read
 
@@ -27,6 +28,7 @@ class Pictures(Sequence[Image.Image]):
     def __init__(self, rows: Sequence[Row], corruption: tuple[str, int, int] | None = None) -> None:
         self.rows, self._corruption = rows, corruption
         self._digest: str | None = None
+        self._digests: list[bytes] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -48,6 +50,12 @@ class Pictures(Sequence[Image.Image]):
     def corrupted(self, name: str, severity: int, seed: int) -> "Pictures":
         """Return the same images, corrupted."""
         return Pictures(self.rows, (name, severity, seed))
+
+    def digests(self) -> list[bytes]:
+        """Return 16 bytes for each image, not corrupted, that are equal for equal content."""
+        if self._digests is None:
+            self._digests = [digest_of(read(row.image)) for row in self.rows]
+        return self._digests
 
     def digest(self) -> str:
         """Return a hash of all images and of what is done to them."""

@@ -125,6 +125,17 @@ def _best_c(embedder: Embedder, train: Part, held: Part, label: str) -> float:
         return search_c(lambda cs: embedder.share(score, cs))[0]
 
 
+def _split_distinct(labels: Labels, share: float, one: EvalSet) -> tuple[Labels, Labels]:
+    """Split a set's images as `_split` does; equal images, which would be fitted on and tested, stay together."""
+    places: dict[bytes, list[int]] = {}
+    for place, digest in enumerate(one.pictures.digests()):
+        places.setdefault(digest, []).append(place)
+    equal = list(places.values())
+    parts = _split(labels[[first for first, *_ in equal]], share, one)
+    fitted, aside = (np.array([place for number in part for place in equal[number]]) for part in parts)
+    return fitted, aside
+
+
 def _split(labels: Labels, share: float, one: EvalSet) -> tuple[Labels, Labels]:
     """Return the places of the images that stay and of a share that is set aside, of every class alike.
 
@@ -147,5 +158,5 @@ def _parts(embedder: Embedder, one: EvalSet) -> tuple[Part, Part]:
     whole = Part(embedder.features(one.pictures).numpy(), np.array(one.labels))
     if one.train is not None:
         return Part(embedder.features(one.train.pictures).numpy(), np.array(one.train.labels)), whole
-    fitted, tested = _split(whole.labels, _TESTED, one)
+    fitted, tested = _split_distinct(whole.labels, _TESTED, one)
     return whole.of(fitted), whole.of(tested)

@@ -10,7 +10,7 @@ from koclip.data.corruptions import SEVERITIES
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.sets import EvalSet
 from koclip.metrics import Metric, difference, mean, mean_per_class, share
-from koclip.text.classes import load_templates
+from koclip.text.classes import templates_of_kind
 from koclip.text.prompts import fill, has_particle, spelt_out
 
 _Ranks = Callable[[torch.Tensor], torch.Tensor]  # of class embeddings (C, D): each image's rank
@@ -50,7 +50,14 @@ def _owned(one: EvalSet, language: str, names: list[str]) -> tuple[list[list[int
 def templates_of(one: EvalSet, language: str) -> list[str]:
     """Return the templates of a language: those listed, or those of a file, or the bare name."""
     asked = one.config.templates.get(language, ["{}"])
-    return load_templates(asked)[one.config.template_kind] if isinstance(asked, str) else asked
+    return templates_of_kind(asked, one.config.template_kind, f"eval.sets[].templates.{language}")
+
+
+def asked_templates(one: EvalSet) -> dict[str, list[str]]:
+    """Return the templates that a set's classes are put in, by language."""
+    if not {"zero_shot", "shift"} & set(one.config.tasks):
+        return {}
+    return {language: templates_of(one, language) for language in one.languages}
 
 
 def classifier(embedder: Embedder, names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
