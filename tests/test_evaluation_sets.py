@@ -95,10 +95,11 @@ def test_an_empty_query_set_is_named(tmp_path: Path, encoded: Callable[..., byte
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "one.parquet")
     source = SourceConfig(path=str(tmp_path / "one.parquet"), captions={"ko": "ko", "en": "en"})
     with pytest.raises(
-        ConfigError, match=r"has 1 usable rows, expected 2 or more. Left out: 1 one/1: no usable caption"
+        ConfigError, match=r"has 1 usable images in 2 rows, expected 2 or more. Left out: 1 one/1: no usable caption"
     ):
         open_set(EvalSetConfig(source=source))
-    pq.write_table(pa.Table.from_pylist([{**rows[0], "ko": ""}] * 3), tmp_path / "one.parquet")
+    others = [{"image": encoded((200, shade, 0)), "ko": "", "en": "red"} for shade in range(3)]
+    pq.write_table(pa.Table.from_pylist(others), tmp_path / "one.parquet")
     one = open_set(EvalSetConfig(source=source, tasks=["stress"]))
     with pytest.raises(ConfigError, match="no image has a caption in ko"):
         evaluate(Embedder(ColourEncoder(), 8), [one])

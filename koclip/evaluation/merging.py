@@ -53,18 +53,12 @@ def first_pictures(rows: Iterable[Row], most: int, streamed: bool) -> Iterator[t
         yield row, content
 
 
-def merged(rows: Sequence[Row], contents: Sequence[bytes]) -> list[Row]:
-    """Return one row for each picture, in the order of their first rows, with the captions of all its rows in theirs.
+def merged(rows: Sequence[Row]) -> Row:
+    """Return the rows of one picture as one, with all their captions in their order.
 
     Captions of two languages that correspond in a row still do, and no others.
     """
-    by_picture: dict[bytes, list[Row]] = {}
-    for row, content in zip(rows, contents, strict=True):
-        by_picture.setdefault(content, []).append(row)
-    return [
-        own[0] if len(own) == 1 else own[0]._replace(captions=_joined([row.captions for row in own]))
-        for own in by_picture.values()
-    ]
+    return rows[0] if len(rows) == 1 else rows[0]._replace(captions=_joined([row.captions for row in rows]))
 
 
 def _joined(rows: Sequence[_Captions]) -> _Captions:

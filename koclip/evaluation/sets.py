@@ -66,7 +66,10 @@ class EvalSet:
         """
         if not self.classes:
             return self
-        rows = [row for row in merged(self.pictures.rows, self.pictures.digests()) if row.captions]
+        by_picture: dict[bytes, list[Row]] = {}
+        for row, digest in zip(self.pictures.rows, self.pictures.digests(), strict=True):
+            by_picture.setdefault(digest, []).append(row)
+        rows = [row for row in map(merged, by_picture.values()) if row.captions]
         if not rows:
             raise ConfigError(f"{self.name}: no image has a caption, which the tasks {self.config.tasks} need")
         captions = [row.captions for row in rows]
@@ -155,33 +158,33 @@ def _check_names(config: EvalSetConfig, classes: Sequence[ClassName]) -> None:
 
 def _usable(config: EvalSetConfig, part: str, source: SourceConfig) -> _Rows:
     """Read the rows of a part of the set; those without an image or what the tasks need are left out."""
-    rows, contents, skipped = [], [], []
-    decoded: set[bytes] = set()
+    rows, skipped = [], []
+    by_picture: dict[bytes, list[Row]] = {}
     cut = False
     for row, content in _first(config, part, source):
         if content is None:
             cut = True
             continue
+        equal = by_picture.setdefault(content, [])
         try:
             if config.classes and not normalize(row.label or ""):
                 raise ImageError("no class")
             if not config.classes and not row.captions:
                 raise ImageError("no usable caption")
-            if content not in decoded:
+            if not equal:
                 decode(row.image, MAX_PIXELS)
-            decoded.add(content)
         except ImageError as error:
             skipped.append(Skip(row.key, str(error), source.path))
         else:
             rows.append(row)
-            contents.append(content)
+            equal.append(row)
     read = len(rows) + len(skipped)
     if not config.classes:
-        rows = merged(rows, contents)
+        rows = [merged(equal) for equal in by_picture.values() if equal]
     if len(rows) < _FEWEST:
         raise SourceError(
-            f"evaluation source {source.path!r} has {len(rows)} usable images, expected {_FEWEST} or more. Left out: "
-            f"{len(skipped)} {_reasons(skipped)}"
+            f"evaluation source {source.path!r} has {len(rows)} usable images in {read} rows, expected {_FEWEST} or "
+            f"more. Left out: {len(skipped)} {_reasons(skipped)}"
         )
     _check_share(config, part, source, skipped, read)
     return _Rows(rows, skipped, read, cut)
