@@ -101,14 +101,14 @@ class Sentences:
         items = [Item(digest_of(text.encode()), text[:80]) for text in sentences]
         return Piece(len(rows), items, sentences, self._apart(rows))
 
-    def _apart(self, rows: Sequence[dict[str, list[str]]]) -> Counter[str]:
+    def _apart(self, rows: Sequence[dict[str, list[str]]]) -> dict[str, int]:
         apart: Counter[str] = Counter()
         for captions in rows:
             for language, own in captions.items() if self._language in captions else ():
                 places = paired(own, captions[self._language])
                 apart[f"rows/{language}"] += places is None
                 apart[f"captions/{language}"] += 0 if places is None else len(usable(own)) - len(places)
-        return apart
+        return dict(apart)  # PyTorch's data loader doubles the numbers of a Counter
 
 
 def shards(

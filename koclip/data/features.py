@@ -10,7 +10,6 @@ can be stopped and go on, and gives the same bytes.
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +48,7 @@ class Piece(NamedTuple):
     num_rows: int
     items: list[Item]
     inputs: Inputs  # views (n, V, 3, H, W) uint8, or sentences, of the n items that have features
-    apart: Counter[str] | None = None  # what of it does not correspond, see `Sentences`
+    apart: dict[str, int] | None = None  # what of it does not correspond, see `Sentences`
 
 
 Embed = Callable[[Inputs], torch.Tensor]
