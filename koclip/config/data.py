@@ -40,8 +40,9 @@ class SourceConfig:
         image_root: Folder that relative image paths start from; default: the folder of `path`.
         columns: Names of the columns of a CSV or TSV file that has no header line.
         captions: Caption column by language (a BCP 47 code: ko, en, zh-Hant, pt-BR), for example
-            `{ko: captions_ko, en: captions_en}`. A cell is a string or a list of strings. May be empty (`{}`) where
-            `label` is given and nothing is trained.
+            `{ko: captions_ko, en: captions_en}`. A cell is a string or a list of strings, which correspond to those of
+            another language by their places, empty ones included; several rows may have one image. May be empty (`{}`)
+            where `label` is given and nothing is trained.
         label: Column that holds the class of the image, as a name or a number, for evaluation by classes.
         languages: Relative chance of drawing each language; default: all alike.
         where: Keep only rows whose column holds one of the listed values, for example `{vendor: [noto, twemoji]}`.
