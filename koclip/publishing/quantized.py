@@ -25,6 +25,7 @@ from koclip.models.encoders import in_batches
 from koclip.publishing.onnx_export import EXACT, FOLDER, INT8, RESULTS, SIDES, run, session
 from koclip.text import tokenizers
 
+_LOST = "Lost: percentage points with their 95 % interval, * where it excludes 0."
 _NAME = "int8"
 _MOST = 1_000  # images of a set that nobody named
 _SCENES = "--int8_sets '[{source: {scenes_part: test, scenes_size: 1000}}]'"
@@ -139,11 +140,11 @@ def _losses(folder: Path) -> Losses:
     exact, int8 = (_megabytes(folder, kind) for kind in (EXACT, INT8))
     counts = {name: one["images"] for name, one in results["data"].items()}
     told = [f"{name} ({count:,} pictures; R@1 by chance: about {100 / count:.2g} %)" for name, count in counts.items()]
-    rows = "".join(f" {name}: {note}." for name, one in results["data"].items() for note in notes({name: one}))
+    rows = [f"{name}: {note}." for name, one in results["data"].items() for note in notes({name: one})]
     return Losses(
         f"`{FOLDER}/*{INT8}.onnx` keep weights in 8 bits: {int8:,.1f} MB in the place of {exact:,.1f} MB.",
         list(_rows(metrics)),
-        f"Measured on {', '.join(told)}.{rows} Lost: percentage points with their 95 % interval, * where it excludes 0.",
+        " ".join([f"Measured on {', '.join(told)}.", *rows, _LOST]),
     )
 
 
