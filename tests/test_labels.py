@@ -155,15 +155,14 @@ def test_names_of_numbers_are_the_tables_own(tmp_path, streaming) -> None:
 )
 def test_whatever_is_read_is_by_key_or_by_place(tmp_path, keys, data) -> None:
     """For any keys and labels: all are keys, all are places, or the set is refused."""
-    labels = data.draw(st.lists(st.sampled_from([*keys, "0", "1", "2", "3", "x", ""]), min_size=12, max_size=24))
-    labelled = [label for label in labels if label]
+    labels = data.draw(st.lists(st.sampled_from([*keys, "0", "1", "2", "3", "x"]), min_size=12, max_size=24))
     try:
-        one = opened(write(tmp_path, labels, keys), max_skipped_fraction=0.99)
+        one = opened(write(tmp_path, labels, keys))
     except ConfigError:
         return
-    if set(labelled) <= set(keys):
-        assert found(one) == labelled
+    if set(labels) <= set(keys):
+        assert found(one) == labels
     else:
-        assert found(one) == [keys[int(label)] for label in labelled]
-        assert set(labelled) == {str(place) for place in range(len(keys))}
+        assert found(one) == [keys[int(label)] for label in labels]
+        assert set(labels) == {str(place) for place in range(len(keys))}
         assert not [key for key in keys if key.isdecimal()]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from koclip.config import ConfigError, EvalConfig, EvalSetConfig, SourceConfig
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.evaluate import evaluate, open_all
+from koclip.evaluation.evaluate import evaluate
 from koclip.evaluation.present import present
 from koclip.evaluation.sets import EvalSet, open_set
 
@@ -108,7 +108,7 @@ def test_every_row_is_used_or_listed(tmp_path, encoded, usable) -> None:
         assert refused
         return
     assert not refused
-    assert one.rows_read == len(rows) == len(one.pictures) + len(one.skipped)
+    assert one.num_rows == len(rows) == len(one.pictures) + len(one.skipped)
     assert [skip.key for skip in one.skipped] == [f"rows/{n}" for n, good in enumerate(usable) if not good]
 
 
@@ -228,6 +228,8 @@ def test_two_sets_of_one_name_are_refused() -> None:
 
 
 def test_sets_too_small_for_their_probes_are_refused_before_anything_is_embedded(tmp_path, encoded) -> None:
+    from koclip.evaluation.evaluate import open_all
+
     (tmp_path / "classes.yaml").write_text(CLASSES, encoding="utf-8")
     source = SourceConfig(path=str(write_colours(tmp_path / "rows.parquet", encoded)), label="key", captions={})
     for tasks, error in ((["linear_probe"], "too few"), (["few_shot"], r"eval\.sets\[\]\.shots")):

@@ -39,7 +39,7 @@ def _described(one: EvalSet) -> dict[str, Any]:
 
 def counts(part: EvalSet) -> dict[str, Any]:
     """Return the rows read, those left out and the images measured of a set or of a part of one."""
-    rows = len(part.pictures) + len(part.skipped) if part.rows_read is None else part.rows_read
+    rows = len(part.pictures) + len(part.skipped) if part.num_rows is None else part.num_rows
     facts = {"rows": rows, "images": len(part.pictures), "skipped": len(part.skipped)}
     return facts | ({"cut": True} if part.cut else {})
 

@@ -37,7 +37,7 @@ class EvalSet:
     train: "EvalSet | None" = None
     shifted: "dict[str, EvalSet]" = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    rows_read: int | None = None  # from its source, `skipped` among them; None: it was not read from one
+    num_rows: int | None = None  # read of its source, `skipped` among them; None: it was not read from one
     cut: bool = False  # `max_images` left rows unread
     labels_by: str = ""  # "key", or "number: " and what the numbers stand for; where there are classes
     absent: list[str] = field(default_factory=list)  # keys of the classes that `present_classes` left out
@@ -205,7 +205,7 @@ def _part(
         skipped=skipped,
         classes=classes,
         labels=labels if classes else [],
-        rows_read=read.num_rows,
+        num_rows=read.num_rows,
         cut=read.cut,
     )
 
