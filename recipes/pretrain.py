@@ -15,9 +15,8 @@ from koclip.data.loader import train_loader, training_captions
 from koclip.data.order import Shard
 from koclip.data.transforms import Views, centre_view, view_size
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.evaluate import evaluate
+from koclip.evaluation.evaluate import evaluate, open_all
 from koclip.evaluation.report import report
-from koclip.evaluation.sets import open_set
 from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.models.encoders import TransformersEncoder
 from koclip.text.normalize import usable
@@ -38,7 +37,7 @@ def main(cfg: config.PretrainConfig) -> None:
     run = checkpoint.Run("pretrain", cfg.output_dir, resume=cfg.resume == "auto")
     run.start(cfg, accelerator)
 
-    eval_sets = [open_set(one) for one in cfg.eval.sets]
+    eval_sets = open_all(cfg.eval.sets)
     if accelerator.is_main_process:
         run.list_skipped([skip for one in eval_sets for skip in one.all_skipped()])
     tokenizer = run.tokenizer(cfg.tokenizer, training_captions(cfg.data))

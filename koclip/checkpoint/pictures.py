@@ -94,7 +94,9 @@ def of_model(model: str) -> tuple[Ids | None, list[str]]:
     config = yaml.safe_load(file.read_text(encoding="utf-8")) if Path(model).is_dir() and file.is_file() else {}
     own = read(run) if config else None
     known, unknown = [] if own is None else [own], [_short(model)] if own is None else []
-    if base := (config.get("model") or {}).get("clip"):
+    section = config.get("model")  # of an evaluation, a name
+    base = section.get("clip") if isinstance(section, dict) else None
+    if base:
         more, others = of_model(base)
         known, unknown = known + ([] if more is None else [more]), unknown + others
     return np.unique(np.concatenate(known)) if known else None, unknown

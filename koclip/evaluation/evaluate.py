@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from koclip.config import EvalSetConfig
 from koclip.evaluation.choices import Choice
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.probe import few_shot, linear_probe
+from koclip.evaluation.probe import check_probes, few_shot, linear_probe
 from koclip.evaluation.retrieval import languages, retrieval, stress
-from koclip.evaluation.sets import EvalSet
+from koclip.evaluation.sets import EvalSet, open_set
 from koclip.evaluation.zero_shot import shift, zero_shot
 from koclip.metrics import Metric, first_ranks, share
 
@@ -18,6 +19,19 @@ _IN_ONE_LANGUAGE = {"retrieval": retrieval, "zero_shot": zero_shot, "shift": shi
 _OF_CAPTIONS = ("retrieval", "stress", "languages")
 _OF_IMAGES = {"linear_probe": linear_probe, "few_shot": few_shot}
 _MOST_UNKNOWN = 0.1  # share of tokens; the right tokenizer loses next to none
+
+
+def open_all(configs: Sequence[EvalSetConfig]) -> list[EvalSet]:
+    """Open data sets, and make sure that they have enough for the tasks they ask for: before a model is trained.
+
+    Raises:
+        ConfigError: one cannot be opened, or is too small.
+    """
+    sets = [open_set(one) for one in configs]
+    for one in sets:
+        if set(one.config.tasks) & set(_OF_IMAGES):
+            check_probes(one)
+    return sets
 
 
 def evaluate(embedder: Embedder, sets: Sequence[EvalSet]) -> dict[str, Metric]:

@@ -15,6 +15,7 @@ from koclip.text.normalize import normalize
 
 NAMED = 10  # classes or rows that a message names at most
 _NUMBER = re.compile("0|[1-9][0-9]*")  # 007 is an id
+_NUMERAL = re.compile(r"[+-]?\d+(\.\d*)?")  # what a label that is a number may have been meant for
 _FIRST = 3  # classes that a note names
 
 
@@ -41,10 +42,16 @@ def read_labels(
             _check_numbers(labels, list(keys), config)
         keys = {str(place): place for place in range(len(classes))}
         labels = {part: [label.lstrip("0") or label[-1:] for label in own] for part, own in labels.items()}
-    for part, own in labels.items():
-        for row, label in zip(parts[part], own, strict=True):
-            if label not in keys:
-                _refuse(label, f"{row.key} ({part})", keys, config)
+    missing = [
+        (label, f"{row.key} ({part})")
+        for part, own in labels.items()
+        for row, label in zip(parts[part], own, strict=True)
+        if label not in keys
+    ]
+    if missing:  # among numbers, what is none is to blame
+        _refuse(
+            *next((one for one in missing if not known and not _NUMBER.fullmatch(one[0])), missing[0]), keys, config
+        )
     return "number" if by_number else "key", {part: [keys[label] for label in own] for part, own in labels.items()}
 
 
@@ -54,7 +61,7 @@ def _check_numbers(labels: Mapping[str, list[str]], keys: Sequence[str], config:
     for part, own in labels.items():
         absent, beyond = (sorted(some, key=int) for some in (places - set(own), set(own) - places))
         why = ""
-        if any(_NUMBER.fullmatch(key) for key in keys):
+        if any(_NUMERAL.fullmatch(key) for key in keys):
             why = f"the keys are numbers, too, but others: {few(keys)}"
         elif beyond:
             why = f"the list has {len(keys)} classes, and {few(beyond)} of {part} is behind its end"

@@ -28,12 +28,12 @@ def described(sets: Sequence[EvalSet], model: str) -> dict[str, dict[str, Any]]:
 
 
 def _described(one: EvalSet) -> dict[str, Any]:
-    facts: dict[str, Any] = {"source": to_dict(one.config), **_counts(one)}
+    facts: dict[str, Any] = {"source": to_dict(one.config), **counts(one)}
     if one.classes:
         facts |= {"classes": len(one.classes), "absent_classes": len(one.absent), "labels": one.labels_by}
-    parts: dict[str, Any] = {f"shifted.{name}": _counts(part) for name, part in one.shifted.items()}
+    parts: dict[str, Any] = {f"shifted.{name}": counts(part) for name, part in one.shifted.items()}
     if one.train is not None:
-        parts["train"] = {**_counts(one.train), "in_source": one.train.in_source}
+        parts["train"] = {**counts(one.train), "in_source": one.train.in_source}
     if one.config.gallery:
         parts["gallery"] = {"rows": one.gallery_rows, "skipped": len(one.gallery_skipped)}
     if one.config.source.captions:
@@ -44,10 +44,11 @@ def _described(one: EvalSet) -> dict[str, Any]:
     return facts | ({"parts": parts} if parts else {}) | ({"templates": templates} if templates else {})
 
 
-def _counts(part: EvalSet) -> dict[str, Any]:
+def counts(part: EvalSet) -> dict[str, Any]:
+    """Return the rows read, those left out and the images measured of a set or of a part of one."""
     rows = len(part.pictures) + len(part.skipped) if part.num_rows is None else part.num_rows
-    counts = {"rows": rows, "images": len(part.pictures), "skipped": len(part.skipped)}
-    return counts | ({"cut": True} if part.cut else {})
+    facts = {"rows": rows, "images": len(part.pictures), "skipped": len(part.skipped)}
+    return facts | ({"cut": True} if part.cut else {})
 
 
 def _pairs(one: EvalSet) -> dict[str, Any]:

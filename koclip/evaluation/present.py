@@ -52,6 +52,9 @@ def present(
     said = {one.name: notes({label: facts[one.name] for label, facts in data.items()}) for one in sets}
     (run / "table.md").write_text(markdown(rows, list(labels.values()), warnings, said), encoding="utf-8")
     print_tables(rows, list(labels.values()), warnings, said)
+    skipped = sum(len(one.all_skipped()) for one in sets)
+    if skipped:
+        print(f"{skipped:,} rows were left out: {run / 'skipped.jsonl'} lists them with their reasons")  # noqa: T201
     drawn = {
         model: _draw(folders[model] / "pictures", found, embedders[model].alone(), sets, templates)
         for model, found in metrics.items()

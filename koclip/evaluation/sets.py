@@ -130,6 +130,7 @@ def open_set(config: EvalSetConfig) -> EvalSet:
         for part, source in config.parts.items()
     }
     whole = opened["source"]
+    _check_captions(whole)
     return replace(
         whole,
         gallery=gallery,
@@ -142,6 +143,14 @@ def open_set(config: EvalSetConfig) -> EvalSet:
         labels_by=f"number: {said_by_number([one.key for one in listed])}" if by == "number" else by,
         absent=[one.key for one in listed if one not in classes],
     )
+
+
+def _check_captions(whole: EvalSet) -> None:
+    """Make sure that there is something to rank in every language that is asked in."""
+    for language in whole.config.source.captions:
+        count = sum(any(captions.get(language, [])) for captions in whole.captions)
+        told = f"expected {_FEWEST} images or more with a caption in it, or none; take the language out"
+        check(count != 1, f"eval.sets[].source.captions.{language}", f"{count} image of {whole.name}", told)
 
 
 def _check_names(config: EvalSetConfig, classes: Sequence[ClassName]) -> None:
