@@ -20,9 +20,9 @@ from koclip.data.loader import train_loader, training_captions
 from koclip.data.order import Shard
 from koclip.data.transforms import PixelLimit, Views, centre_view, view_size
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.evaluate import evaluate
+from koclip.evaluation.evaluate import evaluate, open_all
 from koclip.evaluation.report import report
-from koclip.evaluation.sets import EvalSet, open_set
+from koclip.evaluation.sets import EvalSet
 from koclip.models import adapters
 from koclip.models.adapt import adapt, load_teacher, text_encoder
 from koclip.models.dual_encoder import DualEncoder
@@ -45,9 +45,9 @@ def main(cfg: config.AlignConfig) -> None:
     run.start(cfg, accelerator)
     cache = Path(cfg.align.cache_dir or run.path / "features")
 
-    eval_sets = [open_set(one, PixelLimit(cfg.data.max_image_pixels)) for one in cfg.eval.sets]
+    eval_sets = open_all(cfg.eval.sets, PixelLimit(cfg.data.max_image_pixels))
     if accelerator.is_main_process:
-        run.list_skipped([skip for one in eval_sets for skip in one.skipped])
+        run.list_skipped([skip for one in eval_sets for skip in one.all_skipped()])
     clip, image_processor = load_image_side(cfg.model.clip)
     known = Known(language=cfg.distill.language)
     if cfg.taught:

@@ -11,11 +11,10 @@ from pathlib import Path
 from koclip import config
 from koclip.data.transforms import PixelLimit
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.evaluate import evaluate, warnings_of
+from koclip.evaluation.evaluate import evaluate, open_all, warnings_of
 from koclip.evaluation.people import people
 from koclip.evaluation.present import keep, present
 from koclip.evaluation.robustness import add_effective_robustness
-from koclip.evaluation.sets import open_set
 from koclip.evaluation.suite import folders_of, processes, start
 from koclip.models.peers import open_encoder
 
@@ -24,7 +23,7 @@ def main(cfg: config.EvaluateConfig) -> None:
     """Run the recipe: every model on every data set, then the models side by side."""
     accelerator = processes(cfg)
     limit = PixelLimit(cfg.max_image_pixels, "max_image_pixels")
-    sets = [open_set(one, limit) for one in cfg.sets]
+    sets = open_all(cfg.sets, limit)
     run = start(cfg, sets)
     metrics, embedders, warnings = {}, {}, []
     for spec in cfg.all_models:

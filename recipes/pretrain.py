@@ -15,11 +15,11 @@ from koclip.data.loader import train_loader, training_captions
 from koclip.data.order import Shard
 from koclip.data.transforms import PixelLimit, Views, centre_view, view_size
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.evaluate import evaluate
+from koclip.evaluation.evaluate import evaluate, open_all
 from koclip.evaluation.report import report
-from koclip.evaluation.sets import open_set
 from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.models.encoders import TransformersEncoder
+from koclip.text.normalize import usable
 
 NEXT = """
 Saved {model}, a stock transformers model. Next:
@@ -37,9 +37,9 @@ def main(cfg: config.PretrainConfig) -> None:
     run = checkpoint.Run("pretrain", cfg.output_dir, resume=cfg.resume == "auto")
     run.start(cfg, accelerator)
 
-    eval_sets = [open_set(one, PixelLimit(cfg.data.max_image_pixels)) for one in cfg.eval.sets]
+    eval_sets = open_all(cfg.eval.sets, PixelLimit(cfg.data.max_image_pixels))
     if accelerator.is_main_process:
-        run.list_skipped([skip for one in eval_sets for skip in one.skipped])
+        run.list_skipped([skip for one in eval_sets for skip in one.all_skipped()])
     tokenizer = run.tokenizer(cfg.tokenizer, training_captions(cfg.data))
     model, processor = from_scratch(cfg.model, tokenizer)
     dual_encoder = DualEncoder(model, processor, losses.initial_bias(cfg.loss))
@@ -75,8 +75,8 @@ def main(cfg: config.PretrainConfig) -> None:
     if accelerator.is_main_process:
         saved = TransformersEncoder(*koclip.load(model_dir), name=str(model_dir))  # as a user loads it
         report(run.path, cfg, Embedder(saved, cfg.eval.batch_size), eval_sets)
-        captions = [own[0].translate(QUOTES) for one in eval_sets for image in one.captions for own in image.values()]
-        labels = list(dict.fromkeys(captions))[:3]
+        told = [usable(own)[0] for one in eval_sets for captions in one.captions for own in captions.values()]
+        labels = list(dict.fromkeys(text.translate(QUOTES) for text in told))[:3]
         measured = NEXT.format(model=model_dir, run=run.path, labels=labels)
         print(measured if labels else f"Saved {model_dir}, a stock transformers model; nothing was measured: eval.sets")
 

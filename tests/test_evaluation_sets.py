@@ -94,11 +94,11 @@ def test_an_empty_query_set_is_named(tmp_path: Path, encoded: Callable[..., byte
     rows[1]["en"] = ""
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "one.parquet")
     source = SourceConfig(path=str(tmp_path / "one.parquet"), captions={"ko": "ko", "en": "en"})
-    with pytest.raises(
-        ConfigError, match=r"has 1 usable rows, expected 2 or more. Left out: 1 one~\w+/1: no usable caption"
-    ):
+    left_out = r"has 1 usable images in 2 rows, expected 2 or more. Left out: 1 one~\w+/1: no usable caption"
+    with pytest.raises(ConfigError, match=left_out):
         open_set(EvalSetConfig(source=source))
-    pq.write_table(pa.Table.from_pylist([{**rows[0], "ko": ""}] * 3), tmp_path / "one.parquet")
+    others = [{"image": encoded((200, shade, 0)), "ko": "", "en": "red"} for shade in range(3)]
+    pq.write_table(pa.Table.from_pylist(others), tmp_path / "one.parquet")
     one = open_set(EvalSetConfig(source=source, tasks=["stress"]))
     with pytest.raises(ConfigError, match="no image has a caption in ko"):
         evaluate(Embedder(ColourEncoder(), 8), [one])

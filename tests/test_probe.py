@@ -1,5 +1,6 @@
 """The linear probe is scikit-learn's on the same features and split, and its search visits the paper's grid."""
 
+import itertools
 import warnings
 from collections.abc import Callable
 
@@ -86,14 +87,16 @@ def test_features_are_those_before_the_projection(tmp_path, encoded, colours: Ca
         def encode_images(self, images):
             raise AssertionError("the probe reads image_features")
 
-    file = write_colours(tmp_path / "more.parquet", encoded, count=80)
+    sizes = itertools.count(4)
+    file = write_colours(tmp_path / "more.parquet", lambda colour: encoded(colour, size=(next(sizes), 6)), count=80)
     metrics = linear_probe(Embedder(Split(), 8), colours(path=file, tasks=["linear_probe"]))
     assert metrics["linear_probe/accuracy"].value > 0.5
     assert metrics["linear_probe/accuracy"].n == 40  # half of them, no training images being given
 
 
-def test_training_images_of_their_own(tmp_path, colours: Callable[..., EvalSet]) -> None:
-    train = SourceConfig(path=str(tmp_path / "colours.parquet"), label="key", captions={})
+def test_training_images_of_their_own(tmp_path, encoded, colours: Callable[..., EvalSet]) -> None:
+    larger = write_colours(tmp_path / "larger.parquet", lambda colour: encoded(colour, size=(9, 6)))
+    train = SourceConfig(path=str(larger), label="key", captions={})
     metrics = linear_probe(Embedder(ColourEncoder(), 8), colours(tasks=["linear_probe"], train=train))
     assert metrics["linear_probe/accuracy"].n == 24
     assert metrics["linear_probe/accuracy"].value == 1.0

@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from koclip.text.normalize import clean_captions, normalize
+from koclip.text.normalize import clean_captions, normalize, usable
 from koclip.text.particles import attach, final_consonant, particle
 from koclip.text.prompts import fill
 
@@ -57,13 +57,12 @@ def test_normalize_is_idempotent_and_nfc() -> None:
         assert unicodedata.is_normalized("NFC", clean)
 
 
-def test_clean_captions_leaves_out_what_is_no_caption() -> None:
+def test_what_is_no_caption_leaves_its_place_empty() -> None:
     assert clean_captions(" 개 ") == ["개"]
-    assert clean_captions(["개", None, "", " ", float("nan"), 3, "nan", "NaN", "None", "null", "고양이"]) == [
-        "개",
-        "고양이",
-    ]
-    for cell in (None, "", float("nan"), 3, {"a": "b"}, [], b"bytes", "nan"):
+    cell = ["개", None, "", " ", float("nan"), 3, "nan", "NaN", "None", "null", "고양이"]
+    assert clean_captions(cell) == ["개", *[""] * 9, "고양이"]
+    assert usable(clean_captions(cell)) == ["개", "고양이"]
+    for cell in (None, "", float("nan"), 3, {"a": "b"}, [], b"bytes", "nan", ["", None], [["개"]]):
         assert clean_captions(cell) == []
     assert clean_captions("nan bread") == ["nan bread"]
 

@@ -18,6 +18,7 @@ from koclip import distributed
 from koclip.checkpoint import lines, state
 from koclip.checkpoint.environment import environment
 from koclip.checkpoint.model import publish
+from koclip.checkpoint.pictures import TrainingPictures
 from koclip.checkpoint.series import Series
 from koclip.config import ConfigError, TokenizerConfig, check_changes, dump, to_dict
 from koclip.data.batches import Batch, Position, Skip
@@ -78,6 +79,7 @@ class Run:
         self._checkpoint = distributed.gather_objects(found)[0]
         if self._checkpoint is not None:
             self._check_changes(state.read_facts(self._checkpoint), config.resume_with)
+        self._pictures = TrainingPictures(self.path, begins=self._checkpoint is None)
         accelerator.project_configuration.logging_dir = str(self.path)
         accelerator.init_trackers("tracker")
         if distributed.rank() == 0:
@@ -156,6 +158,7 @@ class Run:
             self._series.stop_if_failed()
             if batch.position is not None:
                 self.positions[batch.position.reader] = batch.position
+            self._pictures.add(batch)
             self._drawn += batch.num_drawn
             self.num_skipped += len(batch.skipped)
             self._unlisted += batch.skipped
@@ -200,6 +203,7 @@ class Run:
             RunError: this or the last checkpoint could not be written.
         """
         self._list_everyones()
+        self._pictures.write()
         partial = self._series.begin(step) if distributed.rank() == 0 else self.path
         partial = distributed.gather_objects(partial)[0]
         progress = state.Progress(step, tuple(self.positions.values()))

@@ -9,6 +9,7 @@ from koclip.config.changes import check_changes
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
 from koclip.config.errors import ConfigError, RunError, check, check_pixels
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig, Task
+from koclip.config.languages import check_languages
 from koclip.config.model import LossConfig, ModelConfig
 from koclip.config.parsing import dump, parse, run, to_dict
 from koclip.config.paths import locate
@@ -42,6 +43,7 @@ __all__ = [
     "TrainConfig",
     "check",
     "check_changes",
+    "check_languages",
     "check_pixels",
     "dump",
     "locate",

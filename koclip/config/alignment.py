@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from koclip.config.errors import check
+from koclip.config.languages import check_languages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +103,9 @@ class AlignMethodConfig:
 class DistillConfig:
     """The source's text tower as a teacher, on sentences in its language that correspond to the captions.
 
-    A row's captions correspond to each other by their places where both languages have equally many; else any of the
-    row's is taken. Captions in the teacher's language are taught too.
+    A row's captions correspond to each other by their places where both languages have equally many, empty ones
+    included; a caption whose counterpart is empty is not taught. Where they have unequal numbers, any of the row's is
+    taken. Both are counted when training starts. Captions in the teacher's language are taught too.
 
     Args:
         language: The teacher's language.
@@ -121,6 +123,7 @@ class DistillConfig:
     anchor: float = 0.0
 
     def __post_init__(self) -> None:
+        check_languages("distill.language", [self.language])
         for name in ("contrastive", "cosine", "mse", "anchor"):
             value = getattr(self, name)
             check(value >= 0, f"distill.{name}", value, "expected 0 or more")

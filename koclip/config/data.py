@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from koclip.config.errors import check, check_pixels
+from koclip.config.languages import check_languages
 
 Format = Literal[
     "auto",
@@ -49,8 +50,10 @@ class SourceConfig:
         columns: Names of the columns of a CSV or TSV file that has no header line.
         encoding: Encoding of CSV, TSV and JSON files, and of the texts in tar shards, for example `cp949` for those of
             Korean Excel. A byte-order mark (UTF-8, UTF-16, UTF-32) decides before it.
-        captions: Caption column by language, for example `{ko: captions_ko, en: captions_en}`. A cell is a string
-            or a list of strings. May be empty (`{}`) where `label` is given and nothing is trained.
+        captions: Caption column by language (a BCP 47 code: ko, en, zh-Hant, pt-BR), for example
+            `{ko: captions_ko, en: captions_en}`. A cell is a string or a list of strings, which correspond to those of
+            another language by their places, empty ones included; several rows may have one image. May be empty (`{}`)
+            where `label` is given and nothing is trained.
         label: Column that holds the class of the image, as a name or a number, for evaluation by classes.
         languages: Relative chance of drawing each language; default: all alike.
         where: Keep only rows whose column holds one of the listed values, for example `{vendor: [noto, twemoji]}`.
@@ -86,6 +89,7 @@ class SourceConfig:
         check(self.image != [], "data.sources[].image", self.image, "name at least one column, or null for no images")
         for name in ("path", "image_root"):
             check("\0" not in (getattr(self, name) or ""), f"data.sources[].{name}", getattr(self, name), _NO_NUL)
+        check_languages("data.sources[].captions", self.captions)
         unknown = set(self.languages or {}) - set(self.captions)
         check(not unknown, "data.sources[].languages", sorted(unknown), f"captions has {sorted(self.captions)}")
         for language, chance in (self.languages or {}).items():

@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from xxhash import xxh3_64_intdigest
 
 from koclip.config import DataConfig
-from koclip.data.features import Features, MissingError, digest_of
+from koclip.data.features import Features, MissingError, digest_of, image_id
 from koclip.data.sources import Row
 from koclip.data.tables import SourceError
 from koclip.data.transforms import ImageError, Views, decode, read
 from koclip.text import tokenizers
+from koclip.text.normalize import paired, usable
 
 MAX_REPLACEMENTS = 1_000  # rows tried in a row before a source counts as unusable
 
@@ -148,14 +149,22 @@ class Assembler:
 
     def _draw(self, captions: dict[str, list[str]], source: int, seed: tuple[int, ...]) -> Drawn | None:
         weights = self._languages[source]
-        languages = [language for language in captions if weights.get(language)]
+        places = {name: self._drawable(captions, name) for name in captions if weights.get(name)}
+        languages = [name for name, own in places.items() if own]
         if not languages:
             return None
         rng = generator("caption", *seed)
-        language = rng.choices(languages, [weights[language] for language in languages])[0]
-        place = rng.randrange(len(captions[language]))
+        language = rng.choices(languages, [weights[name] for name in languages])[0]
+        place = rng.choice(places[language])
         caption = captions[language][place]
         return Drawn(language, place, self._drop_words(caption, rng) if self.config.word_dropout else caption)
+
+    def _drawable(self, captions: dict[str, list[str]], language: str) -> list[int]:
+        """Return the places of captions that may be drawn: with a teacher, those that have a counterpart."""
+        own = captions[language]
+        taught = own if self._known.teacher is None else captions.get(self._known.language, own)
+        places = paired(own, taught)
+        return [place for place, caption in enumerate(own) if caption] if places is None else places
 
     def lengths(self, captions: list[str | None]) -> list[int]:
         """Return each caption's length in tokens (0 for none)."""
@@ -167,7 +176,9 @@ class Assembler:
         path = self.config.sources[source].path
         drawn = self._draw(row.captions, source, seed)
         if drawn is None:
-            return Skip(row.key, "no usable caption", path)
+            gaps = any(self._languages[source].get(language) for language in row.captions)
+            reason = f"no caption has a counterpart in {self._known.language}" if gaps else "no usable caption"
+            return Skip(row.key, reason, path)
         try:
             image_id, pixels, image = self._see(row, seed)
             sentence, teacher = self._teach(row, drawn, seed)
@@ -181,20 +192,20 @@ class Assembler:
             return xxh3_64_intdigest(row.key.encode()) >> 1, None, None
         content = read(row.image)
         digest = digest_of(content)
-        image_id = int.from_bytes(digest[:8], "little") >> 1  # 63 bits fit an int64
+        number_of_image = image_id(digest)
         count = self._views.count
         number = generator("view", *seed).randrange(count) if count else 0
         if self._known.images is not None:
-            return image_id, None, self._known.images.embedding(digest, number)
+            return number_of_image, None, self._known.images.embedding(digest, number)
         decoded = decode(content, self.config.max_image_pixels)
         if count:
-            return image_id, self._views.numbered(decoded, digest, number), None
-        return image_id, self._views.random(decoded, generator("crop", *seed).getrandbits(62)), None
+            return number_of_image, self._views.numbered(decoded, digest, number), None
+        return number_of_image, self._views.random(decoded, generator("crop", *seed).getrandbits(62)), None
 
     def _teach(self, row: Row, drawn: Drawn, seed: tuple[int, ...]) -> tuple[str | None, torch.Tensor | None]:
         """Return the sentence in the teacher's language that corresponds to a caption, and its features (D,).
 
-        It is the one in the same place where both languages have equally many, else any of the row's.
+        It is the one in the same place where both languages have equally many places, else any of the row's.
         """
         if self._known.teacher is None:
             return None, None
@@ -202,7 +213,7 @@ class Assembler:
         if not sentences:
             raise MissingError(f"no caption in the teacher's language, {self._known.language}")
         aligned = len(sentences) == len(row.captions[drawn.language])
-        sentence = sentences[drawn.place] if aligned else generator("sentence", *seed).choice(sentences)
+        sentence = sentences[drawn.place] if aligned else generator("sentence", *seed).choice(usable(sentences))
         return sentence, self._known.teacher.embedding(digest_of(sentence.encode()))
 
     def _drop_words(self, caption: str, rng: random.Random) -> str:

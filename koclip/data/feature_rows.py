@@ -1,6 +1,7 @@
 """Reads what features are made of, row by row: the images of a source, or its sentences in one language."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from koclip.data.features import ROWS, SHARD, Item, Piece, digest_of
 from koclip.data.sources import MapSource, Row, StreamSource
 from koclip.data.transforms import ImageError, Views, decode, read
+from koclip.text.normalize import paired, usable
 
 PIECE = 128  # rows read and embedded at a time
 
@@ -76,7 +78,11 @@ class Images:
 
 
 class Sentences:
-    """Every caption in one language, each once per piece of rows."""
+    """Every caption in one language, each once per piece of rows.
+
+    `Piece.apart` counts what does not correspond to it: `rows/<language>`, rows with unequal numbers of captions in the
+    two languages, and `captions/<language>`, captions that have none in this language in their place.
+    """
 
     def __init__(self, language: str) -> None:
         self._language = language
@@ -91,9 +97,18 @@ class Sentences:
 
     def piece(self, rows: Sequence[dict[str, list[str]]], wanted: bool) -> Piece:
         """Return the sentences."""
-        sentences = list(dict.fromkeys(text for captions in rows for text in captions.get(self._language, [])))
+        sentences = list(dict.fromkeys(text for captions in rows for text in usable(captions.get(self._language, []))))
         items = [Item(digest_of(text.encode()), text[:80]) for text in sentences]
-        return Piece(len(rows), items, sentences)
+        return Piece(len(rows), items, sentences, self._apart(rows))
+
+    def _apart(self, rows: Sequence[dict[str, list[str]]]) -> dict[str, int]:
+        apart: Counter[str] = Counter()
+        for captions in rows:
+            for language, own in captions.items() if self._language in captions else ():
+                places = paired(own, captions[self._language])
+                apart[f"rows/{language}"] += places is None
+                apart[f"captions/{language}"] += 0 if places is None else len(usable(own)) - len(places)
+        return dict(apart)  # PyTorch's data loader doubles the numbers of a Counter
 
 
 def shards(

@@ -48,6 +48,7 @@ class Piece(NamedTuple):
     num_rows: int
     items: list[Item]
     inputs: Inputs  # views (n, V, 3, H, W) uint8, or sentences, of the n items that have features
+    apart: dict[str, int] | None = None  # what of it does not correspond, see `Sentences`
 
 
 Embed = Callable[[Inputs], torch.Tensor]
@@ -56,6 +57,11 @@ Embed = Callable[[Inputs], torch.Tensor]
 def digest_of(content: bytes | npt.NDArray[np.uint8]) -> bytes:
     """Return 16 bytes that are equal for equal content."""
     return xxhash.xxh3_128_digest(content if isinstance(content, bytes) else content.tobytes())
+
+
+def image_id(digest: bytes) -> int:
+    """Return the number that stands for an image of this digest: 63 bits of it, which fit an int64."""
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 class Features:

@@ -17,6 +17,7 @@ from koclip.data.order import Draw, MapOrder, Shard, row_seed
 from koclip.data.sources import MapSource, Row, StreamSource, open_source
 from koclip.data.tables import SourceError
 from koclip.data.transforms import Views
+from koclip.text.normalize import usable
 
 
 class MapPairs(Dataset[Batch]):
@@ -231,7 +232,7 @@ def training_captions(config: DataConfig) -> Iterator[str]:
                 rows.remove(source)
                 continue
             for texts in captions.values():
-                yield from texts
+                yield from usable(texts)
 
 
 def _captions(source: MapSource | StreamSource, size: int = 1_000) -> Iterator[dict[str, list[str]]]:

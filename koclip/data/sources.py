@@ -5,6 +5,7 @@ A row's image stays bytes or a path until it is drawn.
 
 import dataclasses
 import itertools
+import math
 import random
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,11 @@ from koclip.text.normalize import clean_captions
 
 
 class Row(NamedTuple):
-    """One undecoded sample: captions by language (cleaned; may be empty), a key that finds it again, its class."""
+    """One undecoded sample: captions by language, a key that finds it again, its class.
+
+    Captions are cleaned and keep their places, "" where there is no usable one (`koclip.text.normalize.usable` leaves
+    these out): languages with equally many places correspond to each other. A language without any is left out.
+    """
 
     image: bytes | Path | npt.NDArray[np.uint8] | None
     captions: dict[str, list[str]]
@@ -244,10 +249,17 @@ def row(
     name = record.get("__key__") or (Path(path).name if isinstance(path, str) else None) or record.get("id")
     key = "/".join(filter(None, (config.key, shard, number, str(name or ""))))
     key = key.encode("utf-8", "replace").decode()  # names may hold bytes that are no UTF-8
-    label = dig(record, config.label) if config.label else None
-    if classes is not None and label is not None:
-        label = classes[label] if label >= 0 else None  # -1 stands for no class
-    return Row(_image(value, config), row_captions(record, config), key, None if label is None else _nfc(label))
+    label = _label(dig(record, config.label), classes) if config.label else None
+    return Row(_image(value, config), row_captions(record, config), key, label)
+
+
+def _label(value: Any, classes: Sequence[str] | None) -> str | None:
+    """Return a label as text, its name where the table has names; None for what means that there is none: NaN, -1."""
+    if isinstance(value, float):  # what pandas makes of whole numbers where some are missing
+        value = None if math.isnan(value) else int(value) if value.is_integer() else value
+    if classes is not None and isinstance(value, int):
+        value = classes[value] if 0 <= value < len(classes) else None
+    return None if value is None else _nfc(value)
 
 
 def _nfc(value: object) -> str:
@@ -279,12 +291,12 @@ def _check_encoding(config: SourceConfig, kind: str) -> None:
 
 def _class_names(table: Table, config: SourceConfig) -> list[str] | None:
     """Return the names that a table has for the numbers in its label column."""
-    feature = (table.features or {}).get(config.label or "")
+    feature = dig(table.features, config.label) if config.label else None
     return feature.names if isinstance(feature, datasets.ClassLabel) else None
 
 
 def row_captions(record: Mapping[str, Any], config: SourceConfig) -> dict[str, list[str]]:
-    """Return the cleaned captions of a record by language; languages without any are left out."""
+    """Return the captions of a record by language, as a `Row` has them."""
     cells = {language: clean_captions(dig(record, column)) for language, column in config.captions.items()}
     return {language: captions for language, captions in cells.items() if captions}
 

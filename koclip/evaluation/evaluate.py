@@ -5,18 +5,34 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from koclip.config import EvalSetConfig
+from koclip.data.transforms import PIXEL_LIMIT, PixelLimit
 from koclip.evaluation.choices import Choice
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.probe import few_shot, linear_probe
+from koclip.evaluation.probe import check_probes, few_shot, linear_probe
 from koclip.evaluation.retrieval import languages, retrieval, stress
-from koclip.evaluation.sets import EvalSet
+from koclip.evaluation.sets import EvalSet, open_set
 from koclip.evaluation.zero_shot import shift, zero_shot
 from koclip.metrics import Metric, first_ranks, share
 
 IMAGES = "images"  # in the place of the language, for tasks that read no text
 _IN_ONE_LANGUAGE = {"retrieval": retrieval, "zero_shot": zero_shot, "shift": shift}
+_OF_CAPTIONS = ("retrieval", "stress", "languages")
 _OF_IMAGES = {"linear_probe": linear_probe, "few_shot": few_shot}
 _MOST_UNKNOWN = 0.1  # share of tokens; the right tokenizer loses next to none
+
+
+def open_all(configs: Sequence[EvalSetConfig], limit: PixelLimit = PIXEL_LIMIT) -> list[EvalSet]:
+    """Open data sets, and make sure that they have enough for the tasks they ask for: before a model is trained.
+
+    Raises:
+        ConfigError: one cannot be opened, or is too small.
+    """
+    sets = [open_set(one, limit) for one in configs]
+    for one in sets:
+        if set(one.config.tasks) & set(_OF_IMAGES):
+            check_probes(one)
+    return sets
 
 
 def evaluate(embedder: Embedder, sets: Sequence[EvalSet]) -> dict[str, Metric]:
@@ -34,15 +50,19 @@ def evaluate(embedder: Embedder, sets: Sequence[EvalSet]) -> dict[str, Metric]:
 def _tasks(embedder: Embedder, one: EvalSet) -> Iterator[tuple[str, dict[str, Metric]]]:
     """Yield the metrics of each task of a set, with the language they are in."""
     asked = one.config.tasks
-    images = embedder.images(one.pictures)
-    for language, task in itertools.product(one.languages, _IN_ONE_LANGUAGE):
-        if task in asked:
-            yield language, _IN_ONE_LANGUAGE[task](embedder, one, language, images)
+    captioned = one.captioned if set(asked) & set(_OF_CAPTIONS) else one
+    for language, task in itertools.product(dict.fromkeys([*one.languages, *captioned.languages]), _IN_ONE_LANGUAGE):
+        part = captioned if task in _OF_CAPTIONS else one
+        if task in asked and language in part.languages:
+            yield language, _IN_ONE_LANGUAGE[task](embedder, part, language, embedder.images(part.pictures))
     if "stress" in asked:
-        yield "ko", stress(embedder, one, images)
+        yield "ko", stress(embedder, captioned, embedder.images(captioned.pictures))
     if "languages" in asked:
-        for first, second in itertools.combinations(one.languages, 2):
-            yield f"{first}-{second}", languages(embedder, one, first, second, images)
+        for first, second in itertools.combinations(captioned.languages, 2):
+            yield (
+                f"{first}-{second}",
+                languages(embedder, captioned, first, second, embedder.images(captioned.pictures)),
+            )
     for task in _OF_IMAGES:
         if task in asked:
             yield IMAGES, _OF_IMAGES[task](embedder, one)
@@ -71,7 +91,7 @@ def warnings_of(embedder: Embedder, sets: Sequence[EvalSet]) -> list[str]:
     found = [warning for one in sets for warning in one.warnings]
     for one in sets:
         for language in one.languages:
-            texts = [text for captions in one.captions for text in captions.get(language, [])]
+            texts = [text for own in one.texts(language) for text in own]
             texts += [name.text(language) for name in one.classes]
             unknown = embedder.encoder.unknown_share(texts[:1_000]) if texts else 0.0
             if unknown > _MOST_UNKNOWN:

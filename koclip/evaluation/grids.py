@@ -45,6 +45,7 @@ def queries(embedder: Embedder, one: EvalSet) -> Figure | None:
     """
     if not any(one.captions):
         return None
+    one = one.captioned
     images = embedder.images(one.pictures)
     chosen = [query for language in one.languages for query in _queries_of(embedder, one, language, images)]
     columns = min(_SHOWN, len(one.pictures))
@@ -131,7 +132,7 @@ def most_confused(counts: Counts, most: int) -> list[int]:
 
 def _queries_of(embedder: Embedder, one: EvalSet, language: str, images: torch.Tensor) -> list[Query]:
     """Return captions that find their image first and captions that do not find it among those shown."""
-    captions = collect([captions.get(language, []) for captions in one.captions], [])
+    captions = collect(one.texts(language), [])
     tried = list(range(0, len(captions.texts), max(1, len(captions.texts) // _TRIED)))
     if not tried:
         return []

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from koclip.evaluation.notes import notes
 from koclip.evaluation.printing import NOTE
 from koclip.evaluation.tables import Line, Section
 
@@ -49,7 +50,7 @@ def write(
     labels: Mapping[str, str],
     sections: Sequence[Section],
     drawn: Mapping[str, Mapping[str, Mapping[str, Path]]],
-    data: Mapping[str, Mapping[str, Any]],
+    data: Mapping[str, Mapping[str, Mapping[str, Any]]],
     warnings: Sequence[str],
     environment: Mapping[str, Any],
 ) -> None:
@@ -60,7 +61,7 @@ def write(
         labels: A short name of every model.
         sections: The rows, by data set; their cells are in the order of the labels.
         drawn: Files of pictures by model, data set and kind.
-        data: What results.json says of the data sets.
+        data: What each model's results.json says of the data sets, by label.
         warnings: What a reader should know.
         environment: What results.json says of it.
     """
@@ -73,7 +74,7 @@ def write(
         summary=[(section.name, _summary(section)) for section in sections],
         sections=sections,
         pictures={section.name: _pictures(section.name, labels, drawn) for section in sections},
-        data=data,
+        notes={section.name: _notes(section.name, data) for section in sections},
         warnings=warnings,
         environment=environment,
         command=shlex.join(["python", f"recipes/{name}", *arguments]),
@@ -82,6 +83,16 @@ def write(
         best=_best,
     )
     (run / "report.html").write_text(text, encoding="utf-8")
+
+
+def _notes(name: str, data: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """Return what is said of a data set; nothing of people's ratings, which are none."""
+    facts = {label: sets[name] for label, sets in data.items() if name in sets}
+    if not facts:
+        return []
+    first = next(iter(facts.values()))
+    classes = f", {first['classes']:,} classes" if "classes" in first else ""
+    return [f"{first['images']:,} images{classes}, from {first['source']['source']['path']}", *notes(facts)]
 
 
 def _summary(section: Section) -> list[tuple[Line, str]]:

@@ -12,12 +12,13 @@ from koclip.evaluation.charts import charts, numbers_of
 from koclip.evaluation.drawing import korean_style, save
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.grids import confusions, queries
+from koclip.evaluation.notes import described, notes
 from koclip.evaluation.printing import markdown, print_tables
 from koclip.evaluation.report import file_name, write_results
 from koclip.evaluation.sets import EvalSet
-from koclip.evaluation.suite import described, folders_of, labels_of, surroundings
+from koclip.evaluation.suite import folders_of, labels_of, surroundings
 from koclip.evaluation.tables import sections
-from koclip.evaluation.zero_shot import templates_of
+from koclip.evaluation.zero_shot import asked_templates
 from koclip.metrics import Metric
 
 
@@ -45,15 +46,20 @@ def present(
     labels, folders = labels_of(list(metrics)), folders_of(run, list(metrics))
     for model, found in metrics.items():
         keep(folders[model], model, found, sets)
-    templates = {one.name: _templates(one) for one in sets}
+    templates = {one.name: asked_templates(one) for one in sets}
+    data = {label: described(sets, model) for model, label in labels.items()}
     rows = sections(list(metrics.values()), templates)
-    (run / "table.md").write_text(markdown(rows, list(labels.values()), warnings), encoding="utf-8")
-    print_tables(rows, list(labels.values()), warnings)
+    said = {one.name: notes({label: facts[one.name] for label, facts in data.items()}) for one in sets}
+    (run / "table.md").write_text(markdown(rows, list(labels.values()), warnings, said), encoding="utf-8")
+    print_tables(rows, list(labels.values()), warnings, said)
+    skipped = sum(len(one.all_skipped()) for one in sets)
+    if skipped:
+        print(f"{skipped:,} rows were left out: {run / 'skipped.jsonl'} lists them with their reasons")  # noqa: T201
     drawn = {
         model: _draw(folders[model] / "pictures", found, embedders[model].alone(), sets, templates)
         for model, found in metrics.items()
     }
-    page.write(run, labels, rows, drawn, _data(sets), warnings, surroundings())
+    page.write(run, labels, rows, drawn, data, warnings, surroundings())
 
 
 def keep(folder: Path, model: str, metrics: dict[str, Metric], sets: Sequence[EvalSet]) -> None:
@@ -63,18 +69,7 @@ def keep(folder: Path, model: str, metrics: dict[str, Metric], sets: Sequence[Ev
         ValueError: a metric is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_results(folder / "results.json", model, _data(sets), metrics, surroundings())
-
-
-def _data(sets: Sequence[EvalSet]) -> dict[str, Any]:
-    return {one.name: described(one, _templates(one)) for one in sets}
-
-
-def _templates(one: EvalSet) -> dict[str, list[str]]:
-    """Return the templates that a set's classes were put in, by language."""
-    if not {"zero_shot", "shift"} & set(one.config.tasks):
-        return {}
-    return {language: templates_of(one, language) for language in one.languages}
+    write_results(folder / "results.json", model, described(sets, model), metrics, surroundings())
 
 
 def _draw(

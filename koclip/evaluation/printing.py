@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console, Group
@@ -21,8 +21,13 @@ _WIDE, _NARROW = 28, 16  # columns of a model's numbers in one line and in two
 _MOST_WIDE = 2  # models
 
 
-def print_tables(sections: Sequence[Section], labels: Sequence[str], warnings: Sequence[str] = ()) -> None:
-    """Print the main rows of every data set, with as many models side by side as fit."""
+def print_tables(
+    sections: Sequence[Section],
+    labels: Sequence[str],
+    warnings: Sequence[str] = (),
+    notes: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Print the main rows of every data set, with as many models side by side as fit, and notes by data set."""
     console = Console(width=None if Console().is_terminal else _WIDTH)
     for warning in warnings:
         console.print(Text(f"Warning: {warning}", style="yellow"))
@@ -34,6 +39,8 @@ def print_tables(sections: Sequence[Section], labels: Sequence[str], warnings: S
         for start in range(0, len(labels), size):
             chosen = range(start, min(start + size, len(labels)))
             console.print(_table(section, [labels[place] for place in chosen], chosen, width))
+        for note in (notes or {}).get(section.name, ()):
+            console.print(Text(f"{section.name}: {note}", style="dim"))
     console.print(Text(NOTE, style="dim"))
 
 
@@ -61,11 +68,17 @@ def _rich(cell: Cell | None, width: int) -> Text:
     return Text.assemble((cell.value, "bold"), mark, f"\n{cell.interval}", f"\n{cell.note}" if cell.note else "")
 
 
-def markdown(sections: Sequence[Section], labels: Sequence[str], warnings: Sequence[str]) -> str:
-    """Return a Markdown page: every data set's main rows, then all others by group."""
+def markdown(
+    sections: Sequence[Section],
+    labels: Sequence[str],
+    warnings: Sequence[str],
+    notes: Mapping[str, Sequence[str]],
+) -> str:
+    """Return a Markdown page: every data set's main rows with its notes, then all others by group."""
     parts = ["# Results", NOTE, *(f"> **Warning:** {_escaped(warning)}" for warning in warnings)]
     for section in sections:
         parts += [f"## {_escaped(section.name)}", _rows(section.main, labels)]
+        parts += [f"- {_escaped(note)}" for note in notes.get(section.name, ())]
     for section in sections:
         for group, lines in section.details.items():
             parts += [f"### {_escaped(section.name)}: {_escaped(group)}", _rows(lines, labels)]

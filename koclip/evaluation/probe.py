@@ -89,15 +89,9 @@ def linear_probe(embedder: Embedder, one: EvalSet) -> dict[str, Metric]:
 def few_shot(embedder: Embedder, one: EvalSet) -> dict[str, Metric]:
     """Fit on a few images per class; C is found on as many others, at most four. The mean of three draws."""
     train, test = _parts(embedder, one)
-    smallest = int(np.unique(train.labels, return_counts=True)[1].min())
     metrics = {}
     for shots in one.config.shots:
-        held = min(shots, _MOST_VALIDATION_SHOTS)
-        if shots + held > smallest:
-            raise ConfigError(
-                f"eval.sets[].shots: {shots} shots and {held} for validation, but a class of {one.name} has {smallest} "
-                "training images: leave the number out"
-            )
+        held = _held(shots, train.labels, one)
         hits = []
         for draw in range(_DRAWS):
             fitted, validation = draw_shots(train.labels, shots, held, seed=_DRAWS * one.config.seed + draw)
@@ -105,6 +99,37 @@ def few_shot(embedder: Embedder, one: EvalSet) -> dict[str, Metric]:
             hits.append(fit(train.of(fitted), c).predict(test.features) == test.labels)
         metrics[f"few_shot/accuracy_{shots:02d}_shots"] = mean(torch.from_numpy(np.mean(hits, axis=0)))
     return metrics
+
+
+def check_probes(one: EvalSet) -> None:
+    """Make sure that a set has images enough for the probes it asks for.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    labels = np.array(one.labels if one.train is None else one.train.labels)
+    if one.train is None:
+        labels = labels[_split_distinct(labels, _TESTED, one)[0]]
+    if "linear_probe" in one.config.tasks:
+        _split(labels, _VALIDATION, one)
+    if "few_shot" in one.config.tasks:
+        for shots in one.config.shots:
+            _held(shots, labels, one)
+
+
+def _held(shots: int, labels: Labels, one: EvalSet) -> int:
+    """Return how many images per class validate that many shots.
+
+    Raises:
+        ConfigError: a class has too few for both.
+    """
+    held, smallest = min(shots, _MOST_VALIDATION_SHOTS), int(np.unique(labels, return_counts=True)[1].min())
+    if shots + held > smallest:
+        raise ConfigError(
+            f"eval.sets[].shots: {shots} shots and {held} for validation, but a class of {one.name} has {smallest} "
+            "training images: leave the number out"
+        )
+    return held
 
 
 def draw_shots(labels: Labels, shots: int, held: int, seed: int) -> tuple[Labels, Labels]:
@@ -123,6 +148,17 @@ def _best_c(embedder: Embedder, train: Part, held: Part, label: str) -> float:
             return float(fit(train, c).score(held.features, held.labels))
 
         return search_c(lambda cs: embedder.share(score, cs))[0]
+
+
+def _split_distinct(labels: Labels, share: float, one: EvalSet) -> tuple[Labels, Labels]:
+    """Split a set's images as `_split` does; equal images, which would be fitted on and tested, stay together."""
+    places: dict[bytes, list[int]] = {}
+    for place, digest in enumerate(one.pictures.digests()):
+        places.setdefault(digest, []).append(place)
+    equal = list(places.values())
+    parts = _split(labels[[first for first, *_ in equal]], share, one)
+    fitted, aside = (np.array([place for number in part for place in equal[number]]) for part in parts)
+    return fitted, aside
 
 
 def _split(labels: Labels, share: float, one: EvalSet) -> tuple[Labels, Labels]:
@@ -147,5 +183,5 @@ def _parts(embedder: Embedder, one: EvalSet) -> tuple[Part, Part]:
     whole = Part(embedder.features(one.pictures).numpy(), np.array(one.labels))
     if one.train is not None:
         return Part(embedder.features(one.train.pictures).numpy(), np.array(one.train.labels)), whole
-    fitted, tested = _split(whole.labels, _TESTED, one)
+    fitted, tested = _split_distinct(whole.labels, _TESTED, one)
     return whole.of(fitted), whole.of(tested)

@@ -8,11 +8,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from koclip.checkpoint import lines
-from koclip.config import to_dict
 from koclip.evaluation.drawing import korean_style, save
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate
 from koclip.evaluation.grids import queries
+from koclip.evaluation.notes import described, notes
 from koclip.evaluation.printing import print_tables
 from koclip.evaluation.sets import EvalSet
 from koclip.evaluation.tables import MAIN, place, sections, split
@@ -23,7 +23,7 @@ def report(run: Path, config: Any, embedder: Embedder, sets: Sequence[EvalSet]) 
     """Evaluate; write results.json and pictures/ in the run directory; print the table and what could not be used."""
     metrics = evaluate(embedder, sets)
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-    data = {one.name: {"source": to_dict(one.config), "images": len(one.pictures)} for one in sets}
+    data = described(sets, str(run / "model"))
     write_results(run / "results.json", str(run / "model"), data, metrics, environment)
     pictures = run / "pictures"
     with korean_style():
@@ -34,7 +34,8 @@ def report(run: Path, config: Any, embedder: Embedder, sets: Sequence[EvalSet]) 
         save(training_figure(run / "metrics.jsonl", metrics), pictures / "training.png")
     if sets:
         sets[0].pictures[0].save(pictures / "example.png")
-        print_tables(sections([metrics], {}), [run.name])
+        said = {name: notes({run.name: facts}) for name, facts in data.items()}
+        print_tables(sections([metrics], {}), [run.name], notes=said)
     skipped = len(lines.read(run / "skipped.jsonl"))
     if skipped:
         print(f"{skipped:,} samples could not be used: {run / 'skipped.jsonl'} lists them with their reasons")  # noqa: T201

@@ -42,7 +42,7 @@ def retrieval(embedder: Embedder, one: EvalSet, language: str, images: torch.Ten
     `first_caption` rows use each image's first caption only, the protocol of most published Korean tables. Intervals
     resample images with all of their captions.
     """
-    captions = [captions.get(language, []) for captions in one.captions]
+    captions = one.texts(language)
     metrics = _ranked(embedder, collect(captions, one.gallery.get(language, [])), images, "")
     if any(len(texts) > 1 for texts in captions):
         metrics |= _ranked(embedder, collect([texts[:1] for texts in captions], []), images, "_first_caption")
@@ -95,17 +95,14 @@ def _groups(captions: Captions) -> torch.Tensor:
 def languages(embedder: Embedder, one: EvalSet, first: str, second: str, images: torch.Tensor) -> dict[str, Metric]:
     """Ask the same in two languages: what the first finds more often, and how often both find the same image.
 
-    Captions correspond by their places in images that have equally many in both languages.
+    Captions correspond by their places in images that have equally many in both languages; a place that is empty in
+    either of them is left out.
     """
-    pairs = [
-        (image, pair)
-        for image, captions in enumerate(one.captions)
-        if len(captions.get(first, [])) == len(captions.get(second, []))
-        for pair in zip(captions.get(first, []), captions.get(second, []), strict=True)
-    ]
+    pairs = [(image, pair) for image, own in enumerate(one.pairs(first, second)) for pair in own]
     if not pairs:
         raise ConfigError(
-            f"{one.name}: no image has equally many captions in {first} and {second}: none can be compared"
+            f"{one.name}: no image has equally many captions in {first} and {second}, with both at one place: none can "
+            "be compared"
         )
     groups = torch.tensor([image for image, _ in pairs])
     found = []
@@ -127,7 +124,7 @@ def languages(embedder: Embedder, one: EvalSet, first: str, second: str, images:
 
 def stress(embedder: Embedder, one: EvalSet, images: torch.Tensor) -> dict[str, Metric]:
     """Rank images by rewritten Korean captions; `drop@k` is what recall@k loses, `changed` the share that changed."""
-    captions = collect([captions.get("ko", []) for captions in one.captions], [])
+    captions = collect(one.texts("ko"), [])
     if not captions.images:
         raise ConfigError(f"{one.name}: no image has a caption in ko, which the task stress rewrites")
     groups = _groups(captions)

@@ -1,39 +1,54 @@
 """Open what a model is evaluated on: pictures, their captions or classes, and multiple-choice tasks."""
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
 
-from koclip.config import ConfigError, EvalSetConfig, SourceConfig
+from koclip.config import ConfigError, EvalSetConfig, SourceConfig, check
 from koclip.data.batches import Skip
-from koclip.data.sources import Row, StreamSource, open_source
+from koclip.data.corruptions import CORRUPTIONS
+from koclip.data.sources import MapSource, Row, StreamSource, open_source
 from koclip.data.tables import SourceError
 from koclip.data.transforms import PIXEL_LIMIT, ImageError, PixelLimit, decode
 from koclip.evaluation.choices import Choice, scene_choices
+from koclip.evaluation.labels import NAMED, few, read_labels, said_by_number
+from koclip.evaluation.merging import first_pictures, first_rows, merged
 from koclip.evaluation.pictures import Pictures
-from koclip.text.classes import ClassName, load_classes
+from koclip.text.classes import ClassName, load_classes, templates_of_kind
+from koclip.text.normalize import normalize, paired, usable
 
 _BATCH = 256  # rows read at once
-_NAMED = 10  # classes or rows that a message names at most
 _FEWEST = 2  # images: nothing can be ranked among one
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """One data set, opened."""
+    """One data set, opened.
+
+    Rows of equal pictures are one picture with all their captions. In a set of classes each row is a labelled picture
+    of its own; tasks of captions ask `captioned` there.
+    """
 
     name: str
     config: EvalSetConfig
     pictures: Pictures
-    captions: list[dict[str, list[str]]]  # by picture, then by language
+    captions: list[dict[str, list[str]]]  # by picture, then by language, in places as a `Row` has them
     gallery: dict[str, list[str]]  # captions that belong to no picture, by language
     choices: list[Choice] = field(default_factory=list)
-    skipped: list[Skip] = field(default_factory=list)
+    skipped: list[Skip] = field(default_factory=list)  # rows left out, not those of `train`, `shifted` and gallery
     classes: list[ClassName] = field(default_factory=list)  # none: captions are the names
     labels: list[int] = field(default_factory=list)  # each picture's place in `classes`
     train: "EvalSet | None" = None
     shifted: "dict[str, EvalSet]" = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    num_rows: int | None = None  # read of its source, `skipped` among them; None: it was not read from one
+    cut: bool = False  # `max_images` left rows unread
+    labels_by: str = ""  # "key", or "number: " and what the numbers stand for; where there are classes
+    absent: list[str] = field(default_factory=list)  # keys of the classes that `present_classes` left out
+    in_source: int = 0  # of `train`: rows left out because the source holds the same image
+    gallery_rows: int = 0  # read
+    gallery_skipped: list[Skip] = field(default_factory=list)  # of these, rows without a usable caption
 
     @property
     def languages(self) -> list[str]:
@@ -42,109 +57,258 @@ class EvalSet:
             return list(self.classes[0].names)
         return [name for name in self.config.source.captions if any(name in captions for captions in self.captions)]
 
+    @cached_property
+    def captioned(self) -> "EvalSet":
+        """This set without classes: equal pictures are one, and pictures without captions are left out.
+
+        Raises:
+            ConfigError: no picture has a caption.
+        """
+        if not self.classes:
+            return self
+        by_picture: dict[bytes, list[Row]] = {}
+        for row, digest in zip(self.pictures.rows, self.pictures.digests(), strict=True):
+            by_picture.setdefault(digest, []).append(row)
+        rows = [row for row in map(merged, by_picture.values()) if row.captions]
+        if not rows:
+            raise ConfigError(f"{self.name}: no image has a caption, which the tasks {self.config.tasks} need")
+        captions = [row.captions for row in rows]
+        return replace(self, pictures=Pictures(rows), captions=captions, classes=[], labels=[])
+
+    def texts(self, language: str) -> list[list[str]]:
+        """Return each picture's usable captions in a language."""
+        return [usable(captions.get(language, [])) for captions in self.captions]
+
+    def pairs(self, first: str, second: str) -> list[list[tuple[str, str]]]:
+        """Return each picture's captions in two languages that correspond: both stand at one place.
+
+        Pictures with unequal numbers of places have none.
+        """
+        both = [(captions.get(first, []), captions.get(second, [])) for captions in self.captions]
+        return [[(own[place], other[place]) for place in paired(own, other) or ()] for own, other in both]
+
     def everything(self) -> "list[EvalSet]":
         """Return this set and those it is compared with or trained on."""
         return [self, *self.shifted.values(), *([self.train] if self.train else [])]
+
+    def all_skipped(self) -> list[Skip]:
+        """Return the rows left out of this set and of all that belong to it."""
+        return [*(skip for part in self.everything() for skip in part.skipped), *self.gallery_skipped]
+
+
+class _Rows(NamedTuple):
+    """The rows of a part that can be used, and what became of the others."""
+
+    rows: list[Row]  # without classes, one for each picture
+    skipped: list[Skip]
+    num_rows: int  # read
+    cut: bool
+    limit: PixelLimit  # of an image
 
 
 def open_set(config: EvalSetConfig, limit: PixelLimit = PIXEL_LIMIT) -> EvalSet:
     """Read a set's captions and check its images; unusable rows are left out and listed in `skipped`.
 
     Raises:
-        SourceError: a source cannot be opened or has no usable row.
-        ConfigError: an image's class is not in the list, or there are fewer than two.
+        SourceError: a source cannot be opened, has too few usable rows or too large a share of unusable ones.
+        ConfigError: labels are not of the listed classes, or fewer than two classes have images; templates are of other
+            languages or cannot be filled; there is no such corruption; `train` holds nothing but images of the source,
+            or lacks a class.
     """
     listed = load_classes(config.classes) if config.classes else []
-    rows, labels, skipped = _usable(config, config.source, listed, limit)
-    classes, warnings = _present(listed, set(labels), config) if listed else ([], [])
-    gallery: dict[str, list[str]] = {}
-    for source in config.gallery:
-        for captions in _captions(source):
-            for language, texts in captions.items():
-                gallery.setdefault(language, []).extend(texts)
-    places = {listed.index(one): place for place, one in enumerate(classes)}
-
-    def related(source: SourceConfig) -> EvalSet:
-        """Open a set of the same classes; images of classes that have been left out are left out, too."""
-        rows, labels, skipped = _usable(config, source, listed, limit)
-        known = [place for place, label in enumerate(labels) if label in places] if listed else range(len(rows))
-        rows, labels = [rows[place] for place in known], [places[labels[place]] for place in known if listed]
-        captions = [row.captions for row in rows]
-        return EvalSet(
-            source.short_name, config, Pictures(rows, limit=limit), captions, {}, [], skipped, classes, labels
-        )
-
-    train = related(config.train) if config.train else None
-    shifted = {name: related(source) for name, source in config.shifted.items()}
-    others = [*shifted.values(), *([train] if train else [])]
-    return EvalSet(
-        name=config.source.short_name,
-        config=config,
-        pictures=Pictures(rows, limit=limit),
-        captions=[row.captions for row in rows],
+    _check_names(config, listed)
+    read = {part: _usable(config, part, source, limit) for part, source in config.parts.items()}
+    gallery, gallery_rows, gallery_skipped = _gallery(config)
+    by, places = "", {part: [0] * len(own.rows) for part, own in read.items()}
+    classes: list[ClassName] = []
+    warnings: list[str] = []
+    if listed:
+        by, places = read_labels({part: own.rows for part, own in read.items()}, listed, config)
+        classes, warnings = _present(listed, set(places["source"]), config, read["source"].cut)
+    new = {place: classes.index(one) for place, one in enumerate(listed) if one in classes} or {0: 0}
+    opened = {
+        part: _part(config, source, read[part], [new.get(place) for place in places[part]], classes)
+        for part, source in config.parts.items()
+    }
+    whole = opened["source"]
+    _check_captions(whole)
+    return replace(
+        whole,
         gallery=gallery,
+        gallery_rows=gallery_rows,
+        gallery_skipped=gallery_skipped,
         choices=scene_choices() if config.source.path == "scenes" else [],
-        skipped=[*skipped, *(skip for one in others for skip in one.skipped)],
-        classes=classes,
-        labels=[places[label] for label in labels],
-        train=train,
-        shifted=shifted,
+        train=_apart(opened["train"], whole) if config.train else None,
+        shifted={name: opened[f"shifted.{name}"] for name in config.shifted},
         warnings=warnings,
+        labels_by=f"number: {said_by_number([one.key for one in listed])}" if by == "number" else by,
+        absent=[one.key for one in listed if one not in classes],
     )
 
 
-def _usable(
-    config: EvalSetConfig, source: SourceConfig, classes: list[ClassName], limit: PixelLimit
-) -> tuple[list[Row], list[int], list[Skip]]:
-    """Return the rows with an image and what the tasks need, their classes' places in the list, and what was left."""
-    rows, labels, skipped = [], [], []
-    keys = {one.key: place for place, one in enumerate(classes)}
-    for row in itertools.islice(_rows(source), config.max_images or None):
+def _check_captions(whole: EvalSet) -> None:
+    """Make sure that there is something to rank in every language that is asked in."""
+    for language in whole.config.source.captions:
+        count = sum(any(captions.get(language, [])) for captions in whole.captions)
+        told = f"expected {_FEWEST} images or more with a caption in it, or none; take the language out"
+        check(count != 1, f"eval.sets[].source.captions.{language}", f"{count} image of {whole.name}", told)
+
+
+def _check_names(config: EvalSetConfig, classes: Sequence[ClassName]) -> None:
+    """Check what is named by text, before images are read: languages, templates, corruptions."""
+    if classes:
+        unknown = sorted(set(config.templates) - set(classes[0].names))
+        named = f"{config.classes} names its classes in {list(classes[0].names)}"
+        check(not unknown, "eval.sets[].templates", unknown, named)
+    for language, asked in config.templates.items():
+        templates_of_kind(asked, config.template_kind, f"eval.sets[].templates.{language}")
+    strange = sorted(set(config.corruptions) - set(CORRUPTIONS))
+    check(not strange, "eval.sets[].corruptions", strange, f"expected some of {list(CORRUPTIONS)}")
+
+
+def _usable(config: EvalSetConfig, part: str, source: SourceConfig, limit: PixelLimit) -> _Rows:
+    """Read the rows of a part of the set; those without an image or what the tasks need are left out."""
+    rows, skipped = [], []
+    by_picture: dict[bytes, list[Row]] = {}
+    cut = False
+    for row, content in _first(config, part, source):
+        if content is None:
+            cut = True
+            continue
+        equal = by_picture.setdefault(content, [])
         try:
-            if classes and row.label is None:
+            if config.classes and not normalize(row.label or ""):
                 raise ImageError("no class")
-            if not classes and not row.captions:
+            if not config.classes and not row.captions:
                 raise ImageError("no usable caption")
-            decode(row.image, *limit)
+            if not equal:
+                decode(row.image, *limit)
         except ImageError as error:
             skipped.append(Skip(row.key, str(error), source.path))
+        else:
+            rows.append(row)
+            equal.append(row)
+    read = len(rows) + len(skipped)
+    if not config.classes:
+        rows = [merged(equal) for equal in by_picture.values() if equal]
+    if len(rows) < _FEWEST:
+        raise SourceError(
+            f"evaluation source {source.path!r} has {len(rows)} usable images in {read} rows, expected {_FEWEST} or "
+            f"more. Left out: {len(skipped)} {_reasons(skipped)}"
+        )
+    _check_share(config, part, source, skipped, read)
+    return _Rows(rows, skipped, read, cut, limit)
+
+
+def _first(config: EvalSetConfig, part: str, source: SourceConfig) -> Iterator[tuple[Row, bytes | None]]:
+    """Yield the rows that are asked for, each with its picture's content, and others with None."""
+    limit = 0 if part == "train" else config.max_images
+    opened = open_source(source)
+    if config.classes:
+        return first_rows(_rows(opened), limit)
+    return first_pictures(_rows(opened), limit, isinstance(opened, StreamSource))
+
+
+def _check_share(
+    config: EvalSetConfig, part: str, source: SourceConfig, skipped: Sequence[Skip], num_rows: int
+) -> None:
+    share = config.max_skipped_fraction
+    if len(skipped) > share * num_rows:
+        raise SourceError(
+            f"eval.sets[].max_skipped_fraction: {len(skipped)} of {num_rows} rows of {source.path!r} ({part}) cannot "
+            f"be used, more than {share:.0%}: {_reasons(skipped)}"
+        )
+
+
+def _reasons(skipped: Sequence[Skip]) -> str:
+    return "; ".join(f"{skip.key}: {skip.reason}" for skip in skipped[:NAMED])
+
+
+def _part(
+    config: EvalSetConfig, source: SourceConfig, read: _Rows, places: Sequence[int | None], classes: list[ClassName]
+) -> EvalSet:
+    """Return a part of the set; rows without a place, whose classes are left out, are left out, too.
+
+    Args:
+        config: The set's.
+        source: The part's.
+        read: Its rows.
+        places: Their classes' places in `classes`; without classes no matter.
+        classes: All classes, or none.
+    """
+    rows, labels, skipped = [], [], list(read.skipped)
+    for row, place in zip(read.rows, places, strict=True):
+        if place is None:
+            reason = f"no image of the source is of its class, {row.label} (present_classes)"
+            skipped.append(Skip(row.key, reason, source.path))
             continue
         rows.append(row)
-        if classes:
-            labels.append(_place(row, keys, config))
+        labels.append(place)
     if len(rows) < _FEWEST:
-        reasons = "; ".join(f"{skip.key}: {skip.reason}" for skip in skipped[:_NAMED])
         raise SourceError(
-            f"evaluation source {source.path!r} has {len(rows)} usable rows, expected {_FEWEST} or more. Left out: "
-            f"{len(skipped)} {reasons}"
+            f"evaluation source {source.path!r} has {len(rows)} rows of classes that the set's source has images of, "
+            f"expected {_FEWEST} or more"
         )
-    return rows, labels, skipped
-
-
-def _place(row: Row, keys: dict[str, int], config: EvalSetConfig) -> int:
-    """Return the place of a row's class in the list: found by its key, else by its number."""
-    label = str(row.label)
-    if label in keys:
-        return keys[label]
-    if label.isdecimal() and int(label) < len(keys):
-        return int(label)
-    raise ConfigError(
-        f"eval.sets[].classes: {config.classes} has no class {label!r} of image {row.key}; its keys are "
-        f"{_few(list(keys))}: add the class, or name another column than source.label: "
-        f"{config.source.label}"
+    return EvalSet(
+        name=source.short_name,
+        config=config,
+        pictures=Pictures(rows, limit=read.limit),
+        captions=[row.captions for row in rows],
+        gallery={},
+        skipped=skipped,
+        classes=classes,
+        labels=labels if classes else [],
+        num_rows=read.num_rows,
+        cut=read.cut,
     )
 
 
-def _present(classes: list[ClassName], labels: set[int], config: EvalSetConfig) -> tuple[list[ClassName], list[str]]:
+def _apart(train: EvalSet, source: EvalSet) -> EvalSet:
+    """Leave out of `train` what the source holds, too: a probe must not be fitted on what it is tested on.
+
+    Raises:
+        ConfigError: nothing is left, or a class of the source is not among it.
+    """
+    tested = set(source.pictures.digests())
+    kept = [place for place, digest in enumerate(train.pictures.digests()) if digest not in tested]
+    shared = len(train.pictures) - len(kept)
+    where = train.config.train.path if train.config.train else ""
+    check(
+        bool(kept),
+        "eval.sets[].train",
+        where,
+        f"all of its {shared} images are in the source, too: a probe would be tested on what it was fitted on; name "
+        "other images, or leave train out: then half of the source is fitted on and the other half tested",
+    )
+    labels = [train.labels[place] for place in kept]
+    lacking = [source.classes[label].key for label in sorted(set(source.labels) - set(labels))]
+    check(not lacking, "eval.sets[].train", where, f"it has no image of {few(lacking)}, whose images are tested")
+    left = [train.pictures.rows[place].key for place in range(len(train.pictures)) if place not in set(kept)]
+    return replace(
+        train,
+        pictures=Pictures([train.pictures.rows[place] for place in kept], limit=train.pictures.limit),
+        captions=[train.captions[place] for place in kept],
+        labels=labels,
+        skipped=[*train.skipped, *(Skip(key, "the source holds the same image", where) for key in left)],
+        in_source=len(left),
+    )
+
+
+def _present(
+    classes: list[ClassName], labels: set[int], config: EvalSetConfig, cut: bool
+) -> tuple[list[ClassName], list[str]]:
     """Leave classes without an image out if asked to, else warn of them; return classes and warnings."""
     present = [one for place, one in enumerate(classes) if place in labels]
     absent = [one.key for place, one in enumerate(classes) if place not in labels]
     warnings = []
     name = config.source.short_name
-    if absent and not config.present_classes:
+    if absent and (cut or not config.present_classes):
+        why = "are left out" if config.present_classes else "can only be taken by mistake"
+        advice = "" if config.present_classes else "; present_classes: true leaves them out"
+        if cut:
+            advice = f"; max_images reads the first {config.max_images} rows, and the rest may hold them"
         warnings.append(
-            f"{name}: {len(absent)} of {len(classes)} classes have no image and can only be taken by mistake: "
-            f"{_few(absent)}; present_classes: true leaves them out"
+            f"{name}: {len(absent)} of {len(classes)} classes have no image and {why}: {few(absent)}{advice}"
         )
     kept = present if config.present_classes else classes
     if len(kept) < 2:
@@ -155,17 +319,29 @@ def _present(classes: list[ClassName], labels: set[int], config: EvalSetConfig) 
     return kept, warnings
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
-
-
-def _rows(config: SourceConfig) -> Iterator[Row]:
-    source = open_source(config)
+def _rows(source: MapSource | StreamSource) -> Iterator[Row]:
     if isinstance(source, StreamSource):
         yield from source.stored_rows()
         return
     for start in range(0, len(source), _BATCH):
         yield from source.rows(range(start, min(start + _BATCH, len(source))))
+
+
+def _gallery(config: EvalSetConfig) -> tuple[dict[str, list[str]], int, list[Skip]]:
+    """Return the captions of the gallery's sources by language, the number of rows, and rows without a usable one."""
+    found: dict[str, list[str]] = {}
+    skipped: list[Skip] = []
+    num_rows = 0
+    for source in config.gallery:
+        rows = list(_captions(source))
+        for captions in rows:
+            for language, texts in captions.items():
+                found.setdefault(language, []).extend(usable(texts))
+        keys = (f"{source.short_name}/{number}" for number, captions in enumerate(rows) if not captions)
+        unusable = [Skip(key, "no usable caption", source.path) for key in keys]
+        _check_share(config, "gallery", source, unusable, len(rows))
+        skipped, num_rows = [*skipped, *unusable], num_rows + len(rows)
+    return found, num_rows, skipped
 
 
 def _captions(config: SourceConfig) -> Iterator[dict[str, list[str]]]:

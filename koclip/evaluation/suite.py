@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from koclip import distributed
 from koclip.checkpoint import lines
 from koclip.checkpoint.environment import environment
-from koclip.config import ConfigError, EvaluateConfig, dump, to_dict
+from koclip.config import ConfigError, EvaluateConfig, dump
 from koclip.evaluation.sets import EvalSet
 
 
@@ -39,7 +39,7 @@ def start(config: EvaluateConfig, sets: Sequence[EvalSet]) -> Path:
     if distributed.rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         dump(config, run / "config.yaml")
-        skipped = [skip._asdict() for one in sets for skip in one.skipped]
+        skipped = [skip._asdict() for one in sets for skip in one.all_skipped()]
         (run / "skipped.jsonl").unlink(missing_ok=True)
         if skipped:
             lines.append(run / "skipped.jsonl", skipped)
@@ -50,14 +50,6 @@ def start(config: EvaluateConfig, sets: Sequence[EvalSet]) -> Path:
 def surroundings() -> dict[str, Any]:
     """Return what the numbers depend on besides model and data; the number of processes is not among it."""
     return {name: value for name, value in environment().items() if name != "num_processes"}
-
-
-def described(one: EvalSet, templates: dict[str, list[str]]) -> dict[str, Any]:
-    """Return what results.json says of a data set."""
-    facts: dict[str, Any] = {"source": to_dict(one.config), "images": len(one.pictures), "skipped": len(one.skipped)}
-    if one.classes:
-        facts["classes"] = len(one.classes)
-    return facts | ({"templates": templates} if templates else {})
 
 
 def folders_of(run: Path, models: Sequence[str]) -> dict[str, Path]:

@@ -10,7 +10,7 @@ from koclip.data.corruptions import SEVERITIES
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.sets import EvalSet
 from koclip.metrics import Metric, difference, mean, mean_per_class, share
-from koclip.text.classes import load_templates
+from koclip.text.classes import templates_of_kind
 from koclip.text.prompts import fill, has_particle, spelt_out
 
 _Ranks = Callable[[torch.Tensor], torch.Tensor]  # of class embeddings (C, D): each image's rank
@@ -33,7 +33,7 @@ def names_of(one: EvalSet, language: str) -> Names:
         plain = [name.text(language) for name in one.classes]
         return Names(plain, described, [[label] for label in one.labels], list(range(len(one.labels))))
     sets = [one, *one.shifted.values()]
-    captions = [text for part in sets for captions in part.captions for text in captions.get(language, [])]
+    captions = [text for part in sets for own in part.texts(language) for text in own]
     plain = list(dict.fromkeys([*captions, *one.gallery.get(language, [])]))
     return Names(plain, plain, *_owned(one, language, plain))
 
@@ -42,7 +42,7 @@ def _owned(one: EvalSet, language: str, names: list[str]) -> tuple[list[list[int
     if one.labels:
         return [[label] for label in one.labels], list(range(len(one.labels)))
     place = {name: number for number, name in enumerate(names)}
-    owned = [[place[text] for text in dict.fromkeys(captions.get(language, []))] for captions in one.captions]
+    owned = [[place[text] for text in dict.fromkeys(own)] for own in one.texts(language)]
     images = [image for image, right in enumerate(owned) if right]
     return [owned[image] for image in images], images
 
@@ -50,7 +50,14 @@ def _owned(one: EvalSet, language: str, names: list[str]) -> tuple[list[list[int
 def templates_of(one: EvalSet, language: str) -> list[str]:
     """Return the templates of a language: those listed, or those of a file, or the bare name."""
     asked = one.config.templates.get(language, ["{}"])
-    return load_templates(asked)[one.config.template_kind] if isinstance(asked, str) else asked
+    return templates_of_kind(asked, one.config.template_kind, f"eval.sets[].templates.{language}")
+
+
+def asked_templates(one: EvalSet) -> dict[str, list[str]]:
+    """Return the templates that a set's classes are put in, by language."""
+    if not {"zero_shot", "shift"} & set(one.config.tasks):
+        return {}
+    return {language: templates_of(one, language) for language in one.languages}
 
 
 def classifier(embedder: Embedder, names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from koclip.config import PublishConfig, check
+from koclip.evaluation.notes import notes
 from koclip.evaluation.printing import NOTE
 from koclip.evaluation.tables import MAIN, Cell, sections
 from koclip.publishing import quantized
@@ -127,6 +128,9 @@ def render(cfg: PublishConfig, facts: Facts, year: int | None = None) -> ModelCa
     may_be_empty: dict[str, Any] = {
         "towers": facts.towers,
         "int8": quantized.read(Path(cfg.model)),
+        "measured_on": [
+            f"{name}: {note}" for name, one in facts.results["data"].items() for note in notes({name: one})
+        ],
         "adapter": cfg.adapter and (Path(cfg.model) / ADAPTER).is_dir(),
     }
     template = files("koclip") / "assets" / "model_card.md"

@@ -14,6 +14,7 @@ from transformers import AutoProcessor, ProcessorMixin
 
 from koclip.config import ConfigError, EvalSetConfig, SourceConfig
 from koclip.data.transforms import PIXEL_LIMIT, PixelLimit
+from koclip.evaluation.notes import counts, notes
 from koclip.evaluation.pictures import Pictures
 from koclip.evaluation.report import write_results
 from koclip.evaluation.retrieval import approximated, collect
@@ -25,6 +26,7 @@ from koclip.models.encoders import in_batches
 from koclip.publishing.onnx_export import EXACT, FOLDER, INT8, RESULTS, SIDES, run, session
 from koclip.text import tokenizers
 
+_LOST = "Lost: percentage points with their 95 % interval, * where it excludes 0."
 _NAME = "int8"
 _MOST = 1_000  # images of a set that nobody named
 _SCENES = "--int8_sets '[{source: {scenes_part: test, scenes_size: 1000}}]'"
@@ -99,7 +101,9 @@ def _again(values: Mapping[str, Any]) -> EvalSetConfig:
     """Return what a set's retrieval needs of its description."""
     most = min(values.get("max_images") or _MOST, _MOST)
     gallery = [SourceConfig(**one) for one in values.get("gallery", [])]
-    return EvalSetConfig(source=SourceConfig(**values["source"]), gallery=gallery, max_images=most)
+    share = values.get("max_skipped_fraction", EvalSetConfig.max_skipped_fraction)
+    source = SourceConfig(**values["source"])
+    return EvalSetConfig(source=source, gallery=gallery, max_images=most, max_skipped_fraction=share)
 
 
 def measure(directory: Path, sets: Sequence[EvalSet], model: str) -> Losses:
@@ -118,12 +122,12 @@ def measure(directory: Path, sets: Sequence[EvalSet], model: str) -> Losses:
     for one in sets:
         images = [graphs.images(one.pictures) for graphs in both]
         for language in one.languages:
-            captions = collect([own.get(language, []) for own in one.captions], one.gallery.get(language, []))
+            captions = collect(one.texts(language), one.gallery.get(language, []))
             exact, int8 = zip(images, (graphs.texts(captions.texts) for graphs in both), strict=True)
             found = approximated(captions, exact, int8, _NAME)
             metrics |= {f"{one.name}/{language}/{name}": metric for name, metric in found.items()}
     # No path and no command: this file is published.
-    data = {one.name: {"images": len(one.pictures)} for one in sets}
+    data = {one.name: counts(one) for one in sets}
     environment = {name: value for name, value in surroundings().items() if name != "command"}
     write_results(directory / FOLDER / RESULTS, model, data, metrics, environment)
     return _losses(directory / FOLDER)
@@ -140,10 +144,11 @@ def _losses(folder: Path) -> Losses:
     exact, int8 = (_megabytes(folder, kind) for kind in (EXACT, INT8))
     counts = {name: one["images"] for name, one in results["data"].items()}
     told = [f"{name} ({count:,} pictures; R@1 by chance: about {100 / count:.2g} %)" for name, count in counts.items()]
+    rows = [f"{name}: {note}." for name, one in results["data"].items() for note in notes({name: one})]
     return Losses(
         f"`{FOLDER}/*{INT8}.onnx` keep weights in 8 bits: {int8:,.1f} MB in the place of {exact:,.1f} MB.",
         list(_rows(metrics)),
-        f"Measured on {', '.join(told)}. Lost: percentage points with their 95 % interval, * where it excludes 0.",
+        " ".join([f"Measured on {', '.join(told)}.", *rows, _LOST]),
     )
 
 

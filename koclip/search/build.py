@@ -23,6 +23,7 @@ from koclip.search import approximate
 from koclip.search.contents import Content, changed, look
 from koclip.search.folder import list_folder, printable
 from koclip.search.shards import FACTS, ROWS, SHARD, Entry, Shards, read_contents, read_facts, write, write_facts
+from koclip.text.normalize import usable
 
 FORMAT = 3  # of the files
 _QUALITY = 80  # of thumbnails
@@ -198,8 +199,8 @@ def _embed(path: Path, rows: list[Row], encoder: Encoder, config: IndexConfig, s
                 skipped.append(Skip(row.key, str(error), name))
                 continue
             batch.append(to_pil_image(pixels))
-            record = {"key": row.key, "captions": row.captions}
-            entries.append(Entry(record, _thumbnail(batch[-1], config.thumbnail_size)))
+            captions = {language: usable(texts) for language, texts in row.captions.items()}
+            entries.append(Entry({"key": row.key, "captions": captions}, _thumbnail(batch[-1], config.thumbnail_size)))
         if batch:
             made.append(encoder.encode_images(batch))
             finite = made[-1].isfinite().all(dim=1).tolist()

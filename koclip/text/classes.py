@@ -13,7 +13,6 @@ single prompt:
     drawing: ["{label:을/를} 그린 그림"]
 """
 
-import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,11 +22,10 @@ from typing import Any
 
 import yaml
 
-from koclip.config import ConfigError, check, locate
+from koclip.config import ConfigError, check, check_languages, locate
 from koclip.text.normalize import normalize
 from koclip.text.prompts import fill
 
-_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 _CLASSES = "expected a list of classes such as {key: crane, ko: 크레인, en: crane}"
 _TEMPLATES = "expected lists of templates by kind of picture, such as {photo: ['{label} 사진']}"
 
@@ -97,17 +95,39 @@ def load_templates(name: str | Path) -> dict[str, list[str]]:
     groups = _read("templates", name)
     check(isinstance(groups, dict) and bool(groups), str(name), str(groups)[:80], _TEMPLATES)
     for group, templates in groups.items():
-        check(isinstance(templates, list) and bool(templates), f"{name}, {group}", templates, _TEMPLATES)
-        for number, template in enumerate(templates):
-            where = f"{name}, {group}, template {number}"
-            _check_text(where, template)
-            try:
-                fill(template, "책")
-            except ValueError as error:
-                raise ConfigError(f"{where}: {error}") from None
+        _check_templates(f"{name}, {group}", templates)
     everything = [template for templates in groups.values() for template in templates]
     _check_distinct(str(name), everything, (_fold(fill(template, "책")) for template in everything))
     return dict(groups)
+
+
+def templates_of_kind(asked: str | list[str], kind: str, where: str) -> list[str]:
+    """Return templates that are listed, or those for one kind of picture of what `load_templates` reads.
+
+    Args:
+        asked: The templates, or what `load_templates` takes.
+        kind: The kind of picture.
+        where: The key of the configuration, for messages.
+
+    Raises:
+        ConfigError: see `load_templates`; or it has none of that kind.
+    """
+    if not isinstance(asked, str):
+        _check_templates(where, asked)
+        return asked
+    groups = load_templates(asked)
+    check(kind in groups, "eval.sets[].template_kind", kind, f"{where}: {asked} has templates for {list(groups)}")
+    return groups[kind]
+
+
+def _check_templates(where: str, templates: Any) -> None:
+    check(isinstance(templates, list) and bool(templates), where, templates, _TEMPLATES)
+    for number, template in enumerate(templates):
+        _check_text(f"{where}, template {number}", template)
+        try:
+            fill(template, "책")
+        except ValueError as error:
+            raise ConfigError(f"{where}, template {number}: {error}") from None
 
 
 def _read(kind: str, name: str | Path) -> Any:
@@ -133,8 +153,7 @@ def _class(where: str, row: Any) -> ClassName:
     _check_text(f"{where}, key", row["key"])
     for texts in (names, descriptions):
         for language, text in texts.items():
-            fix = "expected key, description or a language such as ko, en or zh-Hant"
-            check(bool(_LANGUAGE.fullmatch(language)), where, language, fix)
+            check_languages(f"{where}, a key besides `key` and `description`", [language])
             _check_text(f"{where}, {language}", text)
     return ClassName(row["key"], names, descriptions)
 

@@ -5,7 +5,7 @@ import html
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 # Strings that tokenizers of the CLIP, BERT, RoBERTa and T5 families turn into control tokens, in any letter case
 # (CLIP's tokenizer lowercases). In a caption they would end the text early or shift its positions.
@@ -64,15 +64,37 @@ def read_list(cell: object) -> object:
 
 
 def clean_captions(cell: object) -> list[str]:
-    """Return the usable captions in a table cell: a string, a list of strings, or anything else (no caption).
+    """Return the captions in a table cell, each in its place: a string, a list of strings, or anything else (none).
 
-    A text that is a written list is that list. Empty strings, missing values, their spelt-out forms such as "nan", and
-    values that are not text are left out.
+    A text that is a written list is that list. "" stands in the place of what is no usable caption: empty strings,
+    missing values, their spelt-out forms such as "nan", and values that are not text. A cell without any usable caption
+    has no places.
     """
     cell = read_list(cell)
     values: Iterable[object] = cell if isinstance(cell, (list, tuple)) else [cell]
-    cleaned = (normalize(value) for value in values if isinstance(value, str))
-    return [caption for caption in cleaned if caption and caption.lower() not in _MISSING]
+    captions = [_caption(value) for value in values]
+    return captions if any(captions) else []
+
+
+def usable(captions: Iterable[str]) -> list[str]:
+    """Return captions without the empty places between them."""
+    return [caption for caption in captions if caption]
+
+
+def paired(first: Sequence[str], second: Sequence[str]) -> list[int] | None:
+    """Return the places where the captions of a row in two languages correspond: those where both have one.
+
+    Languages with unequal numbers of places do not correspond: None.
+    """
+    if len(first) != len(second):
+        return None
+    return [place for place, captions in enumerate(zip(first, second, strict=True)) if all(captions)]
+
+
+def _caption(value: object) -> str:
+    """Return a value as a caption, "" if it is none."""
+    caption = normalize(value) if isinstance(value, str) else ""
+    return "" if caption.lower() in _MISSING else caption
 
 
 def _plain(text: str) -> str:

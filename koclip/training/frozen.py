@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from xxhash import xxh3_128
 
 from koclip import distributed
-from koclip.config import ConfigError, DataConfig
+from koclip.config import ConfigError, DataConfig, SourceConfig
 from koclip.data import feature_rows, features
 from koclip.data.feature_rows import Images, Reader, Sentences, shards
 from koclip.data.features import Features, Inputs, Piece
@@ -84,6 +85,8 @@ def teacher_features(
 ) -> Features:
     """Return the teacher's features of every caption in its language, made now where they are not in `directory`.
 
+    Says how many captions have no counterpart in the teacher's language, and how many rows unequal numbers of captions.
+
     Args:
         accelerator: Its device and precision are used.
         teacher: A dual encoder, and the tokenizer of its text tower.
@@ -142,15 +145,20 @@ def _features(
     sources = [open_source(one, config.seed) for one in config.sources]
     total = sum(0 if isinstance(one, StreamSource) else len(one) for one in sources)
     mine = []
+    apart: defaultdict[str, Counter[str]] = defaultdict(Counter)
     with tqdm(desc=label, total=total or None, unit=" rows", disable=rank > 0) as bar:
         for shard in shards(sources, reader, directory, rank, world_size, config.num_workers):
-            pieces = _counted(shard.pieces, bar, world_size)
+            pieces = _counted(shard.pieces, bar, world_size, apart[shard.path.parent.name])
             if shard.exists:
                 features.check(shard.path, [item for piece in pieces for item in piece.items])
             else:
                 make(shard.path, pieces)
             mine.append(shard.path)
     found = sorted(itertools.chain(*distributed.gather_objects(mine)))
+    everywhere = distributed.gather_objects(apart)
+    for number, source in enumerate(config.sources if rank == 0 else ()):
+        name = f"{number}-{source.short_name}"
+        _tell_apart(sum((one[name] for one in everywhere), Counter()), source)
     left_over = sorted(set(directory.rglob("shard-*.safetensors")) - set(found))
     if left_over:
         raise ConfigError(
@@ -160,9 +168,26 @@ def _features(
     return Features(found)
 
 
-def _counted(pieces: Iterable[Piece], bar: Any, world_size: int) -> Iterator[Piece]:
-    """Pass pieces on and move the bar, which takes all processes to be as fast as this one."""
+def _tell_apart(apart: Counter[str], source: SourceConfig) -> None:
+    """Say what in a source does not correspond to the teacher's language (`Sentences`), of the languages drawn."""
+    weights = source.languages or dict.fromkeys(source.captions, 1.0)
+    for language in (name for name, weight in weights.items() if weight):
+        rows, captions = apart[f"rows/{language}"], apart[f"captions/{language}"]
+        for count, what in (
+            (rows, f"rows have unequal numbers of captions in {language} and in the teacher's: any of them teaches"),
+            (
+                captions,
+                f"captions in {language} have none in the teacher's language in their place: they are not taught",
+            ),
+        ):
+            if count:
+                tqdm.write(f"{source.short_name}: {count:,} {what}")
+
+
+def _counted(pieces: Iterable[Piece], bar: Any, world_size: int, apart: Counter[str]) -> Iterator[Piece]:
+    """Pass pieces on, add up what is `apart` and move the bar, which takes all processes to be as fast as this one."""
     for piece in pieces:
+        apart.update(piece.apart)
         yield piece
         bar.update(min(piece.num_rows * world_size, (bar.total or math.inf) - bar.n))
 

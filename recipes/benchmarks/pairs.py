@@ -18,6 +18,7 @@ from koclip.data.loader import train_loader
 from koclip.data.order import Shard
 from koclip.data.sources import StreamSource, open_source
 from koclip.data.transforms import Views, read
+from koclip.text.normalize import usable
 
 FLICKR8K_KO = Path("../shared/data/flickr8k_ko_train.parquet")
 CONTEXT = 77  # tokens; what CLIP pads every text to
@@ -60,7 +61,7 @@ def some_pairs(path: str, count: int, folder: Path) -> Pairs:
         assert isinstance(content, bytes)
         files.append(folder / f"{number:06}.jpg")
         files[-1].write_bytes(content)
-        captions.append(row.captions["ko"][0])
+        captions.append(usable(row.captions["ko"])[0])
     listed = folder / "pairs.jsonl"
     rows = [{"image": file.name, "caption": caption} for file, caption in zip(files, captions, strict=True)]
     listed.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")

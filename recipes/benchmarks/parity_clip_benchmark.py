@@ -136,7 +136,7 @@ def real_pairs(model: str, data: str, column: str, max_images: int) -> Pairs:
     source = SourceConfig(path=data, captions={"ko": column})
     one = open_set(EvalSetConfig(source=source, max_images=max_images))
     embedder = Embedder(TransformersEncoder(*koclip.load(model)), batch_size=64)
-    captions = [captions.get("ko", []) for captions in one.captions]
+    captions = one.texts("ko")
     texts = list(dict.fromkeys(text for own in captions for text in own))
     embedded = embedder.texts(texts)
     return Pairs(embedder.images(one.pictures), dict(zip(texts, embedded, strict=True)), captions)

@@ -1,0 +1,249 @@
+"""Captions keep their places: whatever is missing, those of two languages correspond as they do in their cells."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from koclip.config import DataConfig, SourceConfig
+from koclip.data.batches import Assembler, Known, Sample, Skip
+from koclip.data.features import digest_of
+from koclip.data.loader import train_loader, training_captions
+from koclip.data.order import Shard
+from koclip.data.sources import Row, open_source, row_captions
+from koclip.evaluation.embed import Embedder
+from koclip.evaluation.pictures import Pictures
+from koclip.evaluation.retrieval import languages, retrieval, stress
+from koclip.evaluation.sets import EvalSet, EvalSetConfig
+
+GAPS = {"ko": ["하나", "", "셋", "넷"], "en": ["one", "two", "three", ""]}  # of the issue: (하나, one) and (셋, three)
+SOURCE = SourceConfig(path="rows.jsonl", captions={"ko": "ko", "en": "en"}, languages={"ko": 1.0})
+Cell = Any
+
+
+class Teacher:
+    """Features that tell which sentence they are of."""
+
+    def __init__(self) -> None:
+        self.asked: dict[bytes, str] = {}
+
+    def embedding(self, digest: bytes, view: int = 0) -> Tensor:
+        return torch.frombuffer(bytearray(digest), dtype=torch.uint8).float()
+
+
+def taught(cells: dict[str, Cell], tokenizer: Any, source: SourceConfig = SOURCE, draws: int = 80) -> set[Any]:
+    """Return the pairs of caption and sentence that a row is drawn as, or why it is left out."""
+    assembler = Assembler(DataConfig(sources=[source]), tokenizer, None, Known(teacher=Teacher()))
+    row = Row(None, row_captions(cells, source), "row")
+    found: set[Any] = set()
+    for number in range(draws):
+        made = assembler.sample(row, 0, (0, number, 0, 0))
+        if isinstance(made, Sample):
+            assert made.sentence is not None
+            assert torch.equal(made.teacher, Teacher().embedding(digest_of(made.sentence.encode())))
+            found.add((made.caption, made.sentence))
+        else:
+            assert isinstance(made, Skip)
+            found.add(made.reason)
+    return found
+
+
+CASES = [
+    (GAPS, {("하나", "one"), ("셋", "three")}),
+    ({"ko": ["하나", None, "셋"], "en": ["one", "two", "three"]}, {("하나", "one"), ("셋", "three")}),
+    ({"ko": [None, "둘"], "en": ["one", "two"]}, {("둘", "two")}),
+    ({"ko": ["하나", "nan"], "en": ["nan", "two"]}, {"no caption has a counterpart in en"}),
+    ({"ko": "하나", "en": "one"}, {("하나", "one")}),
+    ({"ko": ["하나"], "en": "one"}, {("하나", "one")}),
+    ({"ko": ["하나", "둘"], "en": [3, "two"]}, {("둘", "two")}),
+    ({"ko": ["", "둘"], "en": ["one"]}, {("둘", "one")}),  # unequal numbers: any of the row's
+    ({"ko": ["하나"], "en": ["one", "", "three"]}, {("하나", "one"), ("하나", "three")}),
+    ({"ko": ["하나"], "en": ["", None]}, {"no caption in the teacher's language, en"}),
+    ({"ko": ["", "nan"], "en": ["one", "two"]}, {"no usable caption"}),
+]
+
+
+@pytest.mark.parametrize(("cells", "expected"), CASES)
+def test_captions_are_taught_by_what_stands_at_their_place(cells: dict[str, Cell], expected: set, tokenizer) -> None:
+    assert taught(cells, tokenizer) == expected
+
+
+def test_captions_in_the_teachers_language_teach_themselves(tokenizer) -> None:
+    both = SourceConfig(path="rows.jsonl", captions={"ko": "ko", "en": "en"})
+    found = taught(GAPS, tokenizer, both, 200)
+    assert found == {("하나", "one"), ("셋", "three"), ("one", "one"), ("two", "two"), ("three", "three")}
+
+
+def is_text(value: Cell) -> bool:
+    return isinstance(value, str) and value[-1:].isdigit()
+
+
+@st.composite
+def cells(draw: st.DrawFn) -> tuple[list[Cell], list[Cell]]:
+    """Draw a row's cells in Korean and English: texts that name their place, and gaps; mostly equally many."""
+    size, more = draw(st.integers(0, 4)), draw(st.sampled_from([0, 0, 0, 1]))
+    nothing = st.sampled_from(["", None, "nan", " ", 7])
+    ko, en = (
+        [draw(st.one_of(st.just(f"{language} {place}"), nothing)) for place in range(count)]
+        for language, count in (("ko", size), ("en", size + more))
+    )
+    return ko, en
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(cells())
+def test_pairs_taught_are_those_with_both_places_usable(tokenizer, row: tuple[list[Cell], list[Cell]]) -> None:
+    ko, en = row
+    found = taught({"ko": ko, "en": en}, tokenizer)
+    if len(ko) == len(en):
+        expected = {pair for pair in zip(ko, en, strict=True) if all(map(is_text, pair))}
+    else:
+        expected = {pair for pair in itertools.product(ko, en) if all(map(is_text, pair))}
+    assert found == expected or (not expected and len(found) == 1 and isinstance(found.pop(), str))
+
+
+class Placing:
+    """An encoder that knows where each text and each picture lies: the place of its number."""
+
+    name = "placing"
+
+    def __init__(self, places: dict[str, int]) -> None:
+        self._places = places
+        self.read: list[str] = []
+
+    def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
+        return torch.eye(16)[[image.getpixel((0, 0))[0] for image in images]]
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        self.read += texts
+        return torch.eye(16)[[self._places.get(text, 15) for text in texts]]
+
+    def fingerprint(self) -> str:
+        return self.name
+
+
+def eval_set(rows: Sequence[dict[str, Cell]]) -> EvalSet:
+    """Return a set of pictures of the shades 0, 1, 2 ... with the captions of these cells."""
+    captions = [row_captions(row, SOURCE) for row in rows]
+    pixels = [torch.full((2, 2, 3), shade, dtype=torch.uint8).numpy() for shade in range(len(rows))]
+    pictures = Pictures([Row(*one, key="") for one in zip(pixels, captions, strict=True)])
+    return EvalSet("rows", EvalSetConfig(source=SOURCE, tasks=["languages"]), pictures, captions, {})
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(st.lists(cells(), min_size=1, max_size=4))
+def test_languages_compare_pairs_with_both_places_usable(rows: list[tuple[list[Cell], list[Cell]]]) -> None:
+    """Both of a pair find the same picture here, but those of two pairs do not: a pair put together wrongly shows."""
+    rows = [*rows, (["ko 0", None, "ko 2"], ["en 0", "en 1", "en 2"]), (["ko 0"], ["en 0"])]  # some can be compared
+    named = [
+        [[f"{number} {one}" if is_text(one) else one for one in cell] for cell in row]
+        for number, row in enumerate(rows)
+    ]
+    expected = {
+        pair for ko, en in named if len(ko) == len(en) for pair in zip(ko, en, strict=True) if all(map(is_text, pair))
+    }
+    places = {
+        f"{number} {language} {place}": (3 * number + place) % len(rows)
+        for number, language, place in itertools.product(range(len(rows)), ("ko", "en"), range(5))
+    }
+    encoder = Placing(places)
+    embedder, one = Embedder(encoder, 8), eval_set([dict(zip(("ko", "en"), row, strict=True)) for row in named])
+    found = languages(embedder, one, "ko", "en", embedder.images(one.pictures))
+    assert found["languages/gap@1"].n == len(expected)
+    assert found["languages/same_image"].value == 1.0
+    assert set(encoder.read) == {text for pair in expected for text in pair}
+
+
+def test_no_empty_place_is_embedded_shown_or_measured() -> None:
+    rows = [GAPS, {"ko": [None, "다섯"], "en": "five"}, {"ko": ["여섯", ""], "en": ["", "six"]}]
+    one = eval_set(rows)
+    encoder = Placing({"하나": 0, "셋": 0, "넷": 0, "다섯": 1, "여섯": 2})
+    embedder = Embedder(encoder, 8)
+    images = embedder.images(one.pictures)
+    found = retrieval(embedder, one, "ko", images)
+    assert (found["text_to_image/recall@1"].value, found["text_to_image/recall@1"].n) == (1.0, 5)
+    assert found["text_to_image_first_caption/recall@1"].n == found["image_to_text/recall@1"].n == 3
+    stress(embedder, one, images)
+    assert all(encoder.read)
+
+
+def write(path: Path, rows: Sequence[dict[str, Cell]], encoded: Any) -> SourceConfig:
+    records = [{"image": encoded((shade, 0, 0)), **row} for shade, row in enumerate(rows)]
+    pq.write_table(pa.Table.from_pylist(records), path)
+    return SourceConfig(path=str(path), captions={"ko": "ko", "en": "en"})
+
+
+def test_a_tokenizer_is_trained_on_captions_alone(tmp_path: Path, encoded) -> None:
+    source = write(tmp_path / "rows.parquet", [GAPS, GAPS], encoded)
+    assert set(training_captions(DataConfig(sources=[source]))) == {"하나", "셋", "넷", "one", "two", "three"}
+
+
+def test_batches_hold_no_empty_caption(tmp_path: Path, encoded, tokenizer) -> None:
+    source = write(tmp_path / "rows.parquet", [GAPS] * 8, encoded)
+    config = DataConfig(sources=[source], num_workers=0)
+    batches = list(itertools.islice(train_loader(config, tokenizer, None, Shard(4)), 6))
+    empty = tokenizer("")["input_ids"]
+    assert min(int(length) for batch in batches for length in batch.attention_mask.sum(1)) > len(empty)
+
+
+def test_an_index_keeps_captions_alone(tmp_path: Path, encoded) -> None:
+    from koclip.config import IndexConfig
+    from koclip.search.build import build
+    from koclip.search.shards import SHARD, Shards
+
+    source = write(tmp_path / "rows.parquet", [GAPS, GAPS], encoded)
+    encoder = SimpleNamespace(fingerprint=lambda: "x", encode_images=lambda images: torch.eye(4)[: len(images)])
+    build(IndexConfig(model="m", source=source, output_dir=str(tmp_path / "i")), encoder, tmp_path / "i")
+    kept = Shards([tmp_path / "i" / SHARD.format(0)])
+    assert kept.entry(0).record["captions"] == {"ko": ["하나", "셋", "넷"], "en": ["one", "two", "three"]}
+
+
+def test_what_does_not_correspond_to_the_teacher_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from accelerate import Accelerator
+    from tiny import tiny_config, tiny_tokenizer
+
+    from koclip.models.dual_encoder import from_scratch
+    from koclip.training.frozen import teacher_features
+
+    rows = [
+        GAPS,
+        {"ko": ["다섯"], "en": ["five", "six"]},
+        {"ko": ["일곱"], "en": ["seven"]},
+        {"ko": ["", ""], "en": []},
+    ]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
+    source = SourceConfig(path=str(tmp_path / "rows.jsonl"), image=None, captions={"ko": "ko", "en": "en"})
+    model, processor = from_scratch(tiny_config(), tiny_tokenizer())
+    config = DataConfig(sources=[source], num_workers=0)
+    made = teacher_features(
+        Accelerator(cpu=True), (model.eval(), processor.tokenizer), config, "en", tmp_path / "f", "fp32"
+    )
+    assert len(made) == 6
+    said = capsys.readouterr().out
+    assert "rows: 1 rows have unequal numbers of captions in ko" in said
+    assert "rows: 1 captions in ko have none in the teacher's language in their place" in said
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_way_to_read_a_row_keeps_its_places(tmp_path: Path, streaming: bool, encoded) -> None:
+    source = write(tmp_path / "rows.parquet", [GAPS, {"ko": ["", "둘"], "en": [None]}], encoded)
+    opened = open_source(SourceConfig(path=source.path, captions=source.captions, streaming=streaming))
+    expected = [GAPS, {"ko": ["", "둘"]}]
+    if streaming:
+        assert [row.captions for row in opened.stored_rows()] == expected
+        assert list(opened.captions()) == expected
+    else:
+        assert [row.captions for row in opened.rows([0, 1])] == expected
+        assert opened.captions([0, 1]) == expected
