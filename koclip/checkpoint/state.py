@@ -136,14 +136,18 @@ def read(directory: Path, trainer: Trainer, start: int = 0) -> Progress:
     rng.restore({name.removeprefix(mine): one for name, one in parts["rng"].items() if name.startswith(mine)})
     if begins:  # its readers of streamed sources begin anew
         return Progress(start)
-    if any(isinstance(one, list) for part in facts["positions"] for one in part):
-        raise ConfigError(
-            f"resume: an older koclip wrote {directory}, whose place in streamed data counts batches, not samples; "
-            "finish the run with that version, or begin a new one"
-        )
-    by_process = [tuple(Position(**one) for one in part) for part in facts["positions"]]
+    by_process = [tuple(map(_position, part)) for part in facts["positions"]]
     positions = by_process[distributed.rank()] if distributed.rank() < len(by_process) else ()
     return Progress(facts["step"], positions, tuple(itertools.chain(*by_process)))
+
+
+def _position(saved: Any) -> Position:
+    if not isinstance(saved, dict):
+        raise ConfigError(
+            "resume: an older koclip wrote the checkpoint: its place in streamed data counts batches, not samples; "
+            "finish the run with that version, or begin a new one"
+        )
+    return Position(**saved)
 
 
 def _check_fit(saved: dict[str, torch.Tensor], trained: set[str] | None, trainer: Trainer) -> None:

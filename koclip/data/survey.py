@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from xxhash import xxh3_128
 
 from koclip.config import DataConfig
-from koclip.data.sources import MapSource, StreamSource, TableSource
+from koclip.data.sources import MapSource, ScenesSource, StreamSource, TableSource
 from koclip.data.tables import SourceError, file_format, stored_files
 from koclip.text import tokenizers
 
@@ -96,6 +96,8 @@ def look(
         share = range(len(files) * rank // world_size, len(files) * (rank + 1) // world_size)
         yield from (_look_at_file(files[number], source) for number in share)
         return
+    if isinstance(source, ScenesSource) and config.length_pool == 1:
+        return  # drawn, not stored: nothing to measure, nothing that can change
     if config.num_workers:
         single_threaded()
     count = -(-len(source) // BLOCK)
