@@ -1,4 +1,4 @@
-"""What the tests of the loader share: a config of small pools, the first batches and their comparison, data in memory."""
+"""What the tests of the loader share: small pools, the first batches and their comparison, sources in memory."""
 
 import contextlib
 import io
