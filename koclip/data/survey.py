@@ -182,7 +182,7 @@ class _Blocks(Dataset[Block]):
         """Return the number of tokens of each text, special ones left out."""
         unknown = list(dict.fromkeys(text for text in texts if text not in self._known))
         if unknown:
-            encoded = tokenizers.encode(self._tokenizer, unknown)["input_ids"]
+            encoded = tokenizers.encode(self._tokenizer, unknown, return_attention_mask=False)["input_ids"]
             self._known |= {text: len(ids) - self._special for text, ids in zip(unknown, encoded, strict=True)}
         counts = np.array([self._known[text] for text in texts], np.uint16)
         if len(self._known) > _REMEMBERED:
