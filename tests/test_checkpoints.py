@@ -321,6 +321,7 @@ def test_a_place_in_a_stream_that_counts_batches_is_refused(saved: Path, tmp_pat
     checkpoint = folder / "checkpoints" / "step-00000003"
     facts = state.read_facts(checkpoint) | {"positions": [[[0, 24, 2, [[0, 24]]]]]}
     (checkpoint / "state.json").write_text(json.dumps(facts), encoding="utf-8")
+    (checkpoint / integrity.SEAL).unlink()
     integrity.seal(checkpoint)
     trainer = prepare()
     with pytest.raises(ConfigError, match="counts batches, not samples"):
