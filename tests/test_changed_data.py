@@ -74,7 +74,7 @@ def change(folder: Path, name: str) -> None:
 def test_changed_data_is_refused_and_accepted_by_name(
     name: str, stopped: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing of the run is touched before it is refused."""
+    """The checkpoint and the logs are as they were until it is accepted."""
     change(stopped, name)
     with pytest.raises(
         ConfigError, match=r"resume: the data changed since the checkpoint: source pairs: .*data\.sources"

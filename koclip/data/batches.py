@@ -156,7 +156,8 @@ class Assembler:
         self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, views: Views | None, known: Known | None = None
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self._views, self._known = views, known or Known()
+        self._views = views
+        self._known = (known or Known())._replace(lengths=())  # only the order needs them, not the workers
         self._languages = [source.languages or dict.fromkeys(source.captions, 1.0) for source in config.sources]
 
     @property
