@@ -123,6 +123,14 @@ def find(path: str, kind: str | None = None) -> list[str]:
     return sorted({str(file.absolute()) for file in files}, key=_in_order)
 
 
+def stored_files(config: SourceConfig) -> list[Path]:
+    """Return the files on this machine that a source is read from, sorted; none for scenes and what is remote."""
+    place = locate(config.path)
+    if is_folder(place):
+        return list(walk(place))
+    return [] if config.path == "scenes" or is_remote(config.path) else list(map(Path, find(config.path)))
+
+
 def walk(folder: Path) -> Iterator[Path]:
     """Yield the files below a folder in the order of their names, without hidden ones; links are followed."""
     for place, folders, names in os.walk(folder, followlinks=True):

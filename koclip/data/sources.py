@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import datasets
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from koclip.config import SourceConfig, locate
 from koclip.data import scenes
@@ -115,6 +117,21 @@ class TableSource:
     def captions(self, indices: Sequence[int]) -> list[dict[str, list[str]]]:
         """Read these rows' caption columns."""
         return [row_captions(record, self.config) for record in _records(self._captions[list(indices)])]
+
+    def picture_sizes(self) -> pa.ChunkedArray | None:
+        """Return how many bytes each row's picture has, without reading one; None where the table holds none."""
+        stored = self._table.data
+        if len(self.config.images) != 1 or self.config.images[0] not in self._table.column_names:
+            return None
+        column = stored.column(self.config.images[0])
+        if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
+            column = pc.struct_field(column, "bytes")
+        if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+            return None
+        sizes = pc.binary_length(column)
+        if len(stored) != len(self) and self._numbers is not None:
+            sizes = sizes.take(pa.array(self._numbers))
+        return None if sizes.null_count == len(sizes) else sizes
 
 
 class StreamSource:

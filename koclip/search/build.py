@@ -15,7 +15,7 @@ from xxhash import xxh3_128_hexdigest
 
 from koclip.config import ConfigError, IndexConfig, SourceConfig, check, locate
 from koclip.data.batches import Skip
-from koclip.data.files import file_format, find, is_folder, walk
+from koclip.data.files import is_folder, stored_files
 from koclip.data.sources import Row, StreamSource, open_source
 from koclip.data.transforms import KINDS, ImageError, decode
 from koclip.models.encoders import Encoder
@@ -141,10 +141,8 @@ def _stale(path: Path, rows: list[Row]) -> bool:
 
 def _files(source: SourceConfig) -> str:
     """Return a hash of the names and sizes of a data set's files; of one that has none here it is that of nothing."""
-    path = locate(source.path)
-    there = walk(path) if is_folder(path) else map(Path, find(source.path))
-    files = [] if file_format(source) == "scenes" else list(there)
-    return xxh3_128_hexdigest(repr([(str(file), file.stat().st_size) for file in files]).encode())
+    files = [(str(file), file.stat().st_size) for file in stored_files(source)]
+    return xxh3_128_hexdigest(repr(files).encode())
 
 
 def _resized(number: int, held: int, count: int) -> ConfigError:
