@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from koclip.config.errors import check
+from koclip.config.errors import all_faults, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class SwapConfig:
     text_gradient_checkpointing: bool = False
     seed: int = 0
 
+    @all_faults()
     def __post_init__(self) -> None:
         named = "name the directory or Hub id of the CLIP (or image tower) whose image space stays"
         check(bool(self.clip), "model.clip", self.clip, named)
@@ -71,6 +72,7 @@ class AlignMethodConfig:
     cache_dir: str | None = None
     cache_dtype: Literal["fp16", "fp32"] = "fp16"
 
+    @all_faults()
     def __post_init__(self) -> None:
         staged = self.method in ("full", "two_stage")
         check(self.first_steps >= 0, "align.first_steps", self.first_steps, "expected 0 or more")
@@ -120,6 +122,7 @@ class DistillConfig:
     mse: float = 0.0
     anchor: float = 0.0
 
+    @all_faults()
     def __post_init__(self) -> None:
         for name in ("contrastive", "cosine", "mse", "anchor"):
             value = getattr(self, name)
@@ -146,6 +149,7 @@ class AdapterConfig:
     dropout: float = 0.0
     dora: bool = False
 
+    @all_faults()
     def __post_init__(self) -> None:
         check(self.rank >= 1, "lora.rank", self.rank, "expected 1 or more")
         check(self.alpha >= 1, "lora.alpha", self.alpha, "expected 1 or more")

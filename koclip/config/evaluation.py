@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from koclip.config.data import SourceConfig
-from koclip.config.errors import check
+from koclip.config.errors import all_faults, check
 
 Task = Literal["retrieval", "languages", "stress", "zero_shot", "shift", "linear_probe", "few_shot"]
 LABELLED = ("linear_probe", "few_shot")  # tasks that need classes, which captions are not
@@ -50,6 +50,7 @@ class EvalSetConfig:
     max_images: int = 0
     seed: int = 0
 
+    @all_faults()
     def __post_init__(self) -> None:
         check(self.max_images >= 0, "eval.sets[].max_images", self.max_images, "expected 0 or more")
         if self.classes is None:
@@ -102,5 +103,6 @@ class EvalConfig:
     sets: list[EvalSetConfig] = field(default_factory=lambda: [EvalSetConfig()])
     batch_size: int = 256
 
+    @all_faults()
     def __post_init__(self) -> None:
         check(self.batch_size >= 1, "eval.batch_size", self.batch_size, "expected 1 or more")

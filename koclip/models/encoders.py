@@ -151,9 +151,14 @@ class TransformersEncoder:
 
 def encode(tokenizer: Any, texts: Sequence[str], text_tower: nn.Module) -> Any:
     """Tokenize texts, padded to the longest and cut to what both the tokenizer and the tower's positions take."""
-    longest = min(tokenizer.model_max_length, _positions(text_tower))
+    longest = longest_text(tokenizer, text_tower)
     cut = {"truncation": True, "max_length": longest} if longest < _NO_LIMIT else {}
     return tokenizer(list(texts), padding=True, return_attention_mask=True, return_tensors="pt", **cut)
+
+
+def longest_text(tokenizer: Any, text_tower: nn.Module) -> int:
+    """Return the most tokens that both the tokenizer and the tower's positions take."""
+    return min(int(tokenizer.model_max_length), _positions(text_tower))
 
 
 def _positions(text_tower: nn.Module) -> int:
