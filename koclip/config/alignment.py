@@ -12,7 +12,7 @@ class SwapConfig:
 
     Args:
         clip: Directory or Hub id of a CLIP, or of an image tower alone such as `google/vit-large-patch16-224`. Its
-            image space stays.
+            image space stays. Of a SigLIP the image tower alone is taken.
         text_encoder: Directory or Hub id of a text encoder with its tokenizer; `auto:<directory or Hub id>` builds one
             of that configuration from random weights, with the tokenizer there; `same` keeps the CLIP's own.
             Default: CLIP's text transformer of the sizes below from random weights.
