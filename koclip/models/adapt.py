@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from transformers import (
     ChineseCLIPModel,
-    ChineseCLIPProcessor,
     CLIPModel,
     CLIPProcessor,
     CLIPTextModel,
@@ -24,7 +23,7 @@ from koclip.models.pretrained import load_text_encoder, take_padding
 from koclip.models.swap import swap_text_tower
 from koclip.text import tokenizers
 
-_PROCESSORS = {CLIPModel: CLIPProcessor, ChineseCLIPModel: ChineseCLIPProcessor}
+_PROCESSORS = {CLIPModel: CLIPProcessor, ChineseCLIPModel: CLIPProcessor}
 
 
 def text_encoder(config: SwapConfig, clip: StockModel | PreTrainedModel) -> PreTrainedModel | None:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from koclip.config import ConfigError
-from koclip.text.compose import composing
+from koclip.text.cleaning import cleaning
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 # Characters that together hold every byte that UTF-8 text can hold.
@@ -39,7 +39,7 @@ _RARE = 0.1  # of all letters; Hanja in Korean captions may be unknown
 
 
 def train_bpe(captions: Iterable[str], vocab_size: int, max_tokens: int) -> PreTrainedTokenizerBase:
-    """Train a byte-level BPE on `captions` and return it as a stock `CLIPTokenizer`.
+    """Train a byte-level BPE on `captions`; its vocabulary, merges and rules are those of a `CLIPTokenizer`.
 
     The vocabulary holds at most `vocab_size` entries: 256 bytes, 256 word-final bytes, merges, two special tokens.
     All 512 byte symbols are always present. `tokenizers` keeps only those it saw; a missing one would become the
@@ -61,7 +61,7 @@ def train_bpe(captions: Iterable[str], vocab_size: int, max_tokens: int) -> PreT
     merges = pairs[: vocab_size - len(symbols) - 2]
     entries = dict.fromkeys([*symbols, *(left + right for left, right in merges), BOS, EOS])
     vocab = {entry: index for index, entry in enumerate(entries)}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens)
+    return cleaning(CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens))
 
 
 def load(
@@ -69,8 +69,8 @@ def load(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer in directory or Hub repository `path` and make sure that a text tower can rely on it.
 
-    It gives composed and decomposed text the same ids (see `composing`), and so do its saved files. Padding and
-    truncation that an earlier call left in tokenizer.json are dropped, with a warning.
+    It gives a text the ids of the clean text (see `cleaning`), and so do its saved files. Padding and truncation that
+    an earlier call left in tokenizer.json are dropped, with a warning.
 
     Args:
         path: Where it is.
@@ -88,7 +88,7 @@ def load(
         raise ConfigError(f"tokenizer.path: no tokenizer can be loaded from {path!r}: {reason}") from error
     _drop_leaked_state(tokenizer, path)
     check(tokenizer, path, config, probes)
-    tokenizer = composing(tokenizer)
+    tokenizer = cleaning(tokenizer)
     tokenizer.model_max_length = max_tokens
     return tokenizer
 
