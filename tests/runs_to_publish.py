@@ -109,12 +109,12 @@ def bert_tokenizer() -> Any:
     from peer_models import LETTERS
     from transformers import BertTokenizer
 
-    from koclip.text.compose import composing
+    from koclip.text.cleaning import cleaning
 
     special = ["[UNK]", "[MASK]", "[CLS]", "[SEP]", "[PAD]"]
     entries = [*special, *LETTERS, *(f"##{letter}" for letter in LETTERS)]
     vocab = {entry: place for place, entry in enumerate(entries)}
-    return composing(BertTokenizer(vocab=vocab, do_lower_case=False, model_max_length=40))
+    return cleaning(BertTokenizer(vocab=vocab, do_lower_case=False, model_max_length=40))
 
 
 def stir(model: torch.nn.Module) -> None:

@@ -4,8 +4,11 @@ import sys
 import pytest
 
 from koclip.config import (
+    AlignConfig,
     ConfigError,
     DataConfig,
+    EvaluateConfig,
+    IndexConfig,
     LossConfig,
     ModelConfig,
     OptimConfig,
@@ -13,10 +16,12 @@ from koclip.config import (
     PublishConfig,
     SourceConfig,
     TrainConfig,
+    check,
     dump,
     parse,
     run,
 )
+from koclip.config.errors import all_faults
 
 
 def test_defaults_and_overrides():
@@ -117,3 +122,78 @@ def test_run_turns_a_config_error_into_one_line(capsys, monkeypatch):
         run(main, PretrainConfig)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "pretrain.py: error: model.image_size: got 50, expected a multiple of 8\n"
+
+
+FAULTS = {  # command line -> the keys that are wrong, each in another place
+    "sections": (PretrainConfig, "--optim.lr -1 --data.num_crops -2 --train.batch_size 1 --loss.tile_rows 0"),
+    "one section": (PretrainConfig, "--optim.lr 0 --optim.warmup_steps -1 --optim.max_grad_norm -1"),
+    "a section and the whole": (PretrainConfig, "--optim.lr 0 --resume auto"),
+    "the whole": (AlignConfig, "--model.clip a --align.method lora --train.num_steps 9 --optim.warmup_steps 9"),
+    "nothing named": (
+        AlignConfig,
+        "--model.clip= --align.wise_ft 0 --lora.rank 0 --distill.anchor -1 --data.num_crops 1",
+    ),
+    "lists": (PretrainConfig, "--data.sources [{weight:-1,scenes_size:3},{captions:{}}] --eval.sets [{max_images:-1}]"),
+    "evaluate": (EvaluateConfig, "--batch_size 0 --sets [{shots:[0]}]"),
+    "publish": (PublishConfig, "--model a --repo_id b --message= --space c"),
+    "index": (IndexConfig, "--max_images -1 --thumbnail_size 5 --batch_size 0"),
+}
+KEYS = {
+    "sections": ["optim.lr", "data.num_crops", "train.batch_size", "loss.tile_rows"],
+    "one section": ["optim.lr", "optim.warmup_steps", "optim.max_grad_norm"],
+    "a section and the whole": ["optim.lr", "resume"],
+    "the whole": ["optim.warmup_steps", "data.num_crops", "model.text_encoder"],
+    "nothing named": ["model.clip", "align.wise_ft", "lora.rank", "distill.anchor"],
+    "lists": [
+        *("data.sources[].weight", "data.sources[].scenes_size", "data.sources[].captions"),
+        "eval.sets[].max_images",
+    ],
+    "evaluate": ["model", "batch_size", "eval.sets[].shots"],
+    "publish": ["repo_id", "space", "message"],
+    "index": ["model", "images", "max_images", "thumbnail_size", "batch_size"],
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_all_faults_are_told_at_once(case, capsys):
+    schema, line = FAULTS[case]
+    with pytest.raises(SystemExit) as stopped:
+        parse(schema, words(line))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{len(KEYS[case])} faults: " in error
+    assert [key for key in KEYS[case] if f") {key}: got " not in error] == []
+
+
+def words(line: str) -> list[str]:
+    """Split a command line; lists are written without blanks, which YAML needs behind a colon."""
+    return [word.replace(":", ": ") for word in line.split()]
+
+
+def test_sections_tell_all_their_faults_in_python_too():
+    with pytest.raises(ConfigError, match=r"^2 faults: \(1\) optim.lr: got 0, .*; \(2\) optim.warmup_steps: got -1, "):
+        OptimConfig(lr=0, warmup_steps=-1)
+
+
+def test_one_fault_is_told_as_it_is():
+    with pytest.raises(ConfigError, match=r"^optim.lr: got 0, expected more than 0$"):
+        OptimConfig(lr=0)
+
+
+def test_what_a_fault_leads_to_is_left_out():
+    """The code runs on with a value that nothing behind it expects."""
+
+    def look(values):
+        with all_faults():
+            check(bool(values), "values", values, "expected some")
+            check(values[0] > 0, "values[0]", values, "expected more than 0")
+
+    with pytest.raises(ConfigError, match=r"^values: got \[\], expected some$"):
+        look([])
+    with pytest.raises(TypeError):
+        look(["a"])
+    with pytest.raises(ConfigError, match=r"^values: got \[\], expected some$"), all_faults():
+        look([])
+    with pytest.raises(ConfigError, match=r"^after: "):  # nothing is collected any more
+        check(False, "after", 0, "")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peer_models import saved
+import transformers
+from peer_models import WIDTH, clip, draw, joint, joint_processor, saved
 from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 
 import koclip
@@ -50,6 +51,66 @@ def test_graphs_equal_the_model(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(made), expected, atol=1e-5, rtol=0)
 
 
+def ends_a_text(kind: str, directory: Path) -> Path:
+    """Save a model that reads the embedding at the end token, as CLIP does; its padding token is the end token."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model, processor = clip(directory)
+        if kind == "legacy CLIP":  # reads the largest id, which is the end token
+            model.config.text_config.eos_token_id = model.text_model.eos_token_id = 2
+        if kind == "joint, CLIP's text tower":
+            sizes = {**WIDTH, "image_size": 32, "patch_size": 8}
+            model = joint(transformers.ViTModel(transformers.ViTConfig(**sizes)), model.text_model)
+            processor = joint_processor(processor.tokenizer)
+        draw(model)
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory
+
+
+KNOWN = ("CLIP", "ChineseCLIP", "joint CLIP")  # of peer_models
+LONG = ["고양이가 창가에 앉아 있다 " * 20, "a red circle above a blue star " * 20, "빨간 자전거 한 대 " * 20]
+SHORT = ["별", "빨간 원 위의 파란 별", "a cat"]
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "legacy CLIP", "joint, CLIP's text tower", "ChineseCLIP", "joint CLIP"])
+def test_ids_as_clients_send_them_are_texts_as_the_tokenizer_cuts_them(kind: str, tmp_path: Path) -> None:
+    """transformers.js cuts the end token off texts that are too long, and others pad on the left."""
+    directory = tmp_path / "model"
+    directory = ends_a_text(kind, directory) if kind not in KNOWN else saved(kind, directory)
+    export(directory, tmp_path)
+    model, processor = koclip.load(directory, "cpu")
+    tokenizer, longest = processor.tokenizer, 40
+    expected = koclip.embed_texts(model, processor, LONG + SHORT)
+    cosines = expected[:3] @ expected[:3].T
+    assert cosines.fill_diagonal_(0).max() < 0.999  # different texts
+    whole = [tokenizer(text, verbose=False)["input_ids"] for text in LONG + SHORT]
+    assert all(len(ids) > longest for ids in whole[:3])
+    opened = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "text_model.onnx"))
+    for rows in (whole, [ids[:longest] for ids in whole]):
+        for side in ("left", "right"):
+            for width in (None, 64):
+                padding = {"padding": "max_length", "max_length": width} if width and rows is not whole else {}
+                sent = dict(tokenizer.pad({"input_ids": rows}, padding_side=side, return_tensors="np", **padding))
+                (made,) = opened.run(["text_embeds"], {name: sent[name] for name in ("input_ids", "attention_mask")})
+                torch.testing.assert_close(torch.from_numpy(made), expected, atol=1e-5, rtol=0)
+    for ids, row in zip(whole, expected, strict=True):  # one at a time, cut
+        sent = {"input_ids": [ids[:longest]], "attention_mask": [[1] * len(ids[:longest])]}
+        (made,) = opened.run(["text_embeds"], sent)
+        torch.testing.assert_close(torch.from_numpy(made)[0], row, atol=1e-5, rtol=0)
+
+
+def test_the_probes_notice_a_graph_of_the_stock_pooling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which reads the first place of a text without an end."""
+
+    def stock(self, input_ids, attention_mask):
+        return onnx_export.encode_texts(self.model, input_ids[:, :40], attention_mask[:, :40])
+
+    monkeypatch.setattr(onnx_export._Texts, "forward", stock)
+    with pytest.raises(RunError, match="differs from the model by"):
+        export(ends_a_text("CLIP", tmp_path / "model"), tmp_path)
+
+
 def test_eight_bits_and_what_they_cost(tmp_path: Path) -> None:
     model_dir = published(tmp_path)
     found = export(model_dir, tmp_path, int8=True)
@@ -71,7 +132,7 @@ def test_a_graph_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     ("name", "told"), [(".onnx", "differs from the model by nan"), ("_quantized.onnx", "not finite")]
 )
 def test_graphs_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name, told) -> None:
-    def parity(side, inputs, file):
+    def parity(probes, file):
         broken = file.name == f"text_model{name}"
         return onnx_export.Parity(float("nan") if broken else 0.0, 1.0)
 

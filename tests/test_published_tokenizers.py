@@ -33,7 +33,7 @@ from transformers import (
 
 from koclip.checkpoint.model import publish
 from koclip.text import kobert, tokenizers
-from koclip.text.compose import composing
+from koclip.text.cleaning import cleaning
 
 BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 KLUE = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
@@ -224,9 +224,9 @@ def test_ids_are_the_same_before_and_after_publishing(name, published, texts, re
 def test_only_some_families_compose_by_themselves(name, published, texts) -> None:
     composed, decomposed = (published[name].original(texts[form])["input_ids"] for form in ("NFC", "NFD"))
     assert (composed == decomposed) == FAMILIES[name].composes
-    assert (composing(published[name].original) is published[name].original) == FAMILIES[name].composes
+    assert (cleaning(published[name].original) is published[name].original) == FAMILIES[name].composes
     assert published[name].original(texts["NFD"])["input_ids"] == decomposed  # `composing` works on a copy
-    assert composing(published[name].trained) is published[name].trained
+    assert cleaning(published[name].trained) is published[name].trained
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -2,19 +2,33 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from koclip.config import AlignConfig
 from koclip.models import StockModel, adapters
+from koclip.models.encoders import longest_text, positions
 from koclip.text.tokenizers import forget_call_state
+
+# What transformers 4 knows by another name. Its `ChineseCLIPProcessor` knows no tokenizer but BERT's and cuts no image
+# out by its shorter side; `CLIPProcessor` takes any tokenizer and does what the other one does in transformers 5.
+_NAMES_IN_4 = {
+    "TokenizersBackend": "PreTrainedTokenizerFast",
+    "ChineseCLIPProcessor": "CLIPProcessor",
+    "ChineseCLIPImageProcessor": "CLIPImageProcessor",
+}
 
 
 def publish(
     directory: Path, model: PreTrainedModel, processor: ProcessorMixin, weights: dict[str, torch.Tensor]
 ) -> None:
-    """Write a stock model directory from a `DualEncoder`'s state dict."""
+    """Write a stock model directory from a `DualEncoder`'s state dict.
+
+    It has as many positions for texts as the tokenizer's longest text, which is how long texts were in training: every
+    class refuses a longer one that nobody cuts.
+    """
     if "logit_bias" in weights:
         model.config.logit_bias = weights["logit_bias"].item()
     stock = {
@@ -23,11 +37,12 @@ def publish(
         if name != "logit_bias"
     }
     stock["logit_scale"] = stock["logit_scale"].reshape(())  # of one dimension under FSDP2
+    _cut_positions(model, stock, processor.tokenizer)
     model.save_pretrained(directory, state_dict=stock)
     forget_call_state(processor.tokenizer)
     processor.save_pretrained(directory)
-    _let_transformers_4_read(directory / "tokenizer_config.json")
     processor.image_processor.save_pretrained(directory)  # preprocessor_config.json, which older readers look for
+    _let_transformers_4_read(directory)
 
 
 def publish_aligned(
@@ -40,6 +55,8 @@ def publish_aligned(
 ) -> None:
     """Write what an alignment made: adapters in `adapter/` and merged, or weights averaged with the source's.
 
+    With a new text encoder, what the adapters adapt is a model of its own in the folder `adapters.BASE` beside it.
+
     Args:
         directory: Where to.
         model: The trained model, with adapters where the method is `lora`.
@@ -50,6 +67,8 @@ def publish_aligned(
     """
     if config.align.method == "lora":
         adapters.save(model, weights, directory, config.model.clip, config.model.text_encoder)
+        if config.model.text_encoder != "same":
+            publish(directory.with_name(adapters.BASE), model, processor, adapters.base_weights(weights))
         weights = adapters.merge(model, weights)
     new_text = config.model.text_encoder != "same"
     for name, before in source.items():
@@ -59,11 +78,30 @@ def publish_aligned(
     publish(directory, model, processor, weights)
 
 
-def _let_transformers_4_read(settings: Path) -> None:
+def _cut_positions(model: Any, weights: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Leave the text tower as many positions as the longest text has tokens, in its configuration and `weights`."""
+    longest = longest_text(tokenizer, model.text_model)
+    for table, rows in positions(model.text_model).items():
+        name = f"text_model.{table}.weight"
+        weights[name] = weights[name][: rows.start + longest]
+        model.config.text_config.max_position_embeddings = rows.start + longest
+
+
+def _let_transformers_4_read(directory: Path) -> None:
     """Write the old names of what transformers 4 knows and 5 has renamed; 5 reads both."""
-    values = json.loads(settings.read_text(encoding="utf-8"))
-    if values["tokenizer_class"] == "TokenizersBackend":
-        values["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(values.get("extra_special_tokens"), list):  # a dictionary in transformers 4
-        values["additional_special_tokens"] = values.pop("extra_special_tokens")
-    settings.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        values = _renamed(json.loads((directory / name).read_text(encoding="utf-8")))
+        if isinstance(values.get("extra_special_tokens"), list):  # a dictionary in transformers 4
+            values["additional_special_tokens"] = values.pop("extra_special_tokens")
+        text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (directory / name).write_text(text, encoding="utf-8")
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the contents of a file of settings with the names of classes that transformers 4 has."""
+    renamed: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in ("tokenizer_class", "processor_class", "image_processor_type"):
+            value = _NAMES_IN_4.get(value, value)
+        renamed[key] = _renamed(value) if isinstance(value, dict) else value
+    return renamed

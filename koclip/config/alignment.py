@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from koclip.config.errors import check
+from koclip.config.errors import all_faults, check
 from koclip.config.languages import check_languages
 
 
@@ -13,7 +13,7 @@ class SwapConfig:
 
     Args:
         clip: Directory or Hub id of a CLIP, or of an image tower alone such as `google/vit-large-patch16-224`. Its
-            image space stays.
+            image space stays. Of a SigLIP the image tower alone is taken.
         text_encoder: Directory or Hub id of a text encoder with its tokenizer; `auto:<directory or Hub id>` builds one
             of that configuration from random weights, with the tokenizer there; `same` keeps the CLIP's own.
             Default: CLIP's text transformer of the sizes below from random weights.
@@ -32,6 +32,7 @@ class SwapConfig:
     text_gradient_checkpointing: bool = False
     seed: int = 0
 
+    @all_faults()
     def __post_init__(self) -> None:
         named = "name the directory or Hub id of the CLIP (or image tower) whose image space stays"
         check(bool(self.clip), "model.clip", self.clip, named)
@@ -72,6 +73,7 @@ class AlignMethodConfig:
     cache_dir: str | None = None
     cache_dtype: Literal["fp16", "fp32"] = "fp16"
 
+    @all_faults()
     def __post_init__(self) -> None:
         staged = self.method in ("full", "two_stage")
         check(self.first_steps >= 0, "align.first_steps", self.first_steps, "expected 0 or more")
@@ -122,6 +124,7 @@ class DistillConfig:
     mse: float = 0.0
     anchor: float = 0.0
 
+    @all_faults()
     def __post_init__(self) -> None:
         check_languages("distill.language", [self.language])
         for name in ("contrastive", "cosine", "mse", "anchor"):
@@ -149,6 +152,7 @@ class AdapterConfig:
     dropout: float = 0.0
     dora: bool = False
 
+    @all_faults()
     def __post_init__(self) -> None:
         check(self.rank >= 1, "lora.rank", self.rank, "expected 1 or more")
         check(self.alpha >= 1, "lora.alpha", self.alpha, "expected 1 or more")

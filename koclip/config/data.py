@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from koclip.config.errors import check, check_pixels
+from koclip.config.errors import all_faults, check, check_pixels
 from koclip.config.languages import check_languages
 
 Format = Literal[
@@ -83,6 +83,7 @@ class SourceConfig:
     scenes_size: int = 100_000
     scenes_part: Literal["train", "test"] = "train"
 
+    @all_faults()
     def __post_init__(self) -> None:
         told = bool(self.captions or self.label)
         check(told, "data.sources[].captions", self.captions, "name at least one caption column")
@@ -167,6 +168,7 @@ class DataConfig:
     max_image_pixels: int = 89_478_485
     seed: int = 0
 
+    @all_faults()
     def __post_init__(self) -> None:
         check(len(self.sources) > 0, "data.sources", self.sources, "list at least one source")
         for source in self.sources:
@@ -203,6 +205,7 @@ class TokenizerConfig:
     max_tokens: int = 32
     train_captions: int = 1_000_000
 
+    @all_faults()
     def __post_init__(self) -> None:
         check(self.vocab_size > 514, "tokenizer.vocab_size", self.vocab_size, "expected more than 514 (512 bytes + 2)")
         check(self.max_tokens >= 3, "tokenizer.max_tokens", self.max_tokens, "expected 3 or more")

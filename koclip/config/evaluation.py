@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from koclip.config.data import SourceConfig
-from koclip.config.errors import check
+from koclip.config.errors import all_faults, check
 from koclip.config.languages import check_languages
 
 Task = Literal["retrieval", "languages", "stress", "zero_shot", "shift", "linear_probe", "few_shot"]
@@ -63,6 +63,7 @@ class EvalSetConfig:
     max_skipped_fraction: float = 0.1
     seed: int = 0
 
+    @all_faults()
     def __post_init__(self) -> None:
         check_languages("eval.sets[].templates", self.templates)
         share = self.max_skipped_fraction
@@ -161,6 +162,7 @@ class EvalConfig:
     sets: list[EvalSetConfig] = field(default_factory=lambda: [EvalSetConfig()])
     batch_size: int = 256
 
+    @all_faults()
     def __post_init__(self) -> None:
         names = [one.source.short_name for one in self.sets]
         check(len(set(names)) == len(names), "eval.sets[].source.name", names, "give each data set a name of its own")

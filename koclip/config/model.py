@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from koclip.config.errors import check
+from koclip.config.errors import all_faults, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class ModelConfig:
     text_gradient_checkpointing: bool = False
     seed: int = 0
 
+    @all_faults()
     def __post_init__(self) -> None:
         # exp(logit_scale) is clamped to 100, so a temperature below 0.01 could not be kept.
         check(0.01 <= self.temperature <= 1, "model.temperature", self.temperature, "expected 0.01 to 1")
@@ -76,5 +77,6 @@ class LossConfig:
     duplicates: Literal["positives", "masked", "negatives"] = "positives"
     tile_rows: int | None = None
 
+    @all_faults()
     def __post_init__(self) -> None:
         check(self.tile_rows is None or self.tile_rows >= 1, "loss.tile_rows", self.tile_rows, "expected 1 or more")

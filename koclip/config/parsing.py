@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from koclip.config.errors import ConfigError, RunError
+from koclip.config.errors import ConfigError, RunError, all_faults
 
 Config = TypeVar("Config")
 
@@ -36,9 +36,10 @@ def parse(schema: type[Config], args: Sequence[str] | None = None, default: Path
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
     parser.add_class_arguments(schema, as_group=False)
     try:
-        sections = parser.instantiate(parser.parse_args(words))
-        values = {f.name: sections[f.name] for f in dataclasses.fields(schema)}  # type: ignore[arg-type]
-        return schema(**values)
+        values = parser.parse_args(words)
+        with all_faults():
+            sections = parser.instantiate(values)
+            return schema(**{f.name: sections[f.name] for f in dataclasses.fields(schema)})  # type: ignore[arg-type]
     except (ArgumentError, ConfigError, OSError) as error:
         known = [option for action in parser._actions for option in action.option_strings]
         _explain(" ".join(str(error).split()) + _nearest(str(error), known))

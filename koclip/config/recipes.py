@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from koclip.config.alignment import AdapterConfig, AlignMethodConfig, DistillConfig, SwapConfig
 from koclip.config.data import DataConfig, TokenizerConfig
-from koclip.config.errors import check
+from koclip.config.errors import all_faults, check
 from koclip.config.evaluation import EvalConfig
 from koclip.config.model import LossConfig, ModelConfig
 from koclip.config.training import OptimConfig, TrainConfig
@@ -34,6 +34,7 @@ class PretrainConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
+    @all_faults()
     def __post_init__(self) -> None:
         _check_run(self, self.train.num_steps)
 
@@ -75,6 +76,7 @@ class AlignConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
+    @all_faults()
     def __post_init__(self) -> None:
         first, steps = self.align.first_steps, self.train.num_steps
         check(first < steps, "align.first_steps", first, f"expected fewer than train.num_steps ({steps})")

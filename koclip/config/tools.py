@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from koclip.config.data import DataConfig, SourceConfig
-from koclip.config.errors import check, check_pixels
+from koclip.config.errors import all_faults, check, check_pixels
 from koclip.config.evaluation import EvalSetConfig, RatingsConfig
 
 
@@ -38,6 +38,7 @@ class EvaluateConfig:
     batch_size: int = 256
     device: str | None = None
 
+    @all_faults()
     def __post_init__(self) -> None:
         named = self.all_models
         check(bool(named), "model", self.model, "name a directory or Hub id: --model runs/<run>/model")
@@ -106,6 +107,7 @@ class PublishConfig:
     sentence_transformers: bool = False
     space: str | None = None
 
+    @all_faults()
     def __post_init__(self) -> None:
         for key, name in (("repo_id", self.repo_id), ("space", self.space)):
             named = name is None or re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is not None
@@ -150,6 +152,7 @@ class IndexConfig:
     batch_size: int = 64
     device: str | None = None
 
+    @all_faults()
     def __post_init__(self) -> None:
         check(bool(self.model), "model", self.model, "name a directory or Hub id: --model runs/<run>/model")
         some = bool(self.images) or self.source is not None

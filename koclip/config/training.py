@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from koclip.config.errors import check
+from koclip.config.errors import all_faults, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class OptimConfig:
     weight_decay: float = 0.2
     max_grad_norm: float = 1.0
 
+    @all_faults()
     def __post_init__(self) -> None:
         check(self.lr > 0, "optim.lr", self.lr, "expected more than 0")
         check(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "expected 0 to 1")
@@ -81,6 +82,7 @@ class TrainConfig:
     tracker: Literal["tensorboard", "trackio", "wandb", "none"] = "tensorboard"
     seed: int = 0
 
+    @all_faults()
     def __post_init__(self) -> None:
         check(self.num_steps >= 1, "train.num_steps", self.num_steps, "expected 1 or more")
         check(self.batch_size >= 2, "train.batch_size", self.batch_size, "a contrastive loss needs 2 pairs or more")

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from transformers import (
     ChineseCLIPModel,
-    ChineseCLIPProcessor,
     CLIPModel,
     CLIPProcessor,
     CLIPTextModel,
@@ -20,25 +19,25 @@ from koclip.models import StockModel
 from koclip.models.dual_encoder import checkpoint_gradients, text_config
 from koclip.models.initialize import initialize_tower
 from koclip.models.presets import HEAD_WIDTH, Preset
-from koclip.models.pretrained import load_text_encoder
+from koclip.models.pretrained import load_text_encoder, take_padding
 from koclip.models.swap import swap_text_tower
 from koclip.text import tokenizers
 
-_PROCESSORS = {CLIPModel: CLIPProcessor, ChineseCLIPModel: ChineseCLIPProcessor}
+_PROCESSORS = {CLIPModel: CLIPProcessor, ChineseCLIPModel: CLIPProcessor}
 
 
 def text_encoder(config: SwapConfig, clip: StockModel | PreTrainedModel) -> PreTrainedModel | None:
     """Return the text encoder that `config` names; None if a new one is to be made.
 
     Raises:
-        ConfigError: it cannot be loaded, or is to be that of a source which has none.
+        ConfigError: it cannot be loaded, or is to be that of a source of which only the image tower is taken.
     """
     if config.text_encoder is None:
         return None
     if config.text_encoder != "same":
         return load_text_encoder(config.text_encoder, config.seed)
     if not isinstance(clip, StockModel):
-        raise ConfigError(f"model.text_encoder: `same`, but {config.clip} is an image tower without a text tower")
+        raise ConfigError(f"model.text_encoder: `same`, but {_alone(config.clip, clip)}: name a text encoder")
     own: PreTrainedModel = clip.text_model
     return own
 
@@ -62,6 +61,8 @@ def adapt(
     Raises:
         ConfigError: no stock class holds this pair.
     """
+    if encoder is not None:
+        take_padding(encoder, tokenizer.pad_token_id)
     if config.text_encoder == "same":
         model: Any = clip
     else:
@@ -75,15 +76,19 @@ def load_teacher(clip: StockModel | PreTrainedModel, path: str) -> tuple[StockMo
     """Return the source with the tokenizer of its text tower, to be taught by.
 
     Raises:
-        ConfigError: it is an image tower alone, or its tokenizer cannot be relied on.
+        ConfigError: `clip` is an image tower alone, or its tokenizer cannot be relied on.
     """
     if not isinstance(clip, StockModel):
         raise ConfigError(
-            f"model.clip: {path} is an image tower without a text tower, which a teacher needs: name a CLIP, or set "
-            "distill.anchor to 0 and align.method to one that sees images only"
+            f"model.clip: {_alone(path, clip)}, and a teacher is a text tower: name a CLIP, or set distill.anchor to 0 "
+            "and align.method to one that sees images only"
         )
     text: Any = clip.config.text_config
     return clip, tokenizers.load(path, text.max_position_embeddings, text, probes=["a photo of a cat"])
+
+
+def _alone(path: str, tower: PreTrainedModel) -> str:
+    return f"of {path} koclip takes the image tower alone, a {type(tower).__name__}"
 
 
 def _text_transformer(
@@ -94,7 +99,7 @@ def _text_transformer(
     width = config.text_width or getattr(theirs, "hidden_size", None)
     layers = config.text_layers or getattr(theirs, "num_hidden_layers", None)
     if width is None or layers is None:
-        raise ConfigError("model.text_width, model.text_layers: name both, the source has no text tower to go by")
+        raise ConfigError(f"model.text_width, model.text_layers: name both, {_alone(config.clip, clip)}")
     head_width = HEAD_WIDTH if theirs is None else theirs.hidden_size // theirs.num_attention_heads
     check(width % head_width == 0, "model.text_width", width, f"expected a multiple of {head_width}")
     sizes = Preset(image_size=0, embed_dim=width, text_width=width, text_layers=layers, head_width=head_width)

@@ -23,6 +23,7 @@ from koclip.config import AdapterConfig, check
 from koclip.models import StockModel
 
 _TOWERS = {"text": ("text_model",), "image": ("vision_model",), "both": ("text_model", "vision_model")}
+BASE = "adapter_base"  # folder beside a model's, with what a swapped model's adapter adapts
 _FULL = re.compile(r"\.modules_to_save\.default\.")  # what is trained fully beside `.original_module.`, its start
 _README = """\
 # Adapter
@@ -96,6 +97,16 @@ def merge(model: StockModel, state_dict: dict[str, torch.Tensor]) -> dict[str, t
     return weights
 
 
+def base_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the stock weights that adapters were attached to, from the `state_dict` that `merge` takes."""
+    weights = {}
+    for name, value in state_dict.items():
+        stock = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        if not _FULL.search(name) and not any(f".{part}" in name for part in LoraLayer.adapter_layer_names):
+            weights[stock] = value
+    return weights
+
+
 def save(
     model: StockModel,
     state_dict: dict[str, torch.Tensor],
@@ -103,13 +114,17 @@ def save(
     clip: str,
     text_encoder: str | None = "same",
 ) -> None:
-    """Write the adapter alone to `directory`/adapter, as PEFT loads it: safetensors, and no path of this machine.
+    """Write the adapter alone to `directory`/adapter, as PEFT loads it, in safetensors.
+
+    adapter_config.json names the base and its class, so that `AutoPeftModel` and `AutoModel` load the folder. If the
+    base is on this machine it is named by its path, which `koclip.publishing.adapter.name_base` replaces.
 
     Args:
         model: The model that adapters were attached to.
         state_dict: As for `merge`.
-        directory: Where the folder `adapter` comes to be.
-        clip: Directory or Hub id of what the base is built from (`model.clip`). The files do not name directories.
+        directory: Where the folder `adapter` comes to be. With a new text encoder, the base is the model in the folder
+            `BASE` beside it, which is to be written with `base_weights`.
+        clip: Directory or Hub id of what the base is built from (`model.clip`).
         text_encoder: The same of its text encoder (`model.text_encoder`); `same` if `clip` as it is was adapted.
     """
     folder = directory / "adapter"
@@ -117,7 +132,10 @@ def save(
     (folder / "adapter_model.safetensors").write_bytes(_file(model, state_dict))
     config = copy.copy(_config(model))
     whole = text_encoder == "same"
-    config.base_model_name_or_path = _hub_id(clip) if whole else None
+    config.base_model_name_or_path = _hub_id(clip) or str(Path(clip).resolve())
+    if not whole:
+        config.base_model_name_or_path = str(directory.resolve().with_name(BASE))
+    config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     config.inference_mode = True
     config.save_pretrained(folder)
     sides = [side for side in ("text", "image") if _TOWERS[side][0] in config.target_modules]
@@ -176,6 +194,9 @@ def _file(model: StockModel, state_dict: dict[str, torch.Tensor]) -> bytes:
     stock = {name.removeprefix("model."): one for name, one in state_dict.items()}
     found = get_peft_model_state_dict(model, stock)
     weights = {f"base_model.model.{name}": one.detach().cpu().contiguous() for name, one in found.items()}
+    # PEFT reads DoRA's magnitudes under the name that it writes and under their own; transformers only under that one.
+    magnitudes = [name for name in weights if name.endswith(".lora_magnitude_vector")]
+    weights |= {f"{name}.weight": weights.pop(name) for name in magnitudes}
     return safetensors.torch.save(weights, metadata={"format": "pt"})
 
 

@@ -155,20 +155,26 @@ class TransformersEncoder:
 
 def encode(tokenizer: Any, texts: Sequence[str], text_tower: nn.Module) -> Any:
     """Tokenize texts, padded to the longest and cut to what both the tokenizer and the tower's positions take."""
-    longest = min(tokenizer.model_max_length, _positions(text_tower))
+    longest = longest_text(tokenizer, text_tower)
     cut = {"truncation": True, "max_length": longest} if longest < _NO_LIMIT else {}
     return tokenizer(list(texts), padding=True, return_attention_mask=True, return_tensors="pt", **cut)
 
 
-def _positions(text_tower: nn.Module) -> int:
-    """Return the most tokens a tower has positions for. RoBERTas count from the one after the padding token's id."""
-    tables = [
-        module
+def longest_text(tokenizer: Any, text_tower: nn.Module) -> int:
+    """Return the most tokens that both the tokenizer and the tower's positions take."""
+    return min([int(tokenizer.model_max_length), *map(len, positions(text_tower).values())])
+
+
+def positions(text_tower: nn.Module) -> dict[str, range]:
+    """Return the rows that a text's tokens take in each of a tower's tables of positions, by the table's name.
+
+    RoBERTas count from the row after the padding token's id.
+    """
+    return {
+        name: range(0 if module.padding_idx is None else module.padding_idx + 1, module.num_embeddings)
         for name, module in text_tower.named_modules()
         if isinstance(module, nn.Embedding) and name.endswith(("position_embedding", "position_embeddings"))
-    ]
-    first = [0 if table.padding_idx is None else table.padding_idx + 1 for table in tables]
-    return min((table.num_embeddings - start for table, start in zip(tables, first, strict=True)), default=_NO_LIMIT)
+    }
 
 
 def unknown_share(tokenizer: Any, texts: Sequence[str]) -> float:

@@ -10,6 +10,7 @@ poolers, which checkpoints of other tasks lack. transformers would draw those at
 """
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoProcessor,
+    AutoTokenizer,
     CLIPImageProcessor,
     PreTrainedModel,
     ProcessorMixin,
@@ -31,6 +33,7 @@ from transformers import (
 from koclip.config import ConfigError, check
 from koclip.models import StockModel
 from koclip.models.swap import linear_pooler
+from koclip.text.tokenizers import COUNT_FROM_PADDING
 
 UNREADABLE = (OSError, ValueError, ImportError, SafetensorError)  # what transformers raises
 _CLIP, _TEXT = "model.clip", "model.text_encoder"  # the keys that errors name
@@ -45,7 +48,8 @@ def load_image_side(path: str) -> tuple[StockModel | PreTrainedModel, Any]:
 
     Returns:
         The stock dual encoder, which has a text tower to learn from; or the image tower alone, with W as its
-        `config.hidden_size`. Both in evaluation mode.
+        `config.hidden_size`. Both in evaluation mode. Of a SigLIP it is the image tower, and a warning names what is
+        left out: its text tower, logit scale and bias.
 
     Raises:
         ConfigError: nothing that can be loaded is there, weights are missing or left over, or it has no image space.
@@ -60,6 +64,7 @@ def load_image_side(path: str) -> tuple[StockModel | PreTrainedModel, Any]:
             f"{_CLIP}: {path} is a {type(model).__name__}; expected a CLIPModel, ChineseCLIPModel or "
             "VisionTextDualEncoderModel, or an image tower: give another path"
         )
+    _say_what_is_left_out(path, model)
     if _lacks_only_the_pooler(model, problems) and hasattr(model.config, "pooler_act"):
         del problems["missing_keys"]
         linear_pooler(model)
@@ -90,13 +95,39 @@ def load_text_encoder(path: str, seed: int = 0) -> PreTrainedModel:
     if isinstance(model, StockModel):
         refuse(path, _TEXT, model, problems)
         encoder = model.text_model
+    elif hasattr(model, "vision_model") and hasattr(model, "text_model"):
+        raise ConfigError(
+            f"{_TEXT}: {path} is a {type(model).__name__}, a dual encoder whose text tower koclip cannot take. Give "
+            "an encoder of texts alone, or a CLIPModel, ChineseCLIPModel or VisionTextDualEncoderModel"
+        )
     fits = encoder.main_input_name == "input_ids"
     check(fits, _TEXT, path, f"a {type(encoder).__name__}, which reads no text: expected a text encoder")
     if _lacks_only_the_pooler(encoder, problems):
         del problems["missing_keys"]
         _identity_pooler(encoder)
     refuse(path, _TEXT, encoder, _without_heads(encoder, problems))
+    _pad_as_the_tokenizer_beside_it(path.removeprefix("auto:"), encoder)
     return encoder
+
+
+def take_padding(encoder: PreTrainedModel, pad_token_id: int | None) -> None:
+    """Let an encoder take a tokenizer's padding token for its own, with a warning if that was another one.
+
+    multilingual-e5 and its like are BERTs whose config.json says 0 beside a tokenizer of XLM-R's, which pads with 1 and
+    begins texts with 0. Padding is masked, so that no embedding changes; but what pads gets no gradient, and a
+    `ChineseCLIPModel` loads it as zeros. Encoders that count positions from it are left as they are.
+    """
+    config = encoder.config
+    if pad_token_id in (None, config.pad_token_id) or config.model_type in (*COUNT_FROM_PADDING, "clip_text_model"):
+        return
+    warnings.warn(
+        f"text encoder: config.json of this {config.model_type} says pad_token_id {config.pad_token_id}, its tokenizer "
+        f"pads with {pad_token_id}; koclip takes the tokenizer's, which changes no embedding",
+        stacklevel=2,
+    )
+    config.pad_token_id = pad_token_id
+    embeddings: Any = encoder.get_input_embeddings()
+    embeddings.padding_idx = pad_token_id
 
 
 def read(path: str | Path, key: str, subfolder: str = "") -> tuple[Any, dict[str, list[str]]]:
@@ -157,6 +188,20 @@ def unreadable(path: str | Path, key: str, expected: str, error: Exception) -> C
     )
 
 
+def _say_what_is_left_out(path: str, model: PreTrainedModel) -> None:
+    """Warn of the parts of a dual encoder that are not of its image tower."""
+    if not hasattr(model, "vision_model"):
+        return
+    parts = dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters())
+    left_out = [part for part in parts if part != "vision_model"]
+    if left_out:
+        warnings.warn(
+            f"{_CLIP}: of {path}, a {type(model).__name__}, koclip takes the image tower alone. Left out: "
+            f"{', '.join(left_out)}; the image space is the tower's pooled output, with a logit scale of its own",
+            stacklevel=3,
+        )
+
+
 def _lacks_only_the_pooler(model: PreTrainedModel, problems: dict[str, list[str]]) -> bool:
     pooler = {name for name in model.state_dict() if name.startswith("pooler.")}
     return bool(pooler) and set(problems.get("missing_keys", [])) == pooler
@@ -178,6 +223,16 @@ def _is_head(model: PreTrainedModel, name: str) -> bool:
         return True
     modules = dict(tower.named_modules())
     return isinstance(modules.get(part.rpartition(".")[0]), nn.Identity)
+
+
+def _pad_as_the_tokenizer_beside_it(path: str, encoder: PreTrainedModel) -> None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except UNREADABLE:
+        return  # it is elsewhere; `koclip.text.tokenizers.load` says what is wrong with it, and with other vocabularies
+    empty = len(tokenizer) <= len(set(tokenizer.all_special_ids))  # what a class makes without files
+    if not empty and len(tokenizer) <= encoder.config.vocab_size:
+        take_padding(encoder, tokenizer.pad_token_id)
 
 
 @torch.no_grad()

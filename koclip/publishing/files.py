@@ -18,6 +18,8 @@ from koclip.publishing import onnx_export, sentence
 
 CARD, LICENCE = "README.md", "LICENSE.md"
 ADAPTER = "adapter"
+# What adapter_config.json names where no repository holds the base: no Hub id, so that errors which quote it help.
+BUILT = "built by koclip, see README.md of this folder"
 FOLDERS = (".", ADAPTER, onnx_export.FOLDER, sentence.FOLDER)  # what a repository consists of
 _NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
 # .txt and .model: vocabularies of stock tokenizers.
@@ -165,7 +167,7 @@ def _base(directory: Path) -> list[str]:
     if not file.is_file():
         return []
     base = _read(file).get("base_model_name_or_path")
-    if base is not None:
+    if base not in (None, BUILT):
         return [] if is_hub_id(base) else [f"{ADAPTER}/adapter_config.json names {base!r}, which is no Hub id"]
     readme = directory / ADAPTER / CARD
     told = readme.read_text(encoding="utf-8") if readme.is_file() else ""

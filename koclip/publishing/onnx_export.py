@@ -3,12 +3,15 @@
 `onnx/vision_model.onnx` takes pixel_values (B, 3, H, W) and gives image_embeds (B, D); `onnx/text_model.onnx` takes
 input_ids and attention_mask (B, L) and gives text_embeds (B, D); both of unit norm, B and L free. Files and names are
 those that transformers.js looks for.
+
+The text graph takes ids as clients prepare them: padded on either side, too long, or cut to a length together with the
+end token (transformers.js does so). It embeds what the tokenizer's own truncation gives.
 """
 
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +26,8 @@ from koclip.data import scenes
 from koclip.data.transforms import view_size
 from koclip.models import StockModel
 from koclip.models.dual_encoder import encode_images, encode_texts
+from koclip.models.encoders import encode, longest_text
 from koclip.models.inference import load
-from koclip.text import tokenizers
 
 FOLDER = "onnx"
 SIDES = ("vision_model", "text_model")
@@ -33,6 +36,7 @@ RESULTS = "results.json"  # what the graphs in int8 lose (`koclip.publishing.qua
 FILES = (*(f"{side}{kind}.onnx" for side in SIDES for kind in (EXACT, INT8)), RESULTS)
 MOST = 1e-4  # largest difference of a number of an embedding that is taken for rounding
 _OPSET = 18
+_TEXT_INPUTS = ("input_ids", "attention_mask")
 _PROBES = 32  # pictures, and captions in each language, that graphs are tried on
 
 
@@ -46,12 +50,35 @@ class _Images(nn.Module):
 
 
 class _Texts(nn.Module):
-    def __init__(self, model: StockModel) -> None:
+    """The text side. A text's tokens come first in its row, at most `longest` of them, and `end` is among them.
+
+    A CLIP reads the embedding at the first end token, in a row without one at the first place, which holds the same
+    token in every text.
+    """
+
+    def __init__(self, model: StockModel, longest: int, end: int | None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.longest, self.end = model, longest, end
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return encode_texts(self.model, input_ids, attention_mask)
+        length = input_ids.shape[1]
+        places = torch.arange(length, device=input_ids.device)
+        order = places + attention_mask.argmax(dim=1, keepdim=True)  # (B, L) padding in front goes behind
+        order = torch.where(order < length, order, order - length)
+        input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+        attention_mask = attention_mask * (places < self.longest)
+        if self.end is not None:
+            ended = ((input_ids == self.end) & (attention_mask == 1)).any(dim=1, keepdim=True)
+            last = (places * attention_mask).amax(dim=1, keepdim=True)  # (B, 1)
+            input_ids = torch.where(~ended & (places == last), self.end, input_ids)
+        return encode_texts(self.model, input_ids[:, : self.longest], attention_mask[:, : self.longest])
+
+
+class Probe(NamedTuple):
+    """What a graph is tried on, and what the model makes of it."""
+
+    inputs: dict[str, torch.Tensor]
+    expected: torch.Tensor  # (B, D)
 
 
 class Parity(NamedTuple):
@@ -78,32 +105,33 @@ def export(directory: str | Path, output: Path, int8: bool = False) -> dict[str,
     """
     quantize = _quantizer()
     model, processor = load(directory, "cpu")
-    images, texts = _probes(processor)
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:  # those of other weights, and what was not asked for this time
         (folder / name).unlink(missing_ok=True)
-    found: dict[str, Parity] = {}
-    for name, side, inputs in zip(SIDES, (_Images(model), _Texts(model)), (images, texts), strict=True):
+    differences: dict[str, Parity] = {}
+    for name, (side, probes) in zip(SIDES, (_image_side(model, processor), _text_side(model, processor)), strict=True):
         file = folder / f"{name}.onnx"
-        _write(side.eval(), inputs, file)
-        found[file.name] = parity(side, inputs, file)
-        if not found[file.name].largest <= MOST:  # so written, NaN is too much
-            raise RunError(f"{file} differs from the model by {found[file.name].largest:.1e}, more than {MOST:.0e}")
+        _write(side.eval(), probes[0].inputs, file)
+        differences[file.name] = parity(probes, file)
+        if not differences[file.name].largest <= MOST:  # so written, NaN is too much
+            raise RunError(
+                f"{file} differs from the model by {differences[file.name].largest:.1e}, more than {MOST:.0e}"
+            )
         if int8:
             small = folder / f"{name}{INT8}.onnx"
             quantize(file, small)
-            found[small.name] = parity(side, inputs, small)
-            if not math.isfinite(found[small.name].largest):
+            differences[small.name] = parity(probes, small)
+            if not math.isfinite(differences[small.name].largest):
                 raise RunError(f"{small} gives values that are not finite: 8 bits do not do for it; take --onnx fp32")
-    return found
+    return differences
 
 
-@torch.no_grad()
-def parity(side: nn.Module, inputs: Mapping[str, torch.Tensor], file: Path) -> Parity:
-    """Return how the embeddings of ONNX Runtime differ from those of a side of the model."""
-    expected = side(**inputs)
-    got = run(session(file), inputs)
+def parity(probes: Sequence[Probe], file: Path) -> Parity:
+    """Return how the embeddings of ONNX Runtime differ from the model's."""
+    opened = session(file)
+    expected = torch.cat([probe.expected for probe in probes])
+    got = torch.cat([run(opened, probe.inputs) for probe in probes])
     cosine = torch.nn.functional.cosine_similarity(expected, got, dim=-1).mean().item()
     return Parity((expected - got).abs().max().item(), cosine)
 
@@ -141,15 +169,41 @@ def _write(side: nn.Module, inputs: Mapping[str, torch.Tensor], file: Path) -> N
         )
 
 
-def _probes(processor: ProcessorMixin) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return scenes and their captions, Korean and English, as the model takes them."""
+@torch.no_grad()
+def _image_side(model: StockModel, processor: ProcessorMixin) -> tuple[nn.Module, list[Probe]]:
+    """Return what is exported for images, and scenes to try it on."""
     side = view_size(processor.image_processor)
     drawn = [scenes.scene("test", 0, number) for number in range(_PROBES)]
     pictures = [Image.fromarray(scenes.draw(one, number)).resize((side, side)) for number, one in enumerate(drawn)]
     pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-    captions = [told for one in drawn for language in scenes.LANGUAGES for told in scenes.captions(one)[language][:1]]
-    encoded: Any = tokenizers.encode(processor.tokenizer, captions, padding=True, return_tensors="pt")
-    return {"pixel_values": pixels}, {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    return _Images(model), [Probe({"pixel_values": pixels}, encode_images(model, pixels))]
+
+
+@torch.no_grad()
+def _text_side(model: StockModel, processor: ProcessorMixin) -> tuple[nn.Module, list[Probe]]:
+    """Return what is exported for texts, and captions to try it on: whole, and as clients send them.
+
+    Those are padded on either side, too long, or cut without the end token. What is expected of all of them is what the
+    tokenizer's own truncation gives.
+    """
+    tokenizer: Any = processor.tokenizer
+    longest = longest_text(tokenizer, model.text_model)
+    drawn = [scenes.scene("test", 0, number) for number in range(_PROBES)]
+    captions = [text for one in drawn for language in scenes.LANGUAGES for text in scenes.captions(one)[language][:1]]
+    long = [" ".join(texts * (longest // 2)) for texts in (captions[:2], captions[2:4])]
+    tokens = [tokenizer(text, verbose=False)["input_ids"] for text in (*captions[:4], *long)]
+    last = tokens[0][-1]
+    side = _Texts(model, longest, end=last if last in tokenizer.all_special_ids else None)
+
+    whole = encode(tokenizer, captions, model.text_model)
+    cut = encode(tokenizer, [*captions[:4], *long, *long], model.text_model)
+    sent: Any = {"input_ids": [*tokens, *(ids[:longest] for ids in tokens[4:])]}
+    with _quiet():
+        odd = [tokenizer.pad(sent, padding_side=where, return_tensors="pt") for where in ("left", "right")]
+    return side, [
+        Probe({name: given[name] for name in _TEXT_INPUTS}, encode_texts(model, *(fits[name] for name in _TEXT_INPUTS)))
+        for given, fits in ((whole, whole), *((one, cut) for one in odd))
+    ]
 
 
 def _quantizer() -> Any:

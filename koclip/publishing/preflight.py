@@ -135,9 +135,9 @@ def _ids(directory: Path) -> Check:
     largest = max(tokenizer.get_vocab().values())
     if largest >= text.vocab_size:
         problems.append(f"the tokenizer has ids up to {largest}, text_config.vocab_size is {text.vocab_size}")
-    if text.model_type == "clip_text_model":
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            theirs, ours = getattr(text, name), getattr(tokenizer, name)
-            if theirs != ours:
-                problems.append(f"text_config.{name} is {theirs}, the tokenizer's {ours}")
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    for name in names if text.model_type == "clip_text_model" else names[2:]:
+        theirs, ours = getattr(text, name), getattr(tokenizer, name)
+        if theirs != ours:
+            problems.append(f"text_config.{name} is {theirs}, the tokenizer's {ours}")
     return Check("the tokenizer's ids are config.json's", problems, "write the tokenizer's ids into config.json")

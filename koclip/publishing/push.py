@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from koclip.config import ConfigError, RunError, check
 from koclip.publishing import onnx_export
-from koclip.publishing.files import ADAPTER, LICENCE
+from koclip.publishing.files import ADAPTER, BUILT, LICENCE
 
 Made = TypeVar("Made")
 
@@ -92,7 +92,7 @@ def check_base(directory: Path) -> None:
     """
     file = directory / ADAPTER / "adapter_config.json"
     base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") if file.is_file() else None
-    if base is not None:
+    if base not in (None, BUILT):
         repeat(lambda: HfApi().model_info(base), f"looking for {base}, the base of {ADAPTER}/")
 
 

@@ -1,6 +1,6 @@
 """Let `SentenceTransformer(directory)` load a published dual encoder, and embed texts and pictures in one space.
 
-sentence-transformers (6 and newer) reads four small files beside the model: which modules there are, and which of the
+sentence-transformers (5.4 and newer) reads four small files beside the model: which modules there are, and which of the
 model's methods embeds what. No weight is written twice, and the directory stays a model of transformers.
 """
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 FOLDER = "1_Normalize"
 _MODULES = (
-    ("", "sentence_transformers.base.modules.transformer.Transformer"),
-    (FOLDER, "sentence_transformers.base.modules.normalize.Normalize"),
+    ("", "sentence_transformers.models.Transformer"),
+    (FOLDER, "sentence_transformers.models.Normalize"),
 )
 
 

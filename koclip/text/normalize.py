@@ -7,20 +7,12 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-# Strings that tokenizers of the CLIP, BERT, RoBERTa and T5 families turn into control tokens, in any letter case
-# (CLIP's tokenizer lowercases). In a caption they would end the text early or shift its positions.
-_SPECIAL = re.compile(
-    r"<\|\w{1,40}\|>|\[(?:CLS|SEP|PAD|MASK|UNK|BOS|EOS)\]|</?(?:s|bos|eos|pad|unk|mask)>",
-    re.IGNORECASE,
-)
-# Soft hyphen, zero-width space, direction marks, word joiner, byte-order mark. The zero-width joiners stay: emoji
-# and some scripts are spelt with them.
-_INVISIBLE = frozenset("\u00ad\u061c\u180e\u200b\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff") | frozenset(
-    chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x2070))
-)
-_HANGUL_FILLERS = str.maketrans(dict.fromkeys("\u3164\uffa0", " "))  # letters by category, blanks on the screen
-# Nothing to be seen: joiners, variation selectors and the fillers of incomplete syllables, without a letter.
-_BARE = re.compile(r"[\s\u115f\u1160\u200c\u200d\ufe00-\ufe0f]*")
+from koclip.text.characters import BARE, FILLERS, INVISIBLE, SPECIAL
+
+_SPECIAL = re.compile(SPECIAL)
+_INVISIBLE = frozenset(INVISIBLE)
+_HANGUL_FILLERS = str.maketrans(dict.fromkeys(FILLERS, " "))
+_BARE = re.compile(rf"[\s{BARE}]*")
 _LONGEST = 10_000  # characters; Python's NFC takes time quadratic in a run of combining marks
 # What pandas, Python and JSON write for "no value". NA, N/A and the like, which people write too, stay.
 _MISSING = frozenset({"nan", "none", "null", "<na>"})
@@ -106,7 +98,5 @@ def _plain(text: str) -> str:
 
 
 def _is_text(character: str) -> bool:
-    """Tell white space and visible characters from control characters, lone surrogates and invisible ones."""
-    if character.isspace():
-        return True
-    return unicodedata.category(character) not in ("Cc", "Cs") and character not in _INVISIBLE
+    """Tell white space and visible characters from lone surrogates and invisible ones."""
+    return character not in _INVISIBLE and unicodedata.category(character) != "Cs"

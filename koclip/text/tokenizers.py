@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from koclip.config import ConfigError
-from koclip.text.compose import composing
+from koclip.text.cleaning import cleaning
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 # Characters that together hold every byte that UTF-8 text can hold.
@@ -30,12 +30,16 @@ _EVERY_BYTE += [chr(code) for code in range(0x800, 0x10000, 0x800) if not 0xD800
 _EVERY_BYTE += [chr(code) for code in (0x10000, 0x40000, 0x80000, 0xC0000, 0x100000)]
 _KOREAN = ("고양이가 창가에 앉아 밖을 보고 있다", "빨간 자전거 한 대가 나무 옆에 서 있는 사진")
 _SYLLABLES, _JAMO = re.compile("[가-힣]+"), re.compile("[\u1100-\u11ff]")  # in NFC; in NFD
+# Encoders that count a text's positions from their padding token's id on: with another one, every position is wrong.
+COUNT_FROM_PADDING = (
+    *("roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm", "xlm-roberta-xl", "data2vec-text"),
+)
 _MOST_LOST = 0.5  # of a script's letters; the right tokenizer loses next to none, a wrong one nearly all
 _RARE = 0.1  # of all letters; Hanja in Korean captions may be unknown
 
 
 def train_bpe(captions: Iterable[str], vocab_size: int, max_tokens: int) -> PreTrainedTokenizerBase:
-    """Train a byte-level BPE on `captions` and return it as a stock `CLIPTokenizer`.
+    """Train a byte-level BPE on `captions`; its vocabulary, merges and rules are those of a `CLIPTokenizer`.
 
     The vocabulary holds at most `vocab_size` entries: 256 bytes, 256 word-final bytes, merges, two special tokens.
     All 512 byte symbols are always present. `tokenizers` keeps only those it saw; a missing one would become the
@@ -57,7 +61,7 @@ def train_bpe(captions: Iterable[str], vocab_size: int, max_tokens: int) -> PreT
     merges = pairs[: vocab_size - len(symbols) - 2]
     entries = dict.fromkeys([*symbols, *(left + right for left, right in merges), BOS, EOS])
     vocab = {entry: index for index, entry in enumerate(entries)}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens)
+    return cleaning(CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens))
 
 
 def load(
@@ -65,8 +69,8 @@ def load(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer in directory or Hub repository `path` and make sure that a text tower can rely on it.
 
-    It gives composed and decomposed text the same ids (see `composing`), and so do its saved files. Padding and
-    truncation that an earlier call left in tokenizer.json are dropped, with a warning.
+    It gives a text the ids of the clean text (see `cleaning`), and so do its saved files. Padding and truncation that
+    an earlier call left in tokenizer.json are dropped, with a warning.
 
     Args:
         path: Where it is.
@@ -84,7 +88,7 @@ def load(
         raise ConfigError(f"tokenizer.path: no tokenizer can be loaded from {path!r}: {reason}") from error
     _drop_leaked_state(tokenizer, path)
     check(tokenizer, path, config, probes)
-    tokenizer = composing(tokenizer)
+    tokenizer = cleaning(tokenizer)
     tokenizer.model_max_length = max_tokens
     return tokenizer
 
@@ -103,7 +107,8 @@ def check(
     Raises:
         ConfigError: it is a slow one; it pads or cuts on the left; it takes the Hangul of `probes` apart or loses
             their letters; it has no padding token; for CLIP: it has no end token or puts one anywhere but at the end;
-            for an encoder: its ids are not those of `config`, or its texts do not begin with the cls token.
+            for an encoder: its ids are not those of `config`, its padding token's where positions are counted from
+            it, or its texts do not begin with the cls token.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(
@@ -209,8 +214,9 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, path: str, config: PreTrained
         if getattr(tokenizer, name) is None:
             raise ConfigError(f"tokenizer {path!r} has no {name}, which a text encoder needs: set it and save again")
     sep = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    counts = config.model_type in COUNT_FROM_PADDING  # else `koclip.models.adapt` takes the tokenizer's padding token
     for token, ours, name in (
-        ("pad", tokenizer.pad_token_id, "pad_token_id"),
+        *((("pad", tokenizer.pad_token_id, "pad_token_id"),) if counts else ()),
         ("cls", tokenizer.cls_token_id, "bos_token_id"),
         ("sep", sep, "eos_token_id"),
     ):
@@ -219,7 +225,8 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, path: str, config: PreTrained
             raise ConfigError(
                 f"tokenizer {path!r}: its {token} token has id {ours}, the {config.model_type} encoder's config.json "
                 f"says {name} {theirs}; expected the same. Take the tokenizer that the encoder was trained with, or "
-                "correct the wrong one (a RoBERTa counts its positions from pad_token_id; in a BERT it is free)"
+                "correct the wrong one"
+                + (f" (a {config.model_type} counts its positions from pad_token_id)" if token == "pad" else "")
             )
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:

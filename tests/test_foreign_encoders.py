@@ -1,0 +1,175 @@
+"""Encoders whose files disagree with their tokenizer, and dual encoders of which only a part can be taken."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as T
+from peer_models import WIDTH, bert_tokenizer, saved, xlmr_tokenizer
+from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
+from torch import Tensor
+from transformers import AutoConfig, AutoModel
+
+from koclip.config import ConfigError, SwapConfig
+from koclip.models.adapt import adapt, load_teacher, text_encoder
+from koclip.models.dual_encoder import DualEncoder, from_scratch
+from koclip.models.pretrained import load_image_side, load_text_encoder
+from koclip.models.swap import swap_text_tower
+from koclip.text import tokenizers
+
+TEXTS = ["고양이가 창가에 앉아 있다", "개", "a red circle"]
+PADS = "config.json of this {} says pad_token_id {}, its tokenizer pads with 1; koclip takes the tokenizer's"
+SIZES = WIDTH | {"embedding_size": 32, "dim": 32, "n_heads": 2, "n_layers": 2, "hidden_dim": 48}
+FREE = {"bert", "electra", "distilbert", "albert", "ernie"}  # positions from 0 on, whatever pads
+
+
+def encoder_beside_xlmr(folder: Path, kind: str, **settings: object) -> Path:
+    """Save an encoder beside a tokenizer of XLM-R's, as multilingual-e5 and its like are: <s> is 0, <pad> is 1."""
+    tokenizer = xlmr_tokenizer()
+    tokenizer.save_pretrained(folder)
+    sizes = SIZES | {"vocab_size": len(tokenizer), "max_position_embeddings": 42, "pad_token_id": 0}
+    sizes |= {"bos_token_id": None, "eos_token_id": None}
+    torch.manual_seed(0)
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **sizes, **settings))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["pad_token_id"] == 0
+    return folder
+
+
+def hidden(tower: torch.nn.Module, encoded: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return tower.eval()(**{name: encoded[name] for name in ("input_ids", "attention_mask")}).last_hidden_state
+
+
+@pytest.mark.parametrize("image", ["clip", "timm"])
+@pytest.mark.parametrize("kind", sorted(FREE))
+def test_the_tokenizer_says_what_pads(kind: str, image: str, tmp_path: Path) -> None:
+    """The first token is 0, which config.json calls padding: as such it would be zeros in the published model."""
+    folder = str(encoder_beside_xlmr(tmp_path / "encoder", kind))
+    original = AutoModel.from_pretrained(folder)
+    if image == "timm" and getattr(original, "pooler", None) is None:
+        pytest.skip(f"{kind} has no pooler, and no class holds it beside this image tower")
+    clip, processor = from_scratch(
+        tiny_config(**({"preset": "timm:test_vit"} if image == "timm" else {})), tiny_tokenizer()
+    )
+    with pytest.warns(UserWarning, match=re.escape(PADS.format(kind, 0))):
+        encoder = load_text_encoder(folder)
+    tokenizer = tokenizers.load(folder, 40, encoder.config, TEXTS[:2])
+    model, joint = adapt(SwapConfig(clip="a", text_encoder=folder), clip, encoder, processor.image_processor, tokenizer)
+    DualEncoder(model, joint)  # which compares their ids
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModel.from_pretrained(tmp_path / "model")
+    encoded = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    kept = encoded["attention_mask"] == 1
+    expected = hidden(original, encoded)[kept]
+    for one in (model, loaded):
+        assert one.config.text_config.pad_token_id == 1
+        assert one.text_model.get_input_embeddings().padding_idx == 1
+        assert torch.equal(hidden(one.text_model, encoded)[kept], expected)
+
+
+def test_a_tokenizer_from_elsewhere_says_it_too(tmp_path: Path) -> None:
+    """`tokenizer.path` names it."""
+    folder = encoder_beside_xlmr(tmp_path / "encoder", "bert")
+    (folder / "tokenizer.json").unlink()
+    encoder = load_text_encoder(str(folder))
+    assert encoder.config.pad_token_id == 0
+    xlmr_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    clip, processor = from_scratch(tiny_config(), tiny_tokenizer())
+    tokenizer = tokenizers.load(str(tmp_path / "tokenizer"), 40, encoder.config, TEXTS[:2])
+    config = SwapConfig(clip="a", text_encoder=str(folder))
+    with pytest.warns(UserWarning, match=re.escape(PADS.format("bert", 0))):
+        model, joint = adapt(config, clip, encoder, processor.image_processor, tokenizer)
+    DualEncoder(model, joint)
+    assert model.config.text_config.pad_token_id == 1
+
+
+@pytest.mark.parametrize("kind", tokenizers.COUNT_FROM_PADDING)
+def test_where_positions_count_from_padding_it_is_refused(kind: str, tmp_path: Path) -> None:
+    folder = str(encoder_beside_xlmr(tmp_path, kind))
+    encoder = load_text_encoder(folder)
+    assert encoder.config.pad_token_id == 0
+    with pytest.raises(
+        ConfigError, match=f"its pad token has id 1, the {kind} encoder's config.json says pad_token_id 0"
+    ):
+        tokenizers.load(folder, 40, encoder.config, TEXTS[:2])
+
+
+@pytest.mark.parametrize("kind", [*sorted(FREE), "big_bird", *tokenizers.COUNT_FROM_PADDING])
+def test_it_is_known_which_encoders_count_from_padding(kind: str) -> None:
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **SIZES, vocab_size=90, pad_token_id=1))
+    tables = [one for name, one in model.named_modules() if name.endswith("position_embeddings")]
+    assert [table.padding_idx is not None for table in tables] == [kind in tokenizers.COUNT_FROM_PADDING]
+
+
+def test_a_tokenizer_of_another_vocabulary_says_nothing_of_padding(tmp_path: Path) -> None:
+    folder = tmp_path / "encoder"
+    T.BertModel(T.BertConfig(**WIDTH, vocab_size=20, pad_token_id=3)).save_pretrained(folder)
+    assert load_text_encoder(str(folder)).config.pad_token_id == 3  # without a tokenizer
+    bert_tokenizer().save_pretrained(folder)
+    encoder = load_text_encoder(str(folder))
+    assert encoder.config.pad_token_id == 3
+    with pytest.raises(ConfigError, match="vocabulary 20 entries"):
+        tokenizers.load(str(folder), 40, encoder.config, TEXTS[:2])
+
+
+SIGLIPS = {"SigLIP": "SiglipModel", "SigLIP 2": "SiglipModel"}
+NOT_THE_TEXTS = {
+    **SIGLIPS,
+    "SigLIP 2 NaFlex": "Siglip2Model",
+    "MetaCLIP 2": "MetaClip2Model",
+    "AltCLIP": "AltCLIPModel",
+}
+
+
+@pytest.mark.parametrize("kind", SIGLIPS)
+def test_what_is_left_out_of_a_siglip_is_said(kind: str, tmp_path: Path) -> None:
+    folder = str(saved(kind, tmp_path / "siglip"))
+    with pytest.warns(UserWarning, match=r"SiglipModel, koclip takes the image tower alone\. Left out: ") as warned:
+        tower, _ = load_image_side(folder)
+    told = "".join(str(one.message) for one in warned)
+    assert all(part in told for part in ("text_model", "logit_scale", "logit_bias", folder))
+    swapped = swap_text_tower(tower, T.BertModel(T.BertConfig(**WIDTH, vocab_size=90)))
+    assert swapped.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+
+
+@pytest.mark.parametrize("kind", SIGLIPS)
+def test_no_error_denies_that_a_siglip_has_a_text_tower(kind: str, tmp_path: Path) -> None:
+    folder = str(saved(kind, tmp_path / "siglip"))
+    with pytest.warns(UserWarning, match="image tower alone"):
+        tower, processor = load_image_side(folder)
+    refusals = []
+    for attempt in (
+        lambda: text_encoder(SwapConfig(clip=folder, text_encoder="same"), tower),
+        lambda: load_teacher(tower, folder),
+        lambda: adapt(SwapConfig(clip=folder), tower, None, processor, tiny_tokenizer()),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            attempt()
+        refusals.append(str(raised.value))
+    for told in refusals:
+        assert f"of {folder} koclip takes the image tower alone" in told
+        assert "without a text tower" not in told
+        assert "has no text tower" not in told
+    keys = ("model.text_encoder: ", "model.clip: ", "model.text_width, model.text_layers: ")
+    assert [told.startswith(key) for told, key in zip(refusals, keys, strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("kind", NOT_THE_TEXTS)
+def test_text_towers_that_cannot_be_taken_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    folder = str(saved(kind, tmp_path / "dual"))
+    with pytest.raises(ConfigError, match=rf"^model.text_encoder: {folder} is a {NOT_THE_TEXTS[kind]}, a dual encoder"):
+        load_text_encoder(folder)
+
+
+def test_an_image_tower_alone_leaves_nothing_out(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    vision = tiny_dual_encoder().model.vision_model
+    vision.save_pretrained(tmp_path)
+    T.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)
+    load_image_side(str(tmp_path))
+    assert not [one for one in recwarn if "image tower alone" in str(one.message)]
