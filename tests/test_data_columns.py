@@ -111,7 +111,7 @@ def test_bad_source_configs_name_the_key() -> None:
     for options, key in [
         ({"captions": {}}, "captions"),
         ({"languages": {"ja": 1.0}}, "languages"),
-        ({"languages": {"ko": -1.0}}, "languages.ko"),
+        ({"languages": {"ko": -1.0, "en": 2.0}}, "languages.ko"),
         ({"languages": {"ko": 0.0, "en": 0.0}}, "languages"),
         ({"weight": 0.0}, "weight"),
         ({"scenes_size": 3}, "scenes_size"),

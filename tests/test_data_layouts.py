@@ -57,8 +57,8 @@ def test_coco_ko(coco):
     assert {part: len(rows) for part, rows in data.items()} == {"train2014": 2, "val2014": 1}
     assert set(data["train2014"].column_names) == front_matter(card("coco_ko"))["columns"].keys()
     config = parse(AlignConfig, ["--config", str(CONFIGS / "align" / "coco_ko.yaml")])
-    assert read(config.data.sources[0]) == [(COLOURS[0], {"ko": ["가 0"]}), (COLOURS[2], {"ko": ["가 2"]})]
-    assert read(config.eval.sets[0].source) == [(COLOURS[1], {"ko": ["가 1"], "en": ["a 1", "b"]})]
+    assert read(config.data.sources[0]) == [(COLOURS[0], {"ko": ["가 0", ""]}), (COLOURS[2], {"ko": ["가 2", ""]})]
+    assert read(config.eval.sets[0].source) == [(COLOURS[1], {"ko": ["가 1", ""], "en": ["a 1", "b"]})]
 
 
 def test_koclips_own_annotations(coco):
