@@ -120,17 +120,16 @@ class TableSource:
 
     def picture_sizes(self) -> pa.ChunkedArray | None:
         """Return how many bytes each row's picture has, without reading one; None where the table holds none."""
-        stored = self._table.data
         if len(self.config.images) != 1 or self.config.images[0] not in self._table.column_names:
             return None
-        column = stored.column(self.config.images[0])
+        column = self._table.data.column(self.config.images[0])
         if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
             column = pc.struct_field(column, "bytes")
         if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
             return None
-        sizes = pc.binary_length(column)
-        if len(stored) != len(self) and self._numbers is not None:
-            sizes = sizes.take(pa.array(self._numbers))
+        sizes, indices = pc.binary_length(column), self._table._indices  # reads where each begins, no more
+        if indices is not None:  # rows were selected
+            sizes = sizes.take(indices.column(0))
         return None if sizes.null_count == len(sizes) else sizes
 
 
