@@ -7,6 +7,7 @@ take the first column for an index where a line has one field more, and let some
 import csv
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -81,7 +82,9 @@ def open_records(
         SourceError: no row has one of the columns.
         FileError: a file cannot be read.
     """
-    split = config.split.split("[")[0]
+    # `datasets` has no split of the name `all`.
+    asked = re.sub(r"^all(?=\[|$)", "train", config.split)
+    split = asked.split("[")[0]
     columns = [*([config.label] if config.label else []), *config.captions.values(), *(config.where or {})]
     task = Task(
         path=config.path,
@@ -94,7 +97,7 @@ def open_records(
         columns=tuple(columns),
     )
     if config.streaming:
-        if split != config.split:
+        if split != asked:
             raise FileError("a stream cannot be cut: name the split without brackets, or set streaming: false")
         for _ in _checked(itertools.islice(_records(files, task), _PEEKED), task):
             pass
@@ -106,9 +109,9 @@ def open_records(
         gen_kwargs={"task": task},
         split=datasets.NamedSplit(split),
     )
-    parts = datasets.ReadInstruction.from_spec(config.split).to_absolute({split: len(table)})
+    parts = datasets.ReadInstruction.from_spec(asked).to_absolute({split: len(table)})
     places = itertools.chain.from_iterable(range(part.from_, part.to) for part in parts)
-    return (table if split == config.split else table.select(places)).with_transform(_decoded)
+    return (table if split == asked else table.select(places)).with_transform(_decoded)
 
 
 def _content(file: str) -> str:
