@@ -63,6 +63,7 @@ class Run:
         self._series = Series(self.path / "checkpoints")
         self.positions: dict[int, Position] = {}
         self._skipped = {item["key"] for item in lines.read(self.path / "skipped.jsonl")}
+        self._unlisted: list[Skip] = []  # this process's, since the processes last met
         self.num_skipped = self._drawn = 0
 
     def start(self, config: Any, accelerator: Accelerator) -> None:
@@ -123,6 +124,7 @@ class Run:
         and between steps counts. Of a process that was killed they count up to the last line that its checkpoint
         covers: the steps after that are trained again. A run that an older koclip began has none.
         """
+        self._list_everyones()
         self._accelerator.log(stats, step=step)
         if distributed.rank() == 0:
             finite = {name: value if math.isfinite(value) else None for name, value in stats.items()}
@@ -144,6 +146,8 @@ class Run:
     def watch(self, batches: Iterator[Batch], max_skipped_fraction: float) -> Iterator[Batch]:
         """Pass batches on; list their skipped samples in skipped.jsonl and note the readers' positions.
 
+        Several processes list theirs together, whenever something is logged or saved.
+
         Raises:
             SkippedError: more than `max_skipped_fraction` of the rows drawn could not be used.
             RunError: a checkpoint could not be written.
@@ -154,8 +158,11 @@ class Run:
                 self.positions[batch.position.reader] = batch.position
             self._drawn += batch.num_drawn
             self.num_skipped += len(batch.skipped)
-            self.list_skipped(batch.skipped)
+            self._unlisted += batch.skipped
+            if distributed.world_size() == 1:
+                self._list_everyones()
             if self._drawn >= _MIN_DRAWN and self.num_skipped > max_skipped_fraction * self._drawn:
+                self.list_skipped(self._unlisted)  # the other processes may be far from here
                 last = "\n".join(f"  {skip.key}: {skip.reason}" for skip in batch.skipped[-10:])
                 raise SkippedError(
                     f"data.max_skipped_fraction: {self.num_skipped} of {self._drawn} samples could not be used, more "
@@ -169,6 +176,14 @@ class Run:
         self._skipped.update(new)
         if new:
             lines.append(self.path / "skipped.jsonl", [skip._asdict() for skip in new.values()])
+
+    def _list_everyones(self) -> None:
+        """Append what all processes have skipped to skipped.jsonl, each sample once; all of them call it."""
+        everyones = [skip for part in distributed.gather_objects(self._unlisted) for skip in part]
+        self._unlisted = []
+        if distributed.rank() == 0:
+            self.list_skipped(everyones)
+        self._skipped.update(skip.key for skip in everyones)
 
     def save(self, trainer: Trainer, step: int, keep: int, wait: bool = False) -> None:
         """Begin checkpoints/step-<step>/, which will be there whole or not at all; keep the newest `keep`.
@@ -184,6 +199,7 @@ class Run:
         Raises:
             RunError: this or the last checkpoint could not be written.
         """
+        self._list_everyones()
         partial = self._series.begin(step) if distributed.rank() == 0 else self.path
         partial = distributed.gather_objects(partial)[0]
         progress = state.Progress(step, tuple(self.positions.values()))

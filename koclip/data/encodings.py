@@ -26,7 +26,8 @@ _COMMON = frozenset(
     "창찾채책처천철청체쳐쳤초총최추축출충취츠층치친침카캐커컴케코크큰클큼키타탁탄탈태택터턴테토톰통투트특틀티파판팔패퍼페편평포폭표품프플피필하학한할함합항해했행향허험혀현협형호혼화확환활황회획후훨흥희히힘"
 )
 # Of two that fit equally well the first is taken. cp949 holds EUC-KR; cp1252 is the Latin-1 of Windows.
-_CANDIDATES = ("cp949", "shift_jis", "euc_jp", "gb18030", "cp1252", "johab")
+_CANDIDATES = ("cp949", "cp1252", "shift_jis", "euc_jp", "gb18030", "johab")
+_KOREAN = ("cp949", "johab")
 _LIKELY = 0.3  # least mean weight of the characters; in a wrong encoding it is about 0.1
 
 
@@ -104,7 +105,7 @@ def likely_encoding(data: bytes) -> str | None:
         return name if text and "\0" not in text else None
     if not data.isascii() and _decoded(data, "utf-8"):
         return "utf-8"  # next to no text of another encoding is UTF-8 by chance
-    weights = {name: _mean_weight(_decoded(data, name)) for name in _CANDIDATES}
+    weights = {name: _mean_weight(_decoded(data, name), name not in _KOREAN) for name in _CANDIDATES}
     best = max(weights, key=weights.__getitem__)
     return best if weights[best] >= _LIKELY else None
 
@@ -122,20 +123,20 @@ def _decoded(data: bytes, encoding: str) -> str:
         return ""
 
 
-def _mean_weight(text: str) -> float:
-    """Return how usual the characters beyond ASCII are, from 0 to 1."""
-    weights = [_weight(character) for character in text if not character.isascii()]
+def _mean_weight(text: str, ideographs: bool = True) -> float:
+    """Return how usual the characters beyond ASCII are in captions, from 0 to 1; ideographs are none in Korean ones."""
+    weights = [_weight(character, ideographs) for character in text if not character.isascii()]
     return sum(weights) / max(1, len(weights))
 
 
-def _weight(character: str) -> float:
-    """Return how usual a character is in captions."""
+def _weight(character: str, ideographs: bool) -> float:
     if character in _COMMON or "\u3041" <= character <= "\u30ff":  # kana
         return 1.0
     if "가" <= character <= "힣":
         return 0.35 if len(_encoded(character, "euc_kr")) == 2 else 0.1  # the 2,350 syllables of KS X 1001
     if "\u4e00" <= character <= "\u9fff":
-        return 0.5 if b"\xb0" <= _encoded(character, "gb2312") < b"\xd8" else 0.0  # the 3,755 most used
+        # The 3,755 most used.
+        return 0.5 if ideographs and b"\xb0" <= _encoded(character, "gb2312") < b"\xd8" else 0.0
     latin = character <= "\u017f" and character.isalpha()
     return 0.5 if latin or "\u2013" <= character <= "\u2026" else 0.0  # dashes and quotation marks
 
@@ -160,9 +161,10 @@ def _check_not_another(name: str, encoding: str, data: bytes, text: str, place: 
 
 def _not_in(name: str, place: str, error: UnicodeDecodeError, others_are: bool) -> FileError:
     """Return the error for text at `place` that is not in an encoding that `others_are` in."""
-    start = error.object.rfind(b"\n", 0, error.start) + 1 if not name.startswith(("utf-16", "utf-32")) else 0
+    wide = b"\0" in error.object  # bytes are no characters, nor are line ends
+    start = 0 if wide else error.object.rfind(b"\n", 0, error.start) + 1
     line = error.object[start:].split(b"\n", 1)[0]
-    if others_are:  # setting another encoding would not help
+    if others_are and not wide:  # setting another encoding would not help
         likely = likely_encoding(line)
         looks = f"it looks like {likely}" if likely else "its encoding is not known"
         return FileError(f"{place} is not {name}, but text before it is; {looks}: write it in {name}")

@@ -243,6 +243,7 @@ def row(
     path = value.get("path") if isinstance(value, Mapping) else value
     name = record.get("__key__") or (Path(path).name if isinstance(path, str) else None) or record.get("id")
     key = "/".join(filter(None, (config.key, shard, number, str(name or ""))))
+    key = key.encode("utf-8", "replace").decode()  # names may hold bytes that are no UTF-8
     label = dig(record, config.label) if config.label else None
     if classes is not None and label is not None:
         label = classes[label] if label >= 0 else None  # -1 stands for no class

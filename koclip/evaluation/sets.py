@@ -105,7 +105,7 @@ def _usable(
                 raise ImageError("no usable caption")
             decode(row.image, MAX_PIXELS)
         except ImageError as error:
-            skipped.append(Skip(row.key, str(error)))
+            skipped.append(Skip(row.key, str(error), source.path))
             continue
         rows.append(row)
         if classes:

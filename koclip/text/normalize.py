@@ -25,8 +25,9 @@ _LONGEST = 10_000  # characters; Python's NFC takes time quadratic in a run of c
 # What pandas, Python and JSON write for "no value". NA, N/A and the like, which people write too, stay.
 _MISSING = frozenset({"nan", "none", "null", "<na>"})
 # A list as Python writes it, or without commas an array as numpy does.
-_ESCAPE = r"\\(?:[\\'\"nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U000[0-9a-f]{5})"
-_ITEM = rf"""(?:('(?:[^'\\\n]|{_ESCAPE})*'|"(?:[^"\\\n]|{_ESCAPE})*")|None|nan)"""
+_ESCAPE = r"\\(?:[\\'\"nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U00(?:0[0-9a-f]|10)[0-9a-f]{4})"
+_NEVER = r"\0\n\r\ud800-\udfff"  # always escaped
+_ITEM = rf"""(?:('(?:[^'\\{_NEVER}]|{_ESCAPE})*'|"(?:[^"\\{_NEVER}]|{_ESCAPE})*")|None|nan)"""
 _WRITTEN_LIST = re.compile(rf"\[\s*(?:{_ITEM}(?:\s*,\s*|\s+|(?=\])))*\]")
 
 
