@@ -67,7 +67,7 @@ def test_hub_data_sets_are_asked_for_by_id_subset_split_and_revision(monkeypatch
         assert asked == {"args": ("owner/name", "ko"), "split": "val", "revision": "abc", "streaming": streaming}
 
 
-def test_remote_shards_are_handed_on(monkeypatch, records) -> None:
+def test_remote_files_are_handed_on(monkeypatch, records) -> None:
     asked = {}
 
     def load_dataset(builder, **options):
@@ -75,9 +75,9 @@ def test_remote_shards_are_handed_on(monkeypatch, records) -> None:
         return datasets.Dataset.from_list(records, features=features()).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    open_source(SourceConfig(path="s3://bucket/shard-*.tar", captions=CAPTIONS))
-    assert asked["builder"] == "webdataset"
-    assert asked["data_files"] == {"train": ["s3://bucket/shard-*.tar"]}
+    open_source(SourceConfig(path="s3://bucket/part-?.parquet", captions=CAPTIONS))
+    assert asked["builder"] == "parquet"
+    assert asked["data_files"] == {"train": ["s3://bucket/part-?.parquet"]}
 
 
 def test_images_stay_encoded_whatever_they_hold(tmp_path, records) -> None:

@@ -270,7 +270,7 @@ def _shard_names(config: SourceConfig, kind: str) -> list[str]:
 
 
 def _check_encoding(config: SourceConfig, kind: str) -> None:
-    if kind not in (*TEXT, "webdataset") and config.encoding != "utf-8":
+    if kind not in (*TEXT, "webdataset", "image_folder") and config.encoding != "utf-8":
         raise SourceError(
             f"data.sources[].encoding: got {config.encoding!r} for {config.path!r}, but {kind} has an encoding of its "
             "own; leave encoding out"

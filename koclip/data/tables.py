@@ -23,6 +23,7 @@ from koclip.data.columns import dig as dig
 from koclip.data.encodings import FileError
 from koclip.data.files import SourceError as SourceError
 from koclip.data.files import file_format, find, identity, is_folder, is_remote, listed, walk
+from koclip.data.image_folder import open_folder
 from koclip.data.text_files import open_text
 
 # What `datasets` and the readers below it raise on files that are missing or broken.
@@ -109,11 +110,9 @@ def _load(config: SourceConfig, kind: str) -> Table:
         return _hub_table(config)
     if kind == "save_to_disk":
         return _saved_table(config)
-    options: dict[str, Any] = {"split": config.split, "streaming": config.streaming}
     if kind == "image_folder":
-        if not Path(config.path).is_dir():
-            raise SourceError(f"source {config.path!r} is not a folder; expected a folder of images with metadata")
-        return datasets.load_dataset("imagefolder", data_dir=str(Path(config.path).resolve()), **options)
+        return open_folder(config)
+    options: dict[str, Any] = {"split": config.split, "streaming": config.streaming}
     files = files_of(config, kind)
     if kind == "webdataset":
         return shards.stream(files, config)

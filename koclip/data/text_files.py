@@ -7,7 +7,8 @@ take the first column for an index where a line has one field more, and let some
 import csv
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import datasets
@@ -25,12 +26,12 @@ _JSON = json.JSONDecoder(parse_constant=lambda _: None)  # NaN is a missing valu
 csv.field_size_limit(2**31 - 1)  # characters; the default is 131,072
 
 
-class _Task(NamedTuple):
+class Task(NamedTuple):
     """What is read and how. The table that `datasets` keeps on disk is known by it."""
 
     path: str
-    kind: str
-    files: tuple[str, ...]
+    read: Callable[[Any, "Task"], Iterator[Mapping[str, Any]]]  # yields the rows of a file
+    files: tuple[Any, ...]
     contents: tuple[str, ...]  # what differs when a file does
     encoding: str
     header: tuple[str, ...] | None  # of CSV files that have none
@@ -58,20 +59,45 @@ def open_text(config: SourceConfig, kind: str, files: Sequence[str]) -> datasets
     """
     if is_remote(files[0]):
         files = [opened.full_name for opened in fsspec.open_files(files[0])]
-    split = config.split.split("[")[0]
+    return open_records(
+        config, csv_records if kind == "csv" else json_records, files, [_content(file) for file in files]
+    )
+
+
+def open_records(
+    config: SourceConfig,
+    read: Callable[[Any, Task], Iterator[Mapping[str, Any]]],
+    files: Sequence[Any],
+    contents: Sequence[str],
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Return the rows of files as a table of the columns that a source names, and `id`.
+
+    Args:
+        config: The source.
+        read: Yields the rows of one of the files.
+        files: What `read` takes.
+        contents: For each file, what differs when its content does.
+
+    Raises:
+        SourceError: no row has one of the columns.
+        FileError: a file cannot be read.
+    """
+    # `datasets` has no split of the name `all`.
+    asked = re.sub(r"^all(?=\[|$)", "train", config.split)
+    split = asked.split("[")[0]
     columns = [*([config.label] if config.label else []), *config.captions.values(), *(config.where or {})]
-    task = _Task(
+    task = Task(
         path=config.path,
-        kind=kind,
+        read=read,
         files=tuple(files),
-        contents=tuple(map(_content, files)),
+        contents=tuple(contents),
         encoding=config.encoding,
         header=tuple(config.columns) if config.columns else None,
         images=tuple(config.images),
         columns=tuple(columns),
     )
     if config.streaming:
-        if split != config.split:
+        if split != asked:
             raise FileError("a stream cannot be cut: name the split without brackets, or set streaming: false")
         for _ in _checked(itertools.islice(_records(files, task), _PEEKED), task):
             pass
@@ -83,9 +109,9 @@ def open_text(config: SourceConfig, kind: str, files: Sequence[str]) -> datasets
         gen_kwargs={"task": task},
         split=datasets.NamedSplit(split),
     )
-    parts = datasets.ReadInstruction.from_spec(config.split).to_absolute({split: len(table)})
+    parts = datasets.ReadInstruction.from_spec(asked).to_absolute({split: len(table)})
     places = itertools.chain.from_iterable(range(part.from_, part.to) for part in parts)
-    return (table if split == config.split else table.select(places)).with_transform(_decoded)
+    return (table if split == asked else table.select(places)).with_transform(_decoded)
 
 
 def _content(file: str) -> str:
@@ -96,13 +122,13 @@ def _content(file: str) -> str:
     return str(filesystem.ukey(path))
 
 
-def _rows(files: Sequence[str], task: _Task) -> Iterator[dict[str, Any]]:
+def _rows(files: Sequence[Any], task: Task) -> Iterator[dict[str, Any]]:
     """Yield the cells that are wanted of every row."""
     for record in _records(files, task):
         yield {name: dig(record, name) for name in task.names}
 
 
-def _encoded_rows(task: _Task) -> Iterator[dict[str, str]]:
+def _encoded_rows(task: Task) -> Iterator[dict[str, str]]:
     """Yield rows with each cell as JSON: a column may hold anything."""
     names = task.names
     for record in _checked(_records(task.files, task), task):
@@ -113,7 +139,7 @@ def _decoded(columns: Mapping[str, list[str]]) -> dict[str, list[Any]]:
     return {name: [json.loads(cell) for cell in cells] for name, cells in columns.items()}
 
 
-def _checked(records: Iterable[Mapping[str, Any]], task: _Task) -> Iterator[Mapping[str, Any]]:
+def _checked(records: Iterable[Mapping[str, Any]], task: Task) -> Iterator[Mapping[str, Any]]:
     """Pass records on; at their end, make sure that each column was in one of them."""
     missing = {task.images, *((column,) for column in task.columns)} - {()}
     names: dict[str, None] = {}
@@ -127,12 +153,12 @@ def _checked(records: Iterable[Mapping[str, Any]], task: _Task) -> Iterator[Mapp
         raise SourceError(f"source {task.path!r} has no column {columns}; its columns are {sorted(names)}")
 
 
-def _records(files: Sequence[str], task: _Task) -> Iterator[Mapping[str, Any]]:
+def _records(files: Sequence[Any], task: Task) -> Iterator[Mapping[str, Any]]:
     for file in files:
-        yield from _csv_records(file, task) if task.kind == "csv" else _json_records(file, task)
+        yield from task.read(file, task)
 
 
-def _csv_records(file: str, task: _Task) -> Iterator[Mapping[str, Any]]:
+def csv_records(file: str, task: Task) -> Iterator[Mapping[str, Any]]:
     """Yield the lines of a CSV or TSV file by column.
 
     In tab-separated files quotes are text: taken for CSV's, one that is not closed swallows the lines after it.
@@ -165,7 +191,7 @@ def _csv_records(file: str, task: _Task) -> Iterator[Mapping[str, Any]]:
         raise FileError(f"{file} is empty")
 
 
-def _json_records(file: str, task: _Task) -> Iterator[Mapping[str, Any]]:
+def json_records(file: str, task: Task) -> Iterator[Mapping[str, Any]]:
     """Yield the objects of a JSON array, or of a file with one on each line."""
     lines = (
         (number, line) for number, line in enumerate(read_lines(read_text(file, task.encoding)), 1) if line.strip()
@@ -211,7 +237,7 @@ def _object(item: Any, place: str) -> Mapping[str, Any]:
     return item
 
 
-def _layout(document: Mapping[str, Any], task: _Task) -> Layout | None:
+def _layout(document: Mapping[str, Any], task: Task) -> Layout | None:
     images = [dig(document, image) for image in task.images if has_column(document, image)]
 
     def has_columns(record: Mapping[str, Any]) -> bool:
@@ -221,5 +247,5 @@ def _layout(document: Mapping[str, Any], task: _Task) -> Layout | None:
     return layout_of(document, images, has_columns)
 
 
-def _other_layout(layout: Layout, file: str, task: _Task) -> FileError:
+def _other_layout(layout: Layout, file: str, task: Task) -> FileError:
     return FileError(f"{file} cannot be read as it is: {conversion(layout, task.path, task.files, task.encoding)}")
