@@ -1,7 +1,6 @@
 """Captions as their files have them: lists that became text, HTML entities, and JSON of other layouts."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sources_on_disk import all_rows
+from test_text_files import source as text_source
 from test_text_files import write_tar
 
 from koclip.config import SourceConfig
@@ -20,7 +20,7 @@ from koclip.text.normalize import clean_captions, normalize
 
 
 def source(path: Path, **options) -> SourceConfig:
-    return SourceConfig(path=str(path), **{"captions": {"ko": "captions"}, **options})
+    return text_source(path, **{"captions": {"ko": "captions"}, **options})
 
 
 def read(config: SourceConfig) -> list[list[str]]:
@@ -191,7 +191,7 @@ def test_cocos_keys_in_one_file_per_picture(tmp_path) -> None:
 def test_the_lines_work_where_the_command_runs(tmp_path, monkeypatch) -> None:
     """A relative path stays one in the lines that are told."""
     monkeypatch.chdir(tmp_path)
-    os.mkdir("coco")
+    Path("coco").mkdir()
     Path("coco/captions.json").write_text(json.dumps(LAYOUTS["coco"][0]), encoding="utf-8")
     with pytest.raises(SourceError) as caught:
         open_source(source(Path("coco/captions.json")))
