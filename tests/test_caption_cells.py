@@ -1,7 +1,6 @@
 """Captions as their files have them: lists that became text, HTML entities, and JSON of other layouts."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +190,7 @@ def test_cocos_keys_in_one_file_per_picture(tmp_path) -> None:
 def test_the_lines_work_where_the_command_runs(tmp_path, monkeypatch) -> None:
     """A relative path stays one in the lines that are told."""
     monkeypatch.chdir(tmp_path)
-    os.mkdir("coco")
+    Path("coco").mkdir()
     Path("coco/captions.json").write_text(json.dumps(LAYOUTS["coco"][0]), encoding="utf-8")
     with pytest.raises(SourceError) as caught:
         open_source(source(Path("coco/captions.json")))

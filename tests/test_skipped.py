@@ -31,9 +31,9 @@ SMALL = [
 
 
 def args(*sources: SourceConfig, output: Path, **train: int) -> list[str]:
-    values = [[f"--train.{name}", str(value)] for name, value in train.items()]
+    values = [f"--train.{name}={value}" for name, value in train.items()]
     spec = json.dumps([config.to_dict(source) for source in sources])
-    return [*SMALL, *sum(values, []), "--data.sources", spec, "--output_dir", str(output)]
+    return [*SMALL, *values, "--data.sources", spec, "--output_dir", str(output)]
 
 
 def pretrain(*sources: SourceConfig, output: Path) -> list[dict[str, str]]:

@@ -188,7 +188,7 @@ def test_one_caption_in_another_encoding_is_refused_with_its_place(tmp_path, kin
 def test_a_stream_that_breaks_later_names_the_file_and_the_row(tmp_path) -> None:
     """The rows that tell the columns are read when it is opened; this is behind them."""
     lines = [json.dumps({"image": "a.png", "ko": "고양이" * 200}, ensure_ascii=False) for n in range(3_000)]
-    data = "\n".join(lines).encode() + "\n".encode() + '{"image": "a.png", "ko": "개"}'.encode("cp949")
+    data = "\n".join(lines).encode() + b"\n" + '{"image": "a.png", "ko": "개"}'.encode("cp949")
     (tmp_path / "rows.jsonl").write_bytes(data)
     stream = open_source(source(tmp_path / "rows.jsonl", streaming=True))
     assert isinstance(stream, StreamSource)

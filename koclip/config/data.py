@@ -50,7 +50,8 @@ class SourceConfig:
         encoding: Encoding of CSV, TSV and JSON files, and of the texts in tar shards, for example `cp949` for those of
             Korean Excel. A byte-order mark (UTF-8, UTF-16, UTF-32) decides before it.
         captions: Caption column by language, for example `{ko: captions_ko, en: captions_en}`. A cell is a string
-            or a list of strings. May be empty (`{}`) where `label` is given and nothing is trained.
+            or a list of strings, which may be written as text (`["a", "b"]`, `['a', 'b']`). May be empty (`{}`) where
+            `label` is given and nothing is trained.
         label: Column that holds the class of the image, as a name or a number, for evaluation by classes.
         languages: Relative chance of drawing each language; default: all alike.
         where: Keep only rows whose column holds one of the listed values, for example `{vendor: [noto, twemoji]}`.
