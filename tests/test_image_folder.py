@@ -201,6 +201,12 @@ def test_no_picture_is_lost_to_the_names_of_splits(tmp_path, picture, names, spl
         assert {row.image.name for row in rows} == expected
 
 
+def test_a_folder_without_a_picture_is_refused(tmp_path) -> None:
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(SourceError, match="without a picture"):
+        opened(tmp_path, format="image_folder")
+
+
 def test_a_part_of_a_split(tmp_path, picture) -> None:
     names = [f"{number}.png" for number in range(5)]
     picture(*names)

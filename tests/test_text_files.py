@@ -197,7 +197,7 @@ def test_a_stream_that_breaks_later_names_the_file_and_the_row(tmp_path) -> None
             list(read())
 
 
-@pytest.mark.parametrize("format", ["parquet", "arrow", "image_folder", "scenes", "hub"])
+@pytest.mark.parametrize("format", ["parquet", "arrow", "scenes", "hub"])
 def test_formats_without_an_encoding_refuse_one(tmp_path, format) -> None:
     with pytest.raises(SourceError, match=r"encoding: got 'cp949' .*leave encoding out"):
         open_source(source(tmp_path, format=format, encoding="cp949"))
