@@ -43,6 +43,8 @@ def open_folder(config: SourceConfig) -> datasets.Dataset | datasets.IterableDat
         raise SourceError(f"source {config.path!r} is not a folder; expected a folder of images with metadata")
     root = f"{folder.absolute()}/"
     names = [str(file.absolute()).removeprefix(root) for file in walk(folder) if _belongs(file)]
+    if not names:
+        raise SourceError(f"source {config.path!r} is a folder without a picture; expected an image folder")
     files = [root + name for name in _of_split(names, config)]
     metadata = [file for file in files if file.endswith(_METADATA)]
     pictures = _with_classes([file for file in files if not file.endswith(_METADATA)])
