@@ -250,6 +250,16 @@ def test_a_stream_is_read_up_to_the_limit(tmp_path: Path) -> None:
     assert one.cut
 
 
+@pytest.mark.parametrize("second", [("1 하나", None), (["1 하나", "1 둘"], ["one"]), (["1 하나", None], [None, "two"])])
+def test_languages_that_cannot_be_compared_are_refused_before_work(second: tuple, tmp_path: Path) -> None:
+    cells = [(["0 하나"], ["0 one"]), second, (None, ["2 one"])]
+    as_lists = [[[cell] if isinstance(cell, str) else cell for cell in row] for row in cells]
+    rows = [{"image": picture(place), "ko": ko, "en": en} for place, (ko, en) in enumerate(as_lists)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    with pytest.raises(ConfigError, match="1 images of rows to compare in ko and en"):
+        opened(tmp_path / "rows.parquet", tasks=["languages"])
+
+
 def test_results_say_how_many_rows_pictures_and_captions_there_were(tmp_path: Path) -> None:
     from koclip.evaluation.notes import described, notes
 
@@ -260,8 +270,8 @@ def test_results_say_how_many_rows_pictures_and_captions_there_were(tmp_path: Pa
     facts = described([one], "nowhere")["rows"]
     assert (facts["rows"], facts["skipped"], facts["images"]) == (5, 1, 2)
     assert facts["captions"] == {"ko": 3, "en": 3}
-    assert facts["pairs"] == {"ko-en": {"compared": 2, "images": 2, "left_out": {"ko": 1, "en": 1}}}
+    assert facts["pairs"] == {"ko-en": {"compared": 2, "images": 2, "of": 2, "left_out": {"ko": 1, "en": 1}}}
     said = "\n".join(notes({"": facts}))
     assert "3 captions in ko, 3 captions in en" in said
-    assert "ko-en compares 2 pairs of captions, of 2 images" in said
+    assert "ko-en compares 2 pairs of captions, in 2 of 2 images" in said
     assert "left out: 1 in ko, 1 in en" in said

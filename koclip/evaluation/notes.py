@@ -3,7 +3,8 @@
 `data.<set>` of results.json holds: `source`, the configuration; `rows` read, of which `skipped` were left out, and
 `images` measured, fewer than rows where rows of equal images are one; `cut` where `max_images` left rows unread;
 `parts`, the same of train, shifted sets and gallery; `captions` by language, equal ones too; `pairs`, of the task
-languages: how many captions are `compared` in how many `images`, and how many have no counterpart and are `left_out`;
+languages: how many captions are `compared`, in how many `images` of how many, and how many that have no counterpart are
+`left_out`;
 `classes`, `absent_classes` that were left out, and `labels`, how they are named; `trained_on`, how many `images` of all
 that are tested (`of`) the model was trained on, null where nothing is known, and of which models it is not known
 (`unknown`).
@@ -58,7 +59,8 @@ def _pairs(one: EvalSet) -> dict[str, Any]:
         own = one.pairs(first, second)
         compared = sum(map(len, own))
         left_out = {name: sum(map(len, one.texts(name))) - compared for name in (first, second)}
-        pairs[f"{first}-{second}"] = {"compared": compared, "images": sum(map(bool, own)), "left_out": left_out}
+        images = {"images": sum(map(bool, own)), "of": len(own)}
+        pairs[f"{first}-{second}"] = {"compared": compared, **images, "left_out": left_out}
     return pairs
 
 
@@ -104,7 +106,8 @@ def _of_rows(facts: Facts) -> Iterator[tuple[str, str]]:
 
 
 def _of_pairs(languages: str, pairs: Facts) -> str:
-    text = f"{languages} compares {pairs['compared']:,} pairs of captions, of {pairs['images']:,} images"
+    images = f"{pairs['images']:,} of {pairs['of']:,} images"
+    text = f"{languages} compares {pairs['compared']:,} pairs of captions, in {images}"
     left_out = [f"{count:,} in {language}" for language, count in pairs["left_out"].items() if count]
     reason = "captions that have no counterpart at their place are left out"
     return f"{text}; {reason}: {', '.join(left_out)}" if left_out else text

@@ -1,5 +1,6 @@
 """Open what a model is evaluated on: pictures, their captions or classes, and multiple-choice tasks."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -62,7 +63,7 @@ class EvalSet:
         """This set without classes: equal pictures are one, and pictures without captions are left out.
 
         Raises:
-            ConfigError: no picture has a caption.
+            ConfigError: fewer than two pictures have captions.
         """
         if not self.classes:
             return self
@@ -70,8 +71,8 @@ class EvalSet:
         for row, digest in zip(self.pictures.rows, self.pictures.digests(), strict=True):
             by_picture.setdefault(digest, []).append(row)
         rows = [row for row in map(merged, by_picture.values()) if row.captions]
-        if not rows:
-            raise ConfigError(f"{self.name}: no image has a caption, which the tasks {self.config.tasks} need")
+        told = f"expected {_FEWEST} or more with captions for the tasks {self.config.tasks}"
+        check(len(rows) >= _FEWEST, "eval.sets[].source.captions", f"{len(rows)} different images of {self.name}", told)
         captions = [row.captions for row in rows]
         return replace(self, pictures=Pictures(rows), captions=captions, classes=[], labels=[])
 
@@ -152,6 +153,12 @@ def _check_captions(whole: EvalSet) -> None:
         count = sum(any(captions.get(language, [])) for captions in whole.captions)
         told = f"expected {_FEWEST} images or more with a caption in it, or none; take the language out"
         check(count != 1, f"eval.sets[].source.captions.{language}", f"{count} image of {whole.name}", told)
+    compared = whole.config.source.captions if "languages" in whole.config.tasks else ()
+    for first, second in itertools.combinations(compared, 2):
+        count = sum(map(bool, whole.pairs(first, second)))
+        told = "expected 2 or more with equally many captions in both, and some of both at one place; or take it out"
+        named = f"{count} images of {whole.name} to compare in {first} and {second}"
+        check(count >= _FEWEST, "eval.sets[].tasks: languages", named, told)
 
 
 def _check_names(config: EvalSetConfig, classes: Sequence[ClassName]) -> None:
