@@ -205,7 +205,7 @@ def _file_facts(image: object) -> tuple[str, int] | None:
         return None
     try:
         return image.name, image.stat().st_size
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name with a NUL
         return image.name, -1
 
 

@@ -1,0 +1,67 @@
+"""What test_dirty runs in every process of a launch, of two and of one: training and alignment on dirty data.
+
+ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 tests/two_dirty.py FOLDER
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import dirty
+import torch
+from align_runs import align, arguments, write_source
+from test_recipes import pretrain
+
+from koclip import config, distributed
+from koclip.data import feature_rows
+
+STEPS = 30  # of 10 pairs: every row comes up
+_BATCH = 10  # pairs of all processes
+
+
+def options(folder: Path, name: str, way: str) -> list[str]:
+    """Return a command line: `way` is a number of processes, `pieces`, or a name for one process."""
+    sources = json.dumps([config.to_dict(source) for source in dirty.described(folder).sources])
+    pieces = ["--train.micro_batch_size", "3"] if way == "pieces" else []
+    return [
+        *("--data.sources", sources, "--data.max_skipped_fraction", "0.9", "--eval.sets", "[]"),
+        *("--train.num_steps", str(STEPS), "--train.save_every", str(STEPS // 2), "--train.log_every", "1"),
+        *("--train.batch_size", str(_BATCH // distributed.world_size()), *pieces),
+        *("--output_dir", str(folder / f"{name}-{way}")),
+    ]
+
+
+def pretrain_on(folder: Path, way: str, *more: str) -> None:
+    """Train from random weights."""
+    pretrain(*options(folder, "pretrain", way), *more)
+
+
+def align_on(folder: Path, way: str, *more: str) -> None:
+    """Teach a text tower by another one's sentences, then by images whose features are kept."""
+    feature_rows.ROWS, feature_rows.PIECE = 16, 4  # so that each process makes shards
+    method = ["--align.method", "two_stage", "--align.first_steps", str(STEPS // 3)]
+    align(*arguments(folder / "source", Path("overridden"), *method, *options(folder, "align", way)), *more)
+
+
+RUNS: dict[str, Callable[..., None]] = {"pretrain": pretrain_on, "align": align_on}
+
+
+def write(folder: Path) -> None:
+    """Write the data and a source CLIP."""
+    dirty.write(folder)
+    write_source(folder / "source")
+
+
+def main(folder: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    count = distributed.world_size()
+    for run in RUNS.values():
+        for way in ("1", "pieces") if count == 1 else ("2",):
+            run(folder, way)
+            distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
