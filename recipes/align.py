@@ -58,6 +58,9 @@ def main(cfg: config.AlignConfig) -> None:
         known = known._replace(teacher=made)
     encoder = text_encoder(cfg.model, clip)
     tokenizer = run.tokenizer(cfg.text_tokenizer, training_captions(cfg.data), encoder and encoder.config)
+    surveys = training.survey(cfg.data, tokenizer)
+    run.check_data(surveys)
+    known = known._replace(lengths=[one.lengths for one in surveys])
     model, processor = adapt(cfg.model, clip, encoder, image_processor, tokenizer)
     source = {name: one.clone() for name, one in model.state_dict().items()} if cfg.align.wise_ft < 1 else {}
     if cfg.align.method == "lora":
@@ -98,7 +101,7 @@ def train(
     """Train one stage; return None if the run was asked to stop."""
     images = processor.image_processor
     views = Views(cfg.data, view_size(images), centre_view(images)) if stage.images else None
-    known = known if stage.taught else Known()
+    known = known if stage.taught else known._replace(teacher=None)
     if views and cfg.align.cache and not dual_encoder.trains("image"):
         made = image_features(accelerator, dual_encoder, cfg.data, views, cache / "images", cfg.align.cache_dtype)
         known = known._replace(images=made)

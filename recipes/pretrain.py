@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 import koclip
 from koclip import checkpoint, config, losses, training
+from koclip.data.batches import Known
 from koclip.data.loader import train_loader, training_captions
 from koclip.data.order import Shard
 from koclip.data.transforms import Views, centre_view, view_size
@@ -41,6 +42,8 @@ def main(cfg: config.PretrainConfig) -> None:
     if accelerator.is_main_process:
         run.list_skipped([skip for one in eval_sets for skip in one.all_skipped()])
     tokenizer = run.tokenizer(cfg.tokenizer, training_captions(cfg.data))
+    surveys = training.survey(cfg.data, tokenizer)
+    run.check_data(surveys)
     model, processor = from_scratch(cfg.model, tokenizer)
     dual_encoder = DualEncoder(model, processor, losses.initial_bias(cfg.loss))
     trainer = training.prepare(accelerator, dual_encoder, cfg.loss, cfg.optim, cfg.train)
@@ -49,7 +52,8 @@ def main(cfg: config.PretrainConfig) -> None:
     train = cfg.train
     shard = Shard(train.batch_size, accelerator.process_index, accelerator.num_processes, train.micro_batch_size)
     views = Views(cfg.data, view_size(processor.image_processor), centre_view(processor.image_processor))
-    loader = train_loader(cfg.data, tokenizer, views, shard, progress.step, progress.all_positions)
+    known = Known(lengths=[one.lengths for one in surveys])
+    loader = train_loader(cfg.data, tokenizer, views, shard, progress.step, progress.all_positions, known)
     batches = run.watch(loader, cfg.data.max_skipped_fraction)
 
     steps = training.steps(trainer, batches, progress.step, train.num_steps, train.log_every)

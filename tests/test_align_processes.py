@@ -1,4 +1,7 @@
-"""Two processes align as one does, by every method: the same bytes of features, the same weights but for rounding."""
+"""Two processes align as one does, by every method, with broken rows: the same features, the same weights and losses.
+
+Weights and losses are the same but for rounding, features to the byte.
+"""
 
 import json
 from collections.abc import Callable
@@ -36,6 +39,34 @@ def test_two_processes_log_the_losses_of_one(name: str, folder: Path) -> None:
     )
     assert [line["step"] for line in one] == [line["step"] for line in two] == list(range(1, 7))
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-6, abs=0)
+
+
+def test_pieces_train_the_weights_of_the_whole_batch(folder: Path) -> None:
+    whole, pieces = (
+        load_file(folder / f"{name}-1" / "model" / "model.safetensors") for name in ("frozen_image", "pieces")
+    )
+    assert max((pieces[key] - value).abs().max().item() for key, value in whole.items()) <= 5e-6
+
+
+@pytest.mark.parametrize("name", two_alignments.METHODS)
+def test_broken_rows_are_listed_and_the_same_ones_by_one_process_and_by_two(name: str, folder: Path) -> None:
+    listed = {}
+    for count in (1, 2):
+        lines = (folder / f"{name}-{count}" / "skipped.jsonl").read_text().splitlines()
+        listed[count] = {json.loads(line)["key"] for line in lines}
+    assert listed[1] == listed[2]
+    assert listed[1]
+    assert {int(key.split("/")[1]) for key in listed[1]} <= set(two_alignments.BROKEN.values())
+
+
+@pytest.mark.parametrize("name", two_alignments.METHODS)
+def test_each_process_measures_its_share_of_the_captions_once(name: str, folder: Path) -> None:
+    """Six steps are two epochs; `two_stage` and `full` are two stages."""
+    one, two = (json.loads((folder / f"{name}-{count}" / "measured.json").read_text()) for count in (1, 2))
+    captions = 24 * 4 - 3 * 2
+    assert 0 < one[0] <= captions
+    assert sum(two) <= captions
+    assert max(two) <= 0.6 * captions
 
 
 def test_two_processes_make_the_features_of_one(folder: Path) -> None:

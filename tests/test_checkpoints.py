@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, damage is found, writing waits for nothing, changed configurations are refused."""
 
 import dataclasses
+import json
 import random
 import resource
 import shutil
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_dual_encoder, tiny_pieces
+from tiny import tiny_config, tiny_dual_encoder, tiny_pieces, tiny_tokenizer
 
 from koclip import training
 from koclip.checkpoint import Run, integrity, lines, state
 from koclip.config import ConfigError, OptimConfig, PretrainConfig, RunError, TrainConfig, check_changes, to_dict
+from koclip.losses import initial_bias
+from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.training import Trainer
 
 CONFIG = PretrainConfig(
@@ -259,6 +262,70 @@ def test_a_change_accepted_by_name_takes_effect(saved: Path, capsys: pytest.Capt
     old = prepare()
     open_run(saved, old).load(old)
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(500 * old.optimizer.param_groups[0]["lr"])
+
+
+def test_an_average_that_is_turned_on_begins_with_the_weights_of_the_checkpoint(tmp_path: Path) -> None:
+    """It is refused unless it is named; then the average is the model's weights until the first step."""
+    without = changed(train={"ema_decay": 0.0})
+    trainer = prepare(without)
+    run = open_run(tmp_path, trainer, without)
+    train(trainer, 0, 2)
+    run.save(trainer, 2, keep=1, wait=True)
+    with pytest.raises(ConfigError, match=r"train\.ema_decay: 0\.0 -> 0\.9"):
+        open_run(tmp_path, prepare())
+    named = dataclasses.replace(CONFIG, resume_with=("train.ema_decay",))
+    again = prepare(named)
+    assert open_run(tmp_path, again, named).load(again).step == 2
+    weights = trainer.dual_encoder.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in again.averaged.state_dict().items())
+    train(again, 2, 4)
+    differing = [
+        n
+        for n, value in again.averaged.state_dict().items()
+        if not torch.equal(value, again.dual_encoder.state_dict()[n])
+    ]
+    assert differing
+
+
+def test_an_average_may_be_turned_off_by_name(saved: Path) -> None:
+    config = dataclasses.replace(changed(train={"ema_decay": 0.0}), resume_with=("train.ema_decay",))
+    trainer = prepare(config)
+    assert open_run(saved, trainer, config).load(trainer).step == 3
+    assert trainer.ema is None
+
+
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"model": {"text_width": 32}}, "model.text_width"),
+        ({"model": {"text_layers": 1}}, "model.text_layers"),
+        ({"loss": {"name": "sigmoid"}}, "loss.name"),
+    ],
+)
+def test_a_change_that_no_checkpoint_can_carry_is_refused_even_if_it_is_named(
+    saved: Path, sections: dict[str, dict[str, object]], key: str
+) -> None:
+    config = dataclasses.replace(changed(**sections), resume_with=(key,))
+    model = DualEncoder(
+        *from_scratch(tiny_config(**sections.get("model", {})), tiny_tokenizer()), initial_bias(config.loss)
+    )
+    trainer = training.prepare(training.start(config.train), model, config.loss, config.optim, config.train)
+    with pytest.raises(ConfigError, match="does not fit"):
+        open_run(saved, trainer, config).load(trainer)
+
+
+def test_a_place_in_a_stream_that_counts_batches_is_refused(saved: Path, tmp_path: Path) -> None:
+    """As an older koclip wrote it."""
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder)
+    checkpoint = folder / "checkpoints" / "step-00000003"
+    facts = state.read_facts(checkpoint) | {"positions": [[[0, 24, 2, [[0, 24]]]]]}
+    (checkpoint / "state.json").write_text(json.dumps(facts), encoding="utf-8")
+    (checkpoint / integrity.SEAL).unlink()
+    integrity.seal(checkpoint)
+    trainer = prepare()
+    with pytest.raises(ConfigError, match="counts batches, not samples"):
+        open_run(folder, trainer).load(trainer)
 
 
 def test_another_number_of_processes_may_go_on_with_the_same_global_batch() -> None:

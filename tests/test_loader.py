@@ -120,11 +120,6 @@ def test_resumed_pieces_of_a_stream_equal_uninterrupted_ones(tokenizer, tars, nu
     assert_equal(whole[12:], resumed)
 
 
-def test_uneven_pieces_of_a_stream_are_refused(tokenizer, tars) -> None:
-    with pytest.raises(ConfigError, match=r"train\.micro_batch_size: got 3; .* \(8\) must be a multiple"):
-        batches(config(tars), tokenizer, 1, Shard(8, micro_batch_size=3))
-
-
 def test_twins_stay_together(tokenizer) -> None:
     for batch in batches(config(SourceConfig(scenes_size=62)), tokenizer, 20):
         numbers = sorted(int(key.rsplit("/", 1)[1]) for key in batch.keys)

@@ -25,7 +25,7 @@ SCENES = ROOT / "recipes" / "configs" / "pretrain" / "scenes.yaml"  # what the r
 QUICK = [
     *("--train.num_threads", "1", "--train.tracker", "none", "--train.batch_size", "8", "--train.log_every", "5"),
     *("--optim.warmup_steps", "3", "--tokenizer.train_captions", "500", "--tokenizer.vocab_size", "600"),
-    *("--data.num_workers", "0", "--data.length_pool", "2"),
+    *("--data.num_workers", "0", "--data.length_pool", "2", "--data.sources", "[{path: scenes, scenes_size: 4000}]"),
     *("--eval.sets", "[{source: {scenes_part: test, scenes_size: 20}}]"),
 ]
 SMALL = [*QUICK, *("--model.image_width", "32", "--model.text_width", "32", "--model.image_layers", "1")]

@@ -117,6 +117,22 @@ def test_8192_pairs_have_the_dense_loss_and_gradients(name: str) -> None:
         torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("tile_rows", [1, 99])
+def test_a_loss_that_is_not_known_is_refused(tile_rows: int) -> None:
+    with pytest.raises(ConfigError, match=r"loss\.name: got 'a_new_loss'"):
+        losses.build(LossConfig(name="a_new_loss", tile_rows=tile_rows))(random_embeddings(4), torch.arange(4))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"loss\.name: got 'a_new_loss'"):
+        losses.tiled("a_new_loss", random_embeddings(4), torch.arange(4), "positives", 2)
+
+
+@pytest.mark.parametrize("name", ["infonce", "sigmoid"])
+@pytest.mark.parametrize("tile_rows", [1, 99])
+def test_a_way_with_duplicates_that_is_not_known_is_refused(name: str, tile_rows: int) -> None:
+    config = LossConfig(name=name, duplicates="positive", tile_rows=tile_rows)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"loss\.duplicates: got 'positive'"):
+        losses.build(config)(random_embeddings(4), torch.arange(4))
+
+
 def test_few_rows_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"loss\.tile_rows: got 0"):
         LossConfig(tile_rows=0)

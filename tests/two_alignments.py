@@ -1,18 +1,26 @@
-"""What test_align_processes runs in every process of a launch, of two and of one: every method once.
+"""What test_align_processes runs in every process of a launch, of two and of one: every method once, on dirty data.
 
 ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 tests/two_alignments.py FOLDER
 """
 
+import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 import torch
 from align_runs import align, arguments, write_encoder, write_pairs, write_source
 from test_published_tokenizers import FAMILIES
 from transformers import AutoTokenizer
 
 from koclip import distributed
-from koclip.data import feature_rows
+from koclip.data import feature_rows, survey
+from koclip.text import tokenizers
 
 _DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 METHODS = {
@@ -22,13 +30,22 @@ METHODS = {
     "distill": ["--distill.mse", "0.5"],
     "two_stage": ["--align.first_steps", "3", "--loss.name", "sigmoid"],
     "anchored": ["--align.method", "frozen_image", "--distill.anchor", "0.5"],
+    "pieces": ["--align.method", "frozen_image", "--train.micro_batch_size", "3"],
 }
+BROKEN = {"image": 2, "captions_ko": 9, "captions_en": 14, "image and captions": 21}
 
 
 def write(folder: Path) -> None:
     """Write a source CLIP, photos, and a BERT without dropout, which would draw other numbers in each process."""
     write_source(folder / "source")
-    write_pairs(folder / "pairs.parquet")
+    write_pairs(folder / "clean.parquet")
+    rows = pq.read_table(folder / "clean.parquet").to_pylist()
+    for column, number in BROKEN.items():
+        if column.startswith("image"):
+            rows[number]["image"] = rows[number]["image"][:80]
+        if column != "image":
+            rows[number]["captions_en" if column == "captions_en" else "captions_ko"] = ["", None]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "pairs.parquet")
     (folder / "bert").mkdir()
     FAMILIES["bert"].write(folder / "bert")
     size = len(AutoTokenizer.from_pretrained(folder / "bert"))
@@ -37,13 +54,34 @@ def write(folder: Path) -> None:
 
 def run_all(folder: Path) -> None:
     """Align by every method, with the same global batch whatever the number of processes."""
-    feature_rows.ROWS, feature_rows.PIECE = 8, 4  # so that each process makes shards
+    feature_rows.ROWS, feature_rows.PIECE, survey.BLOCK = 8, 4, 4  # so that each process has a share
+    clean = f"path: {folder / 'clean.parquet'}, captions: {{ko: captions_ko, en: captions_en}}"
     count = distributed.world_size()
     for name, args in METHODS.items():
-        method = [] if name == "anchored" else ["--align.method", name]
+        method = [] if "--align.method" in args else ["--align.method", name]
         encoder = [] if name == "full" else ["--model.text_encoder", "same" if name == "lora" else str(folder / "bert")]
         rest = ["--train.batch_size", str(8 // count), "--output_dir", str(folder / f"{name}-{count}")]
-        align(*arguments(folder / "source", folder / "pairs.parquet", *method, *encoder, *args, *rest))
+        rest += ["--eval.sets", f"[{{source: {{{clean}}}, max_images: 8}}]"]
+        with counted() as measured:
+            align(*arguments(folder / "source", folder / "pairs.parquet", *method, *encoder, *args, *rest))
+        everyone = distributed.gather_objects(len(measured))
+        if distributed.rank() == 0:
+            (folder / f"{name}-{count}" / "measured.json").write_text(json.dumps(everyone))
+
+
+@contextmanager
+def counted() -> Iterator[list[str]]:
+    """Note the captions that this process tokenises without padding them: to know how long they are."""
+    measured: list[str] = []
+    encode = tokenizers.encode
+
+    def noted(tokenizer: Any, captions: list[str], **options: Any) -> Any:
+        measured.extend([] if options.get("padding") else captions)
+        return encode(tokenizer, captions, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizers, "encode", noted)
+        yield measured
 
 
 def main(folder: Path) -> None:

@@ -20,8 +20,9 @@ from koclip.checkpoint.environment import environment
 from koclip.checkpoint.model import publish
 from koclip.checkpoint.pictures import TrainingPictures
 from koclip.checkpoint.series import Series
-from koclip.config import ConfigError, TokenizerConfig, check_changes, dump, to_dict
+from koclip.config import ConfigError, TokenizerConfig, check_changes, check_data, dump, to_dict
 from koclip.data.batches import Batch, Position, Skip
+from koclip.data.survey import Survey
 from koclip.text.tokenizers import load as load_tokenizer
 from koclip.text.tokenizers import train_bpe
 from koclip.training import Event, Trainer
@@ -63,6 +64,7 @@ class Run:
             raise ConfigError(f"output_dir: {told}") from error
         self._series = Series(self.path / "checkpoints")
         self.positions: dict[int, Position] = {}
+        self._data: list[dict[str, Any]] = []
         self._skipped = {item["key"] for item in lines.read(self.path / "skipped.jsonl")}
         self.num_skipped = self._drawn = 0
 
@@ -117,6 +119,19 @@ class Run:
             partial.rename(directory)
         distributed.barrier()
         return load_tokenizer(str(directory), config.max_tokens, encoder, probes=())  # tried when it was made
+
+    def check_data(self, surveys: Sequence[Survey]) -> None:
+        """Keep what tells changed data in every checkpoint, and compare it with the one to go on from.
+
+        Raises:
+            ConfigError: the data has changed, and `resume_with` does not name `data.sources`.
+        """
+        self._data = [one.facts for one in surveys]
+        if self._checkpoint is None:
+            return
+        changed = check_data(state.read_facts(self._checkpoint).get("data"), self._data, self._config["resume_with"])
+        if changed and distributed.rank() == 0:
+            tqdm.write("\n  ".join(["Changed since the checkpoint:", *changed]))
 
     def log(self, step: int, stats: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and hand it to the tracker; what is not finite is null in it.
@@ -191,7 +206,7 @@ class Run:
         partial = self._series.begin(step) if distributed.rank() == 0 else self.path
         partial = distributed.gather_objects(partial)[0]
         progress = state.Progress(step, tuple(self.positions.values()))
-        snapshot = state.collect(partial, trainer, progress, self._config)
+        snapshot = state.collect(partial, trainer, progress, {"config": self._config, "data": self._data})
         if distributed.rank() == 0:
             self._series.finish(partial, snapshot.write, keep)
         if wait:

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from koclip import distributed
+from koclip.config import ConfigError
 from koclip.data.batches import Position
 from koclip.models.dual_encoder import MAX_LOGIT_SCALE
 from koclip.optim import set_step
@@ -56,19 +57,20 @@ class Snapshot:
         (directory / "state.json").write_text(text, encoding="utf-8")
 
 
-def collect(directory: Path, trainer: Trainer, progress: Progress, config: dict[str, Any]) -> Snapshot:
+def collect(directory: Path, trainer: Trainer, progress: Progress, launch: dict[str, Any]) -> Snapshot:
     """Copy the whole state of a run; call it on every process.
 
     `directory` is where the checkpoint is being made: DeepSpeed's engine writes its shards there, pickles of its own.
+    `launch` is what a run that goes on is compared with: its configuration and its data.
     """
     tensors = {f"rng.{rank}.{name}": one for rank, states in _all(rng.states()) for name, one in states.items()}
     facts: dict[str, Any] = {
         "step": progress.step,
-        "positions": distributed.gather_objects(progress.positions),
+        "positions": distributed.gather_objects([one._asdict() for one in progress.positions]),
         "health": trainer.health.state_dict(),
         "scaler": trainer.accelerator.scaler.state_dict() if trainer.accelerator.scaler is not None else None,
         "num_processes": distributed.world_size(),
-        "config": config,
+        **launch,
     }
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         trainer.model.save_checkpoint(directory, tag=_DEEPSPEED, save_latest=False)  # type: ignore[operator]
@@ -99,7 +101,10 @@ def read(directory: Path, trainer: Trainer, start: int = 0) -> Progress:
 
     Learning rate, decay and the like are the trainer's own: they follow from the configuration and the step. A
     checkpoint of step `start`, where the trainer's stage begins, is the end of the stage before: only its weights and
-    generators go on.
+    generators go on. A moving average that the checkpoint does not have begins with its weights.
+
+    Raises:
+        ConfigError: the checkpoint is of another model, or an older koclip wrote it.
     """
     facts = read_facts(directory)
     parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}, "rng": {}, "ema": {}}
@@ -108,6 +113,9 @@ def read(directory: Path, trainer: Trainer, start: int = 0) -> Progress:
             part, name = key.split(".", 1)
             parts[part][name] = file.get_tensor(key)
     begins = 0 < start == facts["step"]
+    trained = None if begins else {name for group in facts["param_groups"] for name in group["params"]}
+    if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:
+        _check_fit(parts["model"], trained, trainer)
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         trainer.model.load_checkpoint(directory, tag=_DEEPSPEED, load_module_only=begins)  # type: ignore[operator]
     elif begins:
@@ -117,7 +125,10 @@ def read(directory: Path, trainer: Trainer, start: int = 0) -> Progress:
     if not begins:
         set_step(trainer.scheduler, facts["step"])
         trainer.health.load_state_dict(facts["health"])
-        if trainer.ema is not None:
+    if trainer.ema is not None:
+        if begins or not parts["ema"]:  # the average begins with these weights
+            trainer.ema.module.load_state_dict(trainer.dual_encoder.state_dict())
+        else:
             trainer.ema.load_state_dict(parts["ema"])
     if trainer.accelerator.scaler is not None and facts["scaler"]:
         trainer.accelerator.scaler.load_state_dict(facts["scaler"])
@@ -125,9 +136,34 @@ def read(directory: Path, trainer: Trainer, start: int = 0) -> Progress:
     rng.restore({name.removeprefix(mine): one for name, one in parts["rng"].items() if name.startswith(mine)})
     if begins:  # its readers of streamed sources begin anew
         return Progress(start)
-    by_process = [tuple(Position(*one) for one in part) for part in facts["positions"]]
+    by_process = [tuple(map(_position, part)) for part in facts["positions"]]
     positions = by_process[distributed.rank()] if distributed.rank() < len(by_process) else ()
     return Progress(facts["step"], positions, tuple(itertools.chain(*by_process)))
+
+
+def _position(saved: Any) -> Position:
+    if not isinstance(saved, dict):
+        raise ConfigError(
+            "resume: an older koclip wrote the checkpoint: its place in streamed data counts batches, not samples; "
+            "finish the run with that version, or begin a new one"
+        )
+    return Position(**saved)
+
+
+def _check_fit(saved: dict[str, torch.Tensor], trained: set[str] | None, trainer: Trainer) -> None:
+    """Make sure that a checkpoint's weights, and those it trains unless that is None, are the trainer's."""
+    ours = trainer.dual_encoder.state_dict()
+    sizes = [{name: value.numel() for name, value in weights.items()} for weights in (saved, ours)]
+    differing = {name for name in saved | ours if sizes[0].get(name) != sizes[1].get(name)}
+    if trained is not None:
+        now = {name for name, one in trainer.dual_encoder.named_parameters() if one.requires_grad}
+        differing |= trained ^ now
+    if differing:
+        raise ConfigError(
+            f"resume: the checkpoint does not fit this configuration's model: {len(differing)} weights are missing on "
+            f"one side, of another size, or trained in one only ({min(differing)}). Such a change cannot go on from a "
+            "checkpoint, named in resume_with or not: set the keys of model, loss or method back, or begin a new run"
+        )
 
 
 def _set_weights_and_moments(

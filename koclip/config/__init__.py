@@ -5,7 +5,7 @@ A recipe's configuration is the dataclass that lists the sections it uses. `pars
 """
 
 from koclip.config.alignment import AdapterConfig, AlignMethodConfig, DistillConfig, SwapConfig
-from koclip.config.changes import check_changes
+from koclip.config.changes import check_changes, check_data
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
 from koclip.config.errors import ConfigError, RunError, check
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig, Task
@@ -42,6 +42,7 @@ __all__ = [
     "TrainConfig",
     "check",
     "check_changes",
+    "check_data",
     "check_languages",
     "dump",
     "parse",

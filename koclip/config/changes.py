@@ -1,5 +1,6 @@
 """What a resumed run may change: the keys that cannot alter the model it ends with, and those named on purpose."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +50,41 @@ def check_changes(
             f"{'; '.join(refused.values())}. Set them back, or accept them by name: --resume_with '[{names}]'"
         )
     return list(lines.values())
+
+
+def check_data(
+    before: Sequence[dict[str, Any]] | None, now: Sequence[dict[str, Any]], accepted: Sequence[str]
+) -> list[str]:
+    """Compare the data of a checkpoint with the data that is to go on; return what changed, a line per source.
+
+    Args:
+        before: What the checkpoint knows of its sources; None if it was not kept.
+        now: The same of the run's.
+        accepted: Keys that may change although they change the result; `data.sources` is the data's.
+
+    Raises:
+        ConfigError: the data changed, and that is not accepted.
+    """
+    if before is None:
+        return ["the checkpoint does not say what its data was: whether it is the same cannot be told"]
+    lines = [_difference(was, new) for was, new in itertools.zip_longest(before, now) if was != new]
+    if lines and "data.sources" not in accepted:
+        raise ConfigError(
+            f"resume: the data changed since the checkpoint: {'; '.join(lines)}. The rows that come next would be "
+            "others. Put the data back, or accept it by name: --resume_with '[data.sources]'"
+        )
+    return lines
+
+
+def _difference(before: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
+    """Return in what a source differs from what it was."""
+    if before is None or now is None:
+        source = now or before or {}
+        return f"source {source['source']}: {'not there' if now is None else 'new'}"
+    numbers = {key: (before.get(key), now.get(key)) for key in ("rows", "shards", "revision")}
+    counts = [f"{key}: {was} -> {new}" for key, (was, new) in numbers.items() if was != new]
+    what = ", ".join(counts) or "as many as before, but captions or pictures differ, or their order"
+    return f"source {now['source']}: {what}"
 
 
 def _is_free(key: str) -> bool:

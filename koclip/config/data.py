@@ -106,8 +106,11 @@ class DataConfig:
             stays.
         grayscale: Chance of taking an image's colours away.
         word_dropout: Chance of leaving a word out of a caption (never all of them).
-        length_pool: Batches are grouped by caption length within pools of this many batches; 1 turns it off.
-        num_workers: Processes that decode images, per training process; 0 decodes in the training process.
+        length_pool: Batches are grouped by caption length within pools of this many batches; 1 turns it off. With
+            word_dropout, lengths are sums of words' lengths: estimates for tokenizers that do not split at white space.
+            Each reader of a stream holds its pool's rows in memory.
+        num_workers: Processes that decode images, per training process; 0 decodes in the training process. Each reader
+            of a stream makes whole batches, of which it has one or more ready.
         shuffle_buffer: Rows that a streamed source shuffles within.
         max_skipped_fraction: Stop when more than this share of the rows drawn is unusable.
         max_image_pixels: Refuse larger images (width x height) as decompression bombs.

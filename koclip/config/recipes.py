@@ -19,7 +19,8 @@ class PretrainConfig:
     Args:
         output_dir: Run directory; default: runs/pretrain-<date and time>.
         resume: `auto` continues from the newest intact checkpoint in output_dir, `no` refuses a directory that has one.
-        resume_with: Keys that a resumed run may change although its model then comes out different, as `[optim.lr]`.
+        resume_with: Keys that a resumed run may change although its model then comes out different, as `[optim.lr]`;
+            `data.sources` stands for the rows too, if the data has changed.
     """
 
     output_dir: str | None = None
@@ -56,7 +57,8 @@ class AlignConfig:
     Args:
         output_dir: Run directory; default: runs/align-<date and time>.
         resume: `auto` continues from the newest intact checkpoint in output_dir, `no` refuses a directory that has one.
-        resume_with: Keys that a resumed run may change although its model then comes out different, as `[optim.lr]`.
+        resume_with: Keys that a resumed run may change although its model then comes out different, as `[optim.lr]`;
+            `data.sources` stands for the rows too, if the data has changed.
     """
 
     output_dir: str | None = None

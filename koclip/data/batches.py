@@ -1,10 +1,11 @@
 """Rows -> Batch: draw a caption, decode and crop the image, tokenize, pad to the longest caption of the batch."""
 
 import dataclasses
+import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,15 @@ from xxhash import xxh3_64_intdigest
 from koclip.config import DataConfig
 from koclip.data.features import Features, MissingError, digest_of, image_id
 from koclip.data.sources import Row
+from koclip.data.survey import CaptionLengths
 from koclip.data.tables import SourceError
 from koclip.data.transforms import ImageError, Views, decode, read
 from koclip.text import tokenizers
 from koclip.text.normalize import paired, usable
 
-MAX_REPLACEMENTS = 1_000  # rows tried in a row before a source counts as unusable
+MAX_REPLACEMENTS = 1_000  # rows tried for one sample before their source counts as unusable
+
+Item = TypeVar("Item")
 
 
 class Skip(NamedTuple):
@@ -31,15 +35,18 @@ class Skip(NamedTuple):
 
 
 class Position(NamedTuple):
-    """How far one reader of streamed data was when its current pool of rows began, and batches made of the pool.
+    """How far one reader of streamed data is: where its current pool of rows began, and what was made of the pool.
 
-    `passes` holds (epoch, rows of it read) for every source, `rows` the number of rows read in all.
+    All of it counts rows or samples, so that a run may go on from it in batches or pieces of another size.
     """
 
     reader: int
-    rows: int = 0
-    batches: int = 0
-    passes: tuple[tuple[int, int], ...] = ()
+    rows: int = 0  # read in all before the pool
+    passes: tuple[tuple[int, int], ...] = ()  # (epoch, rows of it read) of every source before the pool
+    chunks: int = 0  # of similar length that the pool is cut into
+    chunk_size: int = 0  # samples in each of them
+    samples: int = 0  # made of the pool
+    replaced: tuple[int, ...] = ()  # rows of every source read since, in the place of unusable ones
 
 
 class Candidate(NamedTuple):
@@ -85,6 +92,21 @@ class Batch:
         moved: dict[str, Any] = {name: move(one) for name, one in vars(self).items() if isinstance(one, torch.Tensor)}
         return dataclasses.replace(self, **moved)
 
+    def cut(self, pieces: Sequence[slice]) -> Iterator["Batch"]:
+        """Yield the pieces of a batch, each padded to its own longest caption; the first lists what was skipped."""
+        for number, piece in enumerate(pieces):
+            rows = self._map(lambda tensor, piece=piece: tensor[piece])  # type: ignore[misc]
+            longest = int(rows.attention_mask.sum(dim=1).max())
+            skipped = [] if number else self.skipped
+            yield dataclasses.replace(
+                rows,
+                input_ids=rows.input_ids[:, :longest],
+                attention_mask=rows.attention_mask[:, :longest],
+                keys=self.keys[piece],
+                skipped=skipped,
+                num_drawn=len(rows.input_ids) + len(skipped),
+            )
+
     def pin_memory(self) -> "Batch":
         """Copy the tensors to page-locked memory; the data loader calls this."""
         return self._map(torch.Tensor.pin_memory)
@@ -115,11 +137,12 @@ class Drawn(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What frozen towers have made of the data already."""
+    """What is known of the data before training: the lengths of its captions, and what frozen towers make of it."""
 
     images: Features | None = None  # used in the place of pixels
     teacher: Features | None = None  # of the sentences that correspond to the captions drawn,
     language: str = "en"  # in this language
+    lengths: Sequence[CaptionLengths | None] = ()  # of every source; none: measured by whoever needs them
 
 
 def generator(purpose: str, *key: int) -> random.Random:
@@ -134,7 +157,8 @@ class Assembler:
         self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, views: Views | None, known: Known | None = None
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self._views, self._known = views, known or Known()
+        self._views = views
+        self._known = (known or Known())._replace(lengths=())  # only the order needs them, not the workers
         self._languages = [source.languages or dict.fromkeys(source.captions, 1.0) for source in config.sources]
 
     @property
@@ -148,6 +172,22 @@ class Assembler:
         return drawn.caption if drawn else None
 
     def _draw(self, captions: dict[str, list[str]], source: int, seed: tuple[int, ...]) -> Drawn | None:
+        choice = self.choose(captions, source, seed)
+        if choice is None:
+            return None
+        language, place, rng = choice
+        caption = captions[language][place]
+        if self.config.word_dropout:
+            caption = " ".join(self.keep(caption.split(), rng))
+        return Drawn(language, place, caption)
+
+    def choose(
+        self, captions: Mapping[str, Sequence[Any]], source: int, seed: tuple[int, ...]
+    ) -> tuple[str, int, random.Random] | None:
+        """Draw a language and a place among its captions, anything but an empty one; None if there is none.
+
+        The generator that is returned too draws the words that are kept.
+        """
         weights = self._languages[source]
         places = {name: self._drawable(captions, name) for name in captions if weights.get(name)}
         languages = [name for name, own in places.items() if own]
@@ -155,16 +195,18 @@ class Assembler:
             return None
         rng = generator("caption", *seed)
         language = rng.choices(languages, [weights[name] for name in languages])[0]
-        place = rng.choice(places[language])
-        caption = captions[language][place]
-        return Drawn(language, place, self._drop_words(caption, rng) if self.config.word_dropout else caption)
+        return language, rng.choice(places[language]), rng
 
-    def _drawable(self, captions: dict[str, list[str]], language: str) -> list[int]:
+    def _drawable(self, captions: Mapping[str, Sequence[Any]], language: str) -> list[int]:
         """Return the places of captions that may be drawn: with a teacher, those that have a counterpart."""
         own = captions[language]
         taught = own if self._known.teacher is None else captions.get(self._known.language, own)
         places = paired(own, taught)
         return [place for place, caption in enumerate(own) if caption] if places is None else places
+
+    def keep(self, words: Sequence[Item], rng: random.Random) -> list[Item]:
+        """Leave each word out with the chance that `data.word_dropout` names, but never all of them."""
+        return [word for word in words if rng.random() >= self.config.word_dropout] or [rng.choice(words)]
 
     def lengths(self, captions: list[str | None]) -> list[int]:
         """Return each caption's length in tokens (0 for none)."""
@@ -216,36 +258,35 @@ class Assembler:
         sentence = sentences[drawn.place] if aligned else generator("sentence", *seed).choice(usable(sentences))
         return sentence, self._known.teacher.embedding(digest_of(sentence.encode()))
 
-    def _drop_words(self, caption: str, rng: random.Random) -> str:
-        """Leave each word out with the chance that `data.word_dropout` names, but never all of them."""
-        words = caption.split()
-        kept = [word for word in words if rng.random() >= self.config.word_dropout]
-        return " ".join(kept or [rng.choice(words)])
+    def fill(self, draws: Iterable[Iterator[Candidate]]) -> Batch:
+        """Make a batch of one sample for each draw.
 
-    def fill(self, wanted: int, candidates: Iterator[Candidate]) -> Batch:
-        """Draw candidates until `wanted` of them are good, and collate those.
+        Args:
+            draws: The candidates of each: the row that was drawn, then those that replace it while it is unusable.
 
         Raises:
-            SourceError: `MAX_REPLACEMENTS` candidates in a row were unusable.
+            SourceError: `MAX_REPLACEMENTS` candidates for a draw were unusable.
         """
         samples: list[Sample] = []
         skipped: list[Skip] = []
-        in_a_row = num_drawn = 0
-        while len(samples) < wanted:
-            made = self.sample(*next(candidates))
-            num_drawn += 1
-            if isinstance(made, Sample):
-                samples.append(made)
-                in_a_row = 0
-                continue
-            skipped.append(made)
-            in_a_row += 1
-            if in_a_row >= MAX_REPLACEMENTS:
-                raise SourceError(
-                    f"source {made.source!r}: {in_a_row} samples in a row could not be used; "
-                    f"the last one: {made.key}: {made.reason}"
-                )
-        return self.collate(samples, skipped, num_drawn)
+        for candidates in draws:
+            sample, unusable = self._first_usable(candidates)
+            samples.append(sample)
+            skipped += unusable
+        return self.collate(samples, skipped, len(samples) + len(skipped))
+
+    def _first_usable(self, candidates: Iterator[Candidate]) -> tuple[Sample, list[Skip]]:
+        skipped: list[Skip] = []
+        for candidate in itertools.islice(candidates, MAX_REPLACEMENTS):
+            sample = self.sample(*candidate)
+            if isinstance(sample, Sample):
+                return sample, skipped
+            skipped.append(sample)
+        last = skipped[-1]
+        raise SourceError(
+            f"source {last.source!r}: {len(skipped)} samples in a row could not be used; "
+            f"the last one: {last.key}: {last.reason}"
+        )
 
     def collate(self, samples: list[Sample], skipped: list[Skip], num_drawn: int) -> Batch:
         """Stack samples; captions are padded on the right to the longest of them."""

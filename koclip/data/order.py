@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 
 from koclip.data.batches import Assembler
 from koclip.data.sources import MapSource
+from koclip.data.survey import CaptionLengths, survey
 
 
 class Draw(NamedTuple):
@@ -43,11 +44,28 @@ class MapOrder(Sampler[list[Draw]]):
 
     Rows of a source are permuted anew each epoch; nothing is dropped at an epoch's end. Within a pool of
     `length_pool` global batches, groups of rows are sorted by caption length, so that batches need little padding.
+
+    Args:
+        sources: The sources.
+        assembler: Draws the captions.
+        shard: This process's part.
+        start_step: Steps already done.
+        lengths: Those of the sources' captions; default: they are measured now.
     """
 
-    def __init__(self, sources: Sequence[MapSource], assembler: Assembler, shard: Shard, start_step: int) -> None:
+    def __init__(
+        self,
+        sources: Sequence[MapSource],
+        assembler: Assembler,
+        shard: Shard,
+        start_step: int,
+        lengths: Sequence[CaptionLengths | None] = (),
+    ) -> None:
         self._sources, self._assembler, self._shard, self._start_step = sources, assembler, shard, start_step
         self._config = assembler.config
+        if not lengths and self._config.length_pool > 1:
+            lengths = [survey(source, self._config, assembler.tokenizer).lengths for source in sources]
+        self._lengths = lengths
         self._num_groups = _groups_per_epoch(sources)
         self._cached: tuple[int, npt.NDArray[np.int64]] | None = None
 
@@ -103,18 +121,24 @@ class MapOrder(Sampler[list[Draw]]):
         """Sort draws by the length of their captions; rows of a group stay together, as long as their longest."""
         if self._config.length_pool == 1:
             return draws
-        captions: list[str | None] = [None] * len(draws)
-        for number, source in enumerate(self._sources):
-            places = [place for place, draw in enumerate(draws) if draw.source == number]
-            found = source.captions([draws[place].row for place in places]) if places else []
-            for place, choices in zip(places, found, strict=True):
-                captions[place] = self._assembler.caption(choices, number, row_seed(self._config.seed, draws[place]))
         groups = [(draw.source, draw.epoch, draw.row // self._sources[draw.source].group) for draw in draws]
         longest = dict.fromkeys(groups, 0)
-        for group, length in zip(groups, self._assembler.lengths(captions), strict=True):
-            longest[group] = max(length, longest[group])
+        for group, draw in zip(groups, draws, strict=True):
+            longest[group] = max(self._length(draw), longest[group])
         order = sorted(range(len(draws)), key=lambda place: (longest[groups[place]], groups[place]))
         return [draws[place] for place in order]
+
+    def _length(self, draw: Draw) -> int:
+        """Return the length in tokens of the caption that a row will have, 0 if it has none."""
+        lengths = self._lengths[draw.source]
+        assert lengths is not None, "measured where pools are sorted"
+        captions = lengths.row(draw.row)
+        choice = self._assembler.choose(captions, draw.source, row_seed(self._config.seed, draw))
+        if choice is None:
+            return 0
+        language, place, rng = choice
+        parts = captions[language][place]
+        return lengths.total(self._assembler.keep(parts, rng) if self._config.word_dropout else parts)
 
 
 def row_seed(seed: int, draw: Draw) -> tuple[int, ...]:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import datasets
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 from xxhash import xxh3_64_hexdigest
 
 from koclip.config import SourceConfig
@@ -111,6 +113,20 @@ class TableSource:
     def captions(self, indices: Sequence[int]) -> list[dict[str, list[str]]]:
         """Read these rows' caption columns."""
         return [row_captions(record, self.config) for record in _records(self._captions[list(indices)])]
+
+    def picture_sizes(self) -> pa.ChunkedArray | None:
+        """Return how many bytes each row's picture has, without reading one; None where the table holds none."""
+        if self.config.image not in self._table.column_names:
+            return None
+        column = self._table.data.column(self.config.image)
+        if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
+            column = pc.struct_field(column, "bytes")
+        if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+            return None
+        sizes, indices = pc.binary_length(column), self._table._indices  # reads where each begins, no more
+        if indices is not None:  # rows were selected
+            sizes = sizes.take(indices.column(0))
+        return None if sizes.null_count == len(sizes) else sizes
 
 
 class StreamSource:

@@ -161,3 +161,12 @@ def _files(path: str) -> list[str]:
     """Return the files that a path or glob pattern names, sorted."""
     pattern = Path(path)
     return sorted(str(found) for found in Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+
+
+def stored_files(config: SourceConfig) -> list[Path]:
+    """Return the files on this machine that a source is read from, sorted."""
+    if Path(config.path).is_dir():
+        return sorted(path for path in Path(config.path).rglob("*") if path.is_file())
+    if file_format(config) in ("hub", "scenes") or "://" in config.path:
+        return []
+    return [Path(file) for file in _files(config.path)]

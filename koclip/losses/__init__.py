@@ -11,13 +11,14 @@ from typing import Protocol
 import torch
 
 from koclip import distributed
-from koclip.config import DistillConfig, LossConfig
+from koclip.config import DistillConfig, LossConfig, check
 from koclip.losses.contrastive import infonce, sigmoid
 from koclip.losses.distillation import distillation
 from koclip.losses.pairs import CAPTION, IMAGE, SENTENCE, Loss
 from koclip.losses.tiled import tiled
 from koclip.models.dual_encoder import Embeddings
 
+DENSE = {"infonce": infonce, "sigmoid": sigmoid}
 SIGMOID_BIAS = -10.0  # initial bias of the sigmoid loss (Zhai et al. 2023, section 3.2)
 TILE_SIZE = {"cpu": 2**20, "cuda": 2**26}  # similarities in memory at a time, but
 MIN_TILE_ROWS = 64  # rows at least: thinner products are slow
@@ -46,7 +47,11 @@ def build(config: LossConfig, distill: DistillConfig | None = None, images: bool
         config: The contrastive loss.
         distill: What the teacher adds; None without a teacher.
         images: Contrast texts with images. Without, the teacher's terms are all of the loss.
+
+    Raises:
+        ConfigError: there is no loss of that name.
     """
+    check(config.name in DENSE, "loss.name", config.name, f"expected one of {', '.join(DENSE)}")
 
     def loss(embeddings: Embeddings, pair_ids: torch.Tensor, teacher: torch.Tensor | None = None) -> Loss:
         ids = pair_ids.reshape(len(pair_ids), -1)
@@ -74,12 +79,11 @@ def _teach(
 
 def _contrast(config: LossConfig, embeddings: Embeddings, ids: torch.Tensor) -> Loss:
     """Return the contrastive loss, dense while its similarities are few, else in tiles."""
-    dense = {"infonce": infonce, "sigmoid": sigmoid}[config.name]
     rows = len(ids)
     size = TILE_SIZE["cpu" if ids.device.type == "cpu" else "cuda"]
     tile_rows = config.tile_rows or max(MIN_TILE_ROWS, size // (rows * distributed.world_size()))
     if tile_rows >= rows:
-        return dense(embeddings, ids, config.duplicates)
+        return DENSE[config.name](embeddings, ids, config.duplicates)
     return tiled(config.name, embeddings, ids, config.duplicates, tile_rows)
 
 

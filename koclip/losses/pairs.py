@@ -5,8 +5,10 @@ from typing import NamedTuple
 import torch
 
 from koclip import distributed
+from koclip.config import check
 
 CAPTION, IMAGE, SENTENCE = range(3)  # columns of pair_ids
+DUPLICATES = ("positives", "masked", "negatives")
 
 
 class Loss(NamedTuple):
@@ -25,9 +27,13 @@ class Pairs:
     Args:
         pair_ids: (B, C) numbers of this process's pairs, or (B,).
         duplicates: What equal pairs count as: `positives`, `masked` or `negatives`.
+
+    Raises:
+        ConfigError: `duplicates` is none of these.
     """
 
     def __init__(self, pair_ids: torch.Tensor, duplicates: str) -> None:
+        check(duplicates in DUPLICATES, "loss.duplicates", duplicates, f"expected one of {', '.join(DUPLICATES)}")
         self.ids, self.mode = pair_ids.reshape(len(pair_ids), -1), duplicates
         self.everyone = distributed.gather(self.ids)  # (N, C)
         self.places = torch.arange(len(self.everyone), device=pair_ids.device)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from koclip import distributed
+from koclip.config import check
 from koclip.losses.contrastive import with_bias
 from koclip.losses.pairs import Loss, Pairs, accuracy
 from koclip.models.dual_encoder import Embeddings
@@ -21,16 +22,21 @@ def tiled(name: str, embeddings: Embeddings, pair_ids: torch.Tensor, duplicates:
 
     The value is this process's share: the mean over processes is the loss. The gradients are those of the dense loss
     if all processes scale theirs alike.
+
+    Raises:
+        ConfigError: `name` is another loss.
     """
-    image, text, scale, bias = with_bias(embeddings) if name == "sigmoid" else (*embeddings[:3], None)
-    pairs = Pairs(pair_ids, duplicates)
-    objective = _SigmoidRows(pairs) if name == "sigmoid" else _InfoNCERows(pairs)
+    check(name in _ROWS, "loss.name", name, f"expected one of those that have a tiled form: {', '.join(_ROWS)}")
+    objective = _ROWS[name](Pairs(pair_ids, duplicates))
+    image, text, scale, bias = with_bias(embeddings) if objective.has_bias else (*embeddings[:3], None)
     value = _Tiled.apply(image, distributed.gather(text), scale, bias, objective, tile_rows)
     return Loss(value, objective.accuracy / len(pair_ids))
 
 
 class _InfoNCERows:
     """InfoNCE of tiles of rows: log-sums over rows and columns first, gradients of the logits when these are known."""
+
+    has_bias = False
 
     def __init__(self, pairs: Pairs) -> None:
         device = pairs.places.device
@@ -72,6 +78,8 @@ class _InfoNCERows:
 class _SigmoidRows:
     """The sigmoid loss of tiles of rows."""
 
+    has_bias = True
+
     def __init__(self, pairs: Pairs) -> None:
         self.pairs, self.accuracy = pairs, torch.zeros((), device=pairs.places.device)
         self._total = torch.zeros((), device=pairs.places.device)
@@ -89,6 +97,9 @@ class _SigmoidRows:
         right, _, ignored = self.pairs.targets(rows)
         gradient = logits.sigmoid_().sub_(right.to(logits.dtype))
         return gradient if ignored is None else gradient.masked_fill_(ignored, 0)
+
+
+_ROWS: dict[str, type[_InfoNCERows] | type[_SigmoidRows]] = {"infonce": _InfoNCERows, "sigmoid": _SigmoidRows}
 
 
 class _Tiled(torch.autograd.Function):

@@ -4,5 +4,17 @@ from koclip.training.health import DivergedError, Event
 from koclip.training.loop import Trainer, progress_text, steps
 from koclip.training.setup import prepare, release, start
 from koclip.training.signals import StopRequest
+from koclip.training.survey import survey
 
-__all__ = ["DivergedError", "Event", "StopRequest", "Trainer", "prepare", "progress_text", "release", "start", "steps"]
+__all__ = [
+    "DivergedError",
+    "Event",
+    "StopRequest",
+    "Trainer",
+    "prepare",
+    "progress_text",
+    "release",
+    "start",
+    "steps",
+    "survey",
+]

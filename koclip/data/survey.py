@@ -1,0 +1,232 @@
+"""What is learnt of the sources before the first step: how long their captions are, and how to tell that they changed.
+
+Rows are looked at in blocks, each process at its share of them, in its data workers. What all of them found is the same
+whatever their number.
+"""
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from huggingface_hub import HfApi
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+from xxhash import xxh3_128
+
+from koclip.config import DataConfig
+from koclip.data.sources import MapSource, ScenesSource, StreamSource, TableSource
+from koclip.data.tables import SourceError, file_format, stored_files
+from koclip.text import tokenizers
+
+BLOCK = 1_024  # rows
+_SAMPLE = 2**16  # bytes of a shard that are looked at, in three places
+_WORTH_A_WORKER = 4  # blocks
+_REMEMBERED = 2**17  # texts whose length a process keeps
+
+Tokens = npt.NDArray[np.uint16]
+
+
+class Block(NamedTuple):
+    """What was found in some rows, or in some files of a stream."""
+
+    digest: bytes
+    captions: npt.NDArray[np.int64] = np.empty(0, np.int64)  # of each row in each language
+    parts: npt.NDArray[np.int64] = np.empty(0, np.int64)  # of each of these
+    tokens: Tokens = np.empty(0, np.uint16)  # of each of these
+
+
+class Survey(NamedTuple):
+    """What is known of a source."""
+
+    facts: dict[str, Any]  # equal for equal data
+    lengths: "CaptionLengths | None" = None  # of a source whose batches are grouped by them
+
+
+class CaptionLengths:
+    """The lengths in tokens of all captions of a source, in flat arrays.
+
+    A caption is one part; where `data.word_dropout` may leave words out, each word is. The sum of words' lengths is the
+    caption's length for tokenizers that split at white space, and an estimate for others.
+
+    Args:
+        languages: Those that a row may have captions in.
+        blocks: What was found in the source's rows.
+        special: Tokens that are no caption's.
+        longest: Tokens at which captions are cut.
+    """
+
+    def __init__(self, languages: Sequence[str], blocks: Sequence[Block], special: int, longest: int) -> None:
+        self._languages, self._special, self._longest = languages, special, longest
+        self._captions = _starts([block.captions for block in blocks])
+        self._parts = _starts([block.parts for block in blocks])
+        self._tokens = np.concatenate([block.tokens for block in blocks])
+
+    def row(self, row: int) -> dict[str, list[range]]:
+        """Return where the parts of a row's captions are, by language; an unusable caption has none."""
+        first = row * len(self._languages)
+        bounds = self._captions[first : first + len(self._languages) + 1].tolist()
+        captions = {}
+        for language, (start, stop) in zip(self._languages, itertools.pairwise(bounds), strict=True):
+            if stop > start:
+                captions[language] = [
+                    range(*pair) for pair in itertools.pairwise(self._parts[start : stop + 1].tolist())
+                ]
+        return captions
+
+    def total(self, parts: Iterable[int]) -> int:
+        """Return the length of a caption of these parts."""
+        return min(self._special + int(self._tokens[list(parts)].sum()), self._longest)
+
+
+def look(
+    source: MapSource | StreamSource,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Block]:
+    """Yield the blocks of this process's share of a source; `join` makes one of the shares in rank order."""
+    if isinstance(source, StreamSource):
+        files = stored_files(source.config)
+        share = range(len(files) * rank // world_size, len(files) * (rank + 1) // world_size)
+        yield from (_look_at_file(files[number], source) for number in share)
+        return
+    if isinstance(source, ScenesSource) and config.length_pool == 1:
+        return  # drawn, not stored: nothing to measure, nothing that can change
+    if config.num_workers:
+        single_threaded()
+    count = -(-len(source) // BLOCK)
+    numbers = range(count * rank // world_size, count * (rank + 1) // world_size)
+    blocks = DataLoader(
+        _Blocks(source, config, tokenizer),
+        batch_size=None,
+        sampler=cast(Any, numbers),
+        num_workers=min(config.num_workers, len(numbers) // _WORTH_A_WORKER),
+        collate_fn=cast(Any, _as_it_is),
+        generator=torch.Generator(),  # the default would draw from the generator that dropout uses
+    )
+    yield from blocks
+
+
+def join(
+    source: MapSource | StreamSource, config: DataConfig, tokenizer: PreTrainedTokenizerBase, blocks: Sequence[Block]
+) -> Survey:
+    """Return what all blocks of a source say of it."""
+    digest = xxh3_128(b"".join(block.digest for block in blocks)).hexdigest()
+    name = {"source": source.config.short_name}
+    if isinstance(source, StreamSource):
+        return Survey(name | {"shards": source.num_shards, "revision": _revision(source), "digest": digest})
+    facts = name | {"rows": len(source), "digest": digest}
+    if config.length_pool == 1:
+        return Survey(facts)
+    special, longest = tokenizer.num_special_tokens_to_add(), tokenizer.model_max_length
+    return Survey(facts, CaptionLengths(list(source.config.captions), blocks, special, longest))
+
+
+def survey(source: MapSource, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Survey:
+    """Look at all of a source."""
+    return join(source, config, tokenizer, list(look(source, config, tokenizer)))
+
+
+def single_threaded() -> None:
+    """Keep tokenizers from using threads, which forked workers must not; said aloud, they do not warn about it."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class _Blocks(Dataset[Block]):
+    """Looks at one block of rows per number."""
+
+    def __init__(self, source: MapSource, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._source, self._tokenizer = source, tokenizer
+        self._measures, self._by_word = config.length_pool > 1, config.word_dropout > 0
+        self._special = tokenizer.num_special_tokens_to_add()
+        self._sizes = source.picture_sizes() if isinstance(source, TableSource) else None
+        self._known: dict[str, int] = {}
+
+    def __getitem__(self, number: int) -> Block:
+        rows = range(number * BLOCK, min((number + 1) * BLOCK, len(self._source)))
+        captions, pictures = self._read(rows)
+        digest = xxh3_128(repr(list(zip(captions, pictures, strict=True))).encode()).digest()
+        if not self._measures:
+            return Block(digest)
+        languages = list(self._source.config.captions)
+        cells = [row.get(language, []) for row in captions for language in languages]
+        parts = [self._split(caption) for cell in cells for caption in cell]
+        return Block(
+            digest,
+            np.array([len(cell) for cell in cells], np.int64),
+            np.array([len(part) for part in parts], np.int64),
+            self._count(list(itertools.chain(*parts))),
+        )
+
+    def _read(self, rows: range) -> tuple[list[dict[str, list[str]]], list[Any]]:
+        """Return captions, and what tells pictures apart without reading them: the number of bytes, a file's name."""
+        if self._sizes is not None:
+            return self._source.captions(rows), self._sizes[rows.start : rows.stop].to_pylist()
+        if not isinstance(self._source, TableSource):
+            return self._source.captions(rows), list(rows)
+        read = self._source.rows(rows)
+        return [row.captions for row in read], [_file_facts(row.image) for row in read]
+
+    def _split(self, caption: str) -> list[str]:
+        if self._by_word:
+            return caption.split()
+        return [caption] if caption else []
+
+    def _count(self, texts: Sequence[str]) -> Tokens:
+        """Return the number of tokens of each text, special ones left out."""
+        unknown = list(dict.fromkeys(text for text in texts if text not in self._known))
+        if unknown:
+            encoded = tokenizers.encode(self._tokenizer, unknown, return_attention_mask=False)["input_ids"]
+            self._known |= {text: len(ids) - self._special for text, ids in zip(unknown, encoded, strict=True)}
+        counts = np.array([self._known[text] for text in texts], np.uint16)
+        if len(self._known) > _REMEMBERED:
+            self._known.clear()
+        return counts
+
+
+def _starts(counts: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.unsignedinteger[Any]]:
+    """Return where each of so many items begins, and where the last one ends."""
+    ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts]))
+    return ends.astype(np.min_scalar_type(int(ends[-1])))
+
+
+def _as_it_is(block: Block) -> Block:
+    return block
+
+
+def _file_facts(image: object) -> tuple[str, int] | None:
+    if not isinstance(image, Path):
+        return None
+    try:
+        return image.name, image.stat().st_size
+    except OSError:
+        return image.name, -1
+
+
+def _look_at_file(file: Path, source: StreamSource) -> Block:
+    """Tell a file by its name and size, and a shard by its beginning, middle and end too."""
+    size = file.stat().st_size
+    digest = xxh3_128(repr((file.name, size)).encode())
+    if file_format(source.config) != "image_folder":
+        with file.open("rb") as opened:
+            for start in (0, (size - _SAMPLE) // 2, size - _SAMPLE):
+                opened.seek(max(0, start))
+                digest.update(opened.read(_SAMPLE))
+    return Block(digest.digest())
+
+
+def _revision(source: StreamSource) -> str | None:
+    """Return the commit of a stream from the Hub."""
+    config = source.config
+    if file_format(config) != "hub" or Path(config.path).exists():
+        return None
+    try:
+        return HfApi().dataset_info(config.path, revision=config.revision).sha
+    except OSError as error:
+        raise SourceError(f"source {config.path!r}: the Hub does not say which commit is streamed: {error}") from error
