@@ -197,16 +197,16 @@ class Assembler:
         language = rng.choices(languages, [weights[name] for name in languages])[0]
         return language, rng.choice(places[language]), rng
 
-    def keep(self, words: Sequence[Item], rng: random.Random) -> list[Item]:
-        """Leave each word out with the chance that `data.word_dropout` names, but never all of them."""
-        return [word for word in words if rng.random() >= self.config.word_dropout] or [rng.choice(words)]
-
     def _drawable(self, captions: Mapping[str, Sequence[Any]], language: str) -> list[int]:
         """Return the places of captions that may be drawn: with a teacher, those that have a counterpart."""
         own = captions[language]
         taught = own if self._known.teacher is None else captions.get(self._known.language, own)
         places = paired(own, taught)
         return [place for place, caption in enumerate(own) if caption] if places is None else places
+
+    def keep(self, words: Sequence[Item], rng: random.Random) -> list[Item]:
+        """Leave each word out with the chance that `data.word_dropout` names, but never all of them."""
+        return [word for word in words if rng.random() >= self.config.word_dropout] or [rng.choice(words)]
 
     def lengths(self, captions: list[str | None]) -> list[int]:
         """Return each caption's length in tokens (0 for none)."""

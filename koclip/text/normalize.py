@@ -73,8 +73,8 @@ def usable(captions: Iterable[str]) -> list[str]:
     return [caption for caption in captions if caption]
 
 
-def paired(first: Sequence[str], second: Sequence[str]) -> list[int] | None:
-    """Return the places where the captions of a row in two languages correspond: those where both have one.
+def paired(first: Sequence[object], second: Sequence[object]) -> list[int] | None:
+    """Return the places where the captions of a row in two languages correspond: those where neither is empty.
 
     Languages with unequal numbers of places do not correspond: None.
     """
