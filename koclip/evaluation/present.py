@@ -13,7 +13,7 @@ from koclip.evaluation.drawing import korean_style, save
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.grids import confusions, queries
 from koclip.evaluation.printing import markdown, print_tables
-from koclip.evaluation.report import file_name, write_results
+from koclip.evaluation.report import Measured, file_name, write_results
 from koclip.evaluation.sets import EvalSet
 from koclip.evaluation.suite import described, folders_of, labels_of, surroundings
 from koclip.evaluation.tables import sections
@@ -44,7 +44,7 @@ def present(
     """
     labels, folders = labels_of(list(metrics)), folders_of(run, list(metrics))
     for model, found in metrics.items():
-        keep(folders[model], model, found, sets)
+        keep(folders[model], Measured(model, embedders[model].fingerprint), found, sets)
     templates = {one.name: _templates(one) for one in sets}
     rows = sections(list(metrics.values()), templates)
     (run / "table.md").write_text(markdown(rows, list(labels.values()), warnings), encoding="utf-8")
@@ -56,7 +56,7 @@ def present(
     page.write(run, labels, rows, drawn, _data(sets), warnings, surroundings())
 
 
-def keep(folder: Path, model: str, metrics: dict[str, Metric], sets: Sequence[EvalSet]) -> None:
+def keep(folder: Path, model: Measured, metrics: dict[str, Metric], sets: Sequence[EvalSet]) -> None:
     """Write a model's results.json.
 
     Raises:
