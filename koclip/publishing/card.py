@@ -38,11 +38,12 @@ _HEADLINES = (
 )
 # By class, which versions of transformers were tried, and what came of it.
 _VERSIONS = {
-    "CLIPModel": "Versions 4.57.1, 5.23.0 and 5.24.0 of transformers were tried.",
-    "ChineseCLIPModel": "Versions 5.23.0 and 5.24.0 of transformers were tried. In 4.57.1 these lines work; "
-    "`get_text_features` fails there, and `AutoProcessor` needs `use_fast=True`.",
-    "VisionTextDualEncoderModel": "Versions 5.23.0 and 5.24.0 of transformers were tried. Do not take version 4: "
-    "4.57.1 finds no weights for the text tower, says so in a warning only, and goes on with random ones.",
+    "CLIPModel": "transformers 4.57.1, 5.23.0 and 5.24.0 were tried.",
+    "ChineseCLIPModel": "transformers 4.57.1, 5.23.0 and 5.24.0 were tried. In 4.57.1 `get_text_features` of this "
+    "class fails; these lines work.",
+    "VisionTextDualEncoderModel": "transformers 5.23.0 and 5.24.0 were tried. Do not take version 4: of some towers, "
+    "CLIP's text transformer among them, 4.57.1 finds no weights, says so in a warning only, and goes on with random "
+    "ones.",
 }
 # Absolute paths in a command: all but the last part is this machine's.
 _PARTS = r"[^\s\"'=,:\[\]{}]*[/\\]"
@@ -152,6 +153,8 @@ def render(cfg: PublishConfig, facts: Facts, year: int | None = None) -> ModelCa
     may_be_empty: dict[str, Any] = {
         "towers": facts.towers,
         "exports": _exports(Path(cfg.model)),
+        "reads_longer": facts.reads_longer,
+        "cleans": facts.cleans,
         "int8": quantized.read(Path(cfg.model), facts.results["fingerprint"]),
         "adapter": cfg.adapter and (Path(cfg.model) / ADAPTER).is_dir(),
     }

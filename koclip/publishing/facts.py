@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+from transformers import AutoConfig, AutoTokenizer
 
 from koclip.checkpoint import lines
 from koclip.config import ConfigError, PublishConfig, SourceConfig, check
@@ -18,8 +19,11 @@ from koclip.models.peers import open_encoder
 from koclip.publishing import data_cards
 from koclip.publishing.files import is_hub_id
 from koclip.publishing.licences import OTHER, UNSTATED, Part, Source, model_parts
+from koclip.text.normalize import normalize
 
 _EVALUATION = "evaluation"
+_OFFSET = 2  # places of a RoBERTa's position table that no token is at
+_DIRTY = "\ufeff고양이\u200b가 \u3164 창가에\u00ad [SEP] 앉아 <|endoftext|> 있다</s>"
 _SURROUNDINGS = ("commit", "python", "packages", "cpu_threads", "gpus", "num_processes", "command")
 
 
@@ -60,6 +64,8 @@ class Facts:
 
     model: dict[str, Any]  # config.json
     max_tokens: int
+    reads_longer: bool  # whether the class embeds texts of more tokens, though nothing was learnt of so many
+    cleans: bool  # whether the tokenizer gives a text the ids of the clean text by itself
     image_size: int
     config: dict[str, Any]  # the run's config.yaml
     environment: dict[str, Any]
@@ -101,6 +107,8 @@ def gather(cfg: PublishConfig) -> Facts:
     facts = Facts(
         model=_read(directory / "config.json"),
         max_tokens=_needed(directory / "tokenizer_config.json", "model_max_length"),
+        reads_longer=_reads_longer(directory),
+        cleans=_cleans(directory),
         image_size=_image_size(directory / "preprocessor_config.json"),
         config=config,
         environment={name: _needed(run / "environment.json", name) for name in _SURROUNDINGS},
@@ -263,6 +271,18 @@ def _languages(config: Mapping[str, Any]) -> list[str]:
         found += [one for one in source["captions"] if weights is None or weights.get(one, 0) > 0]
     check(bool(found), "data.sources[].captions", found, "expected the languages of the captions in config.yaml")
     return list(dict.fromkeys(found))
+
+
+def _reads_longer(directory: Path) -> bool:
+    config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    longest = _needed(directory / "tokenizer_config.json", "model_max_length")
+    return bool(config.text_config.max_position_embeddings > longest + _OFFSET)
+
+
+def _cleans(directory: Path) -> bool:
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    dirty, clean = (tokenizer(text)["input_ids"] for text in (_DIRTY, normalize(_DIRTY)))
+    return bool(dirty == clean)
 
 
 def _image_size(file: Path) -> int:
