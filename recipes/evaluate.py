@@ -14,6 +14,7 @@ from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate, open_all, warnings_of
 from koclip.evaluation.people import people
 from koclip.evaluation.present import keep, present
+from koclip.evaluation.report import Measured
 from koclip.evaluation.robustness import add_effective_robustness
 from koclip.evaluation.suite import folders_of, processes, start
 from koclip.models.peers import open_encoder
@@ -38,7 +39,7 @@ def main(cfg: config.EvaluateConfig) -> None:
             }
         metrics[spec], embedders[spec] = found, embedder
         if accelerator.is_main_process:
-            keep(folders_of(run, cfg.all_models)[spec], spec, found, sets)
+            keep(folders_of(run, cfg.all_models)[spec], Measured(spec, embedder.fingerprint), found, sets)
         accelerator.print(f"Evaluated {spec} in {(time.monotonic() - began) / 60:.1f} minutes")
     add_effective_robustness(metrics)
     if accelerator.is_main_process:

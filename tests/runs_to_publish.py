@@ -12,10 +12,11 @@ from transformers import BertConfig, BertModel, ChineseCLIPProcessor
 
 from koclip import config
 from koclip.checkpoint.model import publish, publish_aligned
-from koclip.evaluation.report import write_results
+from koclip.evaluation.report import Measured, write_results
 from koclip.metrics import Metric
 from koclip.models.adapters import attach
 from koclip.models.dual_encoder import from_scratch
+from koclip.models.peers import open_encoder
 from koclip.models.swap import swap_text_tower
 
 ENVIRONMENT = {
@@ -101,8 +102,10 @@ def beside(folder: Path, settings: Any) -> Path:
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in log), encoding="utf-8")
     metrics = {name: Metric(value, (low, high), n) for name, (value, low, high, n) in METRICS.items()}
     source = dataclasses.asdict(SCENES.sources[0])
-    write_results(folder / "results.json", str(folder / "model"), {"scenes": {"source": source}}, metrics, ENVIRONMENT)
-    return folder / "model"
+    model = folder / "model"
+    measured = Measured(str(model), open_encoder(str(model), "cpu").fingerprint())
+    write_results(folder / "results.json", measured, {"scenes": {"source": source}}, metrics, ENVIRONMENT)
+    return model
 
 
 def bert_tokenizer() -> Any:

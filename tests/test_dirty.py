@@ -1,4 +1,4 @@
-"""A dirty data set trains, resumes, aligns, is evaluated and indexed as a clean one, and every sample is accounted for."""
+"""A dirty data set trains, resumes, aligns, is evaluated and indexed; every sample is used or listed."""
 
 import dataclasses
 import itertools

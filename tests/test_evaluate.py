@@ -17,6 +17,7 @@ from koclip import config
 from koclip.checkpoint import publish
 from koclip.evaluation.suite import processes
 from koclip.models.dual_encoder import from_scratch
+from koclip.models.peers import open_encoder
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "evaluate.py"
@@ -89,7 +90,8 @@ def places(folder: Path, name: str) -> list[str]:
 
 def test_every_task_leaves_numbers_with_intervals(alone: Path) -> None:
     results = json.loads((alone / "results.json").read_text(encoding="utf-8"))
-    assert set(results) == {"model", "data", "metrics", "environment"}
+    assert set(results) == {"model", "fingerprint", "data", "metrics", "environment"}
+    assert results["fingerprint"] == open_encoder(results["model"], "cpu").fingerprint()
     tasks = {tuple(name.split("/")[:3]) for name in results["metrics"]}
     wanted = {
         ("photos", "ko", "text_to_image"),

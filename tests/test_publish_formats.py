@@ -4,10 +4,14 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 from runs_to_publish import pretrained
+from safetensors.torch import load_file, save_file
 
 from koclip import config
 from koclip.publishing.files import publishable
+from koclip.publishing.onnx_export import export
+from koclip.publishing.preflight import preflight
 
 pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 
@@ -38,3 +42,20 @@ def test_formats_pass_the_pre_flight(tmp_path: Path, capsys: pytest.CaptureFixtu
         "1_Normalize/config.json",
     }
     assert wanted <= set(publishable(directory))
+
+
+def test_graphs_of_other_weights_are_found(tmp_path: Path) -> None:
+    directory = pretrained(tmp_path / "run")
+    (directory / "README.md").write_text("---\nlicense: mit\n---\n# A model\n", encoding="utf-8")
+    export(directory, directory)
+    assert not [check for check in preflight(directory) if check.problems]
+    weights = load_file(directory / "model.safetensors")
+    weights["visual_projection.weight"] *= torch.linspace(0.9, 1.1, 32)[:, None]  # (D, W)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    for name in ("text_model_quantized.onnx", "vision_model_quantized.onnx"):
+        (directory / "onnx" / name).write_bytes((directory / "onnx" / name.replace("_quantized", "")).read_bytes())
+    (failing,) = [check for check in preflight(directory) if check.problems]
+    assert failing.name == "graphs in onnx/ are the model's"
+    assert failing.problems[0].startswith("vision_model.onnx: embeddings differ by 0.0")
+    assert failing.problems[1].startswith("onnx/results.json is missing")
+    assert len(failing.problems) == 2

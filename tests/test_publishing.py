@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from koclip.models.inference import load
 from koclip.publishing import space
 
 ROOT = Path(__file__).parents[1]
+EXPORTS = all(find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript", "sentence_transformers"))
 TOKEN = "hf_" + "writes" * 6
 TEXTS = ["빨간 원", "노란 별 위에 작은 별"]
 STRANGER = """
@@ -131,13 +134,18 @@ def test_downloads_that_break_off_go_on(hub, monkeypatch):
 
 def test_the_cards_examples_run(hub):
     Image.new("RGB", (60, 40), "red").save(hub.folder / "photo.jpg")
-    card = hub.server.repos["org/clip"].files["README.md"].decode()
+    model = shutil.copytree(hub.clip.parent, hub.folder / "copy") / "model"
+    formats = ("--onnx", "fp32", "--sentence_transformers") if EXPORTS else ()
+    ran = hub.publish(model, "copy", *formats)
+    assert ran.returncode == 0, ran.stderr
+    card = hub.server.repos["org/copy"].files["README.md"].decode()
     examples = re.findall(r"```python\n(.+?)```", card, re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == (5 if EXPORTS else 3)
     ran = hub.run("-c", "\n".join(examples), token=None, folder=hub.folder)
     assert ran.returncode == 0, ran.stderr
     assert "'label': '고양이'" in ran.stdout
-    assert "tensor([[" in ran.stdout
+    assert ran.stdout.count("tensor([[") == len(examples) - 2
+    assert "torch.Size([1, 32])" in ran.stdout
 
 
 def test_a_joint_model_comes_back(hub):
@@ -155,7 +163,7 @@ def test_a_swapped_model_comes_back_under_the_licence_of_its_towers(hub):
     card = hub.server.repos["org/swapped"].files["README.md"].decode()
     assert "base_model:\n- org/clip\n- klue/roberta-small\n" in card
     assert "license: cc-by-sa-4.0\n" in card
-    assert "| org/clip | clip | apache-2.0 |" in card  # the Hub was asked
+    assert "| org/clip | clip | weights | apache-2.0 | yes | yes | no | huggingface.co/org/clip |" in card  # asked
 
 
 def test_an_adapter_comes_back_and_so_does_the_merged_model(hub):

@@ -20,7 +20,7 @@ from koclip.evaluation.evaluate import evaluate
 from koclip.evaluation.grids import most_confused
 from koclip.evaluation.present import present
 from koclip.evaluation.printing import print_tables
-from koclip.evaluation.report import training_figure, write_results
+from koclip.evaluation.report import Measured, training_figure, write_results
 from koclip.evaluation.robustness import add_effective_robustness
 from koclip.evaluation.tables import cell, place, sections, split
 from koclip.metrics import Metric
@@ -83,7 +83,8 @@ def strict(constant: str) -> None:
 def test_results_are_what_the_contract_says_and_the_same_on_a_second_call(measured, one_model, tmp_path):
     text = (one_model / "results.json").read_text(encoding="utf-8")
     results = json.loads(text, parse_constant=strict)
-    assert list(results) == ["model", "data", "metrics", "environment"]
+    assert list(results) == ["model", "fingerprint", "data", "metrics", "environment"]
+    assert results["fingerprint"] == measured[0].encoder.fingerprint()
     assert results["metrics"] == {name: metric.to_dict() for name, metric in measured[2].items()}
     assert results["data"]["things"]["templates"]["ko"] == ["{label:을/를} 찍은 사진", "{label} | 사진"]
     assert results["data"]["things"]["classes"] == 3
@@ -96,7 +97,9 @@ def test_results_are_what_the_contract_says_and_the_same_on_a_second_call(measur
 
 def test_a_number_that_is_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
-        write_results(tmp_path / "results.json", "m", {}, {"a/ko/b/c": Metric(float("nan"), (0.0, 1.0), 1)}, {})
+        write_results(
+            tmp_path / "results.json", Measured("m", "f"), {}, {"a/ko/b/c": Metric(float("nan"), (0.0, 1.0), 1)}, {}
+        )
 
 
 def test_table_values_equal_the_metrics(measured, one_model):

@@ -64,7 +64,8 @@ class PublishConfig:
     Args:
         model: The model's directory; config.yaml and environment.json of its training run lie beside it.
         repo_id: Where it goes: `organisation/name` or `user/name`.
-        results: Its results.json, of training or of recipes/evaluate.py; default: the one beside `model`.
+        results: Its results.json, of training or of recipes/evaluate.py; default: the one beside `model`. Its numbers
+            must be of these very weights, which its fingerprint shows.
         dry_run: Write the card and check everything, and push nothing. Needs no token.
         tag: Name of the release, as `v1.0`; default: none. A tag that exists is never moved.
         private: Make the repository private if it is new.
@@ -72,14 +73,16 @@ class PublishConfig:
         message: The commit's first line.
         clip: Hub id of what the run's config.yaml names as model.clip, where that is a directory.
         text_encoder: The same of model.text_encoder.
-        licenses: Licences of the Hub models that the run began with, by Hub id; `unstated` if none is stated.
-            Default: what the Hub says. A data set's licence is that of its data card alone.
+        licenses: Licences of the Hub models that the run began with, by Hub id: an id of SPDX or the Hub, or
+            `unstated` if none is stated; other words are shown, and make this model's licence `other`. Default: what
+            the Hub says. A data set's licence is that of its data card alone.
         license: Licence of this model if its sources leave the choice, as the Hub spells it.
         data_cards: Directory of the data cards.
         training_time: How long training took, as people read it; default: the last `seconds` of the run's
             metrics.jsonl, where there are some.
-        onnx: Write ONNX graphs of both towers, too, as transformers.js reads them: in `fp32`, or in `int8` besides;
-            needs `pip install 'koclip[onnx]'`.
+        onnx: Write ONNX graphs of both towers, too: in `fp32`, or in `int8` besides; needs
+            `pip install 'koclip[onnx]'`. ONNX Runtime reads them, and of transformers.js CLIPTextModelWithProjection
+            and CLIPVisionModelWithProjection.
         int8_sets: What the loss of `int8` in retrieval is measured on; default: the sets of `results` with the task
             `retrieval`, their first 1,000 images, or the built-in scenes where it has none.
         max_image_pixels: Leave larger images (width x height) of these sets out as decompression bombs.

@@ -79,7 +79,8 @@ class Embedder:
         return in_batches(embed, pictures, self._batch_size, "images", spread=self._spread)
 
     @cached_property
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
+        """Hash of all that the embeddings depend on."""
         return self.encoder.fingerprint()
 
     def _kept(self, kind: str, digest: Callable[[], str], make: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -90,7 +91,7 @@ class Embedder:
 
     def _filed(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         assert self._cache is not None
-        file = self._cache / self._fingerprint / f"{name}.safetensors"
+        file = self._cache / self.fingerprint / f"{name}.safetensors"
         # The first process says what there is: another may look a moment later.
         kept = _read(file) if distributed.rank() == 0 or not self._spread else None
         if self._spread:

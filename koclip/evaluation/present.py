@@ -14,7 +14,7 @@ from koclip.evaluation.embed import Embedder
 from koclip.evaluation.grids import confusions, queries
 from koclip.evaluation.notes import described, notes
 from koclip.evaluation.printing import markdown, print_tables
-from koclip.evaluation.report import file_name, write_results
+from koclip.evaluation.report import Measured, file_name, write_results
 from koclip.evaluation.sets import EvalSet
 from koclip.evaluation.suite import folders_of, labels_of, surroundings
 from koclip.evaluation.tables import sections
@@ -45,7 +45,7 @@ def present(
     """
     labels, folders = labels_of(list(metrics)), folders_of(run, list(metrics))
     for model, found in metrics.items():
-        keep(folders[model], model, found, sets)
+        keep(folders[model], Measured(model, embedders[model].fingerprint), found, sets)
     templates = {one.name: asked_templates(one) for one in sets}
     data = {label: described(sets, model) for model, label in labels.items()}
     rows = sections(list(metrics.values()), templates)
@@ -62,14 +62,14 @@ def present(
     page.write(run, labels, rows, drawn, data, warnings, surroundings())
 
 
-def keep(folder: Path, model: str, metrics: dict[str, Metric], sets: Sequence[EvalSet]) -> None:
+def keep(folder: Path, model: Measured, metrics: dict[str, Metric], sets: Sequence[EvalSet]) -> None:
     """Write a model's results.json.
 
     Raises:
         ValueError: a metric is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_results(folder / "results.json", model, described(sets, model), metrics, surroundings())
+    write_results(folder / "results.json", model, described(sets, model.name), metrics, surroundings())
 
 
 def _draw(

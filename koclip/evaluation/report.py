@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -19,12 +19,20 @@ from koclip.evaluation.tables import MAIN, place, sections, split
 from koclip.metrics import Metric
 
 
+class Measured(NamedTuple):
+    """The model that numbers are of."""
+
+    name: str  # as it was named to koclip
+    fingerprint: str  # of all that its embeddings depend on (`koclip.models.encoders.Encoder`)
+
+
 def report(run: Path, config: Any, embedder: Embedder, sets: Sequence[EvalSet]) -> dict[str, Metric]:
     """Evaluate; write results.json and pictures/ in the run directory; print the table and what could not be used."""
     metrics = evaluate(embedder, sets)
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     data = described(sets, str(run / "model"))
-    write_results(run / "results.json", str(run / "model"), data, metrics, environment)
+    model = Measured(str(run / "model"), embedder.fingerprint)
+    write_results(run / "results.json", model, data, metrics, environment)
     pictures = run / "pictures"
     with korean_style():
         for one in sets:
@@ -43,7 +51,7 @@ def report(run: Path, config: Any, embedder: Embedder, sets: Sequence[EvalSet]) 
 
 
 def write_results(
-    path: Path, model: str, data: dict[str, Any], metrics: dict[str, Metric], environment: dict[str, Any]
+    path: Path, model: Measured, data: dict[str, Any], metrics: dict[str, Metric], environment: dict[str, Any]
 ) -> None:
     """Write results.json: what was evaluated, on what, with which numbers, where; keys are in alphabetical order.
 
@@ -51,7 +59,8 @@ def write_results(
         ValueError: a number is not finite.
     """
     results = {
-        "model": model,
+        "model": model.name,
+        "fingerprint": model.fingerprint,
         "data": data,
         "metrics": {name: metric.to_dict() for name, metric in metrics.items()},
         "environment": environment,

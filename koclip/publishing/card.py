@@ -14,10 +14,11 @@ from koclip.config import PublishConfig, check
 from koclip.evaluation.notes import notes
 from koclip.evaluation.printing import NOTE
 from koclip.evaluation.tables import MAIN, Cell, sections
-from koclip.publishing import quantized
+from koclip.publishing import quantized, sentence
 from koclip.publishing.facts import Facts
 from koclip.publishing.files import ADAPTER, CARD, LICENCE
-from koclip.publishing.licences import Licence, conclude
+from koclip.publishing.licences import ALLOWS, Licence, conclude
+from koclip.publishing.onnx_export import EXACT, FOLDER, INT8, SIDES
 
 _MARK = "<!-- Made by koclip's recipes/publish.py"
 _ENGLISH = {"ko": "Korean", "en": "English", "ja": "Japanese", "zh": "Chinese"}
@@ -36,6 +37,15 @@ _HEADLINES = (
     ("ko", ("zero_shot/accuracy", r"(?!shift).+/accuracy"), "한국어 이름으로 분류한 정확도"),
     ("en", ("text_to_image/recall@10",), "영어 문장으로 이미지 찾기 R@10"),
 )
+# By class, which versions of transformers were tried, and what came of it.
+_VERSIONS = {
+    "CLIPModel": "transformers 4.57.1, 5.23.0 and 5.24.0 were tried.",
+    "ChineseCLIPModel": "transformers 4.57.1, 5.23.0 and 5.24.0 were tried. In 4.57.1 `get_text_features` of this "
+    "class fails; these lines work.",
+    "VisionTextDualEncoderModel": "transformers 5.23.0 and 5.24.0 were tried. Do not take version 4: of some towers, "
+    "CLIP's text transformer among them, 4.57.1 finds no weights, says so in a warning only, and goes on with random "
+    "ones.",
+}
 # Absolute paths in a command: all but the last part is this machine's.
 _PARTS = r"[^\s\"'=,:\[\]{}]*[/\\]"
 _FOLDERS = re.compile(rf"(?<![\w.~-])(?:~|[A-Za-z]:)?[/\\](?:{_PARTS}(?=recipes/)|(?:{_PARTS})?)")
@@ -56,6 +66,20 @@ class Group(NamedTuple):
 
     heading: str
     rows: list[Row]
+
+
+class Exports(NamedTuple):
+    """What else than transformers reads the directory."""
+
+    graphs: dict[str, str]  # dtype of transformers.js -> how the names of both ONNX graphs end
+    sentence_transformers: bool
+
+    @property
+    def tags(self) -> list[str]:
+        """What the Hub finds it by."""
+        # The classes for one tower work in transformers.js, so it is to be found there; the card names them.
+        graphs = ["onnx", "transformers.js"] if self.graphs else []
+        return graphs + (["sentence-transformers"] if self.sentence_transformers else [])
 
 
 class Headline(NamedTuple):
@@ -108,6 +132,7 @@ def render(cfg: PublishConfig, facts: Facts, year: int | None = None) -> ModelCa
         "key": re.sub(r"\W", "_", name.lower()),
         "year": year or date.today().year,
         "kind": facts.model["architectures"][0],
+        "versions": _VERSIONS.get(facts.model["architectures"][0]),
         "width": facts.model["projection_dim"],
         "languages_en": _enumerated([_ENGLISH.get(one, one) for one in facts.languages]),
         "languages_ko": "·".join(_KOREAN.get(one, one) for one in facts.languages),
@@ -121,13 +146,17 @@ def render(cfg: PublishConfig, facts: Facts, year: int | None = None) -> ModelCa
         "note": NOTE,
         "groups": groups,
         "measured": _measured(facts),
-        "chain": facts.chain,
+        "allows": list(ALLOWS.values()),
+        "chain": list(_chain(facts)),
     }
     missing = [key for key, value in fields.items() if value in (None, "", [])]
     check(not missing, "the card", missing, "these fields are empty: mend what they are made from")
     may_be_empty: dict[str, Any] = {
         "towers": facts.towers,
-        "int8": quantized.read(Path(cfg.model)),
+        "exports": _exports(Path(cfg.model)),
+        "reads_longer": facts.reads_longer,
+        "cleans": facts.cleans,
+        "int8": quantized.read(Path(cfg.model), facts.results["fingerprint"]),
         "measured_on": [
             f"{name}: {note}" for name, one in facts.results["data"].items() for note in notes({name: one})
         ],
@@ -153,10 +182,21 @@ def metadata(cfg: PublishConfig, facts: Facts, licence: Licence) -> ModelCardDat
         library_name="transformers",
         pipeline_tag=_DEFAULT_TASK,
         datasets=list(dict.fromkeys(hub_data)) or None,
-        tags=["clip", "koclip", *(["korean"] if "ko" in facts.languages else [])],
+        tags=["clip", "koclip", *(["korean"] if "ko" in facts.languages else []), *_exports(Path(cfg.model)).tags],
         model_name=cfg.repo_id.split("/")[1],
         eval_results=list(_eval_results(facts)) or None,
     )
+
+
+def _exports(directory: Path) -> Exports:
+    """Return what lies beside the model."""
+    kinds = {"fp32": EXACT, "q8": INT8}
+    graphs = {
+        dtype: kind
+        for dtype, kind in kinds.items()
+        if all((directory / FOLDER / f"{side}{kind}.onnx").is_file() for side in SIDES)
+    }
+    return Exports(graphs, (directory / sentence.MODULES).is_file())
 
 
 def _eval_results(facts: Facts) -> Iterator[EvalResult]:
@@ -245,7 +285,10 @@ def _measured(facts: Facts) -> str:
     environment = facts.results["environment"]
     for name in ("packages", "python", "gpus", "cpu_threads"):
         check(name in environment, f"results: environment.{name}", None, "expected what the numbers were measured with")
-    return f"Measured on {_hardware(environment)}: {_software(environment)}."
+    return (
+        f"Measured on {_hardware(environment)}: {_software(environment)}. "
+        f"Fingerprint of what was measured: `{facts.results['fingerprint']}`."
+    )
 
 
 def _hardware(environment: dict[str, Any]) -> str:
@@ -269,8 +312,18 @@ def _software(environment: dict[str, Any]) -> str:
     return ", ".join([*versions, f"Python {environment['python']}", *([f"commit {commit[:12]}"] if commit else [])])
 
 
+def _chain(facts: Facts) -> Iterator[list[str]]:
+    """Yield the terms of every part that the licence depends on: source, role, part, licence, `ALLOWS`, who says so."""
+    for source in facts.chain:
+        for part in source.parts:
+            yield [source.name, source.role, part.part, part.licence, *part.answers, part.source]
+
+
 def _terms(cfg: PublishConfig, facts: Facts, licence: Licence) -> str:
-    lines = [f"- {one.name} ({one.role}): {one.licence}" for one in facts.chain]
+    lines = []
+    for name, role, part, terms, *answers, stated in _chain(facts):
+        allowed = ", ".join(f"{what}: {answer}" for what, answer in zip(ALLOWS.values(), answers, strict=True))
+        lines.append(f"- {name} ({role}), {part}: {terms}. {allowed}. Stated: {stated}")
     return (
         f"# {licence.name}\n\n{cfg.repo_id} is not under a common licence: {licence.why}.\n\nIts towers and training "
         "data, with their terms; the strictest of them hold for the model:\n\n" + "\n".join(lines) + "\n"

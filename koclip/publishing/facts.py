@@ -1,7 +1,7 @@
 """What is known of a run: its configuration, its surroundings, its numbers, its sources with their cards."""
 
 import json
-import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,17 +10,21 @@ from typing import Any
 import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+from transformers import AutoConfig, AutoTokenizer
 
 from koclip.checkpoint import lines
 from koclip.config import ConfigError, PublishConfig, SourceConfig, check
 from koclip.metrics import Metric
+from koclip.models.peers import open_encoder
+from koclip.publishing import data_cards
 from koclip.publishing.files import is_hub_id
-from koclip.publishing.licences import UNSTATED, Source
+from koclip.publishing.licences import OTHER, UNSTATED, Part, Source, model_parts
+from koclip.text.normalize import normalize
 
 _EVALUATION = "evaluation"
+_OFFSET = 2  # places of a RoBERTa's position table that no token is at
+_DIRTY = "\ufeff고양이\u200b가 \u3164 창가에\u00ad [SEP] 앉아 <|endoftext|> 있다</s>"
 _SURROUNDINGS = ("commit", "python", "packages", "cpu_threads", "gpus", "num_processes", "command")
-_CARD_KEYS = ("source", "license", "languages", "rows")
-_LOCAL_LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)[^)]+\)")  # leads nowhere outside of the repository
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class DataSet:
     name: str
     roles: tuple[str, ...]  # of "training", "training of the base", "evaluation"
     source: str
-    licence: str
+    parts: tuple[Part, ...]
     languages: list[str]
     rows: str
     version: str
@@ -44,6 +48,11 @@ class DataSet:
         return ", ".join(self.roles)
 
     @property
+    def licence(self) -> str:
+        """The licence of every part."""
+        return "; ".join(f"{part.part}: {part.licence}" for part in self.parts)
+
+    @property
     def trained(self) -> bool:
         """Whether the model or its base learnt from it."""
         return any(role != _EVALUATION for role in self.roles)
@@ -55,6 +64,8 @@ class Facts:
 
     model: dict[str, Any]  # config.json
     max_tokens: int
+    reads_longer: bool  # whether the class embeds texts of more tokens, though nothing was learnt of so many
+    cleans: bool  # whether the tokenizer gives a text the ids of the clean text by itself
     image_size: int
     config: dict[str, Any]  # the run's config.yaml
     environment: dict[str, Any]
@@ -69,7 +80,7 @@ class Facts:
     @property
     def chain(self) -> list[Source]:
         """All that the model's licence depends on: towers and training data."""
-        return [*self.towers, *(Source(one.role, one.name, one.licence) for one in self.data if one.trained)]
+        return [*self.towers, *(Source(one.role, one.name, one.parts) for one in self.data if one.trained)]
 
 
 def gather(cfg: PublishConfig) -> Facts:
@@ -88,14 +99,16 @@ def gather(cfg: PublishConfig) -> Facts:
         given = {"model.clip": cfg.clip, "model.text_encoder": cfg.text_encoder}[key]
         name = given or name.removeprefix("auto:")
         if is_hub_id(name):
-            towers.append(Source(key.removeprefix("model."), name, _licence(name, cfg.licenses)))
+            towers.append(Source(key.removeprefix("model."), name, _parts(name, cfg.licenses)))
         else:
             more, data_of_base = _base_run(key, name, cards, cfg.licenses)
             towers, data = towers + more, data + data_of_base
     data += [_data_set(name, _EVALUATION, cards, _path(one)) for name, one in results["data"].items()]
-    return Facts(
+    facts = Facts(
         model=_read(directory / "config.json"),
         max_tokens=_needed(directory / "tokenizer_config.json", "model_max_length"),
+        reads_longer=_reads_longer(directory),
+        cleans=_cleans(directory),
         image_size=_image_size(directory / "preprocessor_config.json"),
         config=config,
         environment={name: _needed(run / "environment.json", name) for name in _SURROUNDINGS},
@@ -107,6 +120,8 @@ def gather(cfg: PublishConfig) -> Facts:
         base_models=list(dict.fromkeys(one.name for one in towers if one.role in ("clip", "text_encoder"))),
         languages=_languages(config),
     )
+    _check_measured(cfg, results)
+    return facts
 
 
 def _seconds(log: Path) -> float | None:
@@ -133,16 +148,25 @@ def _read_config(run: Path) -> dict[str, Any]:
 
 
 def _read_results(cfg: PublishConfig, run: Path) -> dict[str, Any]:
-    file = Path(cfg.results) if cfg.results else run / "results.json"
-    mend = f"evaluate it: python recipes/evaluate.py --model {cfg.model}, and name the results.json it leaves"
+    file, mend = Path(cfg.results) if cfg.results else run / "results.json", _measure_again(cfg)
     check(file.is_file(), "results", str(file), f"no such file; {mend}")
     results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    for name in ("model", "data", "metrics", "environment"):
+    for name in ("model", "fingerprint", "data", "metrics", "environment"):
         check(bool(results.get(name)), f"results: {file}, {name}", results.get(name), f"expected it in there; {mend}")
-    measured = Path(results["model"])
-    same = not measured.exists() or measured.resolve() == Path(cfg.model).resolve()
-    check(same, f"results: {file}, model", results["model"], f"expected the numbers of {cfg.model}; {mend}")
     return results
+
+
+def _check_measured(cfg: PublishConfig, results: Mapping[str, Any]) -> None:
+    """Make sure that numbers are of the very model that is published, wherever it lay when it was measured."""
+    own = open_encoder(cfg.model, "cpu").fingerprint()
+    other = f"the numbers are of {results['model']}, which is another model or has changed since"
+    expected = f"expected {own}, that of {cfg.model}: {other}; {_measure_again(cfg)}"
+    check(results["fingerprint"] == own, "results: fingerprint", results["fingerprint"], expected)
+
+
+def _measure_again(cfg: PublishConfig) -> str:
+    command = f"python recipes/evaluate.py --model {shlex.quote(cfg.model)} --output_dir runs/measured"
+    return f"measure it: {command}, and publish with --results runs/measured/results.json"
 
 
 def _training_data(config: Mapping[str, Any], cards: Path, role: str) -> Iterator[DataSet]:
@@ -162,58 +186,36 @@ def _find_card(name: str, path: str | None, cards: Path) -> Path:
     """Return the data card of that name, else the one that lists the file that was read: a part has no card alone."""
     file = cards / f"{name}.md"
     others = () if file.is_file() or path is None else sorted(cards.glob("*.md"))
-    file = next((one for one in others if path in (_split(one)[0].get("files") or {})), file)
+    file = next((one for one in others if path in (data_cards.split(one)[0].get("files") or {})), file)
     write = "write it, as data_cards/README.md says, or name the directory: --data_cards"
     listing = f", nor one that lists {path}" if path else ""
     check(file.is_file(), f"the data card of {name}", str(file), f"no such file{listing}; {write}")
     return file
 
 
-def _split(file: Path) -> tuple[dict[str, Any], str]:
-    """Return a card's front matter, {} if it has none, and its prose."""
-    text = file.read_text(encoding="utf-8")
-    if not text.startswith("---\n"):
-        return {}, text
-    _, front, prose = text.split("---\n", 2)
-    return yaml.safe_load(front), prose
-
-
 def _data_set(
     name: str, role: str, cards: Path, path: str | None, hub_id: str | None = None, revision: str | None = None
 ) -> DataSet:
     file = _find_card(name, path, cards)
-    card, prose = _split(file)
-    for key in _CARD_KEYS:
-        check(bool(card.get(key)), f"{file}: {key}", card.get(key), "expected it in the data card's front matter")
-    parts = {}
-    for part in ("Limits", "Harms"):
-        found = re.search(rf"\*\*{part}\.\*\* (.+?)(?:\n\n|\Z)", prose, re.DOTALL)
-        check(found is not None, f"{file}: **{part}.**", None, "expected a paragraph of that name in the data card")
-        parts[part] = " ".join(_LOCAL_LINK.sub(r"\1", found[1] if found else "").split())
-    checksums = [f"{Path(path).name} sha256 {digest[:12]}" for path, digest in (card.get("files") or {}).items()]
-    revision = revision or (card.get("revision") if path == card.get("hub", path) else None)
+    card = data_cards.read(file)
+    checksums = [f"{Path(path).name} sha256 {digest[:12]}" for path, digest in card.files.items()]
+    revision = revision or (card.revision if path == (card.hub or path) else None)
     versions = [f"revision {revision}"] if revision else checksums
-    unknown = "no version known" if card.get("unverified") else "made by koclip's code"
+    unknown = "no version known" if card.is_unverified else "made by koclip's code"
     return DataSet(
         name=name,
         roles=(role,),
-        source=_cell(card["source"]),
-        licence=_cell(card["license"]),
-        languages=card["languages"],
+        source=" ".join(card.source.split()),
+        parts=card.licenses,
+        languages=card.languages,
         rows=", ".join(
-            f"{part} {count:,}" if isinstance(count, int) else f"{part}: {count}"
-            for part, count in card["rows"].items()
+            f"{part} {count:,}" if isinstance(count, int) else f"{part}: {count}" for part, count in card.rows.items()
         ),
         version=", ".join(versions) or unknown,
-        limits=parts["Limits"],
-        harms=parts["Harms"],
+        limits=card.limits,
+        harms=card.harms,
         hub_id=hub_id,
     )
-
-
-def _cell(text: str) -> str:
-    """Return a text as it may stand in a cell of a table."""
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _towers(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -236,17 +238,17 @@ def _base_run(key: str, name: str, cards: Path, licenses: Mapping[str, str]) -> 
     for inner, base in _towers(config):
         base = base.removeprefix("auto:")
         if is_hub_id(base):
-            towers.append(Source(inner.removeprefix("model."), base, _licence(base, licenses)))
+            towers.append(Source(inner.removeprefix("model."), base, _parts(base, licenses)))
         else:
             more, data_of_base = _base_run(inner, base, cards, licenses)
             towers, data = towers + more, data + data_of_base
     return towers, data
 
 
-def _licence(hub_id: str, given: Mapping[str, str]) -> str:
-    """Return the licence of a Hub model: what the user says, else what its card says."""
+def _parts(hub_id: str, given: Mapping[str, str]) -> tuple[Part, ...]:
+    """Return the terms of a Hub model: what the user says, else what its card says."""
     if hub_id in given:
-        return given[hub_id]
+        return model_parts(given[hub_id], "whoever published this")
     try:
         info = HfApi().model_info(hub_id)
     except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled) as error:
@@ -255,8 +257,10 @@ def _licence(hub_id: str, given: Mapping[str, str]) -> str:
             f"licenses: the licence of {hub_id} is not known, the Hub was asked and gave: {reason} Say it: "
             f"--licenses '{{{hub_id}: mit}}', or {UNSTATED} if it has none"
         ) from error
-    stated = (info.card_data.get("license") if info.card_data else None) or UNSTATED
-    return stated if isinstance(stated, str) else "; ".join(stated)  # of several the strictest holds
+    card: Any = info.card_data or {}
+    own = " ".join(str(card[key]) for key in ("license_name", "license_link") if card.get(key))
+    stated = card.get("license")
+    return model_parts(own if stated == OTHER and own else stated, f"huggingface.co/{hub_id}")
 
 
 def _languages(config: Mapping[str, Any]) -> list[str]:
@@ -267,6 +271,18 @@ def _languages(config: Mapping[str, Any]) -> list[str]:
         found += [one for one in source["captions"] if weights is None or weights.get(one, 0) > 0]
     check(bool(found), "data.sources[].captions", found, "expected the languages of the captions in config.yaml")
     return list(dict.fromkeys(found))
+
+
+def _reads_longer(directory: Path) -> bool:
+    config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    longest = _needed(directory / "tokenizer_config.json", "model_max_length")
+    return bool(config.text_config.max_position_embeddings > longest + _OFFSET)
+
+
+def _cleans(directory: Path) -> bool:
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    dirty, clean = (tokenizer(text)["input_ids"] for text in (_DIRTY, normalize(_DIRTY)))
+    return bool(dirty == clean)
 
 
 def _image_size(file: Path) -> int:

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer
 from koclip.config import ConfigError
 from koclip.models.inference import embed_images, embed_texts, load
 from koclip.publishing.files import Check, check_files
+from koclip.publishing.onnx_export import EXACT, FOLDER, INT8, MOST, RESULTS, SIDES, run, session
 from koclip.text import tokenizers
 
 _STRANGER = Path(__file__).with_name("stranger.py")
@@ -104,7 +105,35 @@ def _ask(directory: Path, folder: Path) -> list[Check]:
             [f"{text!r} has other ids decomposed" for text in answer["unequal"]],
             "load the tokenizer with koclip.text.tokenizers.load, which composes, and save it again",
         ),
+        *_graphs(directory, processor, pictures, ours),
     ]
+
+
+def _graphs(directory: Path, processor: Any, pictures: Sequence[str], ours: dict[str, torch.Tensor]) -> list[Check]:
+    """Compare the embeddings of onnx/, if it is there, with the model's: its weights may have changed since."""
+    files = {path.name: path for path in (directory / FOLDER).glob("*.onnx")}
+    if not files:
+        return []
+    images = [Image.open(picture).convert("RGB") for picture in pictures]
+    encoded: Any = tokenizers.encode(processor.tokenizer, list(TEXTS), padding=True, return_tensors="pt")
+    inputs = {
+        "image": {"pixel_values": processor.image_processor(images, return_tensors="pt")["pixel_values"]},
+        "text": {name: encoded[name] for name in ("input_ids", "attention_mask")},
+    }
+    problems = []
+    for name, side in zip(SIDES, inputs, strict=True):
+        try:
+            graph = files.get(f"{name}{EXACT}.onnx")
+            far = _difference(ours[side], run(session(graph), inputs[side])) if graph else 0.0
+        except ImportError as error:
+            problems.append(f"{error.name} is not installed, so they cannot be tried: pip install 'koclip[onnx]'")
+            break
+        if not far <= MOST:  # so written, NaN is too much
+            problems.append(f"{name}{EXACT}.onnx: embeddings differ by {far:.2g}")
+    small = [name for name in files if name.endswith(f"{INT8}.onnx")]
+    if small and not (directory / FOLDER / RESULTS).is_file():
+        problems += [f"{FOLDER}/{RESULTS} is missing, which says of which weights {', '.join(sorted(small))} are"]
+    return [Check("graphs in onnx/ are the model's", problems, f"make them again with --onnx, or delete {FOLDER}/")]
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -12,17 +12,18 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoProcessor, ProcessorMixin
 
-from koclip.config import ConfigError, EvalSetConfig, SourceConfig
+from koclip.config import ConfigError, EvalSetConfig, SourceConfig, check
 from koclip.data.transforms import PIXEL_LIMIT, PixelLimit
 from koclip.evaluation.notes import counts, notes
 from koclip.evaluation.pictures import Pictures
-from koclip.evaluation.report import write_results
+from koclip.evaluation.report import Measured, write_results
 from koclip.evaluation.retrieval import approximated, collect
 from koclip.evaluation.sets import EvalSet, open_set
 from koclip.evaluation.suite import surroundings
 from koclip.evaluation.tables import cell, sections
 from koclip.metrics import Metric
 from koclip.models.encoders import in_batches
+from koclip.models.peers import open_encoder
 from koclip.publishing.onnx_export import EXACT, FOLDER, INT8, RESULTS, SIDES, run, session
 from koclip.text import tokenizers
 
@@ -129,13 +130,24 @@ def measure(directory: Path, sets: Sequence[EvalSet], model: str) -> Losses:
     # No path and no command: this file is published.
     data = {one.name: counts(one) for one in sets}
     environment = {name: value for name, value in surroundings().items() if name != "command"}
-    write_results(directory / FOLDER / RESULTS, model, data, metrics, environment)
+    measured = Measured(model, open_encoder(str(directory), "cpu").fingerprint())
+    write_results(directory / FOLDER / RESULTS, measured, data, metrics, environment)
     return _losses(directory / FOLDER)
 
 
-def read(directory: Path) -> Losses | None:
-    """Return what has been measured of a model's graphs; None if nothing was."""
-    return _losses(directory / FOLDER) if (directory / FOLDER / RESULTS).is_file() else None
+def read(directory: Path, fingerprint: str) -> Losses | None:
+    """Return what has been measured of a model's graphs; None if nothing was.
+
+    Raises:
+        ConfigError: it was measured of a model with another fingerprint.
+    """
+    file = directory / FOLDER / RESULTS
+    if not file.is_file():
+        return None
+    measured = json.loads(file.read_text(encoding="utf-8")).get("fingerprint")
+    mend = f"expected {fingerprint}, the model's own: its graphs are of another model; make them again, --onnx int8"
+    check(measured == fingerprint, f"{file}, fingerprint", measured, f"{mend}, or delete {directory / FOLDER}")
+    return _losses(directory / FOLDER)
 
 
 def _losses(folder: Path) -> Losses:

@@ -7,7 +7,7 @@ model's methods embeds what. No weight is written twice, and the directory stays
 import json
 from pathlib import Path
 
-FOLDER = "1_Normalize"
+MODULES, FOLDER = "modules.json", "1_Normalize"
 _MODULES = (
     ("", "sentence_transformers.models.Transformer"),
     (FOLDER, "sentence_transformers.models.Normalize"),
@@ -18,7 +18,7 @@ def describe(directory: Path) -> list[Path]:
     """Write what sentence-transformers reads into a model's directory; return the files."""
     features = {side: f"get_{side}_features" for side in ("text", "image")}
     contents = {
-        "modules.json": [
+        MODULES: [
             {"idx": number, "name": str(number), "path": path, "type": kind}
             for number, (path, kind) in enumerate(_MODULES)
         ],
