@@ -22,8 +22,10 @@ from koclip.config import SourceConfig, locate
 from koclip.data import scenes
 from koclip.data.columns import dig
 from koclip.data.files import SourceError, file_format, is_remote
-from koclip.data.tables import TEXT, UNREADABLE, Table, files_of, open_table, reason
+from koclip.data.tables import KEYS, TEXT, UNREADABLE, Table, files_of, open_table, reason
 from koclip.text.normalize import clean_captions
+
+_PATH = ".path"  # of an image column whose pictures are left out
 
 
 class Row(NamedTuple):
@@ -99,8 +101,7 @@ class TableSource:
         self.config = config
         self._table, self._numbers = table, numbers
         self._classes = _class_names(table, config)
-        columns = [name for name in table.column_names if any(_under(name, c) for c in config.captions.values())]
-        self._captions = table.select_columns(columns)
+        self._captions = _without_pictures(table, config)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -131,6 +132,19 @@ class TableSource:
         if indices is not None:  # rows were selected
             sizes = sizes.take(indices.column(0))
         return None if sizes.null_count == len(sizes) else sizes
+
+
+def _without_pictures(table: datasets.Dataset, config: SourceConfig) -> datasets.Dataset:
+    """Return a table of captions and of what names a row, its picture's path too, but not the picture."""
+    paths = []
+    for image in config.images:
+        if isinstance(table.features.get(image), datasets.Image):
+            table = table.flatten()
+            paths.append(f"{image}{_PATH}")
+        elif table.features.get(image) == datasets.Value("string"):
+            paths.append(image)
+    columns = [name for name in table.column_names if any(_under(name, own) for own in config.captions.values())]
+    return table.select_columns(list(dict.fromkeys([*columns, *paths, *(table.features.keys() & KEYS)])))
 
 
 class StreamSource:
@@ -262,6 +276,7 @@ def row(
     """
     value = next((cell for column in config.images if _holds_image(cell := dig(record, column))), None)
     path = value.get("path") if isinstance(value, Mapping) else value
+    path = path or next((path for column in config.images if (path := record.get(f"{column}{_PATH}"))), None)
     name = record.get("__key__") or (Path(path).name if isinstance(path, str) else None) or record.get("id")
     key = "/".join(filter(None, (config.key, shard, number, str(name or ""))))
     key = key.encode("utf-8", "replace").decode()  # names may hold bytes that are no UTF-8

@@ -32,7 +32,7 @@ UNREADABLE = (
     *(DatasetsError, tarfile.TarError, zlib.error, lzma.LZMAError),
 )
 TEXT = ("csv", "json", "annotations")  # formats of text files
-_KEYS = ("__key__", "__url__", "id")  # columns that name a row
+KEYS = ("__key__", "__url__", "id")  # columns that name a row
 _PEEKED = 5  # rows that tell the columns of a stream
 _PARTS = 64  # of a stream of what `save_to_disk` has saved, at most
 
@@ -62,7 +62,7 @@ def open_table(config: SourceConfig) -> Table:
     if not table.features:
         return table  # its rows may differ in their columns
     needed = {top_column(table.features, column) for column in [*images, *single]}
-    table = table.select_columns(sorted(needed | (table.features.keys() & _KEYS)))
+    table = table.select_columns(sorted(needed | (table.features.keys() & KEYS)))
     return _undecoded(table, images)
 
 

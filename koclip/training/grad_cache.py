@@ -10,12 +10,13 @@ batch. But given the gradient of the loss with respect to every embedding, each 
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from koclip.data.batches import Batch
 from koclip.losses import Loss, LossFn
@@ -60,7 +61,7 @@ def backward(
         rng.restore(state)
         # What a frozen tower made is passed in, not made again.
         known = {name: getattr(first, name) for name in _KNOWN if not dual_encoder.trains(_KNOWN[name])}
-        with nullcontext() if last else accelerator.no_sync(model):
+        with nullcontext() if last else _unsynchronised(accelerator, model):
             again = model(**piece.to(accelerator.device).inputs | known)
             parts = [_pull(getattr(again, name), getattr(whole, name), rows) for name in _KNOWN]
             if last:
@@ -68,6 +69,13 @@ def backward(
             accelerator.backward(torch.stack([part for part in parts if part is not None]).sum())
             del again, parts  # else this graph would still be there while the next one is built
     return Loss(value.detach(), accuracy)
+
+
+def _unsynchronised(accelerator: Accelerator, model: nn.Module) -> AbstractContextManager[Any]:
+    """Keep processes from synchronising; accelerate does not where one process alone has its model in DDP."""
+    paused: AbstractContextManager[Any]
+    paused = model.no_sync() if isinstance(model, DistributedDataParallel) else accelerator.no_sync(model)
+    return paused
 
 
 def _targets(pieces: Sequence[Batch], device: torch.device) -> list[torch.Tensor]:
