@@ -145,7 +145,7 @@ def test_no_file_has_nul_in_its_name(key) -> None:
         SourceConfig(**{key: "a\0b"})
 
 
-@pytest.mark.parametrize("cell", ["a\0b.png", "가" * 300 + ".png", "/", "."])
+@pytest.mark.parametrize("cell", ["a\0b.png", "\ud800.png", "가" * 300 + ".png", "/", "."])
 def test_a_cell_that_names_no_file_is_left_out_and_listed(tmp_path, encoded, cell) -> None:
     for place in range(3):
         (tmp_path / f"{place}.png").write_bytes(encoded((place, 0, 0)))
@@ -154,6 +154,12 @@ def test_a_cell_that_names_no_file_is_left_out_and_listed(tmp_path, encoded, cel
     eval_set = open_set(EvalSetConfig(source=SourceConfig(path=str(tmp_path / "rows.jsonl"), captions={"ko": "text"})))
     assert len(eval_set.pictures) == 3
     assert len(eval_set.skipped) == 1
+
+
+@pytest.mark.parametrize("name", ["가" * 300, "a/" * 3_000 + "b", "[", "a[/b", "**/[!", "없음*"])
+def test_a_path_that_no_file_can_have_is_not_found(tmp_path, name) -> None:
+    with pytest.raises(SourceError, match="matches no file"):
+        told(tmp_path / f"{name}.jsonl")
 
 
 def packed(path: Path, name: str) -> str:
@@ -254,6 +260,21 @@ def test_what_save_to_disk_has_saved_is_read(tmp_path, streaming) -> None:
     assert told(tmp_path / "두[개]", split="test[1:3]", streaming=streaming) == expected[1:3]
     with pytest.raises(SourceError, match=r"no split 'dev'; it has \['test', 'train'\]"):
         told(tmp_path / "두[개]", split="dev", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_format_that_save_to_disk_keeps_does_not_matter(tmp_path, encoded, streaming) -> None:
+    shape = {
+        "image": datasets.Image(),
+        "kind": datasets.ClassLabel(names=["새", "개"]),
+        "text": datasets.Value("string"),
+    }
+    rows = [{"image": encoded((number, 0, 0)), "kind": number, "text": f"{number}번"} for number in range(2)]
+    table = datasets.Dataset.from_list(rows, features=datasets.Features(shape))
+    table.with_format("numpy", columns=["kind"]).save_to_disk(tmp_path / "saved")
+    source = SourceConfig(path=str(tmp_path / "saved"), captions={"ko": "text"}, label="kind", streaming=streaming)
+    read = [(colour(row)[0], row.label, row.captions) for row in all_rows(open_source(source))]
+    assert read == [(0, "새", {"ko": ["0번"]}), (1, "개", {"ko": ["1번"]})]
 
 
 def replace_unnoticed(path: Path, write) -> None:
