@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sources_on_disk import all_rows
+from test_text_files import source as text_source
 from test_text_files import write_tar
 
 from koclip.config import SourceConfig
@@ -19,7 +20,7 @@ from koclip.text.normalize import clean_captions, normalize
 
 
 def source(path: Path, **options) -> SourceConfig:
-    return SourceConfig(path=str(path), **{"captions": {"ko": "captions"}, **options})
+    return text_source(path, **{"captions": {"ko": "captions"}, **options})
 
 
 def read(config: SourceConfig) -> list[list[str]]:

@@ -24,7 +24,8 @@ KOREAN = "image,ko\na.png,빨간 사과\nb.png,똠양꿍 펲시 고양이\n"
 streaming_or_not = pytest.mark.parametrize("streaming", [False, True])
 
 
-def source(path: Path, **options) -> SourceConfig:
+def source(path: Path, encoding: str = "utf-8", **options) -> SourceConfig:
+    options |= {} if encoding == "utf-8" else {"encoding": encoding}
     return SourceConfig(path=str(path), **{"captions": {"ko": "ko"}, **options})
 
 
@@ -203,6 +204,15 @@ def test_formats_without_an_encoding_refuse_one(tmp_path, format) -> None:
         open_source(source(tmp_path, format=format, encoding="cp949"))
 
 
+def test_metadata_of_an_image_folder(tmp_path, encoded) -> None:
+    (tmp_path / "0001.png").write_bytes(encoded())
+    write(tmp_path, "metadata.csv", "file_name,label,ko\n0001.png,007,고양이\n", "cp949")
+    (one,) = all_rows(open_source(source(tmp_path, "cp949", label="label")))
+    assert (one.label, one.captions) == ("007", {"ko": ["고양이"]})
+    with pytest.raises(SourceError, match=r"metadata\.csv, line 2, is not utf-8; .* encoding: cp949"):
+        open_source(source(tmp_path, label="label"))
+
+
 @pytest.mark.parametrize("encoding", ["cp950000", "base64", "hex", ""])
 def test_what_is_no_encoding_is_refused(encoding) -> None:
     with pytest.raises(ConfigError, match=r"^data\.sources\[\]\.encoding: got"):
@@ -230,6 +240,13 @@ def test_broken_files_are_refused_with_the_line(tmp_path, name, streaming) -> No
     with pytest.raises(SourceError, match=rf"cannot be read as \w+, split 'train': .*{file}.*{message}") as caught:
         open_source(source(write(tmp_path, file, text), streaming=streaming))
     assert "\n" not in str(caught.value)
+
+
+def test_many_rows_are_all_read(tmp_path) -> None:
+    told = [f"고양이 {n}" for n in range(25_000)]
+    path = write(tmp_path, "rows.csv", "image,ko\n" + "".join(f"a.png,{text}\n" for text in told))
+    read = open_source(source(path))
+    assert read.captions(range(len(read))) == [{"ko": [text]} for text in told]
 
 
 @streaming_or_not

@@ -14,8 +14,10 @@ def dig(record: Any, column: str) -> Any:
         return [dig(one, column) for one in record]
     if not isinstance(record, Mapping):
         return None
+    if column in record:
+        return record[column]
     top = top_column(record, column)
-    return record.get(column) if top == column else dig(record.get(top), column[len(top) + 1 :])
+    return None if top == column else dig(record[top], column[len(top) + 1 :])
 
 
 def top_column(record: Mapping[str, Any], column: str) -> str:

@@ -8,11 +8,16 @@ import csv
 import itertools
 import json
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import fsspec
+import pyarrow as pa
+from tqdm.auto import tqdm
+from xxhash import xxh3_128_hexdigest
 
 from koclip.config import SourceConfig
 from koclip.data.columns import column_names, dig, has_column
@@ -21,13 +26,14 @@ from koclip.data.files import SourceError, identity, is_remote, suffix_of
 from koclip.data.json_layouts import ONE, Layout, conversion, layout_of
 
 _PEEKED = 1_000  # rows that tell the columns of a stream
-_VERSION = 1  # of what `datasets` keeps on disk
+_BATCH = 10_000  # rows written at once
+_VERSION = 2  # of the files that are kept
 _JSON = json.JSONDecoder(parse_constant=lambda _: None)  # NaN is a missing value
 csv.field_size_limit(2**31 - 1)  # characters; the default is 131,072
 
 
 class Task(NamedTuple):
-    """What is read and how. The table that `datasets` keeps on disk is known by it."""
+    """What is read and how. What is kept of it on disk is known by it."""
 
     path: str
     read: Callable[[Any, "Task"], Iterator[Mapping[str, Any]]]  # yields the rows of a file
@@ -103,12 +109,7 @@ def open_records(
             pass
         options = {"gen_kwargs": {"files": list(files), "task": task}, "split": datasets.NamedSplit(split)}
         return datasets.IterableDataset.from_generator(_rows, **options)
-    table = datasets.Dataset.from_generator(
-        _encoded_rows,
-        features=datasets.Features(dict.fromkeys(task.names, datasets.Value("string"))),
-        gen_kwargs={"task": task},
-        split=datasets.NamedSplit(split),
-    )
+    table = datasets.Dataset.from_file(str(_kept(task)))
     parts = datasets.ReadInstruction.from_spec(asked).to_absolute({split: len(table)})
     places = itertools.chain.from_iterable(range(part.from_, part.to) for part in parts)
     return (table if split == asked else table.select(places)).with_transform(_decoded)
@@ -128,11 +129,26 @@ def _rows(files: Sequence[Any], task: Task) -> Iterator[dict[str, Any]]:
         yield {name: dig(record, name) for name in task.names}
 
 
-def _encoded_rows(task: Task) -> Iterator[dict[str, str]]:
-    """Yield rows with each cell as JSON: a column may hold anything."""
-    names = task.names
-    for record in _checked(_records(task.files, task), task):
-        yield {name: json.dumps(dig(record, name)) for name in names}
+def _kept(task: Task) -> Path:
+    """Return an Arrow file of the rows, with each cell as JSON: a column may hold anything. It is made once."""
+    read = f"{task.read.__module__}.{task.read.__qualname__}"
+    key = xxh3_128_hexdigest(repr((read, task._replace(read=None))).encode("utf-8", "replace"))  # type: ignore[arg-type]
+    file = Path(datasets.config.HF_DATASETS_CACHE, "koclip", f"{key}.arrow")
+    if file.exists():
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    schema = pa.schema([(name, pa.string()) for name in task.names])
+    # Each process may write one: what is there in the end is whole.
+    with tempfile.TemporaryDirectory(prefix="writing-", dir=file.parent) as folder:
+        written = Path(folder, file.name)
+        with pa.OSFile(str(written), "wb") as opened, pa.ipc.new_stream(opened, schema) as writer:
+            records = _checked(_records(task.files, task), task)
+            records = iter(tqdm(records, f"reading {task.path}", unit=" rows", delay=5))
+            while batch := list(itertools.islice(records, _BATCH)):
+                columns = [[json.dumps(dig(record, name)) for record in batch] for name in task.names]
+                writer.write_batch(pa.record_batch(columns, schema=schema))
+        written.replace(file)
+    return file
 
 
 def _decoded(columns: Mapping[str, list[str]]) -> dict[str, list[Any]]:
