@@ -51,7 +51,7 @@ def write_lines(path: Path, *captions: str) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in captions), encoding="utf-8")
 
 
-def told(path: Path | str, **options) -> list[str]:
+def captions_of(path: Path | str, **options) -> list[str]:
     source = SourceConfig(path=str(path), image=None, captions={"ko": "text"}, **options)
     return [row.captions["ko"][0] for row in all_rows(open_source(source))]
 
@@ -70,7 +70,7 @@ def test_a_file_that_exists_is_that_file(folder, name, written, asked, streaming
             write_lines(place / f"{form(other, written)}.jsonl", "another")
         write_lines(place / f"{form(name, written)}.jsonl", "가", "나")
         path = Path(root, form(folder, asked), f"{form(name, asked)}.jsonl")
-        assert told(path, streaming=streaming) == ["가", "나"]
+        assert captions_of(path, streaming=streaming) == ["가", "나"]
 
 
 @quick
@@ -128,7 +128,7 @@ def test_a_pattern_gives_each_file_once(tmp_path, pattern, expected, streaming) 
         path = tmp_path / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
         write_lines(path, form(path.stem, "NFC"))
-    assert sorted(told(tmp_path / pattern, streaming=streaming)) == sorted(expected)
+    assert sorted(captions_of(tmp_path / pattern, streaming=streaming)) == sorted(expected)
 
 
 def test_a_chain_of_archives_is_refused_by_name(tmp_path) -> None:
@@ -136,7 +136,7 @@ def test_a_chain_of_archives_is_refused_by_name(tmp_path) -> None:
     write_lines(tmp_path / "a", "another")
     write_lines(tmp_path / "a::b.jsonl", "가")
     with pytest.raises(SourceError, match=r"a::b\.jsonl.*rename"):
-        told(tmp_path / "a::b.jsonl")
+        captions_of(tmp_path / "a::b.jsonl")
 
 
 @pytest.mark.parametrize("key", ["path", "image_root"])
@@ -145,7 +145,7 @@ def test_no_file_has_nul_in_its_name(key) -> None:
         SourceConfig(**{key: "a\0b"})
 
 
-@pytest.mark.parametrize("cell", ["a\0b.png", "가" * 300 + ".png", "/", "."])
+@pytest.mark.parametrize("cell", ["a\0b.png", "\ud800.png", "가" * 300 + ".png", "/", "."])
 def test_a_cell_that_names_no_file_is_left_out_and_listed(tmp_path, encoded, cell) -> None:
     for place in range(3):
         (tmp_path / f"{place}.png").write_bytes(encoded((place, 0, 0)))
@@ -154,6 +154,12 @@ def test_a_cell_that_names_no_file_is_left_out_and_listed(tmp_path, encoded, cel
     eval_set = open_set(EvalSetConfig(source=SourceConfig(path=str(tmp_path / "rows.jsonl"), captions={"ko": "text"})))
     assert len(eval_set.pictures) == 3
     assert len(eval_set.skipped) == 1
+
+
+@pytest.mark.parametrize("name", ["가" * 300, "a/" * 3_000 + "b", "[", "a[/b", "**/[!", "없음*"])
+def test_a_path_that_no_file_can_have_is_not_found(tmp_path, name) -> None:
+    with pytest.raises(SourceError, match="matches no file"):
+        captions_of(tmp_path / f"{name}.jsonl")
 
 
 def packed(path: Path, name: str) -> str:
@@ -208,8 +214,8 @@ def test_files_of_several_formats_or_none_are_refused(tmp_path) -> None:
     (tmp_path / "c.txt").write_text("text\n가\n")
     for path in ("*", "[ab].*", "c.txt"):
         with pytest.raises(SourceError, match=r"suffixes are \["):
-            told(tmp_path / path)
-    assert told(tmp_path / "c.txt", format="csv") == ["가"]
+            captions_of(tmp_path / path)
+    assert captions_of(tmp_path / "c.txt", format="csv") == ["가"]
 
 
 @pytest.mark.parametrize("write", [parquet, arrow, csv_file, json_lines, webdataset])
@@ -249,11 +255,26 @@ def test_what_save_to_disk_has_saved_is_read(tmp_path, streaming) -> None:
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "두[개]")
     parts["test"].save_to_disk(tmp_path / "one")
     expected = [f"test {number}" for number in range(4)]
-    assert told(tmp_path / "one", streaming=streaming) == expected
-    assert told(tmp_path / form("두[개]", "NFD"), split="test", streaming=streaming) == expected
-    assert told(tmp_path / "두[개]", split="test[1:3]", streaming=streaming) == expected[1:3]
+    assert captions_of(tmp_path / "one", streaming=streaming) == expected
+    assert captions_of(tmp_path / form("두[개]", "NFD"), split="test", streaming=streaming) == expected
+    assert captions_of(tmp_path / "두[개]", split="test[1:3]", streaming=streaming) == expected[1:3]
     with pytest.raises(SourceError, match=r"no split 'dev'; it has \['test', 'train'\]"):
-        told(tmp_path / "두[개]", split="dev", streaming=streaming)
+        captions_of(tmp_path / "두[개]", split="dev", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_format_that_save_to_disk_keeps_does_not_matter(tmp_path, encoded, streaming) -> None:
+    shape = {
+        "image": datasets.Image(),
+        "kind": datasets.ClassLabel(names=["새", "개"]),
+        "text": datasets.Value("string"),
+    }
+    rows = [{"image": encoded((number, 0, 0)), "kind": number, "text": f"{number}번"} for number in range(2)]
+    table = datasets.Dataset.from_list(rows, features=datasets.Features(shape))
+    table.with_format("numpy", columns=["kind"]).save_to_disk(tmp_path / "saved")
+    source = SourceConfig(path=str(tmp_path / "saved"), captions={"ko": "text"}, label="kind", streaming=streaming)
+    read = [(colour(row)[0], row.label, row.captions) for row in all_rows(open_source(source))]
+    assert read == [(0, "새", {"ko": ["0번"]}), (1, "개", {"ko": ["1번"]})]
 
 
 def replace_unnoticed(path: Path, write) -> None:
@@ -284,9 +305,9 @@ def test_a_file_replaced_with_its_time_stamp_gives_its_new_rows(tmp_path, encode
         (tmp_path / "a.png").unlink()
     options = {"format": "hub"} if kind == "hub" else {}
     write("가")
-    assert told(path, **options) == ["가"]
+    assert captions_of(path, **options) == ["가"]
     replace_unnoticed(tmp_path / name, lambda: write(second))
-    assert told(path, **options) == [second]
+    assert captions_of(path, **options) == [second]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

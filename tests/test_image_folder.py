@@ -53,7 +53,7 @@ def opened(path: Path, **options) -> list[Row]:
     return all_rows(open_source(SourceConfig(**{"path": str(path), "captions": {"ko": "text"}, **options})))
 
 
-def told(rows: list[Row]) -> list[tuple[str, list[str]]]:
+def names_and_captions(rows: list[Row]) -> list[tuple[str, list[str]]]:
     return [(row.image.name, row.captions.get("ko", [])) for row in rows]
 
 
@@ -141,7 +141,7 @@ def test_cells_of_metadata_stay_text(tmp_path, picture) -> None:
 def test_metadata_in_another_encoding(tmp_path, picture) -> None:
     picture("고양이.png")
     (tmp_path / "metadata.csv").write_bytes("file_name,text\n고양이.png,고양이 사진\n".encode("cp949"))
-    assert told(opened(tmp_path, encoding="cp949")) == [("고양이.png", ["고양이 사진"])]
+    assert names_and_captions(opened(tmp_path, encoding="cp949")) == [("고양이.png", ["고양이 사진"])]
     with pytest.raises(SourceError, match=r"metadata\.csv.*cp949"):
         opened(tmp_path)
 
@@ -149,7 +149,7 @@ def test_metadata_in_another_encoding(tmp_path, picture) -> None:
 def test_other_columns_of_pictures(tmp_path, picture) -> None:
     picture("a.png", "b.png")
     write_metadata(tmp_path, "csv", [("a.png", "가")], column="left_file_name")
-    assert told(opened(tmp_path, image="left")) == [("a.png", ["가"]), ("b.png", [])]
+    assert names_and_captions(opened(tmp_path, image="left")) == [("a.png", ["가"]), ("b.png", [])]
     for image in ("image", "right"):
         with pytest.raises(SourceError, match=rf"no column \['{image}'\]; its columns are .*'left_file_name'"):
             opened(tmp_path, image=image)
@@ -161,11 +161,12 @@ def classes(rows: list[Row]) -> set[tuple[str, str | None]]:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_folders_are_classes(tmp_path, picture, streaming) -> None:
-    picture("고양이/1.png", "고양이/2.HEIC", "개/3.jpeg", "개/4", "README")
-    (tmp_path / "개" / "notes.txt").write_text("no picture")
+    picture("고양이/1.png", "고양이/2.HEIC", "개/3.jpeg", "개/4", "cover")
+    for name in ("LICENSE", "개/README", "개/notes.txt"):
+        (tmp_path / name).write_text("no picture")
     (tmp_path / "개" / ".hidden.png").write_bytes(b"")
     rows = opened(tmp_path, label="label", captions={}, streaming=streaming)
-    expected = {("1.png", "고양이"), ("2.HEIC", "고양이"), ("3.jpeg", "개"), ("4", "개"), ("README", None)}
+    expected = {("1.png", "고양이"), ("2.HEIC", "고양이"), ("3.jpeg", "개"), ("4", "개"), ("cover", None)}
     assert classes(rows) == expected
     assert len(rows) == 5
 
@@ -192,6 +193,7 @@ def test_folders_that_are_no_classes(tmp_path, picture, names) -> None:
 def test_no_picture_is_lost_to_the_names_of_splits(tmp_path, picture, names, splits) -> None:
     """`datasets` takes what looks like the name of a split for one, and leaves all other files out."""
     picture(*names)
+    (tmp_path / "LICENSE").write_text("no picture")
     for split, expected in splits.items():
         if expected is None:
             with pytest.raises(SourceError, match="split"):
@@ -211,4 +213,4 @@ def test_a_part_of_a_split(tmp_path, picture) -> None:
     names = [f"{number}.png" for number in range(5)]
     picture(*names)
     write_metadata(tmp_path, "jsonl", [(name, name) for name in names])
-    assert [name for name, _ in told(opened(tmp_path, split="train[1:3]"))] == names[1:3]
+    assert [name for name, _ in names_and_captions(opened(tmp_path, split="train[1:3]"))] == names[1:3]

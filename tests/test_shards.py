@@ -59,14 +59,14 @@ def source_of(path: Path | str, **options) -> SourceConfig:
     return SourceConfig(**{"path": str(path), "image": "png", "captions": {"ko": "txt"}, **options})
 
 
-def told(path: Path | str, **options) -> list[str]:
+def captions_of(path: Path | str, **options) -> list[str]:
     return [row.captions["ko"][0] for row in all_rows(open_source(source_of(path, **options)))]
 
 
-def told_or_refused(path: Path, **options) -> list[str] | None:
+def captions_or_refused(path: Path, **options) -> list[str] | None:
     """Return the captions of a shard, None if it is refused by name."""
     try:
-        return told(path, **options)
+        return captions_of(path, **options)
     except SourceError as error:
         if path.name not in str(error):
             pytest.fail(f"{path.name} is not named: {error}")
@@ -89,11 +89,11 @@ def test_a_cut_shard_is_refused_by_name_or_gives_all_samples(tmp_path, encoded, 
     read = []
     for place in cuts(data):
         (tmp_path / name).write_bytes(data[:place])
-        read.append(told_or_refused(tmp_path / name))
+        read.append(captions_or_refused(tmp_path / name))
     assert all(captions in (None, everything) for captions in read)
     assert read.count(None) > 50
     (tmp_path / name).write_bytes(data)
-    assert told(tmp_path / name) == everything
+    assert captions_of(tmp_path / name) == everything
 
 
 def test_a_damaged_header_is_no_end(tmp_path, encoded) -> None:
@@ -103,7 +103,7 @@ def test_a_damaged_header_is_no_end(tmp_path, encoded) -> None:
     for place in places:
         (tmp_path / "broken.tar").write_bytes(data[:place] + b"\x01" + data[place + 1 :])
         with pytest.raises(SourceError, match=r"broken\.tar"):
-            told(tmp_path / "broken.tar")
+            captions_of(tmp_path / "broken.tar")
 
 
 @pytest.mark.parametrize("options", [{"format": tarfile.GNU_FORMAT}, {"format": tarfile.PAX_FORMAT}])
@@ -112,14 +112,14 @@ def test_long_and_korean_names_are_headers_too(tmp_path, encoded, options) -> No
     data = tar(files, **options)
     for place in cuts(data):
         (tmp_path / "long.tar").write_bytes(data[:place])
-        assert told_or_refused(tmp_path / "long.tar") in (None, ["0번", "1번", "2번"])
+        assert captions_or_refused(tmp_path / "long.tar") in (None, ["0번", "1번", "2번"])
 
 
 @pytest.mark.parametrize(("name", "pack"), [("both.tar", bytes), ("both.tgz", gzip.compress)])
 def test_archives_that_follow_one_another_are_read_to_the_last(tmp_path, encoded, name, pack) -> None:
     """`cat a.tar b.tar`: behind the first end of an archive there may be another one."""
     (tmp_path / name).write_bytes(pack(tar(pairs(3, encoded))) + pack(tar(pairs(2, encoded, first=3))))
-    assert told(tmp_path / name) == ["0번", "1번", "2번", "3번", "4번"]
+    assert captions_of(tmp_path / name) == ["0번", "1번", "2번", "3번", "4번"]
 
 
 @pytest.fixture
@@ -177,30 +177,30 @@ def served(tmp_path) -> Iterator[str]:
 def test_remote_shards_are_checked_too(tmp_path, encoded, served, name, pack, end) -> None:
     data = pack(tar(pairs(4, encoded)))
     (tmp_path / name).write_bytes(data)
-    assert told(f"{served}/{name}{end}") == [f"{number}번" for number in range(4)]
+    assert captions_of(f"{served}/{name}{end}") == [f"{number}번" for number in range(4)]
     (tmp_path / name).write_bytes(data[: len(data) * 2 // 3])
     with pytest.raises(SourceError, match=r"a\.tar"):
-        told(f"{served}/{name}{end}")
+        captions_of(f"{served}/{name}{end}")
 
 
 def test_remote_shards_by_a_pattern(encoded) -> None:
     memory = fsspec.filesystem("memory")
     for number in range(3):
         memory.pipe(f"/bucket/shard-{number}.tar", tar(pairs(2, encoded, first=2 * number)))
-    assert told("memory://bucket/shard-*.tar") == [f"{number}번" for number in range(6)]
+    assert captions_of("memory://bucket/shard-*.tar") == [f"{number}번" for number in range(6)]
     assert open_source(source_of("memory://bucket/shard-*.tar")).num_shards == 3
     memory.pipe("/bucket/shard-1.tar", tar(pairs(2, encoded, first=2))[: 3 * BLOCK])
     with pytest.raises(SourceError, match=r"shard-1\.tar"):
-        told("memory://bucket/shard-*.tar")
+        captions_of("memory://bucket/shard-*.tar")
 
 
 def test_shards_of_a_data_set_in_the_hubs_layout_are_checked_too(tmp_path, encoded) -> None:
     (tmp_path / "train-0.tar").write_bytes(tar(pairs(4, encoded)))
-    assert told(tmp_path, format="hub", streaming=True) == [f"{number}번" for number in range(4)]
+    assert captions_of(tmp_path, format="hub", streaming=True) == [f"{number}번" for number in range(4)]
     data = tar(pairs(8, encoded))
     (tmp_path / "train-0.tar").write_bytes(data[: data.index(b"0006.png")])
     with pytest.raises(SourceError, match=r"train-0\.tar"):
-        told(tmp_path, format="hub", streaming=True)
+        captions_of(tmp_path, format="hub", streaming=True)
 
 
 def test_shards_that_mix_kinds_of_pictures(tmp_path, encoded) -> None:
@@ -238,14 +238,14 @@ letters = st.text(alphabet="a가.", min_size=1, max_size=4).filter(lambda name: 
 def test_names_with_dots_mix_no_samples(tmp_path, names, json_captions) -> None:
     """Samples whose names have dots are refused, never merged or lost."""
     ending, column = ("json", "json.ko") if json_captions else ("txt", "txt")
-    told = [json.dumps({"ko": name}).encode() if json_captions else name.encode() for name in names]
+    texts = [json.dumps({"ko": name}).encode() if json_captions else name.encode() for name in names]
     files = [
         file
-        for name, text in zip(names, told, strict=True)
+        for name, text in zip(names, texts, strict=True)
         for file in ((f"{name}.png", name.encode()), (f"{name}.{ending}", text))
     ]
     (tmp_path / "dots.tar").write_bytes(tar(files))
-    read = told_or_refused(tmp_path / "dots.tar", captions={"ko": column})
+    read = captions_or_refused(tmp_path / "dots.tar", captions={"ko": column})
     assert read == names or (read is None and any("." in name for name in names))
 
 
@@ -263,7 +263,7 @@ def test_names_with_dots_mix_no_samples(tmp_path, names, json_captions) -> None:
 def test_samples_that_cannot_be_told_apart_are_refused(tmp_path, files, message) -> None:
     (tmp_path / "mixed.tar").write_bytes(tar([(name, b"1") for name in files]))
     with pytest.raises(SourceError, match=rf"mixed\.tar.*{message}"):
-        told(tmp_path / "mixed.tar")
+        captions_of(tmp_path / "mixed.tar")
 
 
 def test_other_files_of_a_sample_and_between_samples_do_not_matter(tmp_path) -> None:
@@ -285,7 +285,7 @@ def test_a_link_in_a_shard_is_refused(tmp_path) -> None:
             archive.addfile(info)
     (tmp_path / "links.tar").write_bytes(buffer.getvalue())
     with pytest.raises(SourceError, match=r"links\.tar.*a\.txt is a link"):
-        told(tmp_path / "links.tar")
+        captions_of(tmp_path / "links.tar")
 
 
 def test_texts_stay_what_they_are(tmp_path) -> None:
@@ -313,7 +313,7 @@ def test_a_text_that_cannot_be_read_is_named(tmp_path, data) -> None:
     files = [("a.json", b'{"ko": "a"}'), ("a.png", b"1"), ("b.json", data), ("b.png", b"1")]
     (tmp_path / "texts.tar").write_bytes(tar(files))
     with pytest.raises(SourceError, match=r"texts\.tar.*b"):
-        told(tmp_path / "texts.tar", captions={"ko": "json.ko"})
+        captions_of(tmp_path / "texts.tar", captions={"ko": "json.ko"})
 
 
 def test_a_part_of_a_split_cannot_be_streamed(tars) -> None:

@@ -22,6 +22,10 @@ from koclip.data.files import METADATA, PICTURES, SourceError, identity, is_fold
 from koclip.data.text_files import Task, csv_records, json_records, open_records
 
 _METADATA = tuple(f"/{name}" for name in METADATA)
+# JPEG, PNG, GIF, BMP, WebP, TIFF, JPEG 2000, JPEG XL, and AVIF and HEIC.
+_SIGNATURE = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|GIF8|BM|RIFF....WEBP|II\*\0|MM\0\*|\0\0\0\x0cj|\xff\x4f\xff|\xff\x0a|....ftyp", re.DOTALL
+)
 _PART = 1_000  # pictures without metadata that are read at a time
 _NAMED = 5  # files that a message names
 
@@ -54,8 +58,14 @@ def open_folder(config: SourceConfig) -> datasets.Dataset | datasets.IterableDat
 
 
 def _belongs(file: Path) -> bool:
-    """Tell pictures, by their names or without a suffix, and metadata files from what else lies in a folder."""
-    return file.name in METADATA or file.suffix.lower() in PICTURES or not file.suffix
+    """Tell pictures, by their names or else their first bytes, and metadata files from what else lies in a folder."""
+    if file.name in METADATA or file.suffix:
+        return file.name in METADATA or file.suffix.lower() in PICTURES
+    try:
+        with file.open("rb") as opened:
+            return bool(_SIGNATURE.match(opened.read(16)))
+    except OSError:
+        return True  # whatever it is, it is listed when it cannot be read
 
 
 def _of_split(names: Sequence[str], config: SourceConfig) -> Sequence[str]:
@@ -68,9 +78,9 @@ def _of_split(names: Sequence[str], config: SourceConfig) -> Sequence[str]:
     splits = {"train": list(names)}
     for patterns in (DEFAULT_PATTERNS_SPLIT_IN_DIR_NAME, DEFAULT_PATTERNS_SPLIT_IN_FILENAME):
         matches = {str(split): re.compile("|".join(map(glob_translate, patterns[split]))).match for split in patterns}
-        found = {split: [name for name in names if match(name)] for split, match in matches.items()}
-        if any(found.values()):
-            splits = {split: part for split, part in found.items() if part}
+        members = {split: [name for name in names if match(name)] for split, match in matches.items()}
+        if any(members.values()):
+            splits = {split: part for split, part in members.items() if part}
             break
     if asked == "all":
         return names

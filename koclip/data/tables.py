@@ -173,6 +173,7 @@ def _saved_table(config: SourceConfig) -> Table:
     if isinstance(saved, datasets.DatasetDict) and split not in saved:
         raise SourceError(f"source {config.path!r} has no split {split!r}; it has {sorted(saved)}")
     table = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+    table = table.with_format(None)  # which is saved too
     parts = datasets.ReadInstruction.from_spec(config.split).to_absolute({split: len(table)})
     if config.split != split:
         table = table.select(itertools.chain.from_iterable(range(part.from_, part.to) for part in parts))
