@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModel, PeftModel
 from safetensors.torch import load_file
 from test_grad_cache import LOSSES, assert_equal_gradients, prepare
 from tiny import tiny_batch, tiny_config, tiny_dual_encoder, tiny_tokenizer
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from koclip.checkpoint import publish
 from koclip.config import AdapterConfig, ConfigError
-from koclip.models.adapters import attach, merge, report, save
+from koclip.models.adapters import BASE, attach, base_weights, merge, report, save
 from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.models.fast import speed_up
 from koclip.models.swap import swap_text_tower
@@ -190,16 +190,27 @@ def test_the_seed_decides_and_nobody_elses_random_numbers_are_touched() -> None:
 @pytest.mark.parametrize("config", MODES, ids=mode)
 @pytest.mark.parametrize(("image", "text"), PAIRS)
 def test_saved_adapters_are_loaded_by_peft(image: str, text: str, config: AdapterConfig, tmp_path: Path) -> None:
-    """To 0.0; nothing of this machine is in the files."""
+    """To 0.0; of this machine, only adapter_config.json names where the base is."""
+    directory = tmp_path / "run" / "model"
     model = trained(base(image, text), config)
     (tmp_path / "mine").mkdir()
-    save(model, model.state_dict(), tmp_path, str(tmp_path / "mine"), "klue/roberta-base")
-    folder = tmp_path / "adapter"
+    save(model, model.state_dict(), directory, str(tmp_path / "mine"), "klue/roberta-base")
+    folder = directory / "adapter"
     assert {file.name for file in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
-    assert not any(str(tmp_path).encode() in file.read_bytes() for file in folder.iterdir())
+    named = [file.name for file in folder.iterdir() if str(tmp_path).encode() in file.read_bytes()]
+    assert named == ["adapter_config.json"]
     assert 'load_text_encoder("klue/roberta-base")' in (folder / "README.md").read_text()
     loaded = PeftModel.from_pretrained(base(image, text), folder).eval()
     assert difference(embed(loaded.base_model.model), embed(model)) == (0.0, 0.0)
+    stock = base(image, text)
+    weights = base_weights(model.state_dict())
+    assert all(torch.equal(weights.pop(name), value) for name, value in stock.state_dict().items())
+    assert not weights
+    stock.save_pretrained(directory.with_name(BASE))
+    by_peft = AutoPeftModel.from_pretrained(folder).eval().base_model.model
+    for automatic in (by_peft, AutoModel.from_pretrained(folder).eval()):
+        assert type(automatic).__name__ == type(model).__name__
+        assert difference(embed(automatic), embed(model)) == (0.0, 0.0)
     size = f"{(folder / 'adapter_model.safetensors').stat().st_size / 1000:,.0f} kB"
     trainable = sum(value.numel() for value in load_file(folder / "adapter_model.safetensors").values())
     line = report(model)
@@ -236,9 +247,9 @@ def test_a_directory_that_looks_like_a_hub_id_is_not_named(tmp_path: Path, monke
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     save(model, model.state_dict(), Path("out"), "runs/mine")
-    files = list(Path("out/adapter").iterdir())
-    assert len(files) == 3
-    assert not any(b"runs/mine" in file.read_bytes() for file in files)
+    config = json.loads(Path("out/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "runs" / "mine")
+    assert "runs/mine" not in Path("out/adapter/README.md").read_text()
 
 
 def test_weights_come_from_the_state_dict_given(tmp_path: Path) -> None:

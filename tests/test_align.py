@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from align_runs import align, arguments, write_encoder, write_pairs, write_source
+from peft import AutoPeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from test_published_tokenizers import FAMILIES, strings
-from transformers import AutoModel, AutoTokenizer, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import AutoModel, AutoTokenizer, ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
 import koclip
+from koclip.models.dual_encoder import encode_texts
 from koclip.text import tokenizers
 
 KLUE = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "max_position_embeddings": 42, "type_vocab_size": 1}
@@ -155,6 +157,49 @@ def test_an_image_tower_alone_gets_a_text_encoder(place: Path) -> None:
         token = tower(pixel_values=pixels).last_hidden_state[:, 0]
     assert torch.equal(images(model), token)
     assert weights(model)["logit_scale"] != torch.tensor(1 / 0.07).log()  # new, so it is trained
+
+
+@pytest.mark.parametrize("family", ["klue", "clip"])
+def test_an_adapter_straight_from_training_loads_by_itself(family: str, place: Path) -> None:
+    """Its base is the source, or what koclip built of it and the new encoder."""
+    model = aligned(place, family, "lora")
+    base = json.loads((model / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(place / "source" if family == "clip" else model.with_name("adapter_base"))
+    merged, processor = koclip.load(model, "cpu")
+    inputs = processor(text=["빨간 공 1", "파란 상자 두 개 2"], padding=True, return_tensors="pt")
+    texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = merged.get_text_features(**texts).pooler_output
+        start = AutoModel.from_pretrained(base).eval().get_text_features(**texts).pooler_output
+        assert (start - expected).abs().max() > 1e-3
+        for adapted in (AutoModel.from_pretrained(model / "adapter"), AutoPeftModel.from_pretrained(model / "adapter")):
+            features = adapted.eval().get_text_features(**texts).pooler_output
+            torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["klue", "bert", "clip", "vit"])
+def test_a_text_longer_than_those_of_training_is_refused_or_cut_in_every_class(family: str, place: Path) -> None:
+    """By stock transformers, whose pipeline never cuts, it is refused; by koclip it is cut."""
+    method = dict(RUNS)[family] if family != "vit" else ""
+    folder = aligned(place, family, method) if method else with_an_image_tower_alone(place)
+    model, processor = koclip.load(folder, "cpu")
+    tokenizer = processor.tokenizer
+    assert tokenizer.model_max_length == 24
+    long = "빨간 공 파란 상자 두 개 " * 20
+    ids = tokenizer(long, return_tensors="pt", verbose=False)["input_ids"]
+    with torch.no_grad():
+        model.get_text_features(input_ids=ids[:, :24], attention_mask=torch.ones(1, 24, dtype=torch.long))
+        for length in (25, ids.shape[1]):
+            with pytest.raises((ValueError, RuntimeError, IndexError)):
+                model.get_text_features(input_ids=ids[:, :length], attention_mask=torch.ones(1, length, dtype=int))
+    with pytest.raises((ValueError, RuntimeError, IndexError)):
+        pipeline("zero-shot-image-classification", model=str(folder))(
+            Image.new("RGB", (40, 30), "red"), candidate_labels=["공", long], hypothesis_template="{}"
+        )
+    cut = tokenizers.encode(tokenizer, [long], return_tensors="pt")
+    with torch.no_grad():
+        expected = encode_texts(model, cut["input_ids"], cut["attention_mask"])
+    torch.testing.assert_close(koclip.embed_texts(model, processor, [long]), expected, atol=1e-5, rtol=0)
 
 
 def test_an_aligned_model_is_a_source_too(place: Path) -> None:

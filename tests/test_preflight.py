@@ -10,12 +10,14 @@ import pytest
 import torch
 from runs_to_publish import adapted, pretrained
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
 from koclip.config import ConfigError
 from koclip.publishing import files, preflight
 from koclip.publishing.adapter import name_base
-from koclip.publishing.files import Check, check_files, publishable
+from koclip.publishing.files import BUILT, Check, check_files, publishable
 from koclip.publishing.preflight import print_checks, refuse
+from koclip.publishing.push import check_base
 
 CARD = "---\nlicense: apache-2.0\n---\n# A model\n"
 
@@ -162,9 +164,10 @@ def test_hidden_files_stay_here_and_so_does_an_adapter_that_is_not_wanted(model)
 def test_an_adapter_whose_base_is_a_directory_is_refused_until_it_is_named(sound, tmp_path):
     model, _ = adapted(tmp_path, str(sound), sound)
     (model / "README.md").write_text(CARD, encoding="utf-8")
-    assert failing(check_files(model)) == {
-        "adapter's base can be found": "adapter/ does not say what it adapts: <model.clip>"
-    }
+    named = f"adapter/adapter_config.json names {str(sound)!r}, which is no Hub id"
+    problems = failing(check_files(model))
+    assert problems.pop("adapter's base can be found") == named
+    assert set(problems) <= {"nothing of this machine"}  # pytest's folder may hold no name of a user
     name_base(model, "org/base", None)
     assert failing(check_files(model)) == {}
     settings = json.loads((model / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
@@ -172,6 +175,25 @@ def test_an_adapter_whose_base_is_a_directory_is_refused_until_it_is_named(sound
     assert 'from_pretrained("org/base")' in (model / "adapter" / "README.md").read_text(encoding="utf-8")
     edit("adapter/adapter_config.json", base_model_name_or_path="/home/me/base")(model)
     assert {"adapter's base can be found", "nothing of this machine"} == set(failing(check_files(model)))
+
+
+def test_a_base_that_koclip_builds_is_said_to_be_in_no_repository(sound, tmp_path):
+    """Loading it by its name alone fails, with these words in the error."""
+    model, _ = adapted(tmp_path, str(sound), sound)
+    (model / "README.md").write_text(CARD, encoding="utf-8")
+    told = "base = swap_text_tower(load_image_side('<model.clip>')[0], load_text_encoder('<model.text_encoder>'))"
+    write("adapter/README.md", told)(model)
+    name_base(model, None, "org/text")
+    settings = json.loads((model / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert settings["base_model_name_or_path"] == BUILT
+    assert failing(check_files(model)) == {
+        "adapter's base can be found": "adapter/ does not say what it adapts: <model.clip>"
+    }
+    name_base(model, "org/base", "org/text")
+    assert failing(check_files(model)) == {}
+    check_base(model)  # asks nobody
+    with pytest.raises(OSError, match=BUILT):
+        AutoModel.from_pretrained(model / "adapter")
 
 
 def test_a_broken_adapter_config_is_left_to_the_checks(sound, tmp_path):
