@@ -82,7 +82,7 @@ def taught_pieces(sizes: list[int], seed: int = 0, images: bool = False) -> list
     for piece in tiny_pieces(sizes, seed):
         known, teacher = torch.randn(2, len(piece.keys), 32, generator=generator)
         image = torch.nn.functional.normalize(known, dim=-1) if images else None
-        ids = piece.pair_ids[:, None].expand(-1, 3)
+        ids = piece.pair_ids[:, :1].expand(-1, 3)
         pieces.append(dataclasses.replace(piece, pixel_values=None, image=image, teacher=teacher, pair_ids=ids))
     return pieces
 

@@ -6,6 +6,7 @@ import random
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from koclip.config import DataConfig, SourceConfig
 from koclip.data import survey
 from koclip.data.batches import Assembler
 from koclip.data.sources import MapSource, open_source
+from koclip.data.tables import SourceError
 from koclip.text import tokenizers
 from koclip.training import survey as learn
 
@@ -112,6 +114,8 @@ def write(folder: Path, rows: list[dict[str, Any]], kind: str, encoded: Callable
     columns = {"captions": {"ko": "ko"}}
     if kind in ("parquet", "filtered", "streamed"):
         records = [{"image": encoded(size=row["size"]), "ko": row["ko"], "kept": "yes"} for row in rows]
+        if kind == "filtered":
+            records.insert(3, {**records[0], "kept": "no"})
         for number, half in enumerate((records[: len(rows) // 2], records[len(rows) // 2 :])):
             pq.write_table(pa.Table.from_pylist(half), folder / f"part-{number}.parquet")
         where = {"where": {"kept": ["yes"]}} if kind == "filtered" else {}
@@ -170,6 +174,24 @@ def test_another_shard_of_a_large_stream_is_noticed(tmp_path: Path, tokenizer) -
         (tmp_path / "1.tar").write_bytes(content)
         found.append(blocks(source, config(source.config), tokenizer, 1))  # type: ignore[arg-type]
     assert len({repr(one) for one in found}) == 4
+
+
+def test_another_commit_of_a_stream_from_the_hub_is_noticed(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = stream("pairs", [1], set())
+    source.config = SourceConfig(path="owner/name", format="hub", captions={"ko": "ko"}, streaming=True)
+    data, commits = config(source.config), ["a" * 40, "b" * 40]
+
+    def info(self: object, repository: str, revision: str | None) -> SimpleNamespace:
+        assert (repository, revision) == ("owner/name", None)
+        if not commits:
+            raise OSError("offline")
+        return SimpleNamespace(sha=commits.pop())
+
+    monkeypatch.setattr(survey.HfApi, "dataset_info", info)
+    facts = [survey.join(source, data, tokenizer, []).facts for _ in range(2)]
+    assert [one["revision"][0] for one in facts] == ["b", "a"]
+    with pytest.raises(SourceError, match=r"owner/name.*offline"):
+        survey.join(source, data, tokenizer, [])
 
 
 def test_pictures_of_a_table_are_not_read(table, monkeypatch: pytest.MonkeyPatch, tokenizer) -> None:

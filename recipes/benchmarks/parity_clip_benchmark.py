@@ -167,7 +167,10 @@ def koclip_retrieval(pairs: Pairs) -> Numbers:
 def koclip_zero_shot(classes: Classes) -> Numbers:
     """Return the accuracies of `koclip.evaluation.zero_shot`, of the ensemble of all templates."""
     config = EvalSetConfig(
-        source=SourceConfig(path="none", label="label"), classes="none", templates={"ko": list(TEMPLATES)}
+        source=SourceConfig(path="none", label="label"),
+        tasks=["zero_shot"],
+        classes="none",
+        templates={"ko": list(TEMPLATES)},
     )
     named = [ClassName(str(number), {"ko": name}, {}) for number, name in enumerate(classes.names)]
     one = _eval_set([{} for _ in classes.labels], config, named, classes.labels.tolist())
