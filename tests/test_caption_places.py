@@ -22,6 +22,7 @@ from koclip.data.features import digest_of
 from koclip.data.loader import train_loader, training_captions
 from koclip.data.order import Shard
 from koclip.data.sources import Row, open_source, row_captions
+from koclip.data.survey import survey
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.pictures import Pictures
 from koclip.evaluation.retrieval import languages, retrieval, stress
@@ -195,6 +196,18 @@ def test_batches_hold_no_empty_caption(tmp_path: Path, encoded, tokenizer) -> No
     batches = list(itertools.islice(train_loader(config, tokenizer, None, Shard(4)), 6))
     empty = tokenizer("")["input_ids"]
     assert min(int(length) for batch in batches for length in batch.attention_mask.sum(1)) > len(empty)
+
+
+def test_captions_are_measured_as_they_are_drawn(tmp_path: Path, encoded, tokenizer) -> None:
+    """Batches are grouped by lengths that are known by place: with a teacher, too, those of the captions drawn."""
+    source = write(tmp_path / "rows.parquet", [GAPS, {"ko": ["", "둘"], "en": ["one", "two"]}, {"ko": ["셋"]}], encoded)
+    config = DataConfig(sources=[source], num_workers=0)
+    rows = open_source(source).captions(range(3))
+    lengths = survey(open_source(source), config, tokenizer).lengths
+    assembler = Assembler(config, tokenizer, None, Known(teacher=Teacher()))
+    for number, row in itertools.product(range(40), range(3)):
+        drawn = assembler.choose(rows[row], 0, (0, number, 0, row))
+        assert drawn[:2] == assembler.choose(lengths.row(row), 0, (0, number, 0, row))[:2]
 
 
 def test_an_index_keeps_captions_alone(tmp_path: Path, encoded) -> None:

@@ -216,6 +216,20 @@ def test_each_row_of_a_set_of_classes_counts_but_its_pictures_are_one_where_capt
     assert found["rows/ko/image_to_text/recall@1"].value == found["rows/ko/text_to_image/recall@1"].value == 1.0
 
 
+@pytest.mark.parametrize("texts", [[None] * 6, ["0 하나", "0 둘", None, None, None, None]])
+def test_too_few_pictures_with_captions_are_refused_before_work(texts: list[str | None], tmp_path: Path) -> None:
+    (tmp_path / "classes.yaml").write_text("- {key: low, ko: 낮음}\n- {key: high, ko: 높음}\n", encoding="utf-8")
+    rows = [
+        {"image": picture(place // 2), "ko": text, "key": ("low", "high")[place % 2]}
+        for place, text in enumerate(texts)
+    ]
+    schema = pa.schema([("image", pa.binary()), ("ko", pa.string()), ("key", pa.string())])
+    pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "rows.parquet")
+    source = SourceConfig(path=str(tmp_path / "rows.parquet"), captions={"ko": "ko"}, label="key")
+    with pytest.raises(ConfigError, match=r"captions of [01] different images of rows"):
+        open_set(EvalSetConfig(source=source, tasks=["retrieval"], classes=str(tmp_path / "classes.yaml")))
+
+
 def test_a_row_without_its_own_pair_brings_none_to_its_picture(tmp_path: Path) -> None:
     """Captions of a picture's rows correspond as they do in their rows, and no others."""
     cells = [

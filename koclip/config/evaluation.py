@@ -10,6 +10,7 @@ from koclip.config.languages import check_languages
 Task = Literal["retrieval", "languages", "stress", "zero_shot", "shift", "linear_probe", "few_shot"]
 LABELLED = ("linear_probe", "few_shot")  # tasks that need classes, which captions are not
 NAMED = ("zero_shot", "shift")  # tasks that read the names of classes
+CAPTIONED = ("retrieval", "languages", "stress")  # tasks that read captions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from koclip.config import EvalSetConfig
+from koclip.config.evaluation import CAPTIONED
 from koclip.data.transforms import PIXEL_LIMIT, PixelLimit
 from koclip.evaluation.choices import Choice
 from koclip.evaluation.embed import Embedder
@@ -17,7 +18,6 @@ from koclip.metrics import Metric, first_ranks, share
 
 IMAGES = "images"  # in the place of the language, for tasks that read no text
 _IN_ONE_LANGUAGE = {"retrieval": retrieval, "zero_shot": zero_shot, "shift": shift}
-_OF_CAPTIONS = ("retrieval", "stress", "languages")
 _OF_IMAGES = {"linear_probe": linear_probe, "few_shot": few_shot}
 _MOST_UNKNOWN = 0.1  # share of tokens; the right tokenizer loses next to none
 
@@ -50,19 +50,17 @@ def evaluate(embedder: Embedder, sets: Sequence[EvalSet]) -> dict[str, Metric]:
 def _tasks(embedder: Embedder, one: EvalSet) -> Iterator[tuple[str, dict[str, Metric]]]:
     """Yield the metrics of each task of a set, with the language they are in."""
     asked = one.config.tasks
-    captioned = one.captioned if set(asked) & set(_OF_CAPTIONS) else one
+    captioned = one.captioned if set(asked) & set(CAPTIONED) else one
     for language, task in itertools.product(dict.fromkeys([*one.languages, *captioned.languages]), _IN_ONE_LANGUAGE):
-        part = captioned if task in _OF_CAPTIONS else one
+        part = captioned if task in CAPTIONED else one
         if task in asked and language in part.languages:
             yield language, _IN_ONE_LANGUAGE[task](embedder, part, language, embedder.images(part.pictures))
     if "stress" in asked:
         yield "ko", stress(embedder, captioned, embedder.images(captioned.pictures))
     if "languages" in asked:
         for first, second in itertools.combinations(captioned.languages, 2):
-            yield (
-                f"{first}-{second}",
-                languages(embedder, captioned, first, second, embedder.images(captioned.pictures)),
-            )
+            images = embedder.images(captioned.pictures)
+            yield f"{first}-{second}", languages(embedder, captioned, first, second, images)
     for task in _OF_IMAGES:
         if task in asked:
             yield IMAGES, _OF_IMAGES[task](embedder, one)

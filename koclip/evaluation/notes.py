@@ -4,10 +4,9 @@
 `images` measured, fewer than rows where rows of equal images are one; `cut` where `max_images` left rows unread;
 `parts`, the same of train, shifted sets and gallery; `captions` by language, equal ones too; `pairs`, of the task
 languages: how many captions are `compared`, in how many `images` of how many, and how many that have no counterpart are
-`left_out`;
-`classes`, `absent_classes` that were left out, and `labels`, how they are named; `trained_on`, how many `images` of all
-that are tested (`of`) the model was trained on, null where nothing is known, and of which models it is not known
-(`unknown`).
+`left_out`; `classes`, `absent_classes` that were left out, and `labels`, how they are named; `trained_on`, how many
+`images` of all that are tested (`of`) the model was trained on, null where nothing is known, and of which models it is
+not known (`unknown`).
 """
 
 import itertools

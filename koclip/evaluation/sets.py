@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from koclip.config import ConfigError, EvalSetConfig, SourceConfig, check
+from koclip.config.evaluation import CAPTIONED
 from koclip.data.batches import Skip
 from koclip.data.corruptions import CORRUPTIONS
 from koclip.data.sources import MapSource, Row, StreamSource, open_source
@@ -60,19 +61,13 @@ class EvalSet:
 
     @cached_property
     def captioned(self) -> "EvalSet":
-        """This set without classes: equal pictures are one, and pictures without captions are left out.
-
-        Raises:
-            ConfigError: fewer than two pictures have captions.
-        """
+        """This set without classes: equal pictures are one, and pictures without captions are left out."""
         if not self.classes:
             return self
         by_picture: dict[bytes, list[Row]] = {}
         for row, digest in zip(self.pictures.rows, self.pictures.digests(), strict=True):
             by_picture.setdefault(digest, []).append(row)
         rows = [row for row in map(merged, by_picture.values()) if row.captions]
-        told = f"expected {_FEWEST} or more with captions for the tasks {self.config.tasks}"
-        check(len(rows) >= _FEWEST, "eval.sets[].source.captions", f"{len(rows)} different images of {self.name}", told)
         captions = [row.captions for row in rows]
         return replace(self, pictures=Pictures(rows), captions=captions, classes=[], labels=[])
 
@@ -148,15 +143,19 @@ def open_set(config: EvalSetConfig, limit: PixelLimit = PIXEL_LIMIT) -> EvalSet:
 
 
 def _check_captions(whole: EvalSet) -> None:
-    """Make sure that there is something to rank in every language that is asked in."""
-    for language in whole.config.source.captions:
-        count = sum(any(captions.get(language, [])) for captions in whole.captions)
+    """Make sure that there is something to rank, and to compare, in every language that is asked in."""
+    languages, asked = whole.config.source.captions, set(whole.config.tasks) & set(CAPTIONED)
+    captioned = whole.captioned if languages else whole
+    images, told = len(captioned.pictures), f"expected {_FEWEST} or more for {sorted(asked)}"
+    named = f"captions of {images} different images of {whole.name}"
+    check(not asked or images >= _FEWEST, "eval.sets[].source.captions", named, told)
+    for language in languages:
+        count = sum(map(bool, captioned.texts(language)))
         told = f"expected {_FEWEST} images or more with a caption in it, or none; take the language out"
         check(count != 1, f"eval.sets[].source.captions.{language}", f"{count} image of {whole.name}", told)
-    compared = whole.config.source.captions if "languages" in whole.config.tasks else ()
-    for first, second in itertools.combinations(compared, 2):
-        count = sum(map(bool, whole.pairs(first, second)))
-        told = "expected 2 or more with equally many captions in both, and some of both at one place; or take it out"
+    for first, second in itertools.combinations(languages if "languages" in asked else (), 2):
+        count = sum(map(bool, captioned.pairs(first, second)))
+        told = f"expected {_FEWEST} or more with equally many captions in both languages, and both at one place"
         named = f"{count} images of {whole.name} to compare in {first} and {second}"
         check(count >= _FEWEST, "eval.sets[].tasks: languages", named, told)
 
