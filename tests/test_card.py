@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -284,13 +285,42 @@ def test_a_licence_that_nobody_tells_is_asked_for(run):
 
 @pytest.mark.parametrize(
     ("stated", "licence"),
-    [(["mit", "apache-2.0"], "apache-2.0"), (["mit", "cc-by-sa-4.0"], "cc-by-sa-4.0"), ([], "other")],
+    [
+        (["mit", "apache-2.0"], "apache-2.0"),
+        (["mit", "cc-by-sa-4.0"], "cc-by-sa-4.0"),
+        ([], "other"),
+        ([None], "other"),
+    ],
 )
 def test_a_card_on_the_hub_may_state_several_licences(run, monkeypatch, stated, licence):
     beside(run, aligned("openai/clip-vit-base-patch32", "same", "lora"))
     found = SimpleNamespace(card_data={"license": stated})
     monkeypatch.setattr(facts, "HfApi", lambda: SimpleNamespace(model_info=lambda _: found))
     assert card_of(run).data.license == licence
+
+
+def test_a_licence_that_the_hub_calls_other_is_no_other_whatever_its_name(run, monkeypatch):
+    beside(run, aligned("openai/clip-vit-base-patch32", "same", "lora"))
+    for words in ({"license_name": "mit"}, {"license_name": "apache-2.0", "license_link": "LICENSE"}, {}):
+        found = SimpleNamespace(card_data={"license": "other", **words})
+        monkeypatch.setattr(facts, "HfApi", lambda found=found: SimpleNamespace(model_info=lambda _: found))
+        card = card_of(run)
+        assert card.data["license_name"] == "terms-of-sources"
+        assert f"| weights | other (“{' '.join(words.values()) or 'other'}”) |" in card.text
+
+
+def test_the_card_says_what_becomes_of_long_and_of_unclean_texts(run):
+    cfg = settings(run)
+    known = gather(cfg)
+    assert not known.reads_longer
+    said = {
+        (longer, cleans): str(render(cfg, replace(known, reads_longer=longer, cleans=cleans), year=2026))
+        for longer in (True, False)
+        for cleans in (True, False)
+    }
+    for (longer, cleans), text in said.items():
+        assert ("the pipeline reads them whole" in text, "the pipeline fails on them" in text) == (longer, not longer)
+        assert ("by the tokenizer itself" in text, "other callers do not" in text) == (cleans, not cleans)
 
 
 def test_a_card_of_somebody_else_is_kept(run):

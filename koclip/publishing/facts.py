@@ -10,15 +10,15 @@ from typing import Any
 import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
-from transformers import AutoConfig, AutoTokenizer
 
 from koclip.checkpoint import lines
 from koclip.config import ConfigError, PublishConfig, SourceConfig, check
 from koclip.metrics import Metric
 from koclip.models.peers import open_encoder
+from koclip.models.pretrained import read_processor
 from koclip.publishing import data_cards
 from koclip.publishing.files import is_hub_id
-from koclip.publishing.licences import OTHER, UNSTATED, Part, Source, model_parts
+from koclip.publishing.licences import UNSTATED, Part, Source, model_parts
 from koclip.text.normalize import normalize
 
 _EVALUATION = "evaluation"
@@ -104,10 +104,12 @@ def gather(cfg: PublishConfig) -> Facts:
             more, data_of_base = _base_run(key, name, cards, cfg.licenses)
             towers, data = towers + more, data + data_of_base
     data += [_data_set(name, _EVALUATION, cards, _path(one)) for name, one in results["data"].items()]
+    model = _read(directory / "config.json")
+    max_tokens = _needed(directory / "tokenizer_config.json", "model_max_length")
     facts = Facts(
-        model=_read(directory / "config.json"),
-        max_tokens=_needed(directory / "tokenizer_config.json", "model_max_length"),
-        reads_longer=_reads_longer(directory),
+        model=model,
+        max_tokens=max_tokens,
+        reads_longer=model.get("text_config", {}).get("max_position_embeddings", 0) > max_tokens + _OFFSET,
         cleans=_cleans(directory),
         image_size=_image_size(directory / "preprocessor_config.json"),
         config=config,
@@ -258,9 +260,10 @@ def _parts(hub_id: str, given: Mapping[str, str]) -> tuple[Part, ...]:
             f"--licenses '{{{hub_id}: mit}}', or {UNSTATED} if it has none"
         ) from error
     card: Any = info.card_data or {}
-    own = " ".join(str(card[key]) for key in ("license_name", "license_link") if card.get(key))
-    stated = card.get("license")
-    return model_parts(own if stated == OTHER and own else stated, f"huggingface.co/{hub_id}")
+    words = " ".join(str(card.get(key)) for key in ("license_name", "license_link") if card.get(key))
+    stated = card.get("license") or UNSTATED
+    several = [str(licence) for licence in (stated if isinstance(stated, list) else [stated])]
+    return model_parts(several, f"huggingface.co/{hub_id}", words)
 
 
 def _languages(config: Mapping[str, Any]) -> list[str]:
@@ -273,14 +276,8 @@ def _languages(config: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _reads_longer(directory: Path) -> bool:
-    config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    longest = _needed(directory / "tokenizer_config.json", "model_max_length")
-    return bool(config.text_config.max_position_embeddings > longest + _OFFSET)
-
-
 def _cleans(directory: Path) -> bool:
-    tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    tokenizer: Any = read_processor(directory, "model").tokenizer
     dirty, clean = (tokenizer(text)["input_ids"] for text in (_DIRTY, normalize(_DIRTY)))
     return bool(dirty == clean)
 

@@ -149,21 +149,21 @@ def _part(values: Mapping[str, Any]) -> Part:
     return Part(part, id_, source, words, *(None if answer == UNSTATED else answer for answer in answers))
 
 
-def model_parts(stated: str | Sequence[str] | None, source: str) -> tuple[Part, ...]:
+def model_parts(stated: str | Sequence[str] | None, source: str, words: str = "") -> tuple[Part, ...]:
     """Return the terms of a model's weights.
 
     Args:
         stated: What is said of its licence: an id, or several, all of which hold; words; or nothing.
         source: Who says it.
+        words: What is said of a licence that is called `other`.
     """
     several = [stated] if isinstance(stated, str) else list(stated or [UNSTATED])
-    return tuple(_weights(licence, source) for licence in several)
-
-
-def _weights(stated: str, source: str) -> Part:
-    id_ = NONE if _id(stated) in ("", UNSTATED) else _id(stated)
-    values = {"id": id_} if id_ in (*_known(), NONE) else {"id": OTHER, "words": stated}
-    return _part({"part": "weights", "source": source, **values})
+    parts = []
+    for licence in several:
+        id_ = NONE if _id(licence) in ("", UNSTATED) else _id(licence)
+        own = {} if id_ in (*_known(), NONE) else {"words": words if words and id_ == OTHER else licence}
+        parts.append(_part({"part": "weights", "source": source, "id": OTHER if own else id_, **own}))
+    return tuple(parts)
 
 
 def conclude(sources: Sequence[Source], wish: str) -> Licence:
