@@ -13,10 +13,15 @@ from typing import NamedTuple
 
 import pytest
 import sentencepiece
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_kobert import CORPUS
 from test_kobert import write as write_kobert
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
 from transformers import (
+    AutoModel,
+    AutoProcessor,
     AutoTokenizer,
     BertConfig,
     CamembertConfig,
@@ -32,6 +37,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
+import koclip
 from koclip.checkpoint.model import publish
 from koclip.text import kobert, tokenizers
 from koclip.text.cleaning import cleaning
@@ -250,6 +256,35 @@ def test_stock_callers_get_the_ids_of_clean_text(name, published, texts, read) -
     assert all(special.isdisjoint(ids[1:-1]) for ids in expected)
     assert published[name].trained(texts["dirty"])["input_ids"] == expected
     assert read[name]["ids"]["dirty"] == [expected, expected]
+
+
+PARTS = st.one_of(
+    st.sampled_from(
+        [*"\u3164\ufeff\u200b\u00ad\u200d\ufe0f\x00 \n[]<>|/", "[SEP]", "</s>", "<|endoftext|>", "SEP", "한글"]
+    ),
+    st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs", "Cn"]),
+)
+
+
+@pytest.mark.parametrize("name", ["klue", "xlm-roberta", "roberta", "kobert", "clip"])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(parts=st.lists(PARTS, max_size=30))
+def test_any_text_has_the_ids_of_the_clean_text(name, published, parts) -> None:
+    text = "".join(parts)
+    assert published[name].trained(text)["input_ids"] == published[name].trained(normalize(text))["input_ids"]
+
+
+def test_stock_callers_get_koclips_embeddings_of_texts_that_are_not_clean(published) -> None:
+    texts = dirty(strings(40))
+    for name in ("clip", "klue"):
+        model, processor = koclip.load(published[name].folder, "cpu")
+        stock = AutoProcessor.from_pretrained(published[name].folder)
+        inputs = stock(text=texts, padding=True, truncation=True, return_tensors="pt")
+        wanted = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            features = AutoModel.from_pretrained(published[name].folder).get_text_features(**wanted).pooler_output
+        cosines = torch.nn.functional.cosine_similarity(features, koclip.embed_texts(model, processor, texts))
+        torch.testing.assert_close(cosines, torch.ones(len(texts)), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
