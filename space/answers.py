@@ -81,17 +81,17 @@ class Answers:
 
         Args:
             image: The picture.
-            labels: Separated by commas or lines.
+            labels: One per line, or a single line of them, separated by commas.
             template: With a slot for the label (`koclip.text.prompts`).
             whole: Take the mean of all built-in templates of each label's language instead.
         """
-        names = guard.read_list(labels, "\n,，、", "no_labels")
+        names = guard.read_labels(labels)
         templates = [templates_for(name) if whole else [template] for name in names]
         prompts = [[prompt(one, name) for one in many] for name, many in zip(names, templates, strict=True)]
         embedded = self._texts([text for many in prompts for text in many])
         parts = embedded.split([len(many) for many in prompts])
         classes = torch.cat([ensemble(part[None]) for part in parts])  # (C, D)
-        scores = (self._scale * (self._image(image) @ classes.T)).softmax(dim=-1)[0]
+        scores = (self.encoder.scale * (self._image(image) @ classes.T)).softmax(dim=-1)[0]
         order = scores.argsort(descending=True, stable=True).tolist()
         read = [text for many in prompts for text in many]
         return Classified({names[place]: float(scores[place]) for place in order}, read)
@@ -112,7 +112,7 @@ class Answers:
             captions: One per line; if empty, those of the collection's first pictures, which may have none.
         """
         if captions and captions.strip():
-            texts = guard.read_list(captions, "\n", "no_text")
+            texts = guard.read_list(captions, "no_text")
             embedded = self._texts(texts)
         else:
             texts, embedded = self._own_captions()
@@ -154,10 +154,6 @@ class Answers:
         else:
             raise RefusedError("bad_way", limit=", ".join(WAYS))
         return Heat(overlay(image, scores, view), scores)
-
-    @property
-    def _scale(self) -> float:
-        return float(getattr(self.encoder, "scale", 100.0))
 
     def _image(self, image: Image.Image) -> torch.Tensor:
         with self._lock:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Collection
@@ -29,6 +30,8 @@ KEPT = 3_600  # seconds that what is uploaded is kept
 MAX_KEPT = 2 * 2**30  # bytes of all uploads in that time: more could fill the disk
 SWEPT = 600  # seconds between two looks for what must be deleted
 _LEAST = 8_192  # bytes that an upload takes on disk, at least: a folder and a file
+_COMMAS = ",，、"
+_COMMA = re.compile(rf"(?!(?<=\d),\d{{3}}(?!\d))[{_COMMAS}]")  # but that of a number: 1,000
 _KINDS = ("JPEG", "PNG", "WEBP", "GIF")
 _FETCHING = ("http:", "https:", "proxy=")  # gradio would fetch what a path with one of these names
 
@@ -88,18 +91,27 @@ def read_text(text: object, empty: str = "no_text") -> str:
     return cleaned
 
 
-def read_list(text: object, separators: str, empty: str) -> list[str]:
-    """Return the clean, different parts of a text that these characters separate.
+def read_labels(text: object) -> list[str]:
+    """Return the clean, different labels of a text: its lines, or the parts of a single line between commas.
 
     Raises:
-        RefusedError: there is none, there are too many, or one is too long.
+        RefusedError: as `read_list`.
+    """
+    text = text if isinstance(text, str) else ""
+    lines = [line for line in (part.strip(f"{_COMMAS} \t\r\u200b\ufeff") for part in text.split("\n")) if line]
+    return read_list("\n".join(lines if len(lines) > 1 else _COMMA.split("".join(lines))), "no_labels")
+
+
+def read_list(text: object, empty: str) -> list[str]:
+    """Return the clean, different lines of a text.
+
+    Raises:
+        RefusedError: there is none (`empty` names the reason), there are too many, or one is too long.
     """
     text = text if isinstance(text, str) else ""
     if len(text) > MAX_LABELS * (MAX_LABEL + 2):
         raise RefusedError("many_labels", limit=MAX_LABELS)
-    for separator in separators[1:]:
-        text = text.replace(separator, separators[0])
-    parts = list(dict.fromkeys(filter(None, map(normalize, text.split(separators[0])))))
+    parts = list(dict.fromkeys(filter(None, map(normalize, text.split("\n")))))
     if not parts:
         raise RefusedError(empty)
     if len(parts) > MAX_LABELS:

@@ -22,6 +22,7 @@ CSS = """
 #language .wrap { flex-wrap: nowrap; justify-content: flex-end; }
 #language label { flex: none; white-space: nowrap; }
 .examples thead { display: none; }
+#result { max-height: 30rem; overflow-y: auto; }
 .gallery .grid-wrap { max-height: none !important; }
 /* A short message says what went wrong; the word "Error" over every result does not help. */
 [data-testid="status-tracker"] .error { display: none; }
@@ -86,7 +87,7 @@ def _classify_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: 
             whole = texts(gr.Checkbox(label=say("ensemble", "ko")), label="ensemble")
             button = texts(gr.Button(say("classify", "ko"), variant="primary"), value="classify")
         with gr.Column(min_width=300):
-            result = texts(gr.Label(label=say("result", "ko"), num_top_classes=10), label="result")
+            result = texts(gr.Label(label=say("result", "ko"), elem_id="result"), label="result")
             prompts = gr.Textbox(label=say("prompts", "ko"), lines=4, max_lines=12, interactive=False)
             texts(prompts, label="prompts")
 
@@ -94,8 +95,9 @@ def _classify_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: 
     def classify(image: str, labels: str, template: str, ensemble: bool, language: str) -> tuple[Any, str]:
         """Say how likely each label is: {label, confidences}, and the prompts that were read.
 
-        Labels are separated by commas or lines. `template` has {label}, or {label:을/를} for the label with its
-        particle; with `ensemble` the mean of the built-in templates is taken. `language` (ko, en) is that of errors.
+        Labels are one per line, or separated by commas on a single line. `template` has {label}, or {label:을/를} for
+        the label with its particle; with `ensemble` the mean of the built-in templates is taken. `language` (ko, en) is
+        that of errors.
         """
         found = answers.classify(opened(image, language), labels, template, bool(ensemble))
         shown = found.prompts[:_PROMPTS]

@@ -18,8 +18,8 @@ _TEXTS = {
     "drop": ("그림을 끌어다 놓거나 눌러서 고르세요", "Drop a picture here or click to choose one"),
     "labels": ("이름 후보", "Labels"),
     "labels_hint": (
-        "쉼표나 줄바꿈으로 나누어 적어 주세요. 한국어와 영어를 섞어도 됩니다.",
-        "Separate them by commas or lines. Korean and English may be mixed.",
+        "한 줄에 하나씩 적거나, 한 줄에 쉼표로 나누어 적어 주세요. 한국어와 영어를 섞어도 됩니다.",
+        "One per line, or separated by commas on a single line. Korean and English may be mixed.",
     ),
     "template": ("문장 틀", "Template"),
     "template_hint": (

@@ -21,6 +21,7 @@ class ColourEncoder:
     """
 
     name = "colours"
+    scale = 100.0
 
     def __init__(self, english: bool = True) -> None:
         self.calls = 0

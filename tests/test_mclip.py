@@ -58,6 +58,7 @@ def test_mclip_embeds_as_its_package(tmp_path: Path) -> None:
     close(encoder.encode_texts(TEXTS), F.normalize(wanted, dim=-1))
     alone = open_encoder(str(images), "cpu")
     close(encoder.encode_images(pictures()), alone.encode_images(pictures()))
+    assert encoder.scale == alone.scale
     check_contract(encoder, 32)
     assert encoder.unknown_share(["꿹", "고"]) == 1 / 4
 

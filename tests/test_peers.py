@@ -102,6 +102,7 @@ def test_open_clip_embeds_as_its_library(tower: str, tmp_path: Path) -> None:
     close(encoder.encode_images(pictures()), images)
     features = encoder.image_features(pictures()).clone()
     check_contract(encoder, TOWERS[tower][1] or model.visual.trunk.num_features)
+    assert encoder.scale == pytest.approx(model.logit_scale.exp().item())
     assert encoder.unknown_share(["꿹 🙂"]) == 0
     visual = model.visual
     if tower == "ViT":
@@ -245,6 +246,7 @@ def test_sentence_transformers_embed_as_their_library(tmp_path: Path) -> None:
     clip = open_encoder(str(tmp_path / "clip"), "cpu")
     close(encoder.encode_images(pictures()), clip.encode_images(pictures()))
     close(encoder.image_features(pictures()), clip.image_features(pictures()))
+    assert encoder.scale == clip.scale
     check_contract(encoder, 32)
     assert encoder.unknown_share(["꿹", "고"]) == 1 / 2
 

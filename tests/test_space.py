@@ -42,11 +42,32 @@ def made(tmp_path: Path) -> answers.Answers:
 
 
 def test_labels_are_ranked_and_prompts_have_their_particles(made):
-    found = made.classify(picture(), "파랑, 빨강\n초록，, 빨강", "{label:을/를} 찍은 사진", False)
+    found = made.classify(picture(), "파랑, 빨강、초록，, 빨강", "{label:을/를} 찍은 사진", False)
     assert next(iter(found.scores)) == "빨강"
     assert sum(found.scores.values()) == pytest.approx(1)
     assert found.prompts == ["파랑을 찍은 사진", "빨강을 찍은 사진", "초록을 찍은 사진"]
     assert made.classify(picture(), "사과", "{label:을/를} 찍은 사진", False).prompts == ["사과를 찍은 사진"]
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("고양이, 강아지", ["고양이", "강아지"]),
+        ("고양이，강아지、새", ["고양이", "강아지", "새"]),
+        ("고양이\n강아지\r\n새\n", ["고양이", "강아지", "새"]),
+        ("고양이,\n강아지,\n새", ["고양이", "강아지", "새"]),
+        ("고양이, 강아지\n", ["고양이", "강아지"]),
+        ("1,000원 지폐\n5,000원 지폐", ["1,000원 지폐", "5,000원 지폐"]),
+        ("1,000원 지폐, 5,000원 지폐,1,234,567원", ["1,000원 지폐", "5,000원 지폐", "1,234,567원"]),
+        ("사과,1,000원", ["사과", "1,000원"]),
+        ("1,2,34,5678", ["1", "2", "34", "5678"]),
+        ("서울, 대한민국\n부산, 대한민국", ["서울, 대한민국", "부산, 대한민국"]),
+        (" 새 ,, 새 ", ["새"]),
+        ("\u1112\u1161\u11ab, 새", ["한", "새"]),
+    ],
+)
+def test_labels_are_lines_or_parts_of_one_line(made, text, labels):
+    assert made.classify(picture(), text, "{label}", False).prompts == labels
 
 
 def test_an_ensemble_reads_templates_of_each_labels_language(made):

@@ -67,7 +67,7 @@ JSON = {"Content-Type": "application/json"}
 
 def test_every_call_answers_by_name(client, photo):
     scores, prompts = client.predict(
-        handle_file(photo), "별, 사과\ncar", "{label:을/를} 찍은 사진", False, "ko", api_name="/classify"
+        handle_file(photo), "별, 사과, car", "{label:을/를} 찍은 사진", False, "ko", api_name="/classify"
     )
     assert sum(one["confidence"] for one in scores["confidences"]) == pytest.approx(1, abs=1e-3)
     assert prompts.splitlines() == ["별을 찍은 사진", "사과를 찍은 사진", "car를 찍은 사진"]
@@ -82,6 +82,13 @@ def test_every_call_answers_by_name(client, photo):
         shown, told = client.predict(handle_file(photo), "빨간 별", way, "ko", api_name="/heatmap")
         assert shown["path"].endswith(".webp")
         assert told
+
+
+def test_every_label_is_answered(client, photo):
+    labels = [f"{number},000원 지폐" for number in range(1, 16)]
+    scores, _ = client.predict(handle_file(photo), "\n".join(labels), "{label}", False, "ko", api_name="/classify")
+    assert {one["label"] for one in scores["confidences"]} == set(labels)
+    assert sum(one["confidence"] for one in scores["confidences"]) == pytest.approx(1, abs=1e-3)
 
 
 def test_the_calls_have_names_and_nothing_else_has(client):

@@ -48,6 +48,10 @@ class Encoder(Protocol):
 
     name: str
 
+    @property
+    def scale(self) -> float:
+        """What similarities are multiplied by before a softmax: the model's own logit scale."""
+
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Return unit-norm float32 embeddings (B, D), on the CPU."""
 

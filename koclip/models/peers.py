@@ -56,6 +56,8 @@ class TextSide(Protocol):
 class ImageSide(Protocol):
     """Embeds images."""
 
+    @property
+    def scale(self) -> float: ...  # noqa: D102
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor: ...  # noqa: D102
     def image_features(self, images: Sequence[Image.Image]) -> torch.Tensor: ...  # noqa: D102
     def fingerprint(self) -> str: ...  # noqa: D102
@@ -154,12 +156,17 @@ _FORMS = {
 
 
 class TwoModels:
-    """Texts by one model, images by another, in one space."""
+    """Texts by one model, images by another, in the images' space, whose logit scale holds for both."""
 
     def __init__(self, texts: TextSide, images: ImageSide, name: str) -> None:
         self.name, self._texts, self._images = name, texts, images
         self.encode_texts, self.unknown_share = texts.encode_texts, texts.unknown_share
         self.encode_images, self.image_features = images.encode_images, images.image_features
+
+    @property
+    def scale(self) -> float:
+        """What similarities are multiplied by before a softmax."""
+        return self._images.scale
 
     def fingerprint(self) -> str:
         """Return a hash of all that its embeddings depend on."""
@@ -211,6 +218,11 @@ class OpenClipEncoder:
         """Return float32 features (B, W), on the CPU: what the projection reads, or else the tower's own output."""
         with evaluating(self._model):
             return _before_projection(self._model.visual, self._pixels(images)).float().cpu()
+
+    @property
+    def scale(self) -> float:
+        """What similarities are multiplied by before a softmax."""
+        return float(self._model.logit_scale.detach().exp())
 
     def unknown_share(self, texts: Sequence[str]) -> float:
         """Return the share of unknown tokens, 0 to 1; open_clip's own tokenizer is byte-level and has none."""

@@ -83,6 +83,11 @@ class SentenceImages:
         self._clip = TransformersEncoder(clip, self._model[0].processor, path)
         self.image_features = self._clip.image_features
 
+    @property
+    def scale(self) -> float:
+        """What similarities are multiplied by before a softmax: the CLIP's."""
+        return self._clip.scale
+
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Return unit-norm float32 embeddings (B, D), on the CPU."""
         return _sentences(self._model, [to_rgb(image) for image in images])

@@ -23,7 +23,11 @@ _MOSTLY_PREDICATE_CODAS = ("ㄲ", "ㄳ", "ㄺ", "ㄻ", "ㄼ", "ㅄ", "ㅈ", "ㅊ
 _NOUN_ENDS = "밖넋몫닭흙칡슭삶덟값빚꽃빛숯돛덫낯닻몇윷끝밑밭겉곁솥팥숱뭍볕앞옆숲잎릎늪짚겊"
 _CONNECTIVES = "아어여려러라쳐져켜겨와워"  # ends of verbs before another one: 차려입은, 내려앉은
 _BOUND_NOUNS = ("때", "수", "것", "듯", "만큼", "뻔", "준비")  # before them 입을 is a verb's form
-_NUMERALS = ("두", "세", "네", "다섯", "여섯", "일곱", "여덟", "아홉", "열", "몇", "몇몇", "여러")
+_COUNTER = "개"  # after a number it may count things (별 세 개) and is left alone, though 두 개 may be two dogs
+_NUMBER = re.compile(
+    r"(?:\d|한|하나|두|둘|세|셋|네|넷|석|넉|닷|댓|다섯|엿|여섯|예닐곱|일곱|일고여덟|여덟|엳아홉|아홉|열|스물|스무|서른|마흔|쉰|예순|"
+    r"일흔|여든|아흔|일|이|삼|사|오|육|칠|팔|구|십|백|천|만|억|몇|여러|수|반|어|서너|여남은|여|각|매|낱|다수|온갖|같은)+"
+)
 # What may follow a noun: 들, then particles; of each pair one form fits.
 _PAIRS = {form: pair for pair in ("은/는", "이/가", "을/를", "과/와", "으로/로", "이랑/랑") for form in pair.split("/")}
 _SUFFIX = re.compile(
@@ -58,8 +62,7 @@ def replace_nouns(text: str, names: dict[str, str], which: Callable[[int], Colle
     found = []
     for word, before, following in zip(words, around, around[2:], strict=False):
         noun = _noun(word[0], names, following)
-        counted = word[0] == "개의" and (before in _NUMERALS or before.isdigit())  # 두 개의 공: no dog
-        if noun and not counted:
+        if noun and not (noun == _COUNTER and _NUMBER.fullmatch(before)):
             found.append((word, noun))
     replaced, last, chosen = "", 0, which(len(found))
     for number, (word, noun) in enumerate(found):
@@ -97,7 +100,9 @@ def _is_particle(stem: str, last: str, following: str) -> bool:
     if not is_syllable(stem[-1]):
         return stem[-1].isalnum()  # TV를, 3의
     final = coda(stem)
-    if not _fits(final, last) or ("noun" not in _kinds(stem) and "word" in _kinds(stem + last, ends=True)):
+    word = stem + last
+    is_word = "word" in _kinds(word) or ("noun" not in _kinds(stem) and "word" in _kinds(word, ends=True))
+    if is_word or not _fits(final, last):
         return False
     if last == "는":
         return "noun" in _kinds(stem) or split(stem)[1] in _PLACES
