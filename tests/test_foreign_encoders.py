@@ -23,6 +23,7 @@ from koclip.text import tokenizers
 TEXTS = ["고양이가 창가에 앉아 있다", "개", "a red circle"]
 PADS = "config.json of this {} says pad_token_id {}, its tokenizer pads with 1; koclip takes the tokenizer's"
 SIZES = WIDTH | {"embedding_size": 32, "dim": 32, "n_heads": 2, "n_layers": 2, "hidden_dim": 48}
+COUNT = ("roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm", "xlm-roberta-xl", "data2vec-text")
 FREE = {"bert", "electra", "distilbert", "albert", "ernie"}  # positions from 0 on, whatever pads
 
 
@@ -89,7 +90,7 @@ def test_a_tokenizer_from_elsewhere_says_it_too(tmp_path: Path) -> None:
     assert model.config.text_config.pad_token_id == 1
 
 
-@pytest.mark.parametrize("kind", tokenizers.COUNT_FROM_PADDING)
+@pytest.mark.parametrize("kind", COUNT)
 def test_where_positions_count_from_padding_it_is_refused(kind: str, tmp_path: Path) -> None:
     folder = str(encoder_beside_xlmr(tmp_path, kind))
     encoder = load_text_encoder(folder)
@@ -100,7 +101,7 @@ def test_where_positions_count_from_padding_it_is_refused(kind: str, tmp_path: P
         tokenizers.load(folder, 40, encoder.config, TEXTS[:2])
 
 
-@pytest.mark.parametrize("kind", [*sorted(FREE), "big_bird", *tokenizers.COUNT_FROM_PADDING])
+@pytest.mark.parametrize("kind", [*sorted(FREE), "big_bird", *COUNT])
 def test_it_is_known_which_encoders_count_from_padding(kind: str) -> None:
     model = AutoModel.from_config(AutoConfig.for_model(kind, **SIZES, vocab_size=90, pad_token_id=1))
     tables = [one for name, one in model.named_modules() if name.endswith("position_embeddings")]

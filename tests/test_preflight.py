@@ -15,7 +15,7 @@ from transformers import AutoModel
 from koclip.config import ConfigError
 from koclip.publishing import files, preflight
 from koclip.publishing.adapter import name_base
-from koclip.publishing.files import BUILT, Check, check_files, publishable
+from koclip.publishing.files import Check, check_files, publishable
 from koclip.publishing.preflight import print_checks, refuse
 from koclip.publishing.push import check_base
 
@@ -185,14 +185,14 @@ def test_a_base_that_koclip_builds_is_said_to_be_in_no_repository(sound, tmp_pat
     write("adapter/README.md", told)(model)
     name_base(model, None, "org/text")
     settings = json.loads((model / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
-    assert settings["base_model_name_or_path"] == BUILT
+    assert settings["base_model_name_or_path"] == files.BUILT
     assert failing(check_files(model)) == {
         "adapter's base can be found": "adapter/ does not say what it adapts: <model.clip>"
     }
     name_base(model, "org/base", "org/text")
     assert failing(check_files(model)) == {}
     check_base(model)  # asks nobody
-    with pytest.raises(OSError, match=BUILT):
+    with pytest.raises(OSError, match=files.BUILT):
         AutoModel.from_pretrained(model / "adapter")
 
 

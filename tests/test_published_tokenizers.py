@@ -13,10 +13,15 @@ from typing import NamedTuple
 
 import pytest
 import sentencepiece
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_kobert import CORPUS
 from test_kobert import write as write_kobert
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
 from transformers import (
+    AutoModel,
+    AutoProcessor,
     AutoTokenizer,
     BertConfig,
     CamembertConfig,
@@ -32,9 +37,9 @@ from transformers import (
     XLMRobertaConfig,
 )
 
+import koclip
 from koclip.checkpoint.model import publish
 from koclip.text import kobert, tokenizers
-from koclip.text.cleaning import cleaning
 from koclip.text.normalize import normalize
 
 BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -192,11 +197,11 @@ from transformers import AutoProcessor, AutoTokenizer
 asked, answer = json.load(sys.stdin), {}
 for name, folder in asked["folders"].items():
     tokenizer, processor = AutoTokenizer.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    assert type(processor).__name__ == "CLIPProcessor"
     answer[name] = {
         "ids": {form: [tokenizer(texts)["input_ids"], processor(text=texts)["input_ids"]]
                 for form, texts in asked["texts"].items()},
-        "inputs": tokenizer.model_input_names, "special": tokenizer.special_tokens_map,
+        "processor": type(processor).__name__, "inputs": tokenizer.model_input_names,
+        "special": tokenizer.special_tokens_map,
         "extra": tokenizer.extra_special_tokens, "length": tokenizer.model_max_length,
         "sides": [tokenizer.padding_side, tokenizer.truncation_side], "state": [
             tokenizer.backend_tokenizer.padding, tokenizer.backend_tokenizer.truncation],
@@ -252,8 +257,39 @@ def test_stock_callers_get_the_ids_of_clean_text(name, published, texts, read) -
     assert read[name]["ids"]["dirty"] == [expected, expected]
 
 
+PARTS = st.one_of(
+    st.sampled_from(
+        [*"\u3164\ufeff\u200b\u00ad\u200d\ufe0f\x00 \n[]<>|/", "[SEP]", "</s>", "<|endoftext|>", "SEP", "한글"]
+    ),
+    st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs", "Cn"]),
+)
+
+
+@pytest.mark.parametrize("name", ["klue", "xlm-roberta", "roberta", "kobert", "clip"])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(parts=st.lists(PARTS, max_size=30))
+def test_any_text_has_the_ids_of_the_clean_text(name, published, parts) -> None:
+    text = "".join(parts)
+    assert published[name].trained(text)["input_ids"] == published[name].trained(normalize(text))["input_ids"]
+
+
+def test_stock_callers_get_koclips_embeddings_of_texts_that_are_not_clean(published) -> None:
+    texts = dirty(strings(40))
+    for name in ("clip", "klue"):
+        model, processor = koclip.load(published[name].folder, "cpu")
+        stock = AutoProcessor.from_pretrained(published[name].folder)
+        inputs = stock(text=texts, padding=True, truncation=True, return_tensors="pt")
+        wanted = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            features = AutoModel.from_pretrained(published[name].folder).get_text_features(**wanted).pooler_output
+        cosines = torch.nn.functional.cosine_similarity(features, koclip.embed_texts(model, processor, texts))
+        torch.testing.assert_close(cosines, torch.ones(len(texts)), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_only_some_families_compose_by_themselves(name, published, texts) -> None:
+    from koclip.text.cleaning import cleaning
+
     composed, decomposed = (published[name].original(texts[form])["input_ids"] for form in ("NFC", "NFD"))
     assert (composed == decomposed) == FAMILIES[name].composes
     cleaning(published[name].original)
@@ -273,6 +309,7 @@ def test_patterns_are_those_of_javascript_too(name, published) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_the_class_gave_is_kept(name, published, read) -> None:
     original, answer = published[name].original, read[name]
+    assert answer["processor"] == "CLIPProcessor"
     assert answer["inputs"] == original.model_input_names
     assert answer["special"] == original.special_tokens_map
     assert answer["extra"] == original.extra_special_tokens

@@ -1,5 +1,6 @@
 """A published directory loads in sentence-transformers and gives koclip's embeddings of Korean texts and pictures."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,16 @@ from koclip.publishing.sentence import describe
 sentence_transformers = pytest.importorskip("sentence_transformers", reason="the extra `peers` is not installed")
 
 TEXTS = ["고양이가 창가에 앉아 있다", "빨간 원", "a red circle", "개 " * 60, "사진 📷 3장"]
+
+
+def test_modules_are_named_as_every_version_that_is_allowed_knows_them(tmp_path: Path) -> None:
+    """sentence-transformers 5.4 to 6.2; `sentence_transformers.base` exists from 6 on."""
+    describe(saved("CLIP", tmp_path / "model"))
+    modules = json.loads((tmp_path / "model" / "modules.json").read_text(encoding="utf-8"))
+    assert [one["type"] for one in modules] == [
+        "sentence_transformers.models.Transformer",
+        "sentence_transformers.models.Normalize",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["CLIP", "ChineseCLIP", "joint ViT", "joint timm"])
