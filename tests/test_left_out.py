@@ -53,7 +53,7 @@ def shown(run: Path, one: EvalSet) -> dict[str, Any]:
 def test_too_many_unusable_rows_are_refused(photos, column, count, unusable) -> None:
     source = photos(count, unusable, column=column)
     with pytest.raises(
-        ConfigError, match=rf"max_skipped_fraction: {unusable} of {count} rows .*photos/0: .*photos/1: "
+        ConfigError, match=rf"max_skipped_fraction: {unusable} of {count} rows .*photos~\w+/0: .*photos~\w+/1: "
     ):
         open_set(EvalSetConfig(source=source))
     assert len(open_set(EvalSetConfig(source=source, max_skipped_fraction=0.9)).pictures) == count - unusable
@@ -109,7 +109,7 @@ def test_every_row_is_used_or_listed(tmp_path, encoded, usable) -> None:
         return
     assert not refused
     assert one.num_rows == len(rows) == len(one.pictures) + len(one.skipped)
-    assert [skip.key for skip in one.skipped] == [f"rows/{n}" for n, good in enumerate(usable) if not good]
+    assert [skip.key for skip in one.skipped] == [f"{source.key}/{n}" for n, good in enumerate(usable) if not good]
 
 
 def test_max_images_does_not_cut_what_probes_are_fitted_on(tmp_path, encoded) -> None:
