@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as T
-from peer_models import WIDTH, bert_tokenizer, saved, xlmr_tokenizer
+from peer_models import WIDTH, bert_tokenizer, draw, saved, xlmr_tokenizer
+from safetensors.torch import load_file
 from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
+from koclip.checkpoint.model import publish
 from koclip.config import ConfigError, SwapConfig
 from koclip.models.adapt import adapt, load_teacher, text_encoder
 from koclip.models.dual_encoder import DualEncoder, from_scratch
@@ -117,6 +119,33 @@ def test_a_tokenizer_of_another_vocabulary_says_nothing_of_padding(tmp_path: Pat
     assert encoder.config.pad_token_id == 3
     with pytest.raises(ConfigError, match="vocabulary 20 entries"):
         tokenizers.load(str(folder), 40, encoder.config, TEXTS[:2])
+
+
+@pytest.mark.parametrize("towers", ["CLIP's image tower", "CLIP's text tower", "SigLIP's image tower", "neither"])
+def test_joint_weights_have_the_names_that_all_versions_read(towers: str, tmp_path: Path) -> None:
+    """transformers 4 and 5.0 to 5.5 draw these towers at random, in silence, where they are named as 5.10 has them."""
+    clip, processor = from_scratch(tiny_config(), tiny_tokenizer())
+    images, encoder, tokenizer = processor.image_processor, None, processor.tokenizer
+    image = clip if towers == "CLIP's image tower" else T.ViTModel(T.ViTConfig(**WIDTH, image_size=32, patch_size=8))
+    if towers == "SigLIP's image tower":
+        image = T.SiglipVisionModel(T.SiglipVisionConfig(**WIDTH, image_size=32, patch_size=8))
+    if towers != "CLIP's text tower":
+        tokenizer = tokenizers.load(str(encoder_beside_xlmr(tmp_path / "encoder", "albert")), 24)
+        encoder = load_text_encoder(str(tmp_path / "encoder"))
+    config = SwapConfig(clip="a", **({} if encoder else {"text_width": 64, "text_layers": 1}))
+    model, joint = adapt(config, image, encoder, images, tokenizer)
+    draw(model)
+    publish(tmp_path / "model", model, joint, model.state_dict())
+    names = load_file(tmp_path / "model" / "model.safetensors")
+    for side in ("vision_model", "text_model"):
+        deeper = {name.startswith(f"{side}.{side}.") for name in names if name.startswith(f"{side}.")}
+        assert deeper == {towers.endswith("image tower") if side == "vision_model" else towers == "CLIP's text tower"}
+    loaded, info = AutoModel.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    cut = {name for name, value in loaded.state_dict().items() if value.shape != model.state_dict()[name].shape}
+    assert all("position_embedding" in name for name in cut)
+    weights = {name: value for name, value in model.state_dict().items() if name not in cut}
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in weights.items())
 
 
 SIGLIPS = {"SigLIP": "SiglipModel", "SigLIP 2": "SiglipModel"}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, VisionTextDualEncoderModel
 
 from koclip.config import AlignConfig
 from koclip.models import StockModel, adapters
@@ -19,6 +19,7 @@ _NAMES_IN_4 = {
     "ChineseCLIPProcessor": "CLIPProcessor",
     "ChineseCLIPImageProcessor": "CLIPImageProcessor",
 }
+_WRAPPED = ("clip_vision_model", "clip_text_model", "siglip_vision_model")
 
 
 def publish(
@@ -38,6 +39,7 @@ def publish(
     }
     stock["logit_scale"] = stock["logit_scale"].reshape(())  # of one dimension under FSDP2
     _cut_positions(model, stock, processor.tokenizer)
+    stock = {_name_for_all(model, name): value for name, value in stock.items()}
     model.save_pretrained(directory, state_dict=stock)
     forget_call_state(processor.tokenizer)
     processor.save_pretrained(directory)
@@ -85,6 +87,19 @@ def _cut_positions(model: Any, weights: dict[str, torch.Tensor], tokenizer: PreT
         name = f"text_model.{table}.weight"
         weights[name] = weights[name][: rows.start + longest]
         model.config.text_config.max_position_embeddings = rows.start + longest
+
+
+def _name_for_all(model: Any, name: str) -> str:
+    """Return the name under which every version of transformers reads a weight.
+
+    Inside of a `VisionTextDualEncoderModel`, early versions (5.5 is one, 5.10 none) look for the weights of these
+    towers one level deeper, and draw at random what they do not find. Later ones read both.
+    """
+    side, _, rest = name.partition(".")
+    wrapped = isinstance(model, VisionTextDualEncoderModel) and side in ("vision_model", "text_model")
+    if not wrapped or getattr(model, side).config.model_type not in _WRAPPED or rest.startswith(f"{side}."):
+        return name
+    return f"{side}.{side}.{rest}"
 
 
 def _let_transformers_4_read(directory: Path) -> None:

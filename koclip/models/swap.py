@@ -1,6 +1,6 @@
 """Give a CLIP another text encoder. Its image space stays as it is, bit for bit: image tower, projection, logit scale.
 
-The result is a stock class, which training works on, so that publishing converts nothing:
+The result is a stock class, which training works on, so that publishing converts nothing but the length of texts:
 
 | image tower | text encoder | class |
 |---|---|---|
