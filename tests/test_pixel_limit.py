@@ -60,7 +60,7 @@ def test_training_and_its_evaluation_keep_the_limit_of_data(photos, tmp_path):
     settings = {
         "output_dir": str(run_directory),
         "data": {"sources": [source(photos)], "max_image_pixels": 100, "max_skipped_fraction": 0.5, "num_workers": 0},
-        "eval": {"sets": [{"source": source(photos)}]},
+        "eval": {"sets": [{"source": source(photos), "max_skipped_fraction": 0.5}]},
         "tokenizer": {"vocab_size": 600},
         "model": {"image_width": 32, "text_width": 32, "image_layers": 1, "text_layers": 1},
         "optim": {"warmup_steps": 0},
@@ -83,7 +83,8 @@ def model(tmp_path_factory) -> Path:
 
 
 def evaluate(photos: Path, model: Path, directory: Path, *args: str, ratings: Path | None = None) -> dict:
-    settings = {"sets": [{"source": source(photos)}], "device": "cpu", "cache_dir": None, "model": str(model)}
+    sets = [{"source": source(photos), "max_skipped_fraction": 0.5}]
+    settings = {"sets": sets, "device": "cpu", "cache_dir": None, "model": str(model)}
     if ratings:
         settings["ratings"] = [{"path": str(ratings), "language": "ko"}]
     file = directory / "suite.yaml"

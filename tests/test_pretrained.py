@@ -105,7 +105,9 @@ def test_the_pooled_output_of_a_tower_is_the_image_space(name: str, dtype: torch
             made = base.to(dtype)(pixel_values=pixels().to(dtype))
             first = name in ("google/vit", "deit")  # without a pooler of their own: the class token
             assert torch.equal(pooled, made.last_hidden_state[:, 0] if first else made.pooler_output)
-    assert torch.equal(got, torch.nn.functional.normalize(pooled.float(), dim=-1))
+    wanted = torch.nn.functional.normalize(pooled.float(), dim=-1)
+    # On one thread some CPUs' convolutions round by where weights lie in memory: here mapped from a file, there not.
+    assert (got - wanted).abs().max() <= (1e-7 if "resnet" in name else 0)
     assert loaded.logit_scale.item() == pytest.approx(math.log(1 / 0.07), rel=4e-3)  # bf16 has three digits
     assert len(processor.image_mean) == len(processor.image_std) == 3
 

@@ -112,8 +112,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         assert not any(TOKEN.encode() in content for content in repo.files.values())
 
 
-def same(seen: dict[str, Any], kind: str) -> None:
-    assert seen == {"class": kind, "problems": [], "image": 0.0, "text": 0.0}
+def same(seen: dict[str, Any], kind: str, rounding: float = 0.0) -> None:
+    """Check that a clean process has the embeddings of this one; `rounding` is the largest difference of a number."""
+    assert seen | {"image": 0.0, "text": 0.0} == {"class": kind, "problems": [], "image": 0.0, "text": 0.0}
+    assert max(seen["image"], seen["text"]) <= rounding
 
 
 def test_a_clip_from_random_weights_comes_back(hub):
@@ -172,7 +174,8 @@ def test_an_adapter_comes_back_and_so_does_the_merged_model(hub):
     assert ran.returncode == 0, ran.stderr
     made = load(model, "cpu")
     same(hub.differences("adapted", made), "CLIPModel")
-    same(hub.differences("adapted", (trained, made[1]), "adapter"), "CLIPModel")
+    # On one thread some CPUs' kernels round by where weights lie in memory, which is mapped from the file in one of both.
+    same(hub.differences("adapted", (trained, made[1]), "adapter"), "CLIPModel", rounding=1e-7)
 
 
 def test_a_dry_run_needs_no_token_and_pushes_nothing(hub):

@@ -88,7 +88,7 @@ def test_metrics_hold_every_promised_number(finished):
 
 def test_results_name_sets_languages_tasks_and_intervals(finished):
     results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
-    assert set(results) == {"model", "data", "metrics", "environment"}
+    assert set(results) == {"model", "fingerprint", "data", "metrics", "environment"}
     for language in ("ko", "en"):
         for name in ("text_to_image/recall@10", "image_to_text/recall@1", "unseen_pairs/accuracy", "relation/accuracy"):
             metric = results["metrics"][f"scenes/{language}/{name}"]

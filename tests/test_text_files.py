@@ -71,7 +71,7 @@ def test_numbers_of_json_are_labels_but_no_captions(tmp_path) -> None:
     rows += [{"image": "c.png", "label": "03", "ko": None}, {"image": "d.png", "label": True, "ko": "7"}]
     config = source(write(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, rows))), label="label")
     read = all_rows(open_source(config))
-    assert [one.label for one in read] == ["3", "3.0", "03", "True"]
+    assert [one.label for one in read] == ["3", "3", "03", "True"]
     assert [[text for texts in one.captions.values() for text in texts if text] for one in read] == [
         [],
         ["개"],

@@ -83,7 +83,7 @@ def test_training_images_that_the_source_holds_are_left_out_of_training(photos) 
     one = probe_set(photos("photos", range(100, 200)), photos("train", range(300)))
     assert len(one.pictures) == 100
     assert len(one.train.pictures) == 200
-    assert [skip.key for skip in one.train.skipped] == [f"train/{number}" for number in range(100, 200)]
+    assert [skip.key.rsplit("/")[-1] for skip in one.train.skipped] == list(map(str, range(100, 200)))
     assert linear_probe(Embedder(Remembering(), 50), one)["linear_probe/accuracy"].value < 0.45
 
 

@@ -18,7 +18,7 @@ def content_of(row: Row) -> bytes:
     try:
         return digest_of(read(row.image))
     except ImageError:
-        return digest_of(str(row.image or row.key).encode())
+        return digest_of(str(row.image or row.key).encode(errors="surrogatepass"))
 
 
 def first_rows(rows: Iterable[Row], most: int) -> Iterator[tuple[Row, bytes | None]]:

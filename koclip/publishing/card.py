@@ -151,23 +151,27 @@ def render(cfg: PublishConfig, facts: Facts, year: int | None = None) -> ModelCa
     }
     missing = [key for key, value in fields.items() if value in (None, "", [])]
     check(not missing, "the card", missing, "these fields are empty: mend what they are made from")
-    may_be_empty: dict[str, Any] = {
+    template = files("koclip") / "assets" / "model_card.md"
+    data = metadata(cfg, facts, licence)
+    card: ModelCard = ModelCard.from_template(
+        data, template_str=template.read_text(encoding="utf-8"), **fields, **_what_may_be_missing(cfg, facts)
+    )
+    return card
+
+
+def _what_may_be_missing(cfg: PublishConfig, facts: Facts) -> dict[str, Any]:
+    """Return the fields of the template that are empty for some models."""
+    return {
         "towers": facts.towers,
         "exports": _exports(Path(cfg.model)),
         "reads_longer": facts.reads_longer,
         "cleans": facts.cleans,
         "int8": quantized.read(Path(cfg.model), facts.results["fingerprint"]),
         "measured_on": [
-            f"{name}: {note}" for name, one in facts.results["data"].items() for note in notes({name: one})
+            f"{name}: {note}" for name, data in facts.results["data"].items() for note in notes({name: data})
         ],
         "adapter": cfg.adapter and (Path(cfg.model) / ADAPTER).is_dir(),
     }
-    template = files("koclip") / "assets" / "model_card.md"
-    data = metadata(cfg, facts, licence)
-    card: ModelCard = ModelCard.from_template(
-        data, template_str=template.read_text(encoding="utf-8"), **fields, **may_be_empty
-    )
-    return card
 
 
 def metadata(cfg: PublishConfig, facts: Facts, licence: Licence) -> ModelCardData:
