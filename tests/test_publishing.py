@@ -174,7 +174,7 @@ def test_an_adapter_comes_back_and_so_does_the_merged_model(hub):
     assert ran.returncode == 0, ran.stderr
     made = load(model, "cpu")
     same(hub.differences("adapted", made), "CLIPModel")
-    # On one thread some CPUs' kernels round by where weights lie in memory, which is mapped from the file in one of both.
+    # On one thread some CPUs round by where weights lie in memory; in one of both they are mapped from the file.
     same(hub.differences("adapted", (trained, made[1]), "adapter"), "CLIPModel", rounding=1e-7)
 
 
