@@ -75,7 +75,7 @@ def test_every_row_is_used_or_listed(data: dirty.Dirty) -> None:
 @pytest.mark.parametrize("name", two_dirty.RUNS)
 @pytest.mark.parametrize("other", ["2", "pieces"])
 def test_processes_and_pieces_train_as_one(folder: Path, name: str, other: str) -> None:
-    """To the tolerances of clean data: 5e-6 of weights, 2e-6 of losses.
+    """Losses to 2e-6; weights to 2e-5 in thirty steps, where clean data are held to 5e-6 in six.
 
     But for the biases of keys: softmax takes away what they add, so their gradient is rounding, which AdamW scales up.
     """
@@ -83,7 +83,7 @@ def test_processes_and_pieces_train_as_one(folder: Path, name: str, other: str) 
     one, two = (load_file(run / "model" / "model.safetensors") for run in runs)
     assert one.keys() == two.keys()
     trained = {key: value for key, value in one.items() if not key.endswith("k_proj.bias")}
-    assert max((two[key] - value).abs().max().item() for key, value in trained.items()) <= 5e-6
+    assert max((two[key] - value).abs().max().item() for key, value in trained.items()) <= 2e-5
     logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
     losses = [[line["loss"] for line in log if "loss" in line] for log in logs]
     assert len(losses[0]) == two_dirty.STEPS

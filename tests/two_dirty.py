@@ -10,11 +10,12 @@ from pathlib import Path
 
 import dirty
 import torch
-from align_runs import align, arguments, write_source
+from align_runs import ENGLISH, KOREAN, align, arguments, write_source
 from test_recipes import pretrain
 
 from koclip import config, distributed
 from koclip.data import feature_rows
+from koclip.text.tokenizers import train_bpe
 
 STEPS = 30  # of 10 pairs: every row comes up
 _BATCH = 10  # pairs of all processes
@@ -28,7 +29,7 @@ def options(folder: Path, name: str, way: str) -> list[str]:
         *("--data.sources", sources, "--data.max_skipped_fraction", "0.9", "--eval.sets", "[]"),
         *("--train.num_steps", str(STEPS), "--train.save_every", str(STEPS // 2), "--train.log_every", "1"),
         *("--train.batch_size", str(_BATCH // distributed.world_size()), *pieces),
-        *("--output_dir", str(folder / f"{name}-{way}")),
+        *("--tokenizer.path", str(folder / "tokenizer"), "--output_dir", str(folder / f"{name}-{way}")),
     ]
 
 
@@ -48,8 +49,9 @@ RUNS: dict[str, Callable[..., None]] = {"pretrain": pretrain_on, "align": align_
 
 
 def write(folder: Path) -> None:
-    """Write the data and a source CLIP."""
+    """Write the data, a source CLIP and a tokenizer: of merges that are as frequent, each training chooses anew."""
     dirty.write(folder)
+    train_bpe([*KOREAN, *ENGLISH], 600, 24).save_pretrained(folder / "tokenizer")
     write_source(folder / "source")
 
 
