@@ -18,6 +18,7 @@ from koclip.data.transforms import PixelLimit, Views, centre_view, view_size
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate, open_all
 from koclip.evaluation.report import report
+from koclip.evaluation.sets import EvalSet
 from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.models.encoders import TransformersEncoder
 from koclip.text.normalize import usable
@@ -79,10 +80,15 @@ def main(cfg: config.PretrainConfig) -> None:
     if accelerator.is_main_process:
         saved = TransformersEncoder(*koclip.load(model_dir), name=str(model_dir))  # as a user loads it
         report(run.path, cfg, Embedder(saved, cfg.eval.batch_size), eval_sets)
-        told = [usable(own)[0] for one in eval_sets for captions in one.captions for own in captions.values()]
-        labels = list(dict.fromkeys(text.translate(QUOTES) for text in told))[:3]
+        labels = labels_of(eval_sets)
         measured = NEXT.format(model=model_dir, run=run.path, labels=labels)
         print(measured if labels else f"Saved {model_dir}, a stock transformers model; nothing was measured: eval.sets")
+
+
+def labels_of(eval_sets: list[EvalSet]) -> list[str]:
+    """Return three captions that a shell can be given as labels; fewer where there are not so many."""
+    captions = [usable(own)[0] for one in eval_sets for row in one.captions for own in row.values()]
+    return list(dict.fromkeys(text.translate(QUOTES) for text in captions))[:3]
 
 
 if __name__ == "__main__":

@@ -234,3 +234,11 @@ def flawed(tmp_path, encoded) -> SourceConfig:
         lines.append(json.dumps({"image": f"pictures/{number:03d}.png", "text": text}))
     (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return SourceConfig(path=str(tmp_path / "rows.jsonl"), captions={"ko": "text"})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a run that can be published."""
+    from runs_to_publish import pretrained
+
+    return pretrained(tmp_path_factory.mktemp("trained") / "run").parent

@@ -14,8 +14,8 @@ from test_text_files import source as text_source
 from test_text_files import write_tar
 
 from koclip.config import SourceConfig
+from koclip.data.files import SourceError
 from koclip.data.sources import open_source
-from koclip.data.tables import SourceError
 from koclip.text.normalize import clean_captions, normalize
 
 

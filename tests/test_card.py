@@ -11,7 +11,7 @@ import pytest
 import yaml
 from hub_rules import metadata_problems
 from huggingface_hub import ModelCard
-from runs_to_publish import ENVIRONMENT, METRICS, aligned, beside, pretrained
+from runs_to_publish import ENVIRONMENT, METRICS, aligned, beside
 
 from koclip import config
 from koclip.config import ConfigError, PublishConfig
@@ -23,12 +23,6 @@ from koclip.publishing.files import CARD, LICENCE
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).with_name("golden_card.md")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of a run."""
-    return pretrained(tmp_path_factory.mktemp("trained") / "run").parent
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from sources_on_disk import WRITERS, all_rows, arrow, colour, csv_file, json_lines, parquet, tsv_file, webdataset
 
 from koclip.config import ConfigError, EvalSetConfig, IndexConfig, SourceConfig
+from koclip.data.files import SourceError
 from koclip.data.sources import open_source
-from koclip.data.tables import SourceError
 from koclip.evaluation.sets import open_set
 from koclip.search.build import Collection
 

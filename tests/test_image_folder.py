@@ -15,9 +15,9 @@ from loading import batches, config
 from sources_on_disk import all_rows, colour
 
 from koclip.config import EvalSetConfig, SourceConfig
+from koclip.data.files import SourceError
 from koclip.data.order import Shard
 from koclip.data.sources import Row, open_source
-from koclip.data.tables import SourceError
 from koclip.evaluation.sets import open_set
 
 KINDS = ["csv", "jsonl", "parquet"]

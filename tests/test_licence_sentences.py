@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from runs_to_publish import aligned, beside, pretrained
+from runs_to_publish import aligned, beside
 
 from koclip import config
 from koclip.config import ConfigError, PublishConfig
@@ -61,11 +61,6 @@ SENTENCES = [
 ]
 FREE = {"apache-2.0", "mit", "cc-by-4.0", "bsd-3-clause", "cc0-1.0"}
 every_sentence = pytest.mark.parametrize("sentence", SENTENCES)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pretrained(tmp_path_factory.mktemp("trained") / "run").parent
 
 
 @pytest.fixture

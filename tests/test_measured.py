@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs_to_publish import pretrained, swapped
+from runs_to_publish import swapped
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_tokenizer
 
@@ -23,11 +23,6 @@ from koclip.publishing.quantized import read
 from koclip.publishing.sentence import describe
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pretrained(tmp_path_factory.mktemp("trained") / "run").parent
 
 
 @pytest.fixture

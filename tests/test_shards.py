@@ -23,10 +23,10 @@ from sources_on_disk import all_rows, colour
 
 from koclip.config import DataConfig, EvalSetConfig, SourceConfig
 from koclip.data.feature_rows import Images, Sentences, shards
+from koclip.data.files import SourceError
 from koclip.data.loader import train_loader, training_captions
 from koclip.data.order import Shard
 from koclip.data.sources import open_source
-from koclip.data.tables import SourceError
 from koclip.data.transforms import Views
 from koclip.evaluation.sets import open_set
 

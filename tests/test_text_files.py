@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from sources_on_disk import all_rows
 
 from koclip.config import ConfigError, DataConfig, IndexConfig, SourceConfig
+from koclip.data.files import SourceError
 from koclip.data.loader import training_captions
 from koclip.data.sources import StreamSource, open_source
-from koclip.data.tables import SourceError
 from koclip.search.build import Collection
 
 KOREAN = "image,ko\na.png,빨간 사과\nb.png,똠양꿍 펲시 고양이\n"

@@ -14,9 +14,9 @@ from xxhash import xxh3_64_intdigest
 
 from koclip.config import DataConfig
 from koclip.data.features import Features, MissingError, digest_of, image_id
+from koclip.data.files import SourceError
 from koclip.data.sources import Row
 from koclip.data.survey import CaptionLengths
-from koclip.data.tables import SourceError
 from koclip.data.transforms import ImageError, Views, decode, read
 from koclip.text import tokenizers
 from koclip.text.normalize import paired, usable

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from koclip.config import DataConfig
 from koclip.data.batches import Assembler, Batch, Candidate, Known, Position, generator
+from koclip.data.files import SourceError
 from koclip.data.order import Draw, MapOrder, Shard, row_seed
 from koclip.data.sources import MapSource, Row, StreamSource, open_source
 from koclip.data.survey import single_threaded
-from koclip.data.tables import SourceError
 from koclip.data.transforms import Views
 from koclip.text.normalize import usable
 

@@ -21,8 +21,7 @@ from koclip.data import shards
 from koclip.data.columns import LISTS, column_names, has_column, top_column
 from koclip.data.columns import dig as dig
 from koclip.data.encodings import FileError
-from koclip.data.files import SourceError as SourceError
-from koclip.data.files import file_format, find, identity, is_folder, is_remote, listed, walk
+from koclip.data.files import SourceError, file_format, find, identity, is_folder, is_remote, listed, walk
 from koclip.data.image_folder import open_folder
 from koclip.data.text_files import open_text
 

@@ -10,8 +10,8 @@ from koclip.config import ConfigError, EvalSetConfig, SourceConfig, check
 from koclip.config.evaluation import CAPTIONED
 from koclip.data.batches import Skip
 from koclip.data.corruptions import CORRUPTIONS
+from koclip.data.files import SourceError
 from koclip.data.sources import MapSource, Row, StreamSource, open_source
-from koclip.data.tables import SourceError
 from koclip.data.transforms import PIXEL_LIMIT, ImageError, PixelLimit, decode
 from koclip.evaluation.choices import Choice, scene_choices
 from koclip.evaluation.labels import NAMED, few, read_labels, said_by_number
