@@ -13,22 +13,23 @@ from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 
 import koclip
-from koclip import checkpoint, config, losses, training
-from koclip.checkpoint.model import publish_aligned
+from koclip import config, losses, training
+from koclip.align import lora
+from koclip.align.build import adapt, load_teacher, text_encoder
+from koclip.align.save import publish_aligned
+from koclip.align.trainable import layer_rates, select
 from koclip.data.batches import Known
 from koclip.data.loader import train_loader, training_captions
 from koclip.data.order import Shard
 from koclip.data.transforms import PixelLimit, Views, centre_view, view_size
+from koclip.encoders.base import TransformersEncoder
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate, open_all
-from koclip.evaluation.report import report
+from koclip.evaluation.report.finish import report
 from koclip.evaluation.sets import EvalSet
-from koclip.models import adapters
-from koclip.models.adapt import adapt, load_teacher, text_encoder
 from koclip.models.dual_encoder import DualEncoder
-from koclip.models.encoders import TransformersEncoder
 from koclip.models.pretrained import load_image_side
-from koclip.models.select import layer_rates, select
+from koclip.runs.directory import Run
 from koclip.training.frozen import image_features, teacher_features
 
 NEXT = """
@@ -41,7 +42,7 @@ print(koclip.embed_texts(model, processor, ['해변을 달리는 개']))"
 def main(cfg: config.AlignConfig) -> None:
     """Run the recipe: source, text side, teacher, one stage of training after the other, evaluation."""
     accelerator = training.start(cfg.train)
-    run = checkpoint.Run("align", cfg.output_dir, resume=cfg.resume == "auto")
+    run = Run("align", cfg.output_dir, resume=cfg.resume == "auto")
     run.start(cfg, accelerator)
     cache = Path(cfg.align.cache_dir or run.path / "features")
 
@@ -64,8 +65,8 @@ def main(cfg: config.AlignConfig) -> None:
     model, processor = adapt(cfg.model, clip, encoder, image_processor, tokenizer)
     source = {name: one.clone() for name, one in model.state_dict().items()} if cfg.align.wise_ft < 1 else {}
     if cfg.align.method == "lora":
-        adapters.attach(model, cfg.lora, new_text=cfg.model.text_encoder != "same", seed=cfg.model.seed)
-        accelerator.print(adapters.report(model))
+        lora.attach(model, cfg.lora, new_text=cfg.model.text_encoder != "same", seed=cfg.model.seed)
+        accelerator.print(lora.report(model))
     dual_encoder = DualEncoder(model, processor, losses.initial_bias(cfg.loss))
 
     trainer = None
@@ -90,7 +91,7 @@ def main(cfg: config.AlignConfig) -> None:
 def train(
     cfg: config.AlignConfig,
     accelerator: Accelerator,
-    run: checkpoint.Run,
+    run: Run,
     dual_encoder: DualEncoder,
     processor: ProcessorMixin,
     stage: config.Stage,

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from koclip import config
 from koclip.data.transforms import PixelLimit
+from koclip.encoders.peers import open_encoder
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate, open_all, warnings_of
-from koclip.evaluation.people import people
-from koclip.evaluation.present import keep, present
-from koclip.evaluation.report import Measured
-from koclip.evaluation.robustness import add_effective_robustness
+from koclip.evaluation.report.finish import Measured
+from koclip.evaluation.report.present import keep, present
 from koclip.evaluation.suite import folders_of, processes, start
-from koclip.models.peers import open_encoder
+from koclip.evaluation.tasks.ratings import people
+from koclip.evaluation.tasks.robustness import add_effective_robustness
 
 
 def main(cfg: config.EvaluateConfig) -> None:

@@ -9,9 +9,8 @@ since: pictures of other content, other captions.
 
 from pathlib import Path
 
-from koclip import config
-from koclip.checkpoint import lines
-from koclip.models.peers import open_encoder
+from koclip import config, storage
+from koclip.encoders.peers import open_encoder
 from koclip.search.build import build
 
 
@@ -21,7 +20,7 @@ def main(cfg: config.IndexConfig) -> None:
     encoder = open_encoder(cfg.model, cfg.device)
     num_images, skipped = build(cfg, encoder, directory)
     (directory / "skipped.jsonl").unlink(missing_ok=True)  # a run before this one's
-    lines.append(directory / "skipped.jsonl", [skip._asdict() for skip in skipped])
+    storage.append_lines(directory / "skipped.jsonl", [skip._asdict() for skip in skipped])
     left = f"; {len(skipped)} left out, listed in {directory / 'skipped.jsonl'}" if skipped else ""
     print(f"{num_images} images in {directory}{left}")
     print(f"Show them: python space/app.py --model {cfg.model} --index {directory}")

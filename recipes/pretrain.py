@@ -10,17 +10,18 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 import koclip
-from koclip import checkpoint, config, losses, training
+from koclip import config, losses, training
 from koclip.data.batches import Known
 from koclip.data.loader import train_loader, training_captions
 from koclip.data.order import Shard
 from koclip.data.transforms import PixelLimit, Views, centre_view, view_size
+from koclip.encoders.base import TransformersEncoder
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate, open_all
-from koclip.evaluation.report import report
+from koclip.evaluation.report.finish import report
 from koclip.evaluation.sets import EvalSet
 from koclip.models.dual_encoder import DualEncoder, from_scratch
-from koclip.models.encoders import TransformersEncoder
+from koclip.runs.directory import Run
 from koclip.text.normalize import usable
 
 NEXT = """
@@ -36,7 +37,7 @@ QUOTES = str.maketrans("'\"", "  ")  # what a shell would read
 def main(cfg: config.PretrainConfig) -> None:
     """Run the recipe: data, model, training, then evaluation of the saved model."""
     accelerator = training.start(cfg.train)
-    run = checkpoint.Run("pretrain", cfg.output_dir, resume=cfg.resume == "auto")
+    run = Run("pretrain", cfg.output_dir, resume=cfg.resume == "auto")
     run.start(cfg, accelerator)
 
     eval_sets = open_all(cfg.eval.sets, PixelLimit(cfg.data.max_image_pixels))

@@ -12,13 +12,13 @@ from koclip import config
 from koclip.data.transforms import PixelLimit
 from koclip.publishing.adapter import name_base
 from koclip.publishing.card import write_card
-from koclip.publishing.facts import gather
+from koclip.publishing.card_inputs import gather
 from koclip.publishing.files import CARD, publishable
-from koclip.publishing.onnx_export import export
+from koclip.publishing.formats.int8 import measure, open_sets, print_losses
+from koclip.publishing.formats.onnx import export
+from koclip.publishing.formats.sentence_transformers import describe
 from koclip.publishing.preflight import preflight, print_checks, refuse
 from koclip.publishing.push import Pushed, Repository, check_base, check_rights, push
-from koclip.publishing.quantized import measure, open_sets, print_losses
-from koclip.publishing.sentence import describe
 from koclip.publishing.space import push_space
 
 APP = Path(__file__).parents[1] / "space"

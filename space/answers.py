@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from texts import RefusedError
 
-from koclip.evaluation.zero_shot import ensemble
-from koclip.models.patches import NoPatchesError
+from koclip.encoders.patches import NoPatchesError
+from koclip.evaluation.tasks.zero_shot import ensemble
 from koclip.search import ImageIndex
 from koclip.text.classes import load_templates
-from koclip.text.hangul import is_syllable
+from koclip.text.korean.hangul import is_syllable
 from koclip.text.prompts import fill
 
 PER_PAGE = 12  # pictures
@@ -62,7 +62,7 @@ class Answers:
     """Answers with one model and one collection.
 
     Args:
-        encoder: `koclip.models.peers.open_encoder`'s.
+        encoder: `koclip.encoders.peers.open_encoder`'s.
         index: What is searched, made by the same model.
         seconds: That embedding a call's texts, or its covered pictures, may take.
         clock: In seconds.
@@ -132,7 +132,7 @@ class Answers:
         Args:
             image: The picture.
             query: The text.
-            way: `patches`: the similarity of each of the model's patches to the text (`koclip.models.patches`, with
+            way: `patches`: the similarity of each of the model's patches to the text (`koclip.encoders.patches`, with
                 the formula and why it may miss the thing itself). `cover`: the similarity that is lost when a place is
                 covered by the picture's mean colour, score_p = max(0, <e(image), t> - <e(image without p), t>), for
                 7 x 7 places two sevenths wide (Zeiler and Fergus 2014, section 4.2); it works for any model.

@@ -30,9 +30,9 @@ from PIL import Image  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 
 from koclip.config import ConfigError, IndexConfig, check  # noqa: E402
-from koclip.data import scenes  # noqa: E402
-from koclip.models.encoders import Encoder  # noqa: E402
-from koclip.models.peers import open_encoder  # noqa: E402
+from koclip.data.formats import scenes  # noqa: E402
+from koclip.encoders.base import Encoder  # noqa: E402
+from koclip.encoders.peers import open_encoder  # noqa: E402
 from koclip.search import ImageIndex, open_index  # noqa: E402
 from koclip.search.build import build  # noqa: E402
 

@@ -14,8 +14,8 @@ from tiny import tiny_config
 from transformers import AutoConfig, AutoModel
 
 from koclip import config
-from koclip.checkpoint.model import publish
 from koclip.models.dual_encoder import from_scratch
+from koclip.models.save import publish
 from koclip.text.tokenizers import train_bpe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "align.py"

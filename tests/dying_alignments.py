@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from align_runs import align
 
 from koclip import training
-from koclip.checkpoint import run as run_room
-from koclip.checkpoint.state import Snapshot
 from koclip.data import feature_rows, features
-from koclip.evaluation import report as _slow_to_load  # noqa: F401
+from koclip.evaluation.report import finish as _slow_to_load  # noqa: F401
+from koclip.runs import directory as run_room
+from koclip.runs.state import Snapshot
 from koclip.training import loop
 
 

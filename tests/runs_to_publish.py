@@ -11,12 +11,13 @@ from tiny import tiny_config, tiny_tokenizer
 from transformers import BertConfig, BertModel, ChineseCLIPProcessor
 
 from koclip import config
-from koclip.checkpoint.model import publish, publish_aligned
-from koclip.evaluation.report import Measured, write_results
+from koclip.align.lora import attach
+from koclip.align.save import publish_aligned
+from koclip.encoders.peers import open_encoder
+from koclip.evaluation.report.finish import Measured, write_results
 from koclip.metrics import Metric
-from koclip.models.adapters import attach
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.peers import open_encoder
+from koclip.models.save import publish
 from koclip.models.swap import swap_text_tower
 
 ENVIRONMENT = {
@@ -71,7 +72,7 @@ def swapped(folder: Path, clip: str, text_encoder: str) -> Path:
 
 def adapted(folder: Path, clip: str, source: Path) -> tuple[Path, Any]:
     """Write the run of a CLIP whose own text tower got adapters; return its directory and the model with them."""
-    from koclip.models.inference import load
+    from koclip.encoders.inference import load
 
     model, processor = load(source, device="cpu")
     settings = aligned(clip, "same", "lora")

@@ -8,7 +8,7 @@ from PIL import Image
 
 from koclip.config import EvalSetConfig, SourceConfig
 from koclip.data.sources import Row
-from koclip.evaluation.pictures import Pictures
+from koclip.evaluation.images import Pictures
 from koclip.evaluation.sets import EvalSet
 from koclip.text.classes import ClassName
 

@@ -15,7 +15,7 @@ from align_runs import write_source
 from PIL import Image
 
 from koclip.config import IndexConfig
-from koclip.models.peers import open_encoder
+from koclip.encoders.peers import open_encoder
 from koclip.search.build import build
 
 ROOT = Path(__file__).parents[1]

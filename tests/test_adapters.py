@@ -14,11 +14,11 @@ from tiny import tiny_batch, tiny_config, tiny_dual_encoder, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from koclip.checkpoint import publish
+from koclip.align.lora import BASE, attach, base_weights, merge, report, save
 from koclip.config import AdapterConfig, ConfigError
-from koclip.models.adapters import BASE, attach, base_weights, merge, report, save
 from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.models.fast import speed_up
+from koclip.models.save import publish
 from koclip.models.swap import swap_text_tower
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}

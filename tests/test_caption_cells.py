@@ -14,7 +14,7 @@ from test_text_files import source as text_source
 from test_text_files import write_tar
 
 from koclip.config import SourceConfig
-from koclip.data.files import SourceError
+from koclip.data.formats.files import SourceError
 from koclip.data.sources import open_source
 from koclip.text.normalize import clean_captions, normalize
 

@@ -24,9 +24,9 @@ from koclip.data.order import Shard
 from koclip.data.sources import Row, open_source, row_captions
 from koclip.data.survey import survey
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.pictures import Pictures
-from koclip.evaluation.retrieval import languages, retrieval, stress
+from koclip.evaluation.images import Pictures
 from koclip.evaluation.sets import EvalSet, EvalSetConfig
+from koclip.evaluation.tasks.retrieval import languages, retrieval, stress
 
 GAPS = {"ko": ["하나", "", "셋", "넷"], "en": ["one", "two", "three", ""]}  # of the issue: (하나, one) and (셋, three)
 SOURCE = SourceConfig(path="rows.jsonl", captions={"ko": "ko", "en": "en"}, languages={"ko": 1.0})

@@ -15,10 +15,10 @@ from runs_to_publish import ENVIRONMENT, METRICS, aligned, beside
 
 from koclip import config
 from koclip.config import ConfigError, PublishConfig
-from koclip.evaluation.tables import place, split
-from koclip.publishing import facts
+from koclip.evaluation.report.table import place, split
+from koclip.publishing import card_inputs
 from koclip.publishing.card import render, write_card
-from koclip.publishing.facts import gather
+from koclip.publishing.card_inputs import gather
 from koclip.publishing.files import CARD, LICENCE
 
 ROOT = Path(__file__).parents[1]
@@ -289,7 +289,7 @@ def test_a_licence_that_nobody_tells_is_asked_for(run):
 def test_a_card_on_the_hub_may_state_several_licences(run, monkeypatch, stated, licence):
     beside(run, aligned("openai/clip-vit-base-patch32", "same", "lora"))
     found = SimpleNamespace(card_data={"license": stated})
-    monkeypatch.setattr(facts, "HfApi", lambda: SimpleNamespace(model_info=lambda _: found))
+    monkeypatch.setattr(card_inputs, "HfApi", lambda: SimpleNamespace(model_info=lambda _: found))
     assert card_of(run).data.license == licence
 
 
@@ -297,7 +297,7 @@ def test_a_licence_that_the_hub_calls_other_is_no_other_whatever_its_name(run, m
     beside(run, aligned("openai/clip-vit-base-patch32", "same", "lora"))
     for words in ({"license_name": "mit"}, {"license_name": "apache-2.0", "license_link": "LICENSE"}, {}):
         found = SimpleNamespace(card_data={"license": "other", **words})
-        monkeypatch.setattr(facts, "HfApi", lambda found=found: SimpleNamespace(model_info=lambda _: found))
+        monkeypatch.setattr(card_inputs, "HfApi", lambda found=found: SimpleNamespace(model_info=lambda _: found))
         card = card_of(run)
         assert card.data["license_name"] == "terms-of-sources"
         assert f"| weights | other (“{' '.join(words.values()) or 'other'}”) |" in card.text

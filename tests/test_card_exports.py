@@ -15,10 +15,10 @@ from PIL import Image
 from runs_to_publish import pretrained
 
 from koclip.config import PublishConfig
-from koclip.models.inference import embed_images, embed_texts, load
+from koclip.encoders.inference import embed_images, embed_texts, load
 from koclip.publishing.card import render
-from koclip.publishing.facts import gather
-from koclip.publishing.onnx_export import export
+from koclip.publishing.card_inputs import gather
+from koclip.publishing.formats.onnx import export
 
 ROOT = Path(__file__).parents[1]
 GRAPHS = {

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from align_runs import align, arguments, write_pairs, write_source
 
-from koclip.checkpoint import integrity
+from koclip import storage
 from koclip.config import ConfigError
 
 STEPS = 2
@@ -96,7 +96,7 @@ def test_a_checkpoint_that_does_not_know_its_data_says_so(stopped: Path, capsys:
     facts = json.loads((checkpoint / "state.json").read_text())
     del facts["data"]
     (checkpoint / "state.json").write_text(json.dumps(facts))
-    (checkpoint / integrity.SEAL).unlink()
-    integrity.seal(checkpoint)
+    (checkpoint / storage.SEAL).unlink()
+    storage.seal(checkpoint)
     assert go_on(stopped) == [1, 2, 3]
     assert "does not say what its data was" in capsys.readouterr().out

@@ -13,11 +13,12 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_dual_encoder, tiny_pieces, tiny_tokenizer
 
-from koclip import training
-from koclip.checkpoint import Run, integrity, lines, state
+from koclip import storage, training
 from koclip.config import ConfigError, OptimConfig, PretrainConfig, RunError, TrainConfig, check_changes, to_dict
 from koclip.losses import initial_bias
 from koclip.models.dual_encoder import DualEncoder, from_scratch
+from koclip.runs import state
+from koclip.runs.directory import Run
 from koclip.training import Trainer
 
 CONFIG = PretrainConfig(
@@ -108,7 +109,7 @@ def test_the_newest_intact_checkpoint_is_resumed(
 
 def test_intact_checkpoints_are_not_damaged(saved: Path) -> None:
     for checkpoint in sorted((saved / "checkpoints").glob("step-*")):
-        assert integrity.damage(checkpoint) is None
+        assert storage.damage(checkpoint) is None
 
 
 def test_no_intact_checkpoint_is_an_error_and_not_a_new_start(saved: Path, tmp_path: Path) -> None:
@@ -210,24 +211,24 @@ def test_only_the_newest_are_kept(saved: Path, tmp_path: Path) -> None:
 
 def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
-    lines.append(log, [{"step": 1}, {"step": 2}])
+    storage.append_lines(log, [{"step": 1}, {"step": 2}])
     log.write_text(log.read_text() + '{"step": 3, "lo')
-    assert lines.read(log) == [{"step": 1}, {"step": 2}]
-    lines.keep(log, lambda item: item["step"] < 2)
+    assert storage.read_lines(log) == [{"step": 1}, {"step": 2}]
+    storage.keep_lines(log, lambda item: item["step"] < 2)
     assert log.read_text() == '{"step": 1}\n'
 
 
 def test_a_line_break_of_unicode_is_part_of_its_item(tmp_path: Path) -> None:
     items = [{"key": "a\u2028b"}, {"key": "c\x85d\n\r"}]
-    lines.append(tmp_path / "skipped.jsonl", items)
-    assert lines.read(tmp_path / "skipped.jsonl") == items
+    storage.append_lines(tmp_path / "skipped.jsonl", items)
+    assert storage.read_lines(tmp_path / "skipped.jsonl") == items
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_its_logs_anew(tmp_path: Path) -> None:
-    lines.append(tmp_path / "metrics.jsonl", [{"step": 1}, {"step": 2}])
+    storage.append_lines(tmp_path / "metrics.jsonl", [{"step": 1}, {"step": 2}])
     trainer = prepare()
     assert open_run(tmp_path, trainer).load(trainer).step == 0
-    assert lines.read(tmp_path / "metrics.jsonl") == []
+    assert storage.read_lines(tmp_path / "metrics.jsonl") == []
 
 
 def changed(**sections: dict[str, object]) -> PretrainConfig:
@@ -321,8 +322,8 @@ def test_a_place_in_a_stream_that_counts_batches_is_refused(saved: Path, tmp_pat
     checkpoint = folder / "checkpoints" / "step-00000003"
     facts = state.read_facts(checkpoint) | {"positions": [[[0, 24, 2, [[0, 24]]]]]}
     (checkpoint / "state.json").write_text(json.dumps(facts), encoding="utf-8")
-    (checkpoint / integrity.SEAL).unlink()
-    integrity.seal(checkpoint)
+    (checkpoint / storage.SEAL).unlink()
+    storage.seal(checkpoint)
     trainer = prepare()
     with pytest.raises(ConfigError, match="counts batches, not samples"):
         open_run(folder, trainer).load(trainer)

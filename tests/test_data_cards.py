@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import DatasetCardData
 from huggingface_hub.utils import validate_repo_id
 
-from koclip.data import scenes
+from koclip.data.formats import scenes
 from koclip.publishing import data_cards
 
 ROOT = Path(__file__).parents[1]

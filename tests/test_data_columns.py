@@ -20,7 +20,7 @@ from sources_on_disk import (
 )
 
 from koclip.config import ConfigError, SourceConfig
-from koclip.data.files import SourceError
+from koclip.data.formats.files import SourceError
 from koclip.data.sources import open_source
 
 CELLS = ["고양이", "", None, "  ", "nan", ["개", None, 3, ""], 3, 2.5, {"a": "b"}, [], ["NaN"]]

@@ -21,11 +21,11 @@ from koclip.data.loader import train_loader
 from koclip.data.order import Shard
 from koclip.data.sources import Row, open_source
 from koclip.data.transforms import Views, read
+from koclip.encoders.peers import open_encoder
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate
 from koclip.evaluation.notes import counts
 from koclip.evaluation.sets import open_set
-from koclip.models.peers import open_encoder
 from koclip.search import build, open_index
 from koclip.text.normalize import usable
 

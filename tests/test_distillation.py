@@ -11,7 +11,7 @@ from tiny import tiny_dual_encoder, tiny_pieces
 from koclip import losses, training
 from koclip.config import DistillConfig, LossConfig, OptimConfig, Stage, TrainConfig
 from koclip.data.batches import Batch
-from koclip.models.dual_encoder import Embeddings
+from koclip.losses.embeddings import Embeddings
 
 TEXT = torch.tensor([[0.6, 0.8], [1.0, 0.0]])
 NORM = torch.tensor([5.0, 2.0])  # features (3, 4) and (2, 0)

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
 
 from koclip.config import ConfigError
-from koclip.models.encoders import TransformersEncoder
-from koclip.models.peers import open_encoder
+from koclip.encoders.base import TransformersEncoder
+from koclip.encoders.peers import open_encoder
 
 TEXTS = ["별", "빨간 원 위에 있는 작은 파란 별 하나", "A red Circle", "고양이 2 마리"]
 PROJECTS = [kind for kind in KINDS if "SigLIP" not in kind]

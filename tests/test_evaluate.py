@@ -14,10 +14,10 @@ from fake_encoder import CLASSES, write_colours
 from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 
 from koclip import config
-from koclip.checkpoint import publish
+from koclip.encoders.peers import open_encoder
 from koclip.evaluation.suite import processes
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.peers import open_encoder
+from koclip.models.save import publish
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "evaluate.py"
@@ -154,7 +154,7 @@ def test_several_models_stand_side_by_side(folder: Path, alone: Path, capsys: py
 def test_kept_embeddings_make_the_second_evaluation_the_same(
     folder: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from koclip.models.encoders import TransformersEncoder
+    from koclip.encoders.base import TransformersEncoder
 
     def refuse(*args: object) -> None:
         raise AssertionError("it is kept")

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModel, BertConfig, BertModel, ChineseCLIPModel, CLIPModel
 from transformers.activations import QuickGELUActivation
 
+from koclip.align import lora
 from koclip.config import AdapterConfig
-from koclip.models import adapters
 from koclip.models.dual_encoder import DualEncoder
 from koclip.models.fast import LastImageLayer, LastLayer, LastTextLayer, PatchEmbedding, QuickGELU, speed_up
 from koclip.models.swap import swap_text_tower
@@ -117,7 +117,7 @@ def test_a_sped_up_bert_text_tower_gives_the_stock_features_and_gradients(
 ) -> None:
     stock = with_bert()
     if adapted:
-        adapters.attach(stock, AdapterConfig(target="both", rank=4))
+        lora.attach(stock, AdapterConfig(target="both", rank=4))
         for name, parameter in stock.named_parameters():
             if "lora_B" in name:  # zeros, which would hide the adapters
                 nn.init.normal_(parameter, std=0.1)

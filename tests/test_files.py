@@ -1,4 +1,4 @@
-"""koclip.data.files: a source's files are found by their names, whatever these hold, and in any Unicode form."""
+"""A source's files are found by their names, whatever these hold, and in any Unicode form."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sources_on_disk import WRITERS, all_rows, arrow, colour, csv_file, json_lines, parquet, tsv_file, webdataset
 
 from koclip.config import ConfigError, EvalSetConfig, IndexConfig, SourceConfig
-from koclip.data.files import SourceError
+from koclip.data.formats.files import SourceError
 from koclip.data.sources import open_source
 from koclip.evaluation.sets import open_set
 from koclip.search.build import Collection

@@ -13,7 +13,8 @@ from koclip import losses, training
 from koclip.config import LossConfig, OptimConfig, TrainConfig
 from koclip.data.batches import Batch
 from koclip.losses import Loss
-from koclip.models.dual_encoder import DualEncoder, Embeddings
+from koclip.losses.embeddings import Embeddings
+from koclip.models.dual_encoder import DualEncoder
 from koclip.training import Trainer, grad_cache
 
 SIZES = [4, 4, 4, 3]  # K = 4, and the last piece is smaller

@@ -13,10 +13,10 @@ from tiny import tiny_dual_encoder, tiny_pieces
 from torch import Tensor, nn
 
 from koclip import training
-from koclip.checkpoint import Run
 from koclip.config import LossConfig, OptimConfig, PretrainConfig, TrainConfig
 from koclip.data.batches import Batch
 from koclip.models.dual_encoder import DualEncoder
+from koclip.runs.directory import Run
 from koclip.training import DivergedError, Trainer
 from koclip.training.health import Health
 

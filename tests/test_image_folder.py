@@ -1,4 +1,4 @@
-"""koclip.data.image_folder: one order of rows, every picture used or listed, and no file lost to a guess at splits."""
+"""Image folders: one order of rows, every picture used or listed, and no file lost to a guess at splits."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from loading import batches, config
 from sources_on_disk import all_rows, colour
 
 from koclip.config import EvalSetConfig, SourceConfig
-from koclip.data.files import SourceError
+from koclip.data.formats.files import SourceError
 from koclip.data.order import Shard
 from koclip.data.sources import Row, open_source
 from koclip.evaluation.sets import open_set

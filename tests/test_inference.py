@@ -12,10 +12,10 @@ from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 from transformers import AutoConfig, CLIPModel, PreTrainedModel, ProcessorMixin
 
 import koclip
-from koclip.checkpoint import publish
 from koclip.config import ConfigError
+from koclip.encoders.inference import usable
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.inference import usable
+from koclip.models.save import publish
 
 
 @pytest.fixture(scope="module")

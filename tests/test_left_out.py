@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from koclip.config import ConfigError, EvalConfig, EvalSetConfig, SourceConfig
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate
-from koclip.evaluation.present import present
+from koclip.evaluation.report.present import present
 from koclip.evaluation.sets import EvalSet, open_set
 
 

@@ -11,7 +11,7 @@ from runs_to_publish import aligned, beside
 from koclip import config
 from koclip.config import ConfigError, PublishConfig
 from koclip.publishing.card import render
-from koclip.publishing.facts import gather
+from koclip.publishing.card_inputs import gather
 
 CLIP = "openai/clip-vit-base-patch32"
 CARD = """\

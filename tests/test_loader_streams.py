@@ -7,7 +7,7 @@ from loading import assert_equal, batches, config
 
 from koclip.config import SourceConfig
 from koclip.data.batches import Position
-from koclip.data.files import SourceError
+from koclip.data.formats.files import SourceError
 from koclip.data.loader import MixedRows, train_loader
 from koclip.data.order import Shard
 from koclip.data.sources import open_source

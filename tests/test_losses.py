@@ -9,7 +9,7 @@ from torch import Tensor
 
 from koclip.config import LossConfig
 from koclip.losses import Loss, build, infonce, initial_bias, sigmoid
-from koclip.models.dual_encoder import Embeddings
+from koclip.losses.embeddings import Embeddings
 
 # With these texts the similarities of images (rows) and texts (columns) are the table itself.
 TABLE = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])

@@ -14,7 +14,7 @@ from test_encoders import TEXTS, close, pictures, publish, refusal
 from test_peers import check_contract
 from torch.nn import functional as F
 
-from koclip.models.peers import open_encoder
+from koclip.encoders.peers import open_encoder
 
 
 def mclip(directory: Path) -> Path:

@@ -11,16 +11,16 @@ from runs_to_publish import swapped
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_tokenizer
 
-from koclip.checkpoint.model import publish
 from koclip.config import ConfigError, PublishConfig
+from koclip.encoders.base import TransformersEncoder
+from koclip.encoders.inference import load
+from koclip.encoders.peers import open_encoder
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.encoders import TransformersEncoder
-from koclip.models.inference import load
-from koclip.models.peers import open_encoder
+from koclip.models.save import publish
 from koclip.publishing.card import render, write_card
-from koclip.publishing.facts import gather
-from koclip.publishing.quantized import read
-from koclip.publishing.sentence import describe
+from koclip.publishing.card_inputs import gather
+from koclip.publishing.formats.int8 import read
+from koclip.publishing.formats.sentence_transformers import describe
 
 ROOT = Path(__file__).parents[1]
 

@@ -21,10 +21,10 @@ from transformers import (
 )
 
 import koclip
-from koclip.checkpoint import publish
 from koclip.config import ConfigError, ModelConfig
 from koclip.models.dual_encoder import DualEncoder, check_tokenizer, from_scratch
 from koclip.models.presets import PRESETS
+from koclip.models.save import publish
 
 # Parameters of OpenAI's released models (open_clip builds the ResNets to the same counts).
 VIT_COUNTS = {

@@ -10,11 +10,11 @@ from peer_models import WIDTH, clip, draw, joint, joint_processor, saved
 from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 
 import koclip
-from koclip.checkpoint import publish
 from koclip.config import ConfigError, RunError
 from koclip.models.dual_encoder import from_scratch
-from koclip.publishing import onnx_export
-from koclip.publishing.onnx_export import MOST, export
+from koclip.models.save import publish
+from koclip.publishing.formats import onnx
+from koclip.publishing.formats.onnx import MOST, export
 from koclip.text import tokenizers
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
@@ -42,12 +42,12 @@ def test_graphs_equal_the_model(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(
             torch.from_numpy(made), koclip.embed_texts(model, processor, texts), atol=1e-5, rtol=0
         )
-    side = onnx_export.view_size(processor.image_processor)
+    side = onnx.view_size(processor.image_processor)
     for count in (1, 3):
         pixels = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(count))
         (made,) = sessions["vision_model.onnx"].run(["image_embeds"], {"pixel_values": pixels.numpy()})
         with torch.no_grad():
-            expected = onnx_export.encode_images(model, pixels)
+            expected = onnx.encode_images(model, pixels)
         torch.testing.assert_close(torch.from_numpy(made), expected, atol=1e-5, rtol=0)
 
 
@@ -104,9 +104,9 @@ def test_the_probes_notice_a_graph_of_the_stock_pooling(tmp_path: Path, monkeypa
     """Which reads the first place of a text without an end."""
 
     def stock(self, input_ids, attention_mask):
-        return onnx_export.encode_texts(self.model, input_ids[:, :40], attention_mask[:, :40])
+        return onnx.encode_texts(self.model, input_ids[:, :40], attention_mask[:, :40])
 
-    monkeypatch.setattr(onnx_export._Texts, "forward", stock)
+    monkeypatch.setattr(onnx._Texts, "forward", stock)
     with pytest.raises(RunError, match="differs from the model by"):
         export(ends_a_text("CLIP", tmp_path / "model"), tmp_path)
 
@@ -123,7 +123,7 @@ def test_eight_bits_and_what_they_cost(tmp_path: Path) -> None:
 
 
 def test_a_graph_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_export, "MOST", 0.0)
+    monkeypatch.setattr(onnx, "MOST", 0.0)
     with pytest.raises(RunError, match="differs from the model by"):
         export(published(tmp_path), tmp_path)
 
@@ -134,9 +134,9 @@ def test_a_graph_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 def test_graphs_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name, told) -> None:
     def parity(probes, file):
         broken = file.name == f"text_model{name}"
-        return onnx_export.Parity(float("nan") if broken else 0.0, 1.0)
+        return onnx.Parity(float("nan") if broken else 0.0, 1.0)
 
-    monkeypatch.setattr(onnx_export, "parity", parity)
+    monkeypatch.setattr(onnx, "parity", parity)
     with pytest.raises(RunError, match=told):
         export(published(tmp_path), tmp_path, int8=True)
 

@@ -1,4 +1,4 @@
-"""koclip.text.particles and named slots: a hand-checked table, and random labels."""
+"""koclip.text.korean.particles and named slots: a hand-checked table, and random labels."""
 
 import random
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from koclip.text.particles import _PAIRS, attach, final_consonant, particle
+from koclip.text.korean.particles import _PAIRS, attach, final_consonant, particle
 from koclip.text.prompts import fill
 
 CASES = [

@@ -18,8 +18,8 @@ from test_encoders import TEXTS, close, pictures, publish, refusal
 from test_inference import picture
 from torch.nn import functional as F
 
-from koclip.models.encoders import Encoder
-from koclip.models.peers import open_encoder
+from koclip.encoders.base import Encoder
+from koclip.encoders.peers import open_encoder
 
 EXTRA = "needs the extra: pip install 'koclip[peers]'"
 

@@ -10,8 +10,8 @@ from scipy.stats import kendalltau
 from koclip.config import ConfigError, RatingsConfig
 from koclip.data.sources import Row
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.people import people, read_ratings
-from koclip.evaluation.pictures import Pictures
+from koclip.evaluation.images import Pictures
+from koclip.evaluation.tasks.ratings import people, read_ratings
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from koclip.data.corruptions import CORRUPTIONS, corrupt
 from koclip.data.feature_rows import Images
 from koclip.data.sources import Row
 from koclip.data.transforms import ImageError, Views, decode
-from koclip.evaluation.pictures import Pictures
+from koclip.evaluation.images import Pictures
 from koclip.models.dual_encoder import from_scratch
 from koclip.search import build
 

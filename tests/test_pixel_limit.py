@@ -15,9 +15,9 @@ from PIL import Image
 from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 
 from koclip import config
-from koclip.checkpoint import publish
 from koclip.config import ConfigError
 from koclip.models.dual_encoder import from_scratch
+from koclip.models.save import publish
 from koclip.search import build
 
 ROOT = Path(__file__).parents[1]

@@ -11,10 +11,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 
 from koclip.config import ConfigError, SourceConfig
-from koclip.evaluation import probe
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.probe import Part, draw_shots, few_shot, fit, linear_probe, search_c
 from koclip.evaluation.sets import EvalSet
+from koclip.evaluation.tasks import probe
+from koclip.evaluation.tasks.probe import Part, draw_shots, few_shot, fit, linear_probe, search_c
 
 GRID = np.logspace(-6, 6, 97)  # the paper's 96 steps
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 
-from koclip.checkpoint import publish
 from koclip.models.dual_encoder import from_scratch
+from koclip.models.save import publish
 
 STRANGER = """
 import json, sys

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from koclip import config
 from koclip.publishing.files import publishable
-from koclip.publishing.onnx_export import export
+from koclip.publishing.formats.onnx import export
 from koclip.publishing.preflight import preflight
 
 pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")

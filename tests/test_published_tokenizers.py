@@ -38,7 +38,7 @@ from transformers import (
 )
 
 import koclip
-from koclip.checkpoint.model import publish
+from koclip.models.save import publish
 from koclip.text import kobert, tokenizers
 from koclip.text.normalize import normalize
 

@@ -19,8 +19,8 @@ from PIL import Image
 from runs_to_publish import adapted, pretrained, swapped
 from space_server import serving
 
-from koclip.models.encoders import TransformersEncoder
-from koclip.models.inference import load
+from koclip.encoders.base import TransformersEncoder
+from koclip.encoders.inference import load
 from koclip.publishing import space
 
 ROOT = Path(__file__).parents[1]

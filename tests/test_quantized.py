@@ -14,18 +14,18 @@ from transformers import AutoProcessor
 
 from koclip import config
 from koclip.config import ConfigError, EvalSetConfig, PublishConfig, SourceConfig
+from koclip.encoders.base import TransformersEncoder
+from koclip.encoders.inference import load
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.retrieval import retrieval
 from koclip.evaluation.sets import EvalSet
+from koclip.evaluation.tasks.retrieval import retrieval
 from koclip.metrics import first_ranks
-from koclip.models.encoders import TransformersEncoder
-from koclip.models.inference import load
-from koclip.publishing import quantized
 from koclip.publishing.card import render
-from koclip.publishing.facts import gather
+from koclip.publishing.card_inputs import gather
 from koclip.publishing.files import check_files, publishable
-from koclip.publishing.onnx_export import export
-from koclip.publishing.quantized import measure, open_sets, read
+from koclip.publishing.formats import int8 as quantized
+from koclip.publishing.formats.int8 import measure, open_sets, read
+from koclip.publishing.formats.onnx import export
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 

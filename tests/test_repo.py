@@ -20,17 +20,21 @@ from koclip.config import (
 ROOT = Path(__file__).parents[1]
 # A room imports only from rooms to its left.
 ROOMS = (
+    "storage",
     "config",
     "text",
     "data",
     "distributed",
-    "models",
     "losses",
+    "models",
+    "encoders",
+    "embeddings",
+    "align",
     "optim",
     "training",
-    "checkpoint",
     "metrics",
     "evaluation",
+    "runs",
     "search",
     "publishing",
 )

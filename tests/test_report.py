@@ -14,15 +14,15 @@ from PIL import Image
 from small_evaluations import HOSTILE, Seeing, captioned, classified, pictures
 
 from koclip import distributed
-from koclip.evaluation.choices import Choice
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate
-from koclip.evaluation.grids import most_confused
-from koclip.evaluation.present import present
-from koclip.evaluation.printing import print_tables
-from koclip.evaluation.report import Measured, training_figure, write_results
-from koclip.evaluation.robustness import add_effective_robustness
-from koclip.evaluation.tables import cell, place, sections, split
+from koclip.evaluation.report.finish import Measured, training_figure, write_results
+from koclip.evaluation.report.grids import most_confused
+from koclip.evaluation.report.present import present
+from koclip.evaluation.report.printing import print_tables
+from koclip.evaluation.report.table import cell, place, sections, split
+from koclip.evaluation.tasks.multiple_choice import Choice
+from koclip.evaluation.tasks.robustness import add_effective_robustness
 from koclip.metrics import Metric
 
 ALL = ("zero_shot", "shift", "linear_probe", "few_shot")

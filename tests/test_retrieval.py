@@ -16,11 +16,11 @@ from koclip.data.sources import Row
 from koclip.evaluation import embed
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate
-from koclip.evaluation.pictures import Pictures
-from koclip.evaluation.retrieval import approximated, collect, languages, retrieval, stress
+from koclip.evaluation.images import Pictures
 from koclip.evaluation.sets import EvalSet
+from koclip.evaluation.tasks.retrieval import approximated, collect, languages, retrieval, stress
 from koclip.metrics import first_ranks, mean
-from koclip.text.stress import STRESSES
+from koclip.text.korean.stress import STRESSES
 
 CAPTIONS = {"ko": "ko", "en": "en"}
 

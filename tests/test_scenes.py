@@ -1,4 +1,4 @@
-"""koclip.data.scenes: what is told is what is drawn, and nothing of the zero-shot test is shown in training."""
+"""koclip.data.formats.scenes: what is told is what is drawn, and nothing of the zero-shot test is shown in training."""
 
 import re
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from koclip.data import scenes
-from koclip.data.scenes import COLOURS, HELD_OUT, PAIRS, RELATIONS, SHAPES, Scene, Thing
+from koclip.data.formats import scenes
+from koclip.data.formats.scenes import COLOURS, HELD_OUT, PAIRS, RELATIONS, SHAPES, Scene, Thing
 
 MANY = 2_000
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fake_encoder import COLOURS, ColourEncoder
 from PIL import Image
 
-from koclip.checkpoint import lines
+from koclip import storage
 from koclip.config import ConfigError, IndexConfig, SourceConfig
 from koclip.search import ImageIndex, approximate, build, open_index
 from koclip.search.index import _MARGIN
@@ -235,7 +235,7 @@ def test_file_names_need_not_be_utf_8(folder, tmp_path, small):
         pytest.skip("this file system takes UTF-8 names only")
     count, skipped = build.build(config(folder), ColourEncoder(), tmp_path / "index")
     assert count == 31
-    lines.append(tmp_path / "skipped.jsonl", [skip._asdict() for skip in skipped])
+    storage.append_lines(tmp_path / "skipped.jsonl", [skip._asdict() for skip in skipped])
     index = open_index(tmp_path / "index")
     assert sum("\ufffd" in index.entry(place).record["key"] for place in range(31)) == 1
     assert sum("\ufffd" in skip.key for skip in skipped) == 1
@@ -460,7 +460,7 @@ def test_the_recipe_makes_an_index_and_names_what_it_left_out(folder, tmp_path):
         assert told.returncode == 0, told.stderr
         assert "30 images" in told.stdout
         assert "2 left out" in told.stdout
-        left, notes = lines.read(tmp_path / "index" / "skipped.jsonl")
+        left, notes = storage.read_lines(tmp_path / "index" / "skipped.jsonl")
         assert (notes["source"], notes["key"]) == (str(folder), "notes.txt")
         assert (left["source"], left["key"]) == (str(folder), "나/broken.jpg")
         assert "PIL does not read" in left["reason"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from test_checkpoints import open_run, prepare
 
-from koclip.checkpoint import lines
+from koclip import storage
 
 
 class Clock:
@@ -13,11 +13,11 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, now: float) -> None:
         self.now = now
-        monkeypatch.setattr("koclip.checkpoint.run.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("koclip.runs.directory.time.monotonic", lambda: self.now)
 
 
 def seconds(folder: Path) -> list[float | None]:
-    return [line.get("seconds") for line in lines.read(folder / "metrics.jsonl")]
+    return [line.get("seconds") for line in storage.read_lines(folder / "metrics.jsonl")]
 
 
 def test_seconds_of_killed_processes_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +57,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_at_zero(
 def test_a_run_whose_log_has_no_seconds_gets_none(tmp_path: Path) -> None:
     trainer = prepare()
     open_run(tmp_path, trainer).save(trainer, 3, keep=1, wait=True)
-    lines.append(tmp_path / "metrics.jsonl", [{"step": 3, "loss": 1.0}])
+    storage.append_lines(tmp_path / "metrics.jsonl", [{"step": 3, "loss": 1.0}])
     run = open_run(tmp_path, trainer)
     run.load(trainer)
     run.log(4, {"loss": 1.0})

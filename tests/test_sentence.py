@@ -9,8 +9,8 @@ from peer_models import saved
 from PIL import Image
 
 import koclip
-from koclip.data import scenes
-from koclip.publishing.sentence import describe
+from koclip.data.formats import scenes
+from koclip.publishing.formats.sentence_transformers import describe
 
 sentence_transformers = pytest.importorskip("sentence_transformers", reason="the extra `peers` is not installed")
 

@@ -1,4 +1,4 @@
-"""koclip.data.shards: a shard gives all its samples, or is refused by name; so do its samples."""
+"""koclip.data.formats.shards: a shard gives all its samples, or is refused by name; so do its samples."""
 
 import bz2
 import functools
@@ -23,7 +23,7 @@ from sources_on_disk import all_rows, colour
 
 from koclip.config import DataConfig, EvalSetConfig, SourceConfig
 from koclip.data.feature_rows import Images, Sentences, shards
-from koclip.data.files import SourceError
+from koclip.data.formats.files import SourceError
 from koclip.data.loader import train_loader, training_captions
 from koclip.data.order import Shard
 from koclip.data.sources import open_source

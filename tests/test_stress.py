@@ -1,4 +1,4 @@
-"""koclip.text.stress: hand-checked tables in tests/stress, and properties on random strings."""
+"""koclip.text.korean.stress: hand-checked tables in tests/stress, and properties on random strings."""
 
 import collections
 import functools
@@ -13,11 +13,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from koclip.data import scenes
-from koclip.text.endings import restyle
-from koclip.text.hangul import compose, keystrokes, letters, neighbours, spell, typed
-from koclip.text.nouns import replace_nouns, split
-from koclip.text.stress import STRESSES, share_changed
+from koclip.data.formats import scenes
+from koclip.text.korean.endings import restyle
+from koclip.text.korean.hangul import compose, keystrokes, letters, neighbours, spell, typed
+from koclip.text.korean.nouns import replace_nouns, split
+from koclip.text.korean.stress import STRESSES, share_changed
 from koclip.text.tables import read_table
 
 TABLES = Path(__file__).parent / "stress"

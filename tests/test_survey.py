@@ -16,7 +16,7 @@ from test_published_tokenizers import CORPUS, FAMILIES, LENGTH
 from koclip.config import DataConfig, SourceConfig
 from koclip.data import survey
 from koclip.data.batches import Assembler
-from koclip.data.files import SourceError
+from koclip.data.formats.files import SourceError
 from koclip.data.sources import MapSource, open_source
 from koclip.text import tokenizers
 from koclip.training import survey as learn

@@ -5,8 +5,8 @@ import unicodedata
 
 import pytest
 
+from koclip.text.korean.particles import attach, final_consonant, particle
 from koclip.text.normalize import clean_captions, normalize, usable
-from koclip.text.particles import attach, final_consonant, particle
 from koclip.text.prompts import fill
 
 

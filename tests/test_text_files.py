@@ -1,4 +1,4 @@
-"""koclip.data.text_files and encodings: cells stay what is written, in any encoding; what cannot be read is named."""
+"""Text files and encodings: cells stay what is written, in any encoding; what cannot be read is named."""
 
 import csv
 import dataclasses
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sources_on_disk import all_rows
 
 from koclip.config import ConfigError, DataConfig, IndexConfig, SourceConfig
-from koclip.data.files import SourceError
+from koclip.data.formats.files import SourceError
 from koclip.data.loader import training_captions
 from koclip.data.sources import StreamSource, open_source
 from koclip.search.build import Collection

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from koclip import losses
 from koclip.config import ConfigError, LossConfig
-from koclip.models.dual_encoder import Embeddings
+from koclip.losses.embeddings import Embeddings
 
 LOSSES = [(name, mode) for name in ("infonce", "sigmoid") for mode in ("negatives", "masked", "positives")]
 

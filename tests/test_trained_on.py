@@ -23,8 +23,8 @@ from koclip import config
 from koclip.config import ConfigError, EvalSetConfig, SourceConfig
 from koclip.data.batches import Batch
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.probe import linear_probe
 from koclip.evaluation.sets import EvalSet, open_set
+from koclip.evaluation.tasks.probe import linear_probe
 
 KEYS = list(ENGLISH.values())
 CLASSES = "".join(f"- {{key: {key}, en: {key}}}\n" for key in KEYS)
@@ -130,7 +130,7 @@ def trained_on(folder: Path, name: str = "tested") -> dict[str, Any]:
 
 def kept(run: Path) -> list[int] | None:
     """Return the images that a run has kept."""
-    from koclip.checkpoint import pictures
+    from koclip.training import pictures
 
     ids = pictures.read(run)
     return None if ids is None else ids.tolist()
@@ -198,7 +198,7 @@ def batch(numbers: Sequence[int], **changes: object) -> Batch:
 )
 def test_the_record_holds_each_image_once(tmp_path, batches, waiting, ranks) -> None:
     """For any batches, processes, and however often it is brought up to date."""
-    from koclip.checkpoint import pictures
+    from koclip.training import pictures
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "_WAITING", waiting)
@@ -215,8 +215,8 @@ def test_the_record_holds_each_image_once(tmp_path, batches, waiting, ranks) -> 
 
 def test_a_base_that_is_not_here_is_not_known(tmp_path) -> None:
     """What an alignment began with was trained before: on what its own run tells, or on something unknown."""
-    from koclip.checkpoint import pictures
-    from koclip.checkpoint.pictures import TrainingPictures
+    from koclip.training import pictures
+    from koclip.training.pictures import TrainingPictures
 
     base = tmp_path / "base"
     (base / "model").mkdir(parents=True)
@@ -241,8 +241,8 @@ def test_a_base_that_is_not_here_is_not_known(tmp_path) -> None:
 
 
 def test_an_image_is_known_by_its_content() -> None:
-    from koclip.checkpoint import pictures
     from koclip.data.features import digest_of, image_id
+    from koclip.training import pictures
 
     digests = [digest_of(bytes([number])) for number in range(9)]
     ids = np.sort(np.array([image_id(digest) for digest in digests[:4]]))
@@ -252,7 +252,7 @@ def test_an_image_is_known_by_its_content() -> None:
 
 def test_the_card_says_what_was_left_out_and_trained_on(tmp_path) -> None:
     from koclip.publishing.card import render
-    from koclip.publishing.facts import gather
+    from koclip.publishing.card_inputs import gather
 
     model = pretrained(tmp_path / "run")
     file = tmp_path / "run" / "results.json"

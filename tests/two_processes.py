@@ -18,12 +18,13 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.tensor import DTensor
 
 from koclip import distributed, training
-from koclip.checkpoint import Run
 from koclip.config import LossConfig, OptimConfig, PretrainConfig, TrainConfig
 from koclip.data.batches import Batch
+from koclip.encoders.inference import embed_texts
 from koclip.losses import Loss
-from koclip.models.dual_encoder import Embeddings, from_scratch
-from koclip.models.inference import embed_texts
+from koclip.losses.embeddings import Embeddings
+from koclip.models.dual_encoder import from_scratch
+from koclip.runs.directory import Run
 from koclip.training import grad_cache
 
 LOSSES = {

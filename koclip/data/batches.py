@@ -14,7 +14,7 @@ from xxhash import xxh3_64_intdigest
 
 from koclip.config import DataConfig
 from koclip.data.features import Features, MissingError, digest_of, image_id
-from koclip.data.files import SourceError
+from koclip.data.formats.files import SourceError
 from koclip.data.sources import Row
 from koclip.data.survey import CaptionLengths
 from koclip.data.transforms import ImageError, Views, decode, read

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from koclip.config import DataConfig
 from koclip.data.batches import Assembler, Batch, Candidate, Known, Position, generator
-from koclip.data.files import SourceError
+from koclip.data.formats.files import SourceError
 from koclip.data.order import Draw, MapOrder, Shard, row_seed
 from koclip.data.sources import MapSource, Row, StreamSource, open_source
 from koclip.data.survey import single_threaded

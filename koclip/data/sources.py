@@ -1,4 +1,4 @@
-"""Open any set of (image, captions) rows: the built-in scenes, or a table that `koclip.data.tables` reads.
+"""Open any set of (image, captions) rows: the built-in scenes, or a table that `koclip.data.formats.tables` reads.
 
 A row's image stays bytes or a path until it is drawn.
 """
@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from koclip.config import SourceConfig, locate
-from koclip.data import scenes
-from koclip.data.columns import dig
-from koclip.data.files import SourceError, file_format, is_remote
-from koclip.data.tables import KEYS, TEXT, UNREADABLE, Table, files_of, open_table, reason
+from koclip.data.formats import scenes
+from koclip.data.formats.columns import dig
+from koclip.data.formats.files import SourceError, file_format, is_remote
+from koclip.data.formats.tables import KEYS, TEXT, UNREADABLE, Table, files_of, open_table, reason
 from koclip.text.normalize import clean_captions
 
 _PATH = ".path"  # of an image column whose pictures are left out

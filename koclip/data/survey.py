@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from xxhash import xxh3_128
 
 from koclip.config import DataConfig
-from koclip.data.files import SourceError, file_format, stored_files
+from koclip.data.formats.files import SourceError, file_format, stored_files
 from koclip.data.sources import MapSource, ScenesSource, StreamSource, TableSource
 from koclip.text import tokenizers
 

@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from xxhash import xxh3_128_hexdigest
 
 from koclip import distributed
-from koclip.evaluation.pictures import Pictures
+from koclip.encoders.base import Encoder, by_length, in_batches
+from koclip.evaluation.images import Pictures
 from koclip.metrics import search
-from koclip.models.encoders import Encoder, by_length, in_batches
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -8,12 +8,12 @@ import torch
 from koclip.config import EvalSetConfig
 from koclip.config.evaluation import CAPTIONED
 from koclip.data.transforms import PIXEL_LIMIT, PixelLimit
-from koclip.evaluation.choices import Choice
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.probe import check_probes, few_shot, linear_probe
-from koclip.evaluation.retrieval import languages, retrieval, stress
 from koclip.evaluation.sets import EvalSet, open_set
-from koclip.evaluation.zero_shot import shift, zero_shot
+from koclip.evaluation.tasks.multiple_choice import Choice
+from koclip.evaluation.tasks.probe import check_probes, few_shot, linear_probe
+from koclip.evaluation.tasks.retrieval import languages, retrieval, stress
+from koclip.evaluation.tasks.zero_shot import shift, zero_shot
 from koclip.metrics import Metric, first_ranks, share
 
 IMAGES = "images"  # in the place of the language, for tasks that read no text

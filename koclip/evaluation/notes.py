@@ -13,10 +13,10 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from koclip.checkpoint import pictures
 from koclip.config import to_dict
 from koclip.evaluation.sets import EvalSet
-from koclip.evaluation.zero_shot import asked_templates
+from koclip.evaluation.tasks.zero_shot import asked_templates
+from koclip.training import pictures
 
 Facts = Mapping[str, Any]
 

@@ -10,13 +10,13 @@ from koclip.config import ConfigError, EvalSetConfig, SourceConfig, check
 from koclip.config.evaluation import CAPTIONED
 from koclip.data.batches import Skip
 from koclip.data.corruptions import CORRUPTIONS
-from koclip.data.files import SourceError
+from koclip.data.formats.files import SourceError
 from koclip.data.sources import MapSource, Row, StreamSource, open_source
 from koclip.data.transforms import PIXEL_LIMIT, ImageError, PixelLimit, decode
-from koclip.evaluation.choices import Choice, scene_choices
+from koclip.evaluation.images import Pictures
 from koclip.evaluation.labels import NAMED, few, read_labels, said_by_number
 from koclip.evaluation.merging import first_pictures, first_rows, merged
-from koclip.evaluation.pictures import Pictures
+from koclip.evaluation.tasks.multiple_choice import Choice, scene_choices
 from koclip.text.classes import ClassName, load_classes, templates_of_kind
 from koclip.text.normalize import normalize, paired, usable
 

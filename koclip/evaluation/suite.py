@@ -8,11 +8,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from koclip import distributed
-from koclip.checkpoint import lines
-from koclip.checkpoint.environment import environment
+from koclip import distributed, storage
 from koclip.config import ConfigError, EvaluateConfig, dump
 from koclip.evaluation.sets import EvalSet
+from koclip.storage import environment
 
 
 def processes(config: EvaluateConfig) -> Accelerator:
@@ -42,7 +41,7 @@ def start(config: EvaluateConfig, sets: Sequence[EvalSet]) -> Path:
         skipped = [skip._asdict() for one in sets for skip in one.all_skipped()]
         (run / "skipped.jsonl").unlink(missing_ok=True)
         if skipped:
-            lines.append(run / "skipped.jsonl", skipped)
+            storage.append_lines(run / "skipped.jsonl", skipped)
     distributed.barrier()
     return run
 

@@ -14,9 +14,9 @@ from koclip import distributed
 from koclip.config import DistillConfig, LossConfig, check
 from koclip.losses.contrastive import infonce, sigmoid
 from koclip.losses.distillation import distillation
+from koclip.losses.embeddings import Embeddings
 from koclip.losses.pairs import CAPTION, IMAGE, SENTENCE, Loss
 from koclip.losses.tiled import tiled
-from koclip.models.dual_encoder import Embeddings
 
 DENSE = {"infonce": infonce, "sigmoid": sigmoid}
 SIGMOID_BIAS = -10.0  # initial bias of the sigmoid loss (Zhai et al. 2023, section 3.2)

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from koclip import distributed
+from koclip.losses.embeddings import Embeddings
 from koclip.losses.pairs import Loss, Pairs, accuracy
-from koclip.models.dual_encoder import Embeddings
 
 
 def infonce(embeddings: Embeddings, pair_ids: torch.Tensor, duplicates: str = "negatives") -> Loss:

@@ -7,7 +7,7 @@ contrastive loss with the teacher's embeddings in the place of images.
 import torch
 import torch.nn.functional as F
 
-from koclip.models.dual_encoder import Embeddings
+from koclip.losses.embeddings import Embeddings
 
 
 def distillation(embeddings: Embeddings, teacher: torch.Tensor, cosine: float, mse: float) -> torch.Tensor:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from koclip import distributed
 from koclip.config import check
 from koclip.losses.contrastive import with_bias
+from koclip.losses.embeddings import Embeddings
 from koclip.losses.pairs import Loss, Pairs, accuracy
-from koclip.models.dual_encoder import Embeddings
 
 
 def tiled(name: str, embeddings: Embeddings, pair_ids: torch.Tensor, duplicates: str, tile_rows: int) -> Loss:

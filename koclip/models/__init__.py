@@ -1,4 +1,4 @@
-"""Parameters: building, wrapping, loading and embedding with dual encoders."""
+"""Stock dual encoders: sizes, random weights, loading, another text tower, the published directory."""
 
 from typing import TypeAlias
 

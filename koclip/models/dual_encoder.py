@@ -7,7 +7,7 @@ Letters in shape comments: B pairs per process, N pairs in the global batch, L t
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from koclip.config import ConfigError, ModelConfig, check
+from koclip.losses.embeddings import Embeddings
 from koclip.models import StockModel
 from koclip.models.image_towers import tower_config
 from koclip.models.initialize import initialize
@@ -37,16 +38,6 @@ from koclip.models.presets import Preset, resolve
 
 MAX_LOGIT_SCALE = math.log(100)  # the paper's cap on the temperature
 LEGACY_EOS_ID = 2  # transformers' CLIP pools at the largest id, not at the end token, when the end token is 2
-
-
-class Embeddings(NamedTuple):
-    """A batch in the shared space."""
-
-    image: torch.Tensor  # (B, D) unit norm; (B, 0) in batches without images
-    text: torch.Tensor  # (B, D) unit norm
-    logit_scale: torch.Tensor  # () already exponentiated: the inverse temperature
-    logit_bias: torch.Tensor | None = None  # () of the sigmoid loss
-    text_norm: torch.Tensor | None = None  # (B,) of the texts' features before they were normalised
 
 
 class DualEncoder(nn.Module):

@@ -12,13 +12,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from koclip.config import PublishConfig, check
 from koclip.evaluation.notes import notes
-from koclip.evaluation.printing import NOTE
-from koclip.evaluation.tables import MAIN, Cell, sections
-from koclip.publishing import quantized, sentence
-from koclip.publishing.facts import Facts
+from koclip.evaluation.report.printing import NOTE
+from koclip.evaluation.report.table import MAIN, Cell, sections
+from koclip.publishing.card_inputs import Facts
 from koclip.publishing.files import ADAPTER, CARD, LICENCE
+from koclip.publishing.formats import int8
+from koclip.publishing.formats import sentence_transformers as sentence
+from koclip.publishing.formats.onnx import EXACT, FOLDER, INT8, SIDES
 from koclip.publishing.licences import ALLOWS, Licence, conclude
-from koclip.publishing.onnx_export import EXACT, FOLDER, INT8, SIDES
 
 _MARK = "<!-- Made by koclip's recipes/publish.py"
 _ENGLISH = {"ko": "Korean", "en": "English", "ja": "Japanese", "zh": "Chinese"}
@@ -166,7 +167,7 @@ def _what_may_be_missing(cfg: PublishConfig, facts: Facts) -> dict[str, Any]:
         "exports": _exports(Path(cfg.model)),
         "reads_longer": facts.reads_longer,
         "cleans": facts.cleans,
-        "int8": quantized.read(Path(cfg.model), facts.results["fingerprint"]),
+        "int8": int8.read(Path(cfg.model), facts.results["fingerprint"]),
         "measured_on": [
             f"{name}: {note}" for name, data in facts.results["data"].items() for note in notes({name: data})
         ],

@@ -14,13 +14,13 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError, safe_open
 
 from koclip.config import check
-from koclip.publishing import onnx_export, sentence
+from koclip.publishing.formats import onnx, sentence_transformers
 
 CARD, LICENCE = "README.md", "LICENSE.md"
 ADAPTER = "adapter"
 # What adapter_config.json names where no repository holds the base: no Hub id, so that errors which quote it help.
 BUILT = "built by koclip, see README.md of this folder"
-FOLDERS = (".", ADAPTER, onnx_export.FOLDER, sentence.FOLDER)  # what a repository consists of
+FOLDERS = (".", ADAPTER, onnx.FOLDER, sentence_transformers.FOLDER)  # what a repository consists of
 _NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
 # .txt and .model: vocabularies of stock tokenizers.
 _KINDS = {".json", ".safetensors", ".md", ".txt", ".model", ".onnx"}

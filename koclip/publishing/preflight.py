@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from koclip.config import ConfigError
-from koclip.models.inference import embed_images, embed_texts, load
+from koclip.encoders.inference import embed_images, embed_texts, load
 from koclip.publishing.files import Check, check_files
-from koclip.publishing.onnx_export import EXACT, FOLDER, INT8, MOST, RESULTS, SIDES, run, session
+from koclip.publishing.formats.onnx import EXACT, FOLDER, INT8, MOST, RESULTS, SIDES, run, session
 from koclip.text import tokenizers
 
 _STRANGER = Path(__file__).with_name("stranger.py")

@@ -21,8 +21,8 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from tqdm.auto import tqdm
 
 from koclip.config import ConfigError, RunError, check
-from koclip.publishing import onnx_export
 from koclip.publishing.files import ADAPTER, BUILT, LICENCE
+from koclip.publishing.formats import onnx
 
 Made = TypeVar("Made")
 
@@ -174,7 +174,7 @@ def _same(file: Path, remote: RepoFile) -> bool:
 
 def _is_ours(name: str, repo: Repository) -> bool:
     path = Path(name)
-    if name in {f"{onnx_export.FOLDER}/{file}" for file in onnx_export.FILES}:
+    if name in {f"{onnx.FOLDER}/{file}" for file in onnx.FILES}:
         return repo.kind == "model"  # graphs of other weights than those beside them
     here = repo.kind == "model" and path.parent.as_posix() in (".", ADAPTER)
     return here and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _OURS)

@@ -15,10 +15,10 @@ from xxhash import xxh3_128_hexdigest
 
 from koclip.config import ConfigError, IndexConfig, SourceConfig, check, locate
 from koclip.data.batches import Skip
-from koclip.data.files import is_folder, stored_files
+from koclip.data.formats.files import is_folder, stored_files
 from koclip.data.sources import Row, StreamSource, open_source
 from koclip.data.transforms import KINDS, ImageError, decode
-from koclip.models.encoders import Encoder
+from koclip.encoders.base import Encoder
 from koclip.search import approximate
 from koclip.search.contents import Content, changed, look
 from koclip.search.folder import list_folder, printable

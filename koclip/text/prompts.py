@@ -2,7 +2,7 @@
 
 import re
 
-from koclip.text.particles import attach, particle
+from koclip.text.korean.particles import attach, particle
 
 _SLOT = re.compile(r"\{([^{}]*)\}")
 

@@ -22,11 +22,11 @@ from koclip.data.feature_rows import Images, Reader, Sentences, shards
 from koclip.data.features import Features, Inputs, Piece
 from koclip.data.sources import StreamSource, open_source
 from koclip.data.transforms import Views
+from koclip.encoders.base import by_length, in_batches
+from koclip.encoders.fingerprint import fingerprint
 from koclip.models import StockModel
 from koclip.models.dual_encoder import DualEncoder, encode_images, text_features
-from koclip.models.encoders import by_length, in_batches
 from koclip.models.fast import speed_up
-from koclip.models.fingerprint import fingerprint
 from koclip.text import tokenizers
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}

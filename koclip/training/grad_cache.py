@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from koclip.data.batches import Batch
 from koclip.losses import Loss, LossFn
-from koclip.models.dual_encoder import DualEncoder, Embeddings
+from koclip.losses.embeddings import Embeddings
+from koclip.models.dual_encoder import DualEncoder
 from koclip.training import rng
 
 _KNOWN: dict[str, Literal["image", "text"]] = {

@@ -44,19 +44,19 @@ from tqdm import tqdm
 from transformers import BertTokenizer, RobertaConfig, RobertaModel
 
 from koclip import training
+from koclip.align.build import adapt
+from koclip.align.trainable import select
 from koclip.config import AlignConfig, DataConfig, ModelConfig, OptimConfig, SourceConfig, SwapConfig, TrainConfig
 from koclip.data.batches import Batch, Known
 from koclip.data.features import digest_of
 from koclip.data.loader import train_loader
 from koclip.data.order import Shard
 from koclip.data.transforms import Views, centre_view, view_size
+from koclip.encoders.inference import embed_texts
 from koclip.metrics import first_ranks, share
 from koclip.models import StockModel
-from koclip.models.adapt import adapt
 from koclip.models.dual_encoder import DualEncoder, from_scratch
-from koclip.models.inference import embed_texts
 from koclip.models.pretrained import load_text_encoder
-from koclip.models.select import select
 from koclip.text.tokenizers import load, train_bpe
 from koclip.training.frozen import image_features
 

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from koclip import losses
 from koclip.config import LossConfig
-from koclip.models.dual_encoder import Embeddings
+from koclip.losses.embeddings import Embeddings
 
 WIDTH = 512
 WAYS = ("dense", "open_clip", "tiled")

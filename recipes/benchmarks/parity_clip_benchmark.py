@@ -26,12 +26,12 @@ from torch import Tensor
 import koclip
 from koclip.config import EvalSetConfig, SourceConfig
 from koclip.data.sources import Row
-from koclip.evaluation import retrieval, zero_shot
+from koclip.encoders.base import TransformersEncoder
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.pictures import Pictures
+from koclip.evaluation.images import Pictures
 from koclip.evaluation.sets import EvalSet, open_set
+from koclip.evaluation.tasks import retrieval, zero_shot
 from koclip.metrics import KS, Metric
-from koclip.models.encoders import TransformersEncoder
 from koclip.text.classes import ClassName
 from koclip.text.prompts import fill, spelt_out
 
@@ -156,7 +156,7 @@ def unique(pairs: Pairs) -> Pairs:
 
 
 def koclip_retrieval(pairs: Pairs) -> Numbers:
-    """Return the recalls of `koclip.evaluation.retrieval`, both directions."""
+    """Return the recalls of `koclip.evaluation.tasks.retrieval`, both directions."""
     one = _eval_set([{"ko": own} for own in pairs.captions], EvalSetConfig())
     images = F.normalize(pairs.images, dim=-1)
     found = retrieval.retrieval(Embedder(Given(pairs.texts), batch_size=64), one, "ko", images)
@@ -165,7 +165,7 @@ def koclip_retrieval(pairs: Pairs) -> Numbers:
 
 
 def koclip_zero_shot(classes: Classes) -> Numbers:
-    """Return the accuracies of `koclip.evaluation.zero_shot`, of the ensemble of all templates."""
+    """Return the accuracies of `koclip.evaluation.tasks.zero_shot`, of the ensemble of all templates."""
     config = EvalSetConfig(
         source=SourceConfig(path="none", label="label"),
         tasks=["zero_shot"],

@@ -1,0 +1,1 @@
+"""Ways to give a CLIP another text encoder, or to adapt its own."""

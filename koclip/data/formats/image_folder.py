@@ -1,0 +1,151 @@
+"""Read folders of pictures, laid out as for `datasets`: with metadata files beside them, or a folder for each class.
+
+A picture that no row of the metadata names is a row without captions, so that whatever uses the rows lists it.
+`datasets` leaves it out, and reads several metadata files in an order of chance.
+"""
+
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet as pq
+from datasets.data_files import DEFAULT_PATTERNS_SPLIT_IN_DIR_NAME, DEFAULT_PATTERNS_SPLIT_IN_FILENAME
+from fsspec.utils import glob_translate
+
+from koclip.config import SourceConfig, locate
+from koclip.data.formats.files import METADATA, PICTURES, SourceError, identity, is_folder, walk
+from koclip.data.formats.text_files import Task, csv_records, json_records, open_records
+
+_METADATA = tuple(f"/{name}" for name in METADATA)
+# JPEG, PNG, GIF, BMP, WebP, TIFF, JPEG 2000, JPEG XL, and AVIF and HEIC.
+_SIGNATURE = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|GIF8|BM|RIFF....WEBP|II\*\0|MM\0\*|\0\0\0\x0cj|\xff\x4f\xff|\xff\x0a|....ftyp", re.DOTALL
+)
+_PART = 1_000  # pictures without metadata that are read at a time
+_NAMED = 5  # files that a message names
+
+Record = Mapping[str, Any]
+Picture = tuple[str, str | None]  # its path and its class
+
+
+def open_folder(config: SourceConfig) -> datasets.Dataset | datasets.IterableDataset:
+    """Open an image folder as a table: `image`, and the metadata's columns or `label`, the name of a picture's folder.
+
+    A column `left_file_name` of the metadata is the image column `left`.
+
+    Raises:
+        SourceError: there is no such folder or split, or files lie outside all splits.
+        FileError: a metadata file cannot be read.
+    """
+    folder = locate(config.path)
+    if not is_folder(folder):
+        raise SourceError(f"source {config.path!r} is not a folder; expected a folder of images with metadata")
+    root = f"{folder.absolute()}/"
+    names = [str(file.absolute()).removeprefix(root) for file in walk(folder) if _belongs(file)]
+    if not names:
+        raise SourceError(f"source {config.path!r} is a folder without a picture; expected an image folder")
+    files = [root + name for name in _of_split(names, config)]
+    metadata = [file for file in files if file.endswith(_METADATA)]
+    pictures = _with_classes([file for file in files if not file.endswith(_METADATA)])
+    size = len(pictures) if metadata else _PART
+    parts = [tuple(pictures[start : start + size]) for start in range(0, len(pictures), size or 1)]
+    return open_records(config, _read, [*metadata, *parts], [*map(identity, metadata), *([""] * len(parts))])
+
+
+def _belongs(file: Path) -> bool:
+    """Tell pictures, by their names or else their first bytes, and metadata files from what else lies in a folder."""
+    if file.name in METADATA or file.suffix:
+        return file.name in METADATA or file.suffix.lower() in PICTURES
+    try:
+        with file.open("rb") as opened:
+            return bool(_SIGNATURE.match(opened.read(16)))
+    except OSError:
+        return True  # whatever it is, it is listed when it cannot be read
+
+
+def _of_split(names: Sequence[str], config: SourceConfig) -> Sequence[str]:
+    """Return the files of the split that a source asks for, by the rules of `datasets`.
+
+    Raises:
+        SourceError: there is no such split, or a file is in none of them or in several.
+    """
+    asked = config.split.split("[")[0]
+    splits = {"train": list(names)}
+    for patterns in (DEFAULT_PATTERNS_SPLIT_IN_DIR_NAME, DEFAULT_PATTERNS_SPLIT_IN_FILENAME):
+        matches = {str(split): re.compile("|".join(map(glob_translate, patterns[split]))).match for split in patterns}
+        members = {split: [name for name in names if match(name)] for split, match in matches.items()}
+        if any(members.values()):
+            splits = {split: part for split, part in members.items() if part}
+            break
+    if asked == "all":
+        return names
+    uses = Counter(name for part in splits.values() for name in part)
+    wrong = [name for name in names if uses[name] != 1]
+    if wrong:
+        raise SourceError(
+            f"source {config.path!r}: by their names its files belong to the splits {sorted(splits)}, but {len(wrong)} "
+            f"to none or to several, such as {wrong[:_NAMED]}; name the folder of one split, or set split: all"
+        )
+    if asked not in splits:
+        raise SourceError(f"source {config.path!r} has no split {asked!r}; it has {sorted(splits)}, and all")
+    return splits[asked]
+
+
+def _with_classes(files: Sequence[str]) -> list[Picture]:
+    """Return pictures with the names of their folders, if these can be classes: several, equally deep."""
+    places = [file.rpartition("/") for file in files]
+    folders = {folder for folder, _, name in places if "." in name}
+    if len(folders) < 2 or len({folder.count("/") for folder in folders}) > 1:
+        return [(file, None) for file in files]
+    classes = {folder: folder.rpartition("/")[2] for folder in folders}
+    return [(file, classes.get(folder)) for file, (folder, _, _) in zip(files, places, strict=True)]
+
+
+def _read(part: str | Sequence[Picture], task: Task) -> Iterator[Record]:
+    """Yield the rows of a metadata file; or pictures, but for those that a metadata file names."""
+    if isinstance(part, str):
+        yield from _metadata(part, task)
+        return
+    metadata = [file for file in task.files if isinstance(file, str)]
+    if not metadata:
+        yield from (
+            {"image": picture} if label is None else {"image": picture, "label": label} for picture, label in part
+        )
+        return
+    named = {image: set[str]() for image in task.images}
+    for row in (row for file in metadata for row in _metadata(file, task)):
+        for image in named.keys() & row.keys():
+            named[image].add(_same(row[image] or ""))
+    column = next((image for image, pictures in named.items() if pictures), None)
+    known = set[str]().union(*named.values())
+    yield from ({column: picture} for picture, _ in part if column and _same(picture) not in known)
+
+
+def _metadata(file: str, task: Task) -> Iterator[Record]:
+    """Yield the rows of a metadata file, with the paths of the pictures in the place of their names."""
+    columns = {image: "file_name" if image == "image" else f"{image}_file_name" for image in task.images}
+    task = task._replace(files=(file,), images=tuple(columns.values()))
+    rows = csv_records(file, task) if file.endswith(".csv") else json_records(file, task)
+    for row in _parquet_records(file) if file.endswith(".parquet") else rows:
+        names = {image: row[column] for image, column in columns.items() if column in row}
+        yield {**row, **{image: _beside(file, name) for image, name in names.items()}}
+
+
+def _parquet_records(file: str) -> Iterator[Record]:
+    for batch in pq.ParquetFile(file).iter_batches():
+        yield from batch.to_pylist()
+
+
+def _beside(file: str, name: Any) -> str | None:
+    """Return the path of a picture that a metadata file names."""
+    return str(Path(file).parent / name) if isinstance(name, str) and name else None
+
+
+def _same(path: str) -> str:
+    """Return what is the same for paths that differ in form only."""
+    return unicodedata.normalize("NFC", os.path.normpath(path))

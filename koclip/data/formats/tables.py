@@ -1,0 +1,211 @@
+"""Read tables of rows with `datasets`: local files, image folders, tar shards, the Hub. Images stay encoded."""
+
+import glob
+import itertools
+import lzma
+import tarfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.data_files import DataFilesList
+from datasets.exceptions import DatasetsError
+from xxhash import xxh3_64_hexdigest
+
+from koclip.config import SourceConfig, locate
+from koclip.data.formats import shards
+from koclip.data.formats.columns import LISTS, column_names, has_column, top_column
+from koclip.data.formats.columns import dig as dig
+from koclip.data.formats.encodings import FileError
+from koclip.data.formats.files import SourceError, file_format, find, identity, is_folder, is_remote, listed, walk
+from koclip.data.formats.image_folder import open_folder
+from koclip.data.formats.text_files import open_text
+
+# What `datasets` and the readers below it raise on files that are missing or broken.
+UNREADABLE = (
+    *(OSError, ValueError, TypeError, LookupError, EOFError),
+    *(DatasetsError, tarfile.TarError, zlib.error, lzma.LZMAError),
+)
+TEXT = ("csv", "json", "annotations")  # formats of text files
+KEYS = ("__key__", "__url__", "id")  # columns that name a row
+_PEEKED = 5  # rows that tell the columns of a stream
+_PARTS = 64  # of a stream of what `save_to_disk` has saved, at most
+
+Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
+
+
+def open_table(config: SourceConfig) -> Table:
+    """Open a source's table, reduced to the columns that `config` names and those that name a row.
+
+    Raises:
+        SourceError: the files, the data set, its split or a column do not exist, or cannot be read.
+    """
+    kind = file_format(config)
+    try:
+        table = _load(config, kind)
+        # A stream may tell its columns by its rows only.
+        heads: list[Any] = [table.features] if table.features else list(table.take(_PEEKED))
+    except UNREADABLE as error:
+        raise _unreadable(config, kind, error) from error
+    single = [*([config.label] if config.label else []), *config.captions.values(), *(config.where or {})]
+    images = [column for column in config.images if any(has_column(head, column) for head in heads)]
+    missing = {column for column in single if not any(has_column(head, column) for head in heads)}
+    missing |= set() if images else set(config.images)
+    if missing:
+        names = sorted({name for head in heads for name in column_names(head)})
+        raise SourceError(f"source {config.path!r} has no column {sorted(missing)}; its columns are {names}")
+    if not table.features:
+        return table  # its rows may differ in their columns
+    needed = {top_column(table.features, column) for column in [*images, *single]}
+    table = table.select_columns(sorted(needed | (table.features.keys() & KEYS)))
+    return _undecoded(table, images)
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error of a reader says, on one line unless it is koclip's own."""
+    return str(error) if isinstance(error, FileError) else f"{type(error).__name__}: {error}".split("\n")[0]
+
+
+def _unreadable(config: SourceConfig, kind: str, error: BaseException) -> SourceError:
+    """Return the error for a source that cannot be opened."""
+    while error.__cause__ and not isinstance(error, (SourceError, FileError)):
+        error = error.__cause__  # `datasets` wraps what went wrong
+    if isinstance(error, SourceError):
+        return error
+    advice = "" if isinstance(error, FileError) else "; check path, format and split"
+    return SourceError(
+        f"source {config.path!r} cannot be read as {kind}, split {config.split!r}: {reason(error)}{advice}"
+    )
+
+
+def _undecoded(table: Table, images: Sequence[str]) -> Table:
+    """Make a table hand out its images as they are stored, so that a broken one does not stop the reader."""
+    if isinstance(table, datasets.IterableDataset):
+        # decode(False) stops the threads that decode remote images, but the reading of JSON cells too.
+        return table.decode(False).cast(datasets.Features(_images_encoded(table.features))) if images else table
+    if set(images) - table.features.keys():
+        table = table.flatten()  # brings a nested image to the top, under its dotted name
+    for image in images:
+        if isinstance(table.features.get(image), datasets.Image):
+            table = table.cast_column(image, datasets.Image(decode=False))
+    return table
+
+
+def _images_encoded(feature: Any) -> Any:
+    """Return a feature with every image in it left as it is stored."""
+    if isinstance(feature, LISTS):
+        return type(feature)(_images_encoded(feature.feature))
+    if isinstance(feature, Mapping):
+        return {name: _images_encoded(inner) for name, inner in feature.items()}
+    return datasets.Image(decode=False) if isinstance(feature, datasets.Image) else feature
+
+
+def _load(config: SourceConfig, kind: str) -> Table:
+    if kind == "hub":
+        return _hub_table(config)
+    if kind == "save_to_disk":
+        return _saved_table(config)
+    if kind == "image_folder":
+        return open_folder(config)
+    options: dict[str, Any] = {"split": config.split, "streaming": config.streaming}
+    files = files_of(config, kind)
+    if kind == "webdataset":
+        return shards.stream(files, config)
+    if kind in TEXT:
+        return open_text(config, kind, files)
+    if kind in ("parquet", "arrow") and not is_remote(config.path):
+        options["features"] = _features(files, kind)
+    return datasets.load_dataset(kind, data_files={config.split.split("[")[0]: files}, **options)
+
+
+def files_of(config: SourceConfig, kind: str) -> DataFilesList | list[str]:
+    """Return a source's files; an address as it is.
+
+    Raises:
+        SourceError: there is none.
+    """
+    if is_remote(config.path):
+        return [config.path]
+    files = find(config.path, kind)
+    if not files:
+        raise SourceError(
+            f"source {config.path!r} matches no file (from {Path.cwd()}); check the path, "
+            "or set format: hub for a Hub data set"
+        )
+    return listed(files)
+
+
+def _hub_table(config: SourceConfig) -> Table:
+    """Load a data set of the Hub, or a folder that is laid out like one."""
+    options: dict[str, Any] = {"revision": config.revision}
+    path = config.path
+    if is_folder(locate(path)):
+        path = str(locate(path).resolve())
+        if glob.has_magic(path) or "::" in path:
+            raise SourceError(
+                f"source {path!r}: datasets takes [ ] * ? and :: in a folder's name for patterns; rename it"
+            )
+        # `datasets` would know its files by their names and `mtime` only.
+        files = xxh3_64_hexdigest(repr([(str(file), identity(file)) for file in walk(Path(path))]).encode())
+        options["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{files}")
+    options |= {"split": config.split, "streaming": config.streaming}
+    table = datasets.load_dataset(path, config.subset, **options)
+    if table.info.builder_name == "webdataset":
+        where = {name: options[name] for name in options.keys() & {"revision", "cache_dir"}}
+        builder = datasets.load_dataset_builder(path, config.subset, **where)
+        return shards.stream(list(builder.config.data_files[config.split]), config)
+    if table.info.builder_name == "csv":  # its cells are text, not what pandas makes of them
+        names: Iterable[str] = table.column_names or next(iter(table), {})
+        texts = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
+        return datasets.load_dataset(path, config.subset, features=texts, keep_default_na=False, **options)
+    return table
+
+
+def _saved_table(config: SourceConfig) -> Table:
+    """Load what `datasets` has saved with `save_to_disk`."""
+    folder = str(locate(config.path).absolute())
+    saved, split = datasets.load_from_disk(folder), config.split.split("[")[0]
+    if isinstance(saved, datasets.DatasetDict) and split not in saved:
+        raise SourceError(f"source {config.path!r} has no split {split!r}; it has {sorted(saved)}")
+    table = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+    table = table.with_format(None)  # which is saved too
+    parts = datasets.ReadInstruction.from_spec(config.split).to_absolute({split: len(table)})
+    if config.split != split:
+        table = table.select(itertools.chain.from_iterable(range(part.from_, part.to) for part in parts))
+    return table.to_iterable_dataset(min(_PARTS, max(1, len(table)))) if config.streaming else table
+
+
+def _features(files: Sequence[str], kind: str) -> datasets.Features | None:
+    """Return the features of files of which the first have nothing in a column; None to take those of the first.
+
+    `datasets` takes the type of a column without a value, `null`, for that of the whole column.
+    """
+    features = first = None
+    for file in files:
+        with Path(file).open("rb") as opened:
+            if kind == "parquet":
+                schema = pq.read_schema(opened)
+            else:
+                try:
+                    schema = pa.ipc.open_stream(opened).schema
+                except pa.ArrowInvalid:
+                    schema = pa.ipc.open_file(opened).schema
+        following = datasets.Features.from_arrow_schema(schema)
+        first = first or following
+        features = datasets.Features(_filled(features, following)) if features else following
+    return None if features == first else features
+
+
+def _filled(feature: Any, other: Any) -> Any:
+    """Return a feature with the types of another one in the places where it has `null`."""
+    if isinstance(feature, datasets.Value) and feature.dtype == "null":
+        return other
+    if isinstance(feature, LISTS) and isinstance(other, LISTS):
+        return type(feature)(_filled(feature.feature, other.feature))
+    if isinstance(feature, Mapping) and isinstance(other, Mapping):
+        return {name: _filled(inner, other[name]) if name in other else inner for name, inner in feature.items()}
+    return feature

@@ -1,0 +1,1 @@
+"""Embed images and texts with anybody's dual encoder."""

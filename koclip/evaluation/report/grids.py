@@ -1,0 +1,174 @@
+"""Pictures that need the model once more: queries with the images they find, and classes that are taken for others."""
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from koclip.evaluation.embed import Embedder
+from koclip.evaluation.report.drawing import COLOURS, FEWER, GREY, OTHER_COLOUR
+from koclip.evaluation.sets import EvalSet
+from koclip.evaluation.tasks.retrieval import collect
+from koclip.evaluation.tasks.zero_shot import classifier, ensemble, names_of, templates_of
+from koclip.text.classes import ClassName
+
+_SHOWN = 6  # images per query
+_OF_A_KIND = 2  # queries per language that find their image, and that miss it
+_TRIED = 512  # captions per language that queries are chosen from
+_THUMBNAIL = 200  # pixels
+_LINE, _LINES = 26, 5  # letters per line of a caption, lines
+_ALL_CLASSES = 12  # up to as many are all shown; of more, those that are confused most
+
+Counts = npt.NDArray[np.int64]
+
+
+class Query(NamedTuple):
+    """A caption, its images and the images that score highest."""
+
+    language: str
+    text: str
+    owners: list[int]  # the best first
+    rank: int  # of the first right one, from 1
+    nearest: list[int]
+
+
+def queries(embedder: Embedder, one: EvalSet) -> Figure | None:
+    """Draw captions of every language that find their image and that miss it, with the images they score highest.
+
+    Right images are framed. None for a set without captions.
+    """
+    if not any(one.captions):
+        return None
+    one = one.captioned
+    images = embedder.images(one.pictures)
+    chosen = [query for language in one.languages for query in _queries_of(embedder, one, language, images)]
+    columns = min(_SHOWN, len(one.pictures))
+    widths = [2.6, *[1] * columns, 0.12, 1]  # text, images, a gap, the right image
+    figure = Figure(figsize=(1.3 * sum(widths), 1.5 * len(chosen) + 0.5), layout="constrained")
+    axes = figure.subplots(len(chosen), len(widths), squeeze=False, width_ratios=widths)
+    for row, query in zip(axes, chosen, strict=True):
+        text = "\n".join(textwrap.wrap(query.text, _LINE, max_lines=_LINES, placeholder=" ..."))
+        row[0].text(1.0, 0.5, text, ha="right", va="center", fontsize=10, linespacing=1.3)
+        row[0].axis("off")
+        row[-2].axis("off")
+        for axis, place in zip(row[1:-2], query.nearest, strict=True):
+            _show(axis, one.pictures[place], place in query.owners)
+        _show(row[-1], one.pictures[query.owners[0]], True)
+        row[-1].set_title(f"rank {query.rank:,}", fontsize=9, color="black" if query.rank == 1 else FEWER)
+    figure.suptitle(f"{one.name}: captions, the images they score highest, and the captioned one (framed)", fontsize=11)
+    return figure
+
+
+def confusions(embedder: Embedder, one: EvalSet) -> Iterator[tuple[str, Figure]]:
+    """Yield by language a picture of which classes are taken for which; nothing for a set without classes."""
+    if not one.classes:
+        return
+    labels = torch.tensor(one.labels)
+    images = embedder.images(one.pictures)
+    for language in one.languages:
+        templates = templates_of(one, language)
+        classes = ensemble(classifier(embedder, names_of(one, language).plain, templates))
+        answers = embedder.search(images, classes, labels[:, None].tolist())[1]
+        size = len(one.classes)
+        counts = torch.bincount(labels * size + answers, minlength=size**2).view(size, size).numpy()
+        yield language, _confusion(counts, one, language)
+
+
+def _confusion(counts: Counts, one: EvalSet, language: str) -> Figure:
+    """Draw `counts` (C, C) of images by class and answer, in percent of each class's images."""
+    chosen = most_confused(counts, _ALL_CLASSES)
+    names = [_both_names(one.classes[place]) for place in chosen]
+    some = len(chosen) < len(counts)
+    totals = counts[chosen].sum(axis=1, keepdims=True)
+    shares = 100 * counts[np.ix_(chosen, chosen)] / np.maximum(totals, 1)
+    if some:
+        names.append("any other")
+        shares = np.hstack([shares, np.where(totals > 0, 100 - shares.sum(axis=1, keepdims=True), 0)])
+    figure = Figure(figsize=(0.52 * len(names) + 3.2, 0.46 * len(chosen) + 3.0), layout="constrained")
+    axis = figure.subplots()
+    coloured = np.where(np.arange(len(names)) < len(chosen), shares, 0)  # the rest would outshine the classes
+    axis.imshow(coloured, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    for place in range(len(chosen)):
+        axis.add_patch(Rectangle((place - 0.5, place - 0.5), 1, 1, fill=False, edgecolor=OTHER_COLOUR, linewidth=1.5))
+    for row, column in np.argwhere(np.round(shares) > 0):
+        ink = "white" if coloured[row, column] > 55 else "black"
+        text = f"{shares[row, column]:.0f}"
+        axis.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
+    axis.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(len(chosen)), names[: len(chosen)])
+    axis.set(xlabel="answer", ylabel="class")
+    which = f"the {len(chosen)} most confused of {len(counts)} classes" if some else f"{len(counts)} classes"
+    axis.set_title(f"{one.name}, {language}: {which}\n% of a class's images; framed: right", fontsize=10)
+    return figure
+
+
+def most_confused(counts: Counts, most: int) -> list[int]:
+    """Return all classes if there are at most `most`, else those mistaken most often, the most often first.
+
+    Args:
+        counts: (C, C) images by class and answer.
+        most: An even number.
+    """
+    if len(counts) <= most:
+        return list(range(len(counts)))
+    mistakes = counts - np.diag(np.diag(counts))
+    pairs = np.argsort(-(mistakes + mistakes.T)[np.triu_indices(len(counts), 1)], kind="stable")
+    rows, columns = (places[pairs] for places in np.triu_indices(len(counts), 1))
+    chosen: list[int] = []
+    for pair in zip(rows.tolist(), columns.tolist(), strict=True):
+        new = [place for place in pair if place not in chosen]
+        if len(chosen) + len(new) <= most:
+            chosen += new
+        if len(chosen) == most:
+            break
+    return chosen
+
+
+def _queries_of(embedder: Embedder, one: EvalSet, language: str, images: torch.Tensor) -> list[Query]:
+    """Return captions that find their image first and captions that do not find it among those shown."""
+    captions = collect(one.texts(language), [])
+    tried = list(range(0, len(captions.texts), max(1, len(captions.texts) // _TRIED)))
+    if not tried:
+        return []
+    texts = embedder.texts([captions.texts[place] for place in tried])
+    ranks = embedder.search(texts, images, [captions.images[place] for place in tried])[0]
+    wanted = torch.cat([_spread(ranks < 1), _spread(ranks >= _SHOWN)])
+    if not len(wanted):
+        wanted = _spread(ranks >= 0)
+    found = []
+    for at in wanted.tolist():
+        scores = images @ texts[at]  # (I,)
+        own = captions.images[tried[at]]
+        owners = [own[place] for place in scores[own].argsort(descending=True, stable=True).tolist()]
+        nearest = scores.topk(min(_SHOWN, len(images))).indices.tolist()
+        found.append(Query(language, captions.texts[tried[at]], owners, int(ranks[at]) + 1, nearest))
+    return found
+
+
+def _spread(chosen: torch.Tensor) -> torch.Tensor:
+    """Return a few places of the true entries (Q,), evenly spaced."""
+    places = chosen.nonzero()[:, 0]
+    step = max(1, len(places) // _OF_A_KIND)
+    return places[step // 2 :: step][:_OF_A_KIND]
+
+
+def _show(axis: Any, image: Image.Image, framed: bool) -> None:
+    image = image.copy()
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    axis.imshow(image, interpolation="nearest" if max(image.size) < _THUMBNAIL else "antialiased")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set(visible=True, color=OTHER_COLOUR if framed else GREY, linewidth=3.5 if framed else 1)
+
+
+def _both_names(name: ClassName) -> str:
+    """Return a class's Korean and English name, or what there is of them."""
+    known = [name.names[language] for language in COLOURS if language in name.names]
+    return " · ".join(dict.fromkeys(known)) or name.key

@@ -1,0 +1,87 @@
+"""The published model directory: what `from_pretrained` of stock transformers loads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, VisionTextDualEncoderModel
+
+from koclip.models.stock import longest_text, positions
+from koclip.text.tokenizers import forget_call_state
+
+# What transformers 4 knows by another name. Its `ChineseCLIPProcessor` knows no tokenizer but BERT's and cuts no image
+# out by its shorter side; `CLIPProcessor` takes any tokenizer and does what the other one does in transformers 5.
+_NAMES_IN_4 = {
+    "TokenizersBackend": "PreTrainedTokenizerFast",
+    "ChineseCLIPProcessor": "CLIPProcessor",
+    "ChineseCLIPImageProcessor": "CLIPImageProcessor",
+}
+_WRAPPED = ("clip_vision_model", "clip_text_model", "siglip_vision_model")
+
+
+def publish(
+    directory: Path, model: PreTrainedModel, processor: ProcessorMixin, weights: dict[str, torch.Tensor]
+) -> None:
+    """Write a stock model directory from a `DualEncoder`'s state dict.
+
+    It has as many positions for texts as the tokenizer's longest text, which is how long texts were in training: every
+    class refuses a longer one that nobody cuts.
+    """
+    if "logit_bias" in weights:
+        model.config.logit_bias = weights["logit_bias"].item()
+    stock = {
+        name.removeprefix("model."): value.float() if value.is_floating_point() else value
+        for name, value in weights.items()
+        if name != "logit_bias"
+    }
+    stock["logit_scale"] = stock["logit_scale"].reshape(())  # of one dimension under FSDP2
+    _cut_positions(model, stock, processor.tokenizer)
+    stock = {_name_for_all(model, name): value for name, value in stock.items()}
+    model.save_pretrained(directory, state_dict=stock)
+    forget_call_state(processor.tokenizer)
+    processor.save_pretrained(directory)
+    processor.image_processor.save_pretrained(directory)  # preprocessor_config.json, which older readers look for
+    _let_transformers_4_read(directory)
+
+
+def _cut_positions(model: Any, weights: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Leave the text tower as many positions as the longest text has tokens, in its configuration and `weights`."""
+    longest = longest_text(tokenizer, model.text_model)
+    for table, rows in positions(model.text_model).items():
+        name = f"text_model.{table}.weight"
+        weights[name] = weights[name][: rows.start + longest]
+        model.config.text_config.max_position_embeddings = rows.start + longest
+
+
+def _name_for_all(model: Any, name: str) -> str:
+    """Return the name under which every version of transformers reads a weight.
+
+    Inside of a `VisionTextDualEncoderModel`, early versions (5.5 is one, 5.10 none) look for the weights of these
+    towers one level deeper, and draw at random what they do not find. Later ones read both.
+    """
+    side, _, rest = name.partition(".")
+    wrapped = isinstance(model, VisionTextDualEncoderModel) and side in ("vision_model", "text_model")
+    if not wrapped or getattr(model, side).config.model_type not in _WRAPPED or rest.startswith(f"{side}."):
+        return name
+    return f"{side}.{side}.{rest}"
+
+
+def _let_transformers_4_read(directory: Path) -> None:
+    """Write the old names of what transformers 4 knows and 5 has renamed; 5 reads both."""
+    for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        values = _renamed(json.loads((directory / name).read_text(encoding="utf-8")))
+        if isinstance(values.get("extra_special_tokens"), list):  # a dictionary in transformers 4
+            values["additional_special_tokens"] = values.pop("extra_special_tokens")
+        text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (directory / name).write_text(text, encoding="utf-8")
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the contents of a file of settings with the names of classes that transformers 4 has."""
+    renamed: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in ("tokenizer_class", "processor_class", "image_processor_type"):
+            value = _NAMES_IN_4.get(value, value)
+        renamed[key] = _renamed(value) if isinstance(value, dict) else value
+    return renamed

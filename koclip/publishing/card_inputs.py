@@ -1,0 +1,306 @@
+"""What is known of a run: its configuration, its surroundings, its numbers, its sources with their cards."""
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+
+from koclip import storage
+from koclip.config import ConfigError, PublishConfig, SourceConfig, check
+from koclip.encoders.peers import open_encoder
+from koclip.metrics import Metric
+from koclip.models.pretrained import read_processor
+from koclip.publishing import data_cards
+from koclip.publishing.files import is_hub_id
+from koclip.publishing.licences import UNSTATED, Part, Source, model_parts
+from koclip.text.normalize import normalize
+
+_EVALUATION = "evaluation"
+_OFFSET = 2  # places of a RoBERTa's position table that no token is at
+_DIRTY = "\ufeff고양이\u200b가 \u3164 창가에\u00ad [SEP] 앉아 <|endoftext|> 있다</s>"
+_SURROUNDINGS = ("commit", "python", "packages", "cpu_threads", "gpus", "num_processes", "command")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set and what its card says of it."""
+
+    name: str
+    roles: tuple[str, ...]  # of "training", "training of the base", "evaluation"
+    source: str
+    parts: tuple[Part, ...]
+    languages: list[str]
+    rows: str
+    version: str
+    limits: str
+    harms: str
+    hub_id: str | None = None
+
+    @property
+    def role(self) -> str:
+        """What it was used for, in words."""
+        return ", ".join(self.roles)
+
+    @property
+    def licence(self) -> str:
+        """The licence of every part."""
+        return "; ".join(f"{part.part}: {part.licence}" for part in self.parts)
+
+    @property
+    def trained(self) -> bool:
+        """Whether the model or its base learnt from it."""
+        return any(role != _EVALUATION for role in self.roles)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that a model's card is made of."""
+
+    model: dict[str, Any]  # config.json
+    max_tokens: int
+    reads_longer: bool  # whether the class embeds texts of more tokens, though nothing was learnt of so many
+    cleans: bool  # whether the tokenizer gives a text the ids of the clean text by itself
+    image_size: int
+    config: dict[str, Any]  # the run's config.yaml
+    environment: dict[str, Any]
+    seconds: float | None  # of training, its last step included; None if its log does not say
+    results: dict[str, Any]
+    metrics: dict[str, Metric]
+    data: list[DataSet]
+    towers: list[Source]
+    base_models: list[str]
+    languages: list[str]
+
+    @property
+    def chain(self) -> list[Source]:
+        """All that the model's licence depends on: towers and training data."""
+        return [*self.towers, *(Source(one.role, one.name, one.parts) for one in self.data if one.trained)]
+
+
+def gather(cfg: PublishConfig) -> Facts:
+    """Read everything that the card of `cfg.model` needs.
+
+    Raises:
+        ConfigError: something is missing; the message names it and says what to do.
+    """
+    directory, cards = Path(cfg.model), Path(cfg.data_cards)
+    run = directory.resolve().parent
+    config = _read_config(run)
+    results = _read_results(cfg, run)
+    data = list(_training_data(config, cards, "training"))
+    towers: list[Source] = []
+    for key, name in _towers(config):
+        given = {"model.clip": cfg.clip, "model.text_encoder": cfg.text_encoder}[key]
+        name = given or name.removeprefix("auto:")
+        if is_hub_id(name):
+            towers.append(Source(key.removeprefix("model."), name, _parts(name, cfg.licenses)))
+        else:
+            more, data_of_base = _base_run(key, name, cards, cfg.licenses)
+            towers, data = towers + more, data + data_of_base
+    data += [_data_set(name, _EVALUATION, cards, _path(one)) for name, one in results["data"].items()]
+    model = _read(directory / "config.json")
+    max_tokens = _needed(directory / "tokenizer_config.json", "model_max_length")
+    facts = Facts(
+        model=model,
+        max_tokens=max_tokens,
+        reads_longer=model.get("text_config", {}).get("max_position_embeddings", 0) > max_tokens + _OFFSET,
+        cleans=_cleans(directory),
+        image_size=_image_size(directory / "preprocessor_config.json"),
+        config=config,
+        environment={name: _needed(run / "environment.json", name) for name in _SURROUNDINGS},
+        seconds=_seconds(run / "metrics.jsonl"),
+        results=results,
+        metrics={name: Metric(one["value"], tuple(one["ci95"]), one["n"]) for name, one in results["metrics"].items()},
+        data=_once(data),
+        towers=list(dict.fromkeys(towers)),
+        base_models=list(dict.fromkeys(one.name for one in towers if one.role in ("clip", "text_encoder"))),
+        languages=_languages(config),
+    )
+    _check_measured(cfg, results)
+    return facts
+
+
+def _seconds(log: Path) -> float | None:
+    found = storage.read_lines(log)
+    return found[-1].get("seconds") if found else None
+
+
+def _once(data: list[DataSet]) -> list[DataSet]:
+    """Return every data set once, with all its roles."""
+    found: dict[str, DataSet] = {}
+    for one in data:
+        before = found.get(one.name, one)
+        found[one.name] = replace(before, roles=tuple(dict.fromkeys((*before.roles, *one.roles))))
+    return list(found.values())
+
+
+def _read_config(run: Path) -> dict[str, Any]:
+    file = run / "config.yaml"
+    check(file.is_file(), "model", str(file), "expected the training run's config.yaml beside the model's directory")
+    config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for section in ("data", "model", "train"):
+        check(section in config, f"{file}: {section}", None, "expected the configuration of a training recipe")
+    return config
+
+
+def _read_results(cfg: PublishConfig, run: Path) -> dict[str, Any]:
+    file, mend = Path(cfg.results) if cfg.results else run / "results.json", _measure_again(cfg)
+    check(file.is_file(), "results", str(file), f"no such file; {mend}")
+    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("model", "fingerprint", "data", "metrics", "environment"):
+        check(bool(results.get(name)), f"results: {file}, {name}", results.get(name), f"expected it in there; {mend}")
+    return results
+
+
+def _check_measured(cfg: PublishConfig, results: Mapping[str, Any]) -> None:
+    """Make sure that numbers are of the very model that is published, wherever it lay when it was measured."""
+    own = open_encoder(cfg.model, "cpu").fingerprint()
+    other = f"the numbers are of {results['model']}, which is another model or has changed since"
+    expected = f"expected {own}, that of {cfg.model}: {other}; {_measure_again(cfg)}"
+    check(results["fingerprint"] == own, "results: fingerprint", results["fingerprint"], expected)
+
+
+def _measure_again(cfg: PublishConfig) -> str:
+    command = f"python recipes/evaluate.py --model {shlex.quote(cfg.model)} --output_dir runs/measured"
+    return f"measure it: {command}, and publish with --results runs/measured/results.json"
+
+
+def _training_data(config: Mapping[str, Any], cards: Path, role: str) -> Iterator[DataSet]:
+    for values in config["data"]["sources"]:
+        source = SourceConfig(path=values["path"], name=values.get("name"))
+        hub_id = source.path if is_hub_id(source.path) and "/" in source.path else None
+        yield _data_set(source.short_name, role, cards, source.path, hub_id, values.get("revision"))
+
+
+def _path(described: Mapping[str, Any]) -> str | None:
+    """Return where an evaluated data set was read from, as results.json describes it."""
+    path: str | None = described.get("source", {}).get("source", {}).get("path")
+    return path
+
+
+def _find_card(name: str, path: str | None, cards: Path) -> Path:
+    """Return the data card of that name, else the one that lists the file that was read: a part has no card alone."""
+    file = cards / f"{name}.md"
+    others = () if file.is_file() or path is None else sorted(cards.glob("*.md"))
+    file = next((one for one in others if path in (data_cards.split(one)[0].get("files") or {})), file)
+    write = "write it, as data_cards/README.md says, or name the directory: --data_cards"
+    listing = f", nor one that lists {path}" if path else ""
+    check(file.is_file(), f"the data card of {name}", str(file), f"no such file{listing}; {write}")
+    return file
+
+
+def _data_set(
+    name: str, role: str, cards: Path, path: str | None, hub_id: str | None = None, revision: str | None = None
+) -> DataSet:
+    file = _find_card(name, path, cards)
+    card = data_cards.read(file)
+    checksums = [f"{Path(path).name} sha256 {digest[:12]}" for path, digest in card.files.items()]
+    revision = revision or (card.revision if path == (card.hub or path) else None)
+    versions = [f"revision {revision}"] if revision else checksums
+    unknown = "no version known" if card.is_unverified else "made by koclip's code"
+    return DataSet(
+        name=name,
+        roles=(role,),
+        source=" ".join(card.source.split()),
+        parts=card.licenses,
+        languages=card.languages,
+        rows=", ".join(
+            f"{part} {count:,}" if isinstance(count, int) else f"{part}: {count}" for part, count in card.rows.items()
+        ),
+        version=", ".join(versions) or unknown,
+        limits=card.limits,
+        harms=card.harms,
+        hub_id=hub_id,
+    )
+
+
+def _towers(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the key and the name of what an alignment began with."""
+    if "align" in config:
+        yield "model.clip", config["model"]["clip"]
+        if config["model"]["text_encoder"] not in (None, "same"):
+            yield "model.text_encoder", config["model"]["text_encoder"]
+
+
+def _base_run(key: str, name: str, cards: Path, licenses: Mapping[str, str]) -> tuple[list[Source], list[DataSet]]:
+    """Return towers and data of a base that koclip trained here, and of its own base."""
+    run = Path(name).resolve().parent
+    option = f"--{key.removeprefix('model.')} <its Hub id>"
+    found = (run / "config.yaml").is_file()
+    check(found, key, name, f"a directory without the run that made it, so its licence is not known: give {option}")
+    config = _read_config(run)
+    towers: list[Source] = []
+    data = list(_training_data(config, cards, "training of the base"))
+    for inner, base in _towers(config):
+        base = base.removeprefix("auto:")
+        if is_hub_id(base):
+            towers.append(Source(inner.removeprefix("model."), base, _parts(base, licenses)))
+        else:
+            more, data_of_base = _base_run(inner, base, cards, licenses)
+            towers, data = towers + more, data + data_of_base
+    return towers, data
+
+
+def _parts(hub_id: str, given: Mapping[str, str]) -> tuple[Part, ...]:
+    """Return the terms of a Hub model: what the user says, else what its card says."""
+    if hub_id in given:
+        return model_parts(given[hub_id], "whoever published this")
+    try:
+        info = HfApi().model_info(hub_id)
+    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"licenses: the licence of {hub_id} is not known, the Hub was asked and gave: {reason} Say it: "
+            f"--licenses '{{{hub_id}: mit}}', or {UNSTATED} if it has none"
+        ) from error
+    card: Any = info.card_data or {}
+    words = " ".join(str(card.get(key)) for key in ("license_name", "license_link") if card.get(key))
+    stated = card.get("license") or UNSTATED
+    several = [str(licence) for licence in (stated if isinstance(stated, list) else [stated])]
+    return model_parts(several, f"huggingface.co/{hub_id}", words)
+
+
+def _languages(config: Mapping[str, Any]) -> list[str]:
+    """Return the languages of the captions that were trained on."""
+    found = []
+    for source in config["data"]["sources"]:
+        weights = source.get("languages")
+        found += [one for one in source["captions"] if weights is None or weights.get(one, 0) > 0]
+    check(bool(found), "data.sources[].captions", found, "expected the languages of the captions in config.yaml")
+    return list(dict.fromkeys(found))
+
+
+def _cleans(directory: Path) -> bool:
+    tokenizer: Any = read_processor(directory, "model").tokenizer
+    dirty, clean = (tokenizer(text)["input_ids"] for text in (_DIRTY, normalize(_DIRTY)))
+    return bool(dirty == clean)
+
+
+def _image_size(file: Path) -> int:
+    values = _read(file)
+    size = values.get("crop_size") or values.get("size") or {}
+    side = int(size.get("height") or size.get("shortest_edge") or 0)
+    check(side > 0, f"{file}: size", size, "expected the height of the image that the model sees")
+    return side
+
+
+def _needed(file: Path, name: str) -> Any:
+    values = _read(file)
+    known = name in values and values[name] not in ("", {})
+    check(known, f"{file}: {name}", values.get(name), "expected it in there: the card needs it")
+    return values[name]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    check(file.is_file(), "model", str(file), "no such file, which the card is made from: publish what koclip wrote")
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ConfigError(f"model: {file} cannot be read: {error}; publish what koclip wrote") from error
+    return values

@@ -1,0 +1,1 @@
+"""Other formats of a model: ONNX, int8, sentence-transformers."""

@@ -1,0 +1,193 @@
+"""What the 8 bits of `onnx/*_quantized.onnx` lose in retrieval: measured, kept beside the graphs, told by the card."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoProcessor, ProcessorMixin
+
+from koclip.config import ConfigError, EvalSetConfig, SourceConfig, check
+from koclip.data.transforms import PIXEL_LIMIT, PixelLimit
+from koclip.encoders.base import in_batches
+from koclip.encoders.peers import open_encoder
+from koclip.evaluation.images import Pictures
+from koclip.evaluation.notes import counts, notes
+from koclip.evaluation.report.finish import Measured, write_results
+from koclip.evaluation.report.table import cell, sections
+from koclip.evaluation.sets import EvalSet, open_set
+from koclip.evaluation.suite import surroundings
+from koclip.evaluation.tasks.retrieval import approximated, collect
+from koclip.metrics import Metric
+from koclip.publishing.formats.onnx import EXACT, FOLDER, INT8, RESULTS, SIDES, run, session
+from koclip.text import tokenizers
+
+_LOST = "Lost: percentage points with their 95 % interval, * where it excludes 0."
+_NAME = "int8"
+_MOST = 1_000  # images of a set that nobody named
+_SCENES = "--int8_sets '[{source: {scenes_part: test, scenes_size: 1000}}]'"
+_HEADINGS = ("data set", "language", "measure", "fp32", "int8", "lost", "n")
+
+
+class Losses(NamedTuple):
+    """What people read of a measurement: two sentences, and rows of `_HEADINGS` between them."""
+
+    files: str
+    rows: list[tuple[str, ...]]
+    measured: str
+
+
+class _Graphs:
+    """The graphs of both towers. They see one picture or text at a time, as a browser has them.
+
+    The range that activations are rounded in is that of a whole batch, so with others beside it each would come out
+    differently.
+    """
+
+    def __init__(self, folder: Path, kind: str, processor: ProcessorMixin) -> None:
+        self._vision, self._text = (session(folder / f"{side}{kind}.onnx") for side in SIDES)
+        self._processor = processor
+
+    def images(self, pictures: Pictures) -> torch.Tensor:
+        """Return (N, D) embeddings."""
+        return in_batches(self._image, pictures, 1, "images")
+
+    def texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return (N, D) embeddings."""
+        return in_batches(self._texts, texts, 1, "texts")
+
+    def _image(self, picture: list[Image.Image]) -> torch.Tensor:
+        pixels = self._processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+        return run(self._vision, {"pixel_values": pixels})
+
+    def _texts(self, text: list[str]) -> torch.Tensor:
+        encoded = tokenizers.encode(self._processor.tokenizer, text, return_tensors="pt")
+        return run(self._text, {name: encoded[name] for name in ("input_ids", "attention_mask")})
+
+
+def open_sets(
+    named: Sequence[EvalSetConfig], evaluated: Mapping[str, Any], limit: PixelLimit = PIXEL_LIMIT
+) -> list[EvalSet]:
+    """Open what is measured on; there is at least one.
+
+    Args:
+        named: Sets that the user names.
+        evaluated: Those of results.json, by name, of which the ones with retrieval are taken if none is named; the
+            built-in scenes if there is none of them either.
+        limit: The most pixels of an image.
+
+    Raises:
+        ConfigError: one cannot be read here.
+    """
+    told = {name: one.get("source", {}) for name, one in evaluated.items()}
+    retrievals = {} if named else {name: one for name, one in told.items() if "retrieval" in one.get("tasks", ())}
+    opened = []
+    for name, values in retrievals.items():
+        try:
+            opened.append(open_set(_again(values), limit))
+        except (ConfigError, TypeError) as error:  # TypeError: described by a koclip that had other keys
+            raise ConfigError(
+                f"int8_sets: {name}, which results.json has numbers of, cannot be read here: {error}. Name data that "
+                f"can, as `sets` of recipes/evaluate.py does, or the built-in scenes: {_SCENES}"
+            ) from error
+    return opened or [open_set(one, limit) for one in named or [EvalSetConfig()]]
+
+
+def _again(values: Mapping[str, Any]) -> EvalSetConfig:
+    """Return what a set's retrieval needs of its description."""
+    most = min(values.get("max_images") or _MOST, _MOST)
+    gallery = [SourceConfig(**one) for one in values.get("gallery", [])]
+    share = values.get("max_skipped_fraction", EvalSetConfig.max_skipped_fraction)
+    source = SourceConfig(**values["source"])
+    return EvalSetConfig(source=source, gallery=gallery, max_images=most, max_skipped_fraction=share)
+
+
+def measure(directory: Path, sets: Sequence[EvalSet], model: str) -> Losses:
+    """Compare the retrieval of a model's graphs in int8 with that of those in fp32; write onnx/results.json.
+
+    That file is as every results.json: recall of both, and `drop@k`, what int8 loses of it.
+
+    Args:
+        directory: The model's, with all four graphs in onnx/.
+        sets: What to measure on; every language that a set has.
+        model: What results.json calls it.
+    """
+    processor = AutoProcessor.from_pretrained(directory)
+    both = [_Graphs(directory / FOLDER, kind, processor) for kind in (EXACT, INT8)]
+    metrics: dict[str, Metric] = {}
+    for one in sets:
+        images = [graphs.images(one.pictures) for graphs in both]
+        for language in one.languages:
+            captions = collect(one.texts(language), one.gallery.get(language, []))
+            exact, int8 = zip(images, (graphs.texts(captions.texts) for graphs in both), strict=True)
+            found = approximated(captions, exact, int8, _NAME)
+            metrics |= {f"{one.name}/{language}/{name}": metric for name, metric in found.items()}
+    # No path and no command: this file is published.
+    data = {one.name: counts(one) for one in sets}
+    environment = {name: value for name, value in surroundings().items() if name != "command"}
+    measured = Measured(model, open_encoder(str(directory), "cpu").fingerprint())
+    write_results(directory / FOLDER / RESULTS, measured, data, metrics, environment)
+    return _losses(directory / FOLDER)
+
+
+def read(directory: Path, fingerprint: str) -> Losses | None:
+    """Return what has been measured of a model's graphs; None if nothing was.
+
+    Raises:
+        ConfigError: it was measured of a model with another fingerprint.
+    """
+    file = directory / FOLDER / RESULTS
+    if not file.is_file():
+        return None
+    measured = json.loads(file.read_text(encoding="utf-8")).get("fingerprint")
+    mend = f"expected {fingerprint}, the model's own: its graphs are of another model; make them again, --onnx int8"
+    check(measured == fingerprint, f"{file}, fingerprint", measured, f"{mend}, or delete {directory / FOLDER}")
+    return _losses(directory / FOLDER)
+
+
+def _losses(folder: Path) -> Losses:
+    results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    metrics = {name: Metric(one["value"], tuple(one["ci95"]), one["n"]) for name, one in results["metrics"].items()}
+    exact, int8 = (_megabytes(folder, kind) for kind in (EXACT, INT8))
+    counts = {name: one["images"] for name, one in results["data"].items()}
+    told = [f"{name} ({count:,} pictures; R@1 by chance: about {100 / count:.2g} %)" for name, count in counts.items()]
+    rows = [f"{name}: {note}." for name, one in results["data"].items() for note in notes({name: one})]
+    return Losses(
+        f"`{FOLDER}/*{INT8}.onnx` keep weights in 8 bits: {int8:,.1f} MB in the place of {exact:,.1f} MB.",
+        list(_rows(metrics)),
+        " ".join([f"Measured on {', '.join(told)}.", *rows, _LOST]),
+    )
+
+
+def _megabytes(folder: Path, kind: str) -> float:
+    return sum((folder / f"{side}{kind}.onnx").stat().st_size for side in SIDES) / 1e6
+
+
+def print_losses(losses: Losses) -> None:
+    """Print what has been measured."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="left" if heading in _HEADINGS[:3] else "right")
+    for row in losses.rows:
+        table.add_row(*row)
+    console = Console(width=None if Console().is_terminal else 110)
+    for part in (losses.files, table, losses.measured):
+        console.print(part, highlight=False, markup=False)
+
+
+def _rows(metrics: Mapping[str, Metric]) -> Iterator[tuple[str, ...]]:
+    """Yield what stands under `_HEADINGS`, Korean first."""
+    for section in sections([metrics], {}):
+        for line in sorted(section.main, key=lambda line: line.language != "ko"):
+            task, measure = line.key.split("/")
+            name = f"{section.name}/{line.language}/{task}_{_NAME}/"
+            if name + measure in metrics:
+                int8 = cell(measure, metrics[name + measure]).value
+                lost = cell("drop", metrics[name + measure.replace("recall", "drop")])
+                exact = cell(measure, metrics[f"{section.name}/{line.language}/{line.key}"]).value
+                yield section.name, line.language, line.label, exact, int8, str(lost), f"{line.n:,}"

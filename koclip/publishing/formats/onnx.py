@@ -1,0 +1,236 @@
+"""Export a dual encoder as two ONNX graphs, and prove that ONNX Runtime computes the same embeddings.
+
+`onnx/vision_model.onnx` takes pixel_values (B, 3, H, W) and gives image_embeds (B, D); `onnx/text_model.onnx` takes
+input_ids and attention_mask (B, L) and gives text_embeds (B, D); both of unit norm, B and L free. Files and names are
+those that transformers.js looks for.
+
+The text graph takes ids as clients prepare them: padded on either side, too long, or cut to a length together with the
+end token (transformers.js does so). It embeds what the tokenizer's own truncation gives.
+"""
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import nn
+from transformers import ProcessorMixin
+
+from koclip.config import ConfigError, RunError
+from koclip.data.formats import scenes
+from koclip.data.transforms import view_size
+from koclip.encoders.base import encode
+from koclip.encoders.inference import load
+from koclip.models import StockModel
+from koclip.models.dual_encoder import encode_images, encode_texts
+from koclip.models.stock import longest_text
+
+FOLDER = "onnx"
+SIDES = ("vision_model", "text_model")
+EXACT, INT8 = "", "_quantized"  # kinds of graphs, as their names end
+RESULTS = "results.json"  # what the graphs in int8 lose (`koclip.publishing.formats.int8`)
+FILES = (*(f"{side}{kind}.onnx" for side in SIDES for kind in (EXACT, INT8)), RESULTS)
+MOST = 1e-4  # largest difference of a number of an embedding that is taken for rounding
+_OPSET = 18
+_TEXT_INPUTS = ("input_ids", "attention_mask")
+_PROBES = 32  # pictures, and captions in each language, that graphs are tried on
+
+
+class _Images(nn.Module):
+    def __init__(self, model: StockModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return encode_images(self.model, pixel_values)
+
+
+class _Texts(nn.Module):
+    """The text side. A text's tokens come first in its row, at most `longest` of them, and `end` is among them.
+
+    A CLIP reads the embedding at the first end token, in a row without one at the first place, which holds the same
+    token in every text.
+    """
+
+    def __init__(self, model: StockModel, longest: int, end: int | None) -> None:
+        super().__init__()
+        self.model, self.longest, self.end = model, longest, end
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        length = input_ids.shape[1]
+        places = torch.arange(length, device=input_ids.device)
+        order = places + attention_mask.argmax(dim=1, keepdim=True)  # (B, L) padding in front goes behind
+        order = torch.where(order < length, order, order - length)
+        input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+        attention_mask = attention_mask * (places < self.longest)
+        if self.end is not None:
+            ended = ((input_ids == self.end) & (attention_mask == 1)).any(dim=1, keepdim=True)
+            last = (places * attention_mask).amax(dim=1, keepdim=True)  # (B, 1)
+            input_ids = torch.where(~ended & (places == last), self.end, input_ids)
+        return encode_texts(self.model, input_ids[:, : self.longest], attention_mask[:, : self.longest])
+
+
+class Probe(NamedTuple):
+    """What a graph is tried on, and what the model makes of it."""
+
+    inputs: dict[str, torch.Tensor]
+    expected: torch.Tensor  # (B, D)
+
+
+class Parity(NamedTuple):
+    """How a graph's embeddings differ from the model's."""
+
+    largest: float  # difference of a number
+    cosine: float  # mean, of an embedding with its own
+
+    def __str__(self) -> str:
+        return f"embeddings differ by {self.largest:.1e} at most, mean cosine {self.cosine:.5f}"
+
+
+def export(directory: str | Path, output: Path, int8: bool = False) -> dict[str, Parity]:
+    """Write a model's graphs to `output`/onnx, in the place of earlier ones; return how they differ, by file name.
+
+    Args:
+        directory: A dual encoder that `koclip.load` loads.
+        output: Where the folder `onnx` goes.
+        int8: Write `*_quantized.onnx`, too: weights in 8 bits per channel, activations quantized as they come.
+
+    Raises:
+        ConfigError: the packages are not installed.
+        RunError: a graph in fp32 differs from the model by more than 1e-4, or one in int8 is not finite.
+    """
+    quantize = _quantizer()
+    model, processor = load(directory, "cpu")
+    folder = output / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:  # those of other weights, and what was not asked for this time
+        (folder / name).unlink(missing_ok=True)
+    differences: dict[str, Parity] = {}
+    for name, (side, probes) in zip(SIDES, (_image_side(model, processor), _text_side(model, processor)), strict=True):
+        file = folder / f"{name}.onnx"
+        _write(side.eval(), probes[0].inputs, file)
+        differences[file.name] = parity(probes, file)
+        if not differences[file.name].largest <= MOST:  # so written, NaN is too much
+            raise RunError(
+                f"{file} differs from the model by {differences[file.name].largest:.1e}, more than {MOST:.0e}"
+            )
+        if int8:
+            small = folder / f"{name}{INT8}.onnx"
+            quantize(file, small)
+            differences[small.name] = parity(probes, small)
+            if not math.isfinite(differences[small.name].largest):
+                raise RunError(f"{small} gives values that are not finite: 8 bits do not do for it; take --onnx fp32")
+    return differences
+
+
+def parity(probes: Sequence[Probe], file: Path) -> Parity:
+    """Return how the embeddings of ONNX Runtime differ from the model's."""
+    opened = session(file)
+    expected = torch.cat([probe.expected for probe in probes])
+    got = torch.cat([run(opened, probe.inputs) for probe in probes])
+    cosine = torch.nn.functional.cosine_similarity(expected, got, dim=-1).mean().item()
+    return Parity((expected - got).abs().max().item(), cosine)
+
+
+def session(file: Path) -> Any:
+    """Open a graph."""
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+
+def run(opened: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the embeddings (B, D) that an opened graph makes."""
+    (made,) = opened.run(None, {name: one.numpy() for name, one in inputs.items()})
+    return torch.from_numpy(made)
+
+
+def _write(side: nn.Module, inputs: Mapping[str, torch.Tensor], file: Path) -> None:
+    batch = torch.export.Dim("batch", min=1)
+    length = torch.export.Dim("length", min=1)
+    shapes = {name: {0: batch} if one.dim() == 4 else {0: batch, 1: length} for name, one in inputs.items()}
+    output = "image_embeds" if "pixel_values" in inputs else "text_embeds"
+    with _quiet():
+        torch.onnx.export(
+            side,
+            tuple(inputs.values()),
+            str(file),
+            input_names=list(inputs),
+            output_names=[output],
+            dynamic_shapes=shapes,
+            opset_version=_OPSET,
+            external_data=False,
+            dynamo=True,
+            verbose=False,
+        )
+
+
+@torch.no_grad()
+def _image_side(model: StockModel, processor: ProcessorMixin) -> tuple[nn.Module, list[Probe]]:
+    """Return what is exported for images, and scenes to try it on."""
+    side = view_size(processor.image_processor)
+    drawn = [scenes.scene("test", 0, number) for number in range(_PROBES)]
+    pictures = [Image.fromarray(scenes.draw(one, number)).resize((side, side)) for number, one in enumerate(drawn)]
+    pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    return _Images(model), [Probe({"pixel_values": pixels}, encode_images(model, pixels))]
+
+
+@torch.no_grad()
+def _text_side(model: StockModel, processor: ProcessorMixin) -> tuple[nn.Module, list[Probe]]:
+    """Return what is exported for texts, and captions to try it on: whole, and as clients send them.
+
+    Those are padded on either side, too long, or cut without the end token. What is expected of all of them is what the
+    tokenizer's own truncation gives.
+    """
+    tokenizer: Any = processor.tokenizer
+    longest = longest_text(tokenizer, model.text_model)
+    drawn = [scenes.scene("test", 0, number) for number in range(_PROBES)]
+    captions = [text for one in drawn for language in scenes.LANGUAGES for text in scenes.captions(one)[language][:1]]
+    long = [" ".join(texts * (longest // 2)) for texts in (captions[:2], captions[2:4])]
+    tokens = [tokenizer(text, verbose=False)["input_ids"] for text in (*captions[:4], *long)]
+    last = tokens[0][-1]
+    side = _Texts(model, longest, end=last if last in tokenizer.all_special_ids else None)
+
+    whole = encode(tokenizer, captions, model.text_model)
+    cut = encode(tokenizer, [*captions[:4], *long, *long], model.text_model)
+    sent: Any = {"input_ids": [*tokens, *(ids[:longest] for ids in tokens[4:])]}
+    with _quiet():
+        odd = [tokenizer.pad(sent, padding_side=where, return_tensors="pt") for where in ("left", "right")]
+    return side, [
+        Probe({name: given[name] for name in _TEXT_INPUTS}, encode_texts(model, *(fits[name] for name in _TEXT_INPUTS)))
+        for given, fits in ((whole, whole), *((one, cut) for one in odd))
+    ]
+
+
+def _quantizer() -> Any:
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  torch.onnx needs it
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+    except ImportError as error:
+        raise ConfigError(f"onnx: {error.name} is not installed; pip install 'koclip[onnx]'") from error
+
+    def quantize(file: Path, small: Path) -> None:
+        graph = onnx.load(file)
+        del graph.graph.value_info[:]  # shapes from before weights were folded, which the quantizer would stumble over
+        with _quiet():
+            quantize_dynamic(graph, small, per_channel=True, weight_type=QuantType.QInt8)
+
+    return quantize
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what exporters say of their own insides."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)

@@ -1,0 +1,1 @@
+"""The run directory: configuration, metrics, skipped samples, checkpoints to resume from, the saved model."""

@@ -1,0 +1,105 @@
+"""How bytes reach the disk: JSON lines, files replaced at once, checksums, and the environment of a number."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+SEAL = "checksums.json"  # written last, of every other file
+_BLOCK = 2**20  # bytes read at a time
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "koclip")
+
+
+def append_lines(file: Path, items: Iterable[dict[str, Any]]) -> None:
+    """Append a line per item."""
+    with file.open("a", encoding="utf-8") as opened:
+        opened.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Return the items of a log; a last line that was cut off is no item. A missing log is empty."""
+    if not file.exists():
+        return []
+    *lines, _ = file.read_text(encoding="utf-8").split("\n")  # str.splitlines would also split at U+2028 in a key
+    return [json.loads(line) for line in lines]
+
+
+def keep_lines(file: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Leave only the wanted items in a log."""
+    if file.exists():
+        replace_text(
+            file, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in read_lines(file) if wanted(item))
+        )
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Give a file another content; whoever reads it sees the old one or the new one."""
+    partial = file.with_name(f"writing-{file.name}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def seal(directory: Path) -> None:
+    """Write the size and checksum of every file in `directory`, and sync all of it to disk."""
+    sums = {}
+    for file in sorted(path for path in directory.rglob("*") if path.is_file()):
+        sync(file)
+        sums[file.relative_to(directory).as_posix()] = {"bytes": file.stat().st_size, "xxh3_128": _checksum(file)}
+    (directory / SEAL).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+    sync(directory / SEAL)
+    sync(directory)
+
+
+def damage(directory: Path) -> str | None:
+    """Return what is wrong with a sealed directory, None if nothing is."""
+    try:
+        sums = json.loads((directory / SEAL).read_text(encoding="utf-8"))
+        for name, expected in sums.items():
+            size = (directory / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes instead of {expected['bytes']}"
+            if _checksum(directory / name) != expected["xxh3_128"]:
+                return f"{name} does not have the checksum it was written with"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{SEAL} or a file it lists cannot be read: {error}"
+    return None if sums else f"{SEAL} is empty"
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or a rename within a directory, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _checksum(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as opened:
+        while block := opened.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def environment(num_processes: int = 1) -> dict[str, Any]:
+    """Return what a number depends on: versions, hardware, the commit of the code."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "commit": commit.stdout.strip() or None,
+        "python": platform.python_version(),
+        "packages": {package: version(package) for package in _PACKAGES},
+        "cpu_threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "num_processes": num_processes,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }

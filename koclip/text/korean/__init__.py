@@ -1,0 +1,1 @@
+"""Korean: Hangul, particles, endings, nouns, Latin letters, and rewritten captions."""

@@ -1,0 +1,202 @@
+"""Choose the Korean particle that fits the word before it, by how that word is read aloud.
+
+Most particles have one form after a final consonant and another after a vowel (책을, 사과를). -(으)로 also takes the
+vowel form after a final ㄹ (연필로). Rule: National Institute of Korean Language, Standard Korean Language Dictionary
+(stdict.korean.go.kr), entries 은, 이, 을, 과, 으로, 이다. Its Loanword Orthography (chapter 3, section 1) says which
+final consonants an English word has.
+
+What is not Hangul is read as Koreans read it: `assets/particles.tsv` first (kg: 킬로그램, CLIP: 클립), then numbers by
+their Sino-Korean reading (10: 십, 3.5: 삼 점 오, 2/3: 삼분의 이), then Latin letters: initialisms letter by letter
+(GPU: 지피유), other words by a heuristic. Other scripts take the written convention: "을(를)", "(으)로".
+"""
+
+import functools
+import re
+import string
+import unicodedata
+
+from koclip.text.korean.hangul import CODAS, coda, is_syllable
+from koclip.text.tables import read_table
+
+# after a final consonant / after a vowel
+_PAIRS = (
+    *("은/는", "이/가", "을/를", "과/와", "으로/로", "으로서/로서", "으로써/로써", "으로부터/로부터"),
+    *("이랑/랑", "이나/나", "이든/든", "이든지/든지", "이라도/라도", "이야말로/야말로", "이며/며", "아/야", "이여/여"),
+    *("이다/다", "이었다/였다", "이에요/예요", "이야/야", "이고/고", "이지만/지만", "이면/면", "이라면/라면"),
+    *("이라/라", "이라고/라고", "이라는/라는", "이란/란", "이던/던"),
+)
+_FORMS = {pair: tuple(pair.split("/")) for pair in _PAIRS}
+_FINAL_RIEUL = 8
+
+_DIGITS = "영일이삼사오육칠팔구"
+_SMALL_UNITS = "십백천"  # by the number of zeros at the end
+_LARGE_UNITS = "만억조경해자양구간정재극"  # by the number of groups of four zeros at the end
+_LETTER_FINALS = {"L": 8, "M": 16, "N": 4, "R": 8}  # 엘 엠 엔 알; every other letter's name ends in a vowel
+
+# Final consonants of English words in Korean: l m n ng always, p t k after a short vowel (cap 캡, but tape 테이프).
+_SHORT = r"(?:^|[^aeiou])[aeiouy]"
+_ENDINGS = (
+    (re.compile(r"ng$"), 21),
+    (re.compile(r"l$|[aeiouy].*le$"), 8),
+    (re.compile(r"mb?$|[aeiouy].*me$"), 16),
+    (re.compile(r"n$|[aeiouy].*ne$"), 4),
+    (re.compile(_SHORT + r"pp?$"), 17),
+    (re.compile(_SHORT + r"t$"), 19),
+    (re.compile(_SHORT + r"(?:c|k|ck)$|ook$"), 1),
+)
+_INITIALISM = re.compile(r"(?:^|[a-z])[A-Z]{1,5}$")  # GPU, and the end of iOS
+
+_BRACKETS = {")": "(", "]": "[", "〕": "〔"}  # around a gloss; those around a title (《》, 「」) are read through
+_AS_IS = "²³™℠"  # compatibility forms that must not become "2" or "TM"
+_JAMO = {unicodedata.normalize("NFKC", chr(code)): chr(code) for code in range(0x3131, 0x3164)}
+_FILLERS = "\u115f\u1160"  # letters to Unicode, blank on screen
+
+
+def _final(syllable: str) -> int:
+    return CODAS.index(coda(syllable))
+
+
+def _fold(text: str) -> str:
+    """Return NFC text without marks and with one form of each letter: full width, ㎏, é, Ⅲ -> kg, e, 3."""
+    folded = []
+    for character in unicodedata.normalize("NFC", text):
+        if character.isascii() or is_syllable(character) or character in _AS_IS:
+            folded.append(character)
+        elif "Ⅰ" <= character <= "ⅿ":
+            folded.append(str(int(unicodedata.numeric(character))))
+        else:
+            parts = unicodedata.normalize("NFKD", character)
+            letters = (part for part in parts if part not in _FILLERS and unicodedata.category(part)[0] != "M")
+            folded += [_JAMO.get(letter, letter) for letter in unicodedata.normalize("NFC", "".join(letters))]
+    return "".join(folded)
+
+
+@functools.cache
+def _readings() -> dict[str, str]:
+    """Return how words, units and symbols are read, in Hangul: the lines of assets/particles.tsv."""
+    return {_fold(word): reading for word, reading in read_table("particles.tsv")}
+
+
+@functools.cache
+def _longest() -> int:
+    return max(map(len, _readings()))
+
+
+def _kind(character: str) -> str:
+    """Return "a" for a Latin letter, "0" for a digit, "가" for Hangul, "" for anything else."""
+    if character.isascii():
+        return "a" if character.isalpha() else "0" if character.isdigit() else ""
+    return "가" if is_syllable(character) or character in _JAMO.values() else ""
+
+
+def _look_up(text: str) -> str | None:
+    """Return the reading of the longest table word that `text` ends with, or None."""
+    readings = _readings()
+    for length in range(min(len(text), _longest()), 0, -1):
+        word, before = text[-length:], text[-length - 1 : -length]
+        if _kind(word[0]) and _kind(word[0]) == _kind(before):
+            continue  # part of a longer word: the "kg" of "Akg"
+        if "0" + word in readings and _kind(text[-length - 2 : -length].rstrip(" ")[-1:]) == "0":
+            return readings["0" + word]
+        reading = readings.get(word) or readings.get(word.lower())
+        if reading:
+            return reading
+    return None
+
+
+def _number_ending(number: str) -> str:
+    """Return the last syllable of a number's Sino-Korean reading: "1,000" -> 천."""
+    if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", number):
+        number = number.replace(",", "")
+    number = number.rpartition(",")[2]
+    zeros = len(number) - len(number.rstrip("0"))
+    # Digit by digit: decimals (3.10), codes (007), and what is too large to have a name.
+    if not zeros or "." in number or number[0] == "0" or zeros >= 4 * (len(_LARGE_UNITS) + 1):
+        return _DIGITS[int(number[-1])]
+    return _SMALL_UNITS[zeros - 1] if zeros < 4 else _LARGE_UNITS[zeros // 4 - 1]
+
+
+def _read_number(text: str) -> int:
+    """Return the final consonant of the number that `text` ends with."""
+    before = text.rstrip(string.digits + ".,/⁄")
+    parts = re.split("[/⁄]", text[len(before) :].lstrip(".,/⁄"))
+    if unicodedata.category(before[-1:] or " ") == "Sc" and before[-1] in _readings():
+        return _final(_readings()[before[-1]][-1])  # ₩1,000 is read 천 원
+    # A fraction is read from below: 2/3 is 삼분의 이.
+    number = parts[0] if len(parts) == 2 and parts[0][-1].isdigit() else parts[-1]
+    return _final(_number_ending(number.strip(".,")))
+
+
+def _read_latin(text: str) -> int:
+    """Return the final consonant of the Latin letters that `text` ends with."""
+    word = text[len(text.rstrip(string.ascii_letters)) :]
+    lower = word[-12:].lower()
+    if len(word) == 1 or _INITIALISM.search(word[-6:]) or not re.search("[aeiouy]", lower):
+        return _LETTER_FINALS.get(word[-1].upper(), 0)
+    return next((final for ending, final in _ENDINGS if ending.search(lower)), 0)
+
+
+def _opening(text: str) -> int:
+    """Return where the bracket opens that closes at the end of `text`, or -1."""
+    closing = text[-1]
+    opening, depth = _BRACKETS.get(closing), 0
+    for place in range(len(text) - 1, -1, -1) if opening else ():
+        depth += (text[place] == closing) - (text[place] == opening)
+        if depth == 0:
+            return place
+    return -1
+
+
+def final_consonant(word: str) -> int | None:
+    """Return the index of the last final consonant of `word` as it is read (0: none, 8: ㄹ), or None if unknown.
+
+    Closing punctuation, quotes, spaces and emoji are skipped, and so is a trailing bracket if what stands before it
+    can be read: "사과(apple)" ends like 사과.
+    """
+    left = [_fold(word)]
+    while left:
+        text = left.pop()
+        while text:
+            last = text[-1]
+            if is_syllable(last):
+                return _final(last)
+            if reading := _look_up(text):
+                return _final(reading[-1])
+            if _kind(last) == "0":
+                return _read_number(text)
+            if _kind(last) == "a":
+                return _read_latin(text)
+            if unicodedata.category(last)[0] in "LN":
+                break
+            place = _opening(text)
+            if place >= 0:
+                left.append(text[place + 1 : -1])
+            text = text[: place if place >= 0 else -1]
+    return None
+
+
+def particle(word: str, pair: str) -> str:
+    """Return the form of `pair` (such as "을/를", in either order) that follows `word`.
+
+    A word whose last sound is unknown takes the written convention: "을(를)", "(으)로".
+
+    Raises:
+        ValueError: `pair` is not a known particle pair.
+    """
+    reverse = "/".join(reversed(pair.split("/")))
+    forms = _FORMS.get(pair) or _FORMS.get(reverse)
+    if forms is None:
+        raise ValueError(f"unknown particle {pair!r}; known: {', '.join(_PAIRS)}")
+    after_consonant, after_vowel = forms
+    final = final_consonant(word)
+    if final is None:
+        shared = after_consonant.removesuffix(after_vowel)
+        return f"({shared}){after_vowel}" if shared != after_consonant else f"{after_consonant}({after_vowel})"
+    if after_vowel.startswith("로") and final == _FINAL_RIEUL:
+        return after_vowel
+    return after_consonant if final else after_vowel
+
+
+def attach(word: str, pair: str) -> str:
+    """Return `word` followed by the fitting form of `pair`: attach("원", "은/는") is "원은"."""
+    return word + particle(word, pair)
