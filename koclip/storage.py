@@ -3,12 +3,15 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import xxhash
@@ -16,6 +19,47 @@ import xxhash
 SEAL = "checksums.json"  # written last, of every other file
 _BLOCK = 2**20  # bytes read at a time
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "koclip")
+
+
+@contextmanager
+def atomic(path: Path, shared: bool = False) -> Iterator[Path]:
+    """Yield a path to write a file or a directory at. It takes the place of `path` when the block ends.
+
+    The content is on disk before its name is, so that a reader, or a power cut, finds the old content or the new one.
+    If the block raises, nothing is left behind. What a killed process leaves is removed by the next write.
+
+    One file replaces another in one step. No call swaps two directories: the old one is first renamed to
+    `replaced-<name>`. A process that is killed right then leaves no `path`, but the old directory is whole beside it.
+
+    Args:
+        path: The file or directory to write.
+        shared: Whether several processes may write the same path at once; each then has a temporary path of its own.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"writing-{uuid4().hex}-{path.name}" if shared else f"writing-{path.name}")
+    replaced = path.with_name(f"replaced-{path.name}")
+    _remove(partial)
+    try:
+        yield partial
+        for file in [*partial.rglob("*"), partial] if partial.is_dir() else [partial]:
+            sync(file)
+    except BaseException:
+        _remove(partial)
+        raise
+    if path.is_dir():
+        _remove(replaced)
+        path.rename(replaced)
+    partial.replace(path)
+    sync(path.parent)
+    _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a directory, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def append_lines(file: Path, items: Iterable[dict[str, Any]]) -> None:
@@ -42,9 +86,8 @@ def keep_lines(file: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
 
 def replace_text(file: Path, text: str) -> None:
     """Give a file another content; whoever reads it sees the old one or the new one."""
-    partial = file.with_name(f"writing-{file.name}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    with atomic(file) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def seal(directory: Path) -> None:

@@ -151,7 +151,7 @@ def test_a_broken_file_is_made_again(
     assert torch.equal(Embedder(ColourEncoder(), 8, tmp_path / "kept").images(one.pictures), kept)
     assert "is broken and made again" in capsys.readouterr().out
     assert torch.equal(load_file(file)["embeddings"], kept)
-    assert not list((tmp_path / "kept").rglob("*.partial"))
+    assert not list((tmp_path / "kept").rglob("writing-*"))
 
 
 def test_two_evaluations_may_write_the_same_file(

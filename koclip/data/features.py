@@ -9,7 +9,6 @@ can be stopped and go on, and gives the same bytes.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from koclip import storage
 from koclip.config import ConfigError
 
 ROWS = 1_024  # of a source in a shard
@@ -124,10 +124,7 @@ def claim(directory: Path, facts: dict[str, str]) -> None:
                 f"align.cache_dir: the features in {directory} were made otherwise ({told}); delete it or name another"
             )
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = record.with_name("writing-features.json")
-    partial.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(record)
+    storage.replace_text(record, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def check(shard: Path, items: Sequence[Item]) -> None:
@@ -172,12 +169,8 @@ def write(path: Path, pieces: Iterable[Piece], embed: Embed, dtype: torch.dtype)
     notes = {"reasons": reasons, "checksum": _checksum(digests, features.numpy())}
     # One entry: safetensors writes several in any order.
     metadata = {"notes": json.dumps(notes, ensure_ascii=False)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"writing-{path.name}")
-    save_file({"digests": torch.from_numpy(digests), "features": features}, partial, metadata=metadata)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with storage.atomic(path) as partial:
+        save_file({"digests": torch.from_numpy(digests), "features": features}, partial, metadata=metadata)
 
 
 def _digests(items: Sequence[Item]) -> npt.NDArray[np.uint8]:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from xxhash import xxh3_128_hexdigest
 
-from koclip import distributed
+from koclip import distributed, storage
 from koclip.encoders.base import Encoder, by_length, in_batches
 from koclip.evaluation.images import Pictures
 from koclip.metrics import search
@@ -100,10 +99,8 @@ class Embedder:
             return kept
         made = make()
         if distributed.rank() == 0 or not self._spread:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{uuid4().hex}.partial")  # another evaluation may write the same
-            save_file({"embeddings": made}, partial)
-            partial.replace(file)
+            with storage.atomic(file, shared=True) as partial:  # another evaluation may write the same
+                save_file({"embeddings": made}, partial)
         return made
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from koclip import storage
 from koclip.config import ConfigError, check
 
 FILE = "approximate.faiss"
@@ -79,9 +80,8 @@ def build(rows: Sequence[torch.Tensor], width: int, path: Path) -> None:
             if len(part):
                 index.add(part.float().numpy())
                 bar.update(len(part))
-    partial = path.with_name(f"writing-{path.name}")
-    library.write_index(index, str(partial))
-    partial.replace(path)
+    with storage.atomic(path) as partial:
+        library.write_index(index, str(partial))
 
 
 def open_quick(directory: Path) -> Quick | None:

@@ -8,7 +8,6 @@ whole or not at all.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from koclip import storage
 from koclip.config import ConfigError, check
 from koclip.data.batches import Skip
 from koclip.search.contents import Content, pack, unpack
@@ -47,11 +47,8 @@ def write(
     for name, parts in (("records", records), ("thumbnails", [entry.thumbnail for entry in entries])):
         tensors[name] = torch.frombuffer(bytearray(b"".join(parts) or b"\0"), dtype=torch.uint8)
         tensors[f"{name}_ends"] = torch.tensor(np.cumsum([len(part) for part in parts]), dtype=torch.int64)
-    partial = path.with_name(f"writing-{path.name}")
-    save_file(tensors, partial, {"skipped": json.dumps(skipped)})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with storage.atomic(path) as partial:
+        save_file(tensors, partial, {"skipped": json.dumps(skipped)})
 
 
 class Shards:
@@ -119,9 +116,7 @@ def read_contents(path: Path) -> list[Content]:
 
 def write_facts(directory: Path, facts: dict[str, Any]) -> None:
     """Write what an index says of itself."""
-    partial = directory / f"writing-{FACTS}"
-    partial.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(directory / FACTS)
+    storage.replace_text(directory / FACTS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], list[Skip]]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from koclip import distributed
+from koclip import distributed, storage
 from koclip.data.batches import Batch
 from koclip.data.features import image_id
 
@@ -56,10 +56,8 @@ class TrainingPictures:
         if self._file is None:
             return
         self._sort_in()
-        partial = self._file.with_name(f"writing-{self._file.stem}")
-        with partial.open("wb") as opened:
+        with storage.atomic(self._file) as partial, partial.open("wb") as opened:
             np.save(opened, self._known)
-        partial.replace(self._file)
 
     def _sort_in(self) -> None:
         self._known = np.unique(np.concatenate([self._known, *self._waiting]))

@@ -8,7 +8,6 @@ import csv
 import itertools
 import json
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 from xxhash import xxh3_128_hexdigest
 
+from koclip import storage
 from koclip.config import SourceConfig
 from koclip.data.formats.columns import column_names, dig, has_column
 from koclip.data.formats.encodings import FileError, read_lines, read_text
@@ -136,18 +136,17 @@ def _kept(task: Task) -> Path:
     file = Path(datasets.config.HF_DATASETS_CACHE, "koclip", f"{key}.arrow")
     if file.exists():
         return file
-    file.parent.mkdir(parents=True, exist_ok=True)
     schema = pa.schema([(name, pa.string()) for name in task.names])
-    # Each process may write one: what is there in the end is whole.
-    with tempfile.TemporaryDirectory(prefix="writing-", dir=file.parent) as folder:
-        written = Path(folder, file.name)
-        with pa.OSFile(str(written), "wb") as opened, pa.ipc.new_stream(opened, schema) as writer:
-            records = _checked(_records(task.files, task), task)
-            records = iter(tqdm(records, f"reading {task.path}", unit=" rows", delay=5))
-            while batch := list(itertools.islice(records, _BATCH)):
-                columns = [[json.dumps(dig(record, name)) for record in batch] for name in task.names]
-                writer.write_batch(pa.record_batch(columns, schema=schema))
-        written.replace(file)
+    with (
+        storage.atomic(file, shared=True) as partial,  # several processes may write it
+        pa.OSFile(str(partial), "wb") as opened,
+        pa.ipc.new_stream(opened, schema) as writer,
+    ):
+        records = _checked(_records(task.files, task), task)
+        records = iter(tqdm(records, f"reading {task.path}", unit=" rows", delay=5))
+        while batch := list(itertools.islice(records, _BATCH)):
+            columns = [[json.dumps(dig(record, name)) for record in batch] for name in task.names]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
     return file
 
 
