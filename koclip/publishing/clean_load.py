@@ -1,6 +1,6 @@
 """Run as a program: load a published directory where neither koclip nor PEFT exists, and embed with it.
 
-python -I stranger.py <directory> <folder> reads folder/inputs.json ({"texts": [...], "pictures": [files], "pairs":
+python -I clean_load.py <directory> <folder> reads folder/inputs.json ({"texts": [...], "pictures": [files], "pairs":
 [[NFC, NFD], ...], "threads": n}), writes folder/stranger.safetensors ("image" (N, D), "text" (M, D), unit norm) and
 prints one line of JSON with what it saw.
 """

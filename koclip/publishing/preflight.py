@@ -25,7 +25,7 @@ from koclip.publishing.files import Check, check_files
 from koclip.publishing.formats.onnx import EXACT, FOLDER, INT8, MOST, RESULTS, SIDES, run, session
 from koclip.text import tokenizers
 
-_STRANGER = Path(__file__).with_name("stranger.py")
+_STRANGER = Path(__file__).with_name("clean_load.py")
 # From short to long, which is the order that `embed_texts` fills its batch in: the same sums, to the last bit.
 TEXTS = ("고양이", "빨간 자전거", "a photo of a dog", "창가에 앉아 밖을 보는 고양이 사진")
 _MARKED = ("고양이가 창가에 앉아 있다", "꽃밭 위의 벌", "각", "값싼 닭고기", "café déjà vu")
