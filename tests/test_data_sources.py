@@ -20,8 +20,8 @@ from sources_on_disk import (
 )
 
 from koclip.config import SourceConfig
+from koclip.data.columns import dig
 from koclip.data.sources import StreamSource, open_source
-from koclip.data.tables import dig
 from koclip.data.transforms import decode
 
 
