@@ -87,8 +87,8 @@ def main(cfg: config.PretrainConfig) -> None:
 
 
 def labels_of(eval_sets: list[EvalSet]) -> list[str]:
-    """Return three captions that a shell can be given as labels; fewer where there are not so many."""
-    captions = [usable(own)[0] for one in eval_sets for row in one.captions for own in row.values()]
+    """Return the first three different captions of the sets, or fewer, without the letters that a shell reads."""
+    captions = [usable(texts)[0] for eval_set in eval_sets for row in eval_set.captions for texts in row.values()]
     return list(dict.fromkeys(text.translate(QUOTES) for text in captions))[:3]
 
 

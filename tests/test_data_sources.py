@@ -20,7 +20,7 @@ from sources_on_disk import (
 )
 
 from koclip.config import SourceConfig
-from koclip.data.formats.tables import dig
+from koclip.data.formats.columns import dig
 from koclip.data.sources import StreamSource, open_source
 from koclip.data.transforms import decode
 

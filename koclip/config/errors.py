@@ -15,6 +15,8 @@ class RunError(RuntimeError):
     """A run that cannot go on. The message says why, what is kept and what to do."""
 
 
+# What code raises that runs on with a value it does not expect. A `ConfigError` is a `ValueError`.
+_CONSEQUENCES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)  # inside `all_faults`
 
 
@@ -40,7 +42,7 @@ def all_faults() -> Iterator[None]:
     token = _collected.set(faults)
     try:
         yield
-    except Exception as error:
+    except _CONSEQUENCES as error:
         if not faults:
             raise
         if isinstance(error, ConfigError):  # raised by hand, which is a fault too

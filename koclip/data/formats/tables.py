@@ -19,7 +19,6 @@ from xxhash import xxh3_64_hexdigest
 from koclip.config import SourceConfig, locate
 from koclip.data.formats import shards
 from koclip.data.formats.columns import LISTS, column_names, has_column, top_column
-from koclip.data.formats.columns import dig as dig
 from koclip.data.formats.encodings import FileError
 from koclip.data.formats.files import SourceError, file_format, find, identity, is_folder, is_remote, listed, walk
 from koclip.data.formats.image_folder import open_folder
