@@ -193,7 +193,7 @@ def test_a_tokenizer_is_trained_on_captions_alone(tmp_path: Path, encoded) -> No
 def test_batches_hold_no_empty_caption(tmp_path: Path, encoded, tokenizer) -> None:
     source = write(tmp_path / "rows.parquet", [GAPS] * 8, encoded)
     config = DataConfig(sources=[source], num_workers=0)
-    batches = list(itertools.islice(train_loader(config, tokenizer, None, Shard(4)), 6))
+    batches = list(itertools.islice(train_loader(Assembler(config, tokenizer, None), Shard(4)), 6))
     empty = tokenizer("")["input_ids"]
     assert min(int(length) for batch in batches for length in batch.attention_mask.sum(1)) > len(empty)
 

@@ -13,7 +13,7 @@ from tiny import tiny_dual_encoder, tiny_tokenizer
 
 from koclip.config import DataConfig, SourceConfig
 from koclip.data import feature_rows, features
-from koclip.data.batches import Batch, Known
+from koclip.data.batches import Assembler, Batch, Known
 from koclip.data.feature_rows import Sentences, shards
 from koclip.data.features import Features, Inputs, digest_of
 from koclip.data.loader import train_loader
@@ -121,7 +121,7 @@ def test_a_picture_that_comes_twice_has_one_embedding(pairs: SourceConfig, tmp_p
 
 
 def batches(config: DataConfig, steps: int = 8, known: Known | None = None) -> list[Batch]:
-    loader = train_loader(config, tiny_tokenizer(), Views(config, 32), Shard(4), known=known)
+    loader = train_loader(Assembler(config, tiny_tokenizer(), Views(config, 32), known), Shard(4))
     return list(itertools.islice(loader, steps))
 
 

@@ -4,20 +4,21 @@ A recipe's configuration is the dataclass that lists the sections it uses. `pars
 `--config FILE.yaml` and `--section.key value` overrides, and stops with one clear line on any mistake.
 """
 
-from koclip.config.alignment import AdapterConfig, AlignMethodConfig, DistillConfig, SwapConfig
+from koclip.config.alignment import METHODS, AdapterConfig, AlignMethodConfig, DistillConfig, Stage, SwapConfig
 from koclip.config.changes import check_changes, check_data
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
-from koclip.config.errors import ConfigError, RunError, check, check_pixels
+from koclip.config.errors import ConfigError, RunError, Stopped, check, check_pixels
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig, Task
 from koclip.config.languages import check_languages
 from koclip.config.model import LossConfig, ModelConfig
 from koclip.config.parsing import dump, parse, run, to_dict
 from koclip.config.paths import locate
-from koclip.config.recipes import AlignConfig, PretrainConfig, Stage
+from koclip.config.recipes import AlignConfig, PretrainConfig
 from koclip.config.tools import EvaluateConfig, IndexConfig, PublishConfig
 from koclip.config.training import OptimConfig, TrainConfig
 
 __all__ = [
+    "METHODS",
     "AdapterConfig",
     "AlignConfig",
     "AlignMethodConfig",
@@ -37,6 +38,7 @@ __all__ = [
     "RunError",
     "SourceConfig",
     "Stage",
+    "Stopped",
     "SwapConfig",
     "Task",
     "TokenizerConfig",

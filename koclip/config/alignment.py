@@ -1,7 +1,7 @@
-"""Alignment: which towers, by which method, taught by whom."""
+"""Alignment: which towers, by which method, taught by whom. What a method does to a model is in `koclip.align`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from koclip.config.errors import all_faults, check
 from koclip.config.languages import check_languages
@@ -43,65 +43,6 @@ class SwapConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignMethodConfig:
-    """What is trained, and when.
-
-    Args:
-        method: `frozen_image` trains the text tower against the image tower as it is (LiT, Zhai et al. 2022). `lora`
-            trains adapters, and the text projection. `full` trains both towers. `distill` needs no images: the source's
-            own text tower teaches the new one. `two_stage` distils first and contrasts with frozen images then.
-        first_steps: Steps of the first stage: of the distillation in `two_stage`; in `full`, with the image tower
-            frozen, before it is trained too.
-        second_lr: Peak learning rate of the second stage; default: optim.lr.
-        image_layers: Layers of the image tower that `full` trains, the top ones; default: all, embeddings included.
-        layer_decay: Learning rate of a layer as a share of that of the layer above it, in `full`, in both towers.
-        wise_ft: Share of the trained weights in the published model, the rest is the source's (WiSE-FT, Wortsman et al.
-            2022). Weights that the source does not have stay as they were trained.
-        cache: Keep the embeddings of a frozen image tower, so that no image is decoded or encoded twice.
-        cache_dir: Where they are kept, and the teacher's features; default: features/ in the run directory. Runs of the
-            same source and data may share it.
-        cache_dtype: `fp16` halves the disk and rounds to three digits, `fp32` keeps all.
-    """
-
-    method: Literal["frozen_image", "lora", "full", "distill", "two_stage"] = "frozen_image"
-    first_steps: int = 0
-    second_lr: float | None = None
-    image_layers: int | None = None
-    layer_decay: float = 1.0
-    wise_ft: float = 1.0
-    cache: bool = True
-    cache_dir: str | None = None
-    cache_dtype: Literal["fp16", "fp32"] = "fp16"
-
-    @all_faults()
-    def __post_init__(self) -> None:
-        staged = self.method in ("full", "two_stage")
-        check(self.first_steps >= 0, "align.first_steps", self.first_steps, "expected 0 or more")
-        check(staged or not self.first_steps, "align.first_steps", self.first_steps, f"{self.method} has one stage")
-        needed = self.method != "two_stage" or self.first_steps > 0
-        check(needed, "align.first_steps", self.first_steps, "two_stage needs the steps of its distillation")
-        check(self.second_lr is None or self.second_lr > 0, "align.second_lr", self.second_lr, "expected more than 0")
-        check(
-            self.image_layers is None or self.image_layers >= 1,
-            "align.image_layers",
-            self.image_layers,
-            "expected 1 or more",
-        )
-        check(0 < self.layer_decay <= 1, "align.layer_decay", self.layer_decay, "expected more than 0, at most 1")
-        check(0 < self.wise_ft <= 1, "align.wise_ft", self.wise_ft, "expected more than 0, at most 1")
-        for name, default in (("image_layers", None), ("layer_decay", 1.0)):
-            value = getattr(self, name)
-            check(
-                self.method == "full" or value == default,
-                f"align.{name}",
-                value,
-                f"only full takes it, not {self.method}",
-            )
-        whole = self.method != "lora" or self.wise_ft == 1
-        check(whole, "align.wise_ft", self.wise_ft, "adapters are scaled by lora.alpha instead")
-
-
-@dataclass(frozen=True, kw_only=True)
 class DistillConfig:
     """The source's text tower as a teacher, on sentences in its language that correspond to the captions.
 
@@ -132,6 +73,124 @@ class DistillConfig:
             check(value >= 0, f"distill.{name}", value, "expected 0 or more")
         weights = self.contrastive, self.cosine, self.mse
         check(any(weights), "distill", weights, "contrastive, cosine or mse must be more than 0")
+
+
+class Stage(NamedTuple):
+    """A part of a run with an optimizer and a schedule of its own.
+
+    Attributes:
+        name: What the progress bar says.
+        start: Steps of the run before it.
+        end: Steps of the run when it is over.
+        lr: Peak learning rate.
+        images: Whether texts are contrasted with images.
+        distill: What the teacher adds to the loss; None without a teacher.
+        trains_image: Whether the image tower is trained.
+        layer_decay: Learning rate of a layer as a share of that of the layer above it.
+    """
+
+    name: str
+    start: int
+    end: int
+    lr: float
+    images: bool = True
+    distill: DistillConfig | None = None
+    trains_image: bool = False
+    layer_decay: float = 1.0
+
+
+class StagePlan(NamedTuple):
+    """A stage of a method, before a run gives it steps and a learning rate.
+
+    Attributes:
+        name: Its name.
+        images: Whether texts are contrasted with images.
+        distills: Whether the teacher is needed. A stage with images has one too if `distill.anchor` is set.
+        trains_image: Whether the image tower is trained.
+        optional: Whether `align.first_steps: 0` leaves it out.
+    """
+
+    name: str
+    images: bool = True
+    distills: bool = False
+    trains_image: bool = False
+    optional: bool = False
+
+
+class Method(NamedTuple):
+    """A way to align: its stages, one or two, and whether it trains adapters (`lora` section) instead of weights."""
+
+    stages: tuple[StagePlan, ...]
+    adapters: bool = False
+
+
+_DISTILL = StagePlan("distill", images=False, distills=True)
+_FROZEN = StagePlan("frozen_image")
+
+METHODS = {
+    "frozen_image": Method((_FROZEN,)),
+    "lora": Method((StagePlan("lora"),), adapters=True),
+    "full": Method((_FROZEN._replace(optional=True), StagePlan("full", trains_image=True))),
+    "distill": Method((_DISTILL,)),
+    "two_stage": Method((_DISTILL, _FROZEN)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignMethodConfig:
+    """What is trained, and when.
+
+    Args:
+        method: `frozen_image` trains the text tower against the image tower as it is (LiT, Zhai et al. 2022). `lora`
+            trains adapters, and the text projection. `full` trains both towers. `distill` needs no images: the source's
+            own text tower teaches the new one. `two_stage` distils first and contrasts with frozen images then.
+        first_steps: Steps of the first stage: of the distillation in `two_stage`; in `full`, with the image tower
+            frozen, before it is trained too.
+        second_lr: Peak learning rate of the second stage; default: optim.lr.
+        image_layers: Layers of the image tower that `full` trains, the top ones; default: all, embeddings included.
+        layer_decay: Learning rate of a layer as a share of that of the layer above it, in `full`, in both towers.
+        wise_ft: Share of the trained weights in the published model, the rest is the source's (WiSE-FT, Wortsman et al.
+            2022). Weights that the source does not have stay as they were trained.
+        cache: Keep the embeddings of a frozen image tower, so that no image is decoded or encoded twice.
+        cache_dir: Where they are kept, and the teacher's features; default: features/ in the run directory. Runs of the
+            same source and data may share it.
+        cache_dtype: `fp16` halves the disk and rounds to three digits, `fp32` keeps all.
+    """
+
+    method: str = "frozen_image"
+    first_steps: int = 0
+    second_lr: float | None = None
+    image_layers: int | None = None
+    layer_decay: float = 1.0
+    wise_ft: float = 1.0
+    cache: bool = True
+    cache_dir: str | None = None
+    cache_dtype: Literal["fp16", "fp32"] = "fp16"
+
+    @all_faults()
+    def __post_init__(self) -> None:
+        known = self.method in METHODS
+        check(known, "align.method", self.method, f"expected one of {', '.join(METHODS)}")
+        method = METHODS[self.method]
+        self._check_stages(len(method.stages) > 1, method.stages[0].optional)
+        trains_image = any(stage.trains_image for stage in method.stages)
+        for name, default in (("image_layers", None), ("layer_decay", 1.0)):
+            value, wanted = getattr(self, name), "only a method that trains the image tower takes it (full)"
+            check(trains_image or value == default, f"align.{name}", value, f"{wanted}, not {self.method}")
+        least = self.image_layers is None or self.image_layers >= 1
+        check(least, "align.image_layers", self.image_layers, "expected 1 or more")
+        check(0 < self.layer_decay <= 1, "align.layer_decay", self.layer_decay, "expected more than 0, at most 1")
+        check(0 < self.wise_ft <= 1, "align.wise_ft", self.wise_ft, "expected more than 0, at most 1")
+        whole = not method.adapters or self.wise_ft == 1
+        check(whole, "align.wise_ft", self.wise_ft, "adapters are scaled by lora.alpha instead")
+
+    def _check_stages(self, staged: bool, optional: bool) -> None:
+        """Check the steps of the first of two stages, which may be `optional`."""
+        first, key = self.first_steps, "align.first_steps"
+        check(first >= 0, key, first, "expected 0 or more")
+        check(staged or not first, key, first, f"{self.method} has one stage")
+        check(not staged or optional or first > 0, key, first, f"{self.method} needs the steps of its first stage")
+        check(self.second_lr is None or self.second_lr > 0, "align.second_lr", self.second_lr, "expected more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)

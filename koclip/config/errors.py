@@ -15,6 +15,10 @@ class RunError(RuntimeError):
     """A run that cannot go on. The message says why, what is kept and what to do."""
 
 
+class Stopped(Exception):  # noqa: N818 - no error
+    """The run was asked to stop and has saved a checkpoint. The message says how to continue."""
+
+
 # What code raises that runs on with a value it does not expect. A `ConfigError` is a `ValueError`.
 _CONSEQUENCES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)  # inside `all_faults`

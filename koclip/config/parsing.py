@@ -6,13 +6,14 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from koclip.config.errors import ConfigError, RunError, all_faults
+from koclip.config.errors import ConfigError, RunError, Stopped, all_faults
 
 Config = TypeVar("Config")
 
@@ -81,11 +82,13 @@ def _explain(message: str, code: int = 2) -> NoReturn:
 def run(main: Callable[[Config], None], schema: type[Config], default: Path | None = None) -> None:
     """Parse the command line and run a recipe.
 
-    A mistake in the configuration or the data it names is one line and exit code 2; a run that cannot go on, 1.
+    A mistake in the configuration or the data it names is one line and exit code 2; a run that cannot go on, 1. A run
+    that stopped because it was asked to has said so, and exits with 0.
     """
     config = parse(schema, default=default)
     try:
-        main(config)
+        with suppress(Stopped):
+            main(config)
     except ConfigError as error:
         _explain(str(error))
     except RunError as error:

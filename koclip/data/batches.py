@@ -16,7 +16,6 @@ from koclip.config import DataConfig
 from koclip.data.features import Features, MissingError, digest_of, image_id
 from koclip.data.formats.files import SourceError
 from koclip.data.sources import Row
-from koclip.data.survey import CaptionLengths
 from koclip.data.transforms import ImageError, Views, decode, read
 from koclip.text import tokenizers
 from koclip.text.normalize import paired, usable
@@ -137,12 +136,11 @@ class Drawn(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What is known of the data before training: the lengths of its captions, and what frozen towers make of it."""
+    """What frozen towers have embedded of the data before training."""
 
     images: Features | None = None  # used in the place of pixels
     teacher: Features | None = None  # of the sentences that correspond to the captions drawn,
     language: str = "en"  # in this language
-    lengths: Sequence[CaptionLengths | None] = ()  # of every source; none: measured by whoever needs them
 
 
 def generator(purpose: str, *key: int) -> random.Random:
@@ -158,7 +156,7 @@ class Assembler:
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
         self._views = views
-        self._known = (known or Known())._replace(lengths=())  # only the order needs them, not the workers
+        self._known = known or Known()
         self._languages = [source.languages or dict.fromkeys(source.captions, 1.0) for source in config.sources]
 
     @property

@@ -3,20 +3,18 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
-from transformers import PreTrainedTokenizerBase
 
 from koclip.config import DataConfig
-from koclip.data.batches import Assembler, Batch, Candidate, Known, Position, generator
+from koclip.data.batches import Assembler, Batch, Candidate, Position, generator
 from koclip.data.formats.files import SourceError
 from koclip.data.order import Draw, MapOrder, Shard, row_seed
 from koclip.data.sources import MapSource, Row, StreamSource, open_source
-from koclip.data.survey import single_threaded
-from koclip.data.transforms import Views
+from koclip.data.survey import CaptionLengths, single_threaded
 from koclip.text.normalize import usable
 
 PREFETCH = 4  # batches, or pieces of one, that each worker has ready
@@ -176,43 +174,43 @@ class _Endless(Iterator[Row]):
         return row
 
 
+class Start(NamedTuple):
+    """Where a run's batches begin."""
+
+    step: int = 0  # steps already done
+    positions: Sequence[Position] = ()  # of the readers of streamed sources, from a checkpoint
+    stage: int = 0  # steps that were done when the readers of streamed sources began
+
+
 def train_loader(
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    views: Views | None,
+    assembler: Assembler,
     shard: Shard,
-    start_step: int = 0,
-    positions: Sequence[Position] = (),
-    known: Known | None = None,
-    first_step: int = 0,
+    start: Start = Start(),  # noqa: B008 - it cannot be changed
+    lengths: Sequence[CaptionLengths | None] = (),
 ) -> Iterator[Batch]:
-    """Yield this process's batches from `start_step` on, without end; if the shard has pieces, piece by piece.
+    """Yield this process's batches from `start` on, without end; if the shard has pieces, piece by piece.
 
     Args:
-        config: What to read and how to mix it.
-        tokenizer: Tokenizes the captions.
-        views: What the model is shown of an image; None for batches without images.
+        assembler: What to read, how to mix it and how to turn rows into batches.
         shard: This process's part of the global batch.
-        start_step: Steps already done.
-        positions: Where the readers of streamed sources were, from a checkpoint.
-        known: Lengths of captions, and features that frozen towers made of the data.
-        first_step: Steps that were done when the readers of streamed sources began.
+        start: Where the batches begin.
+        lengths: Of the captions of every source (`koclip.training.survey`); none: they are measured here.
 
     Raises:
         SourceError: a source cannot be opened, streamed sources are mixed with others or have too few shards, or
-            `positions` are of another number of readers.
+            `start.positions` are of another number of readers.
     """
+    config = assembler.config
     sources = [open_source(source, config.seed) for source in config.sources]
-    assembler = Assembler(config, tokenizer, views, known)
     streams = [source for source in sources if isinstance(source, StreamSource)]
     if not streams:
         maps = cast(list[MapSource], sources)
-        order = MapOrder(maps, assembler, shard, start_step, known.lengths if known else ())
+        order = MapOrder(maps, assembler, shard, start.step, lengths)
         return _load(MapPairs(maps, assembler), config.num_workers, sampler=order)
     if len(streams) < len(sources):
         raise SourceError("data.sources mixes streamed sources with others; set streaming: true on all of them or none")
-    _check_readers(streams, shard, max(1, config.num_workers), range(first_step, start_step), positions)
-    pairs = StreamPairs(streams, assembler, shard, positions, start_step)
+    _check_readers(streams, shard, max(1, config.num_workers), range(start.stage, start.step), start.positions)
+    pairs = StreamPairs(streams, assembler, shard, start.positions, start.step)
     # Readers make whole batches, so that the size of the pieces does not decide which rows are in them.
     batches = _load(pairs, config.num_workers, prefetch=max(1, PREFETCH // len(shard.pieces)))
     return itertools.chain.from_iterable(batch.cut(shard.pieces) for batch in batches)

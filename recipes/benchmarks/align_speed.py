@@ -45,13 +45,13 @@ from transformers import BertTokenizer, RobertaConfig, RobertaModel
 
 from koclip import training
 from koclip.align.build import adapt
-from koclip.align.trainable import select
+from koclip.align.trainable import set_trainable
 from koclip.config import AlignConfig, DataConfig, ModelConfig, OptimConfig, SourceConfig, SwapConfig, TrainConfig
-from koclip.data.batches import Batch, Known
+from koclip.data.batches import Assembler, Batch, Known
 from koclip.data.features import digest_of
 from koclip.data.loader import train_loader
 from koclip.data.order import Shard
-from koclip.data.transforms import Views, centre_view, view_size
+from koclip.data.transforms import view_size, views_for
 from koclip.encoders.inference import embed_texts
 from koclip.metrics import first_ranks, share
 from koclip.models import StockModel
@@ -146,25 +146,25 @@ class Koclip:
         encoder = load_text_encoder(str(start.encoder))
         tokenizer = load(str(start.encoder), CONTEXT, encoder.config)
         self.model, self.processor = adapt(config.model, start.clip, encoder, start.image_processor, tokenizer)
-        self._views = Views(config.data, view_size(start.image_processor), centre_view(start.image_processor))
+        self._views = views_for(config.data, start.image_processor)
 
     def prepare(self) -> None:
         """Make the cache of image features and all that a step needs."""
         config, dual_encoder = self._config, DualEncoder(self.model, self.processor)
         (stage,) = config.stages
         accelerator = training.start(config.train)
-        select(dual_encoder, config, stage, self._clip)
+        set_trainable(dual_encoder, config, stage, self._clip)
         self.features = image_features(
             accelerator, dual_encoder, config.data, self._views, self._cache, config.align.cache_dtype
         )
-        self.trainer = training.prepare(accelerator, dual_encoder, config.loss, config.optim, config.train, stage)
+        self.trainer = training.prepare(accelerator, dual_encoder, config)
         shard, known = Shard(config.train.batch_size), Known(images=self.features)
-        batches = train_loader(config.data, self.processor.tokenizer, self._views, shard, known=known)
+        batches = train_loader(Assembler(config.data, self.processor.tokenizer, self._views, known), shard)
         self._steps = training.steps(self.trainer, batches, 0, config.train.num_steps, config.train.log_every)
 
     def first_batch(self) -> Batch:
         """Return the first few pairs of training, with pixels."""
-        return next(train_loader(self._config.data, self.processor.tokenizer, self._views, Shard(CHECKED)))
+        return next(train_loader(Assembler(self._config.data, self.processor.tokenizer, self._views), Shard(CHECKED)))
 
     def train(self, num_steps: int) -> None:
         """Take the next steps."""

@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import normalize
 from transformers import CLIPImageProcessor, PreTrainedTokenizerBase
 
 from koclip.config import DataConfig, SourceConfig
-from koclip.data.batches import Batch
+from koclip.data.batches import Assembler, Batch
 from koclip.data.loader import train_loader
 from koclip.data.order import Shard
 from koclip.data.sources import StreamSource, open_source
@@ -72,7 +72,9 @@ def record(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase, image_size: int, batch_size: int, count: int
 ) -> list[Batch]:
     """Return the first `count` batches of a training run."""
-    return list(itertools.islice(train_loader(data, tokenizer, Views(data, image_size), Shard(batch_size)), count))
+    return list(
+        itertools.islice(train_loader(Assembler(data, tokenizer, Views(data, image_size)), Shard(batch_size)), count)
+    )
 
 
 def normalized(batch: Batch, images: CLIPImageProcessor) -> Tensor:
