@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from koclip.data.features import ROWS, SHARD, Item, Piece, digest_of
+from koclip.data.features import ROWS, SHARD, Item, Piece
 from koclip.data.sources import MapSource, Row, StreamSource
-from koclip.data.transforms import ImageError, Views, decode, read
+from koclip.data.transforms import ImageError, Views, decode, digest_of, read
 from koclip.text.normalize import paired, usable
 
 PIECE = 128  # rows read and embedded at a time
