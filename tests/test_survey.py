@@ -15,7 +15,6 @@ from test_published_tokenizers import CORPUS, FAMILIES, LENGTH
 
 from koclip.config import DataConfig, SourceConfig
 from koclip.data import survey
-from koclip.data.batches import Assembler
 from koclip.data.formats.files import SourceError
 from koclip.data.order import CaptionChooser
 from koclip.data.sources import MapSource, open_source
@@ -54,7 +53,7 @@ def test_lengths_are_those_of_the_captions_that_are_drawn(name: str, word_dropou
     source = Captions(CORPUS, 60)
     data = config(source.config, word_dropout=word_dropout)
     lengths = survey.survey(source, data, tokenizer).lengths
-    chooser, assembler = CaptionChooser(data), Assembler(data, tokenizer, None)
+    chooser = CaptionChooser(data)
     estimates, exact = [], []
     for row, epoch in itertools.product(range(len(source)), range(3)):
         caption = (chooser.caption(source.captions([row])[0], 0, (0, epoch, 0, row)) or (None,) * 3)[2]
