@@ -12,7 +12,7 @@ from koclip import config, losses
 from koclip.align.build import adapt, load_teacher, text_encoder
 from koclip.align.methods import METHODS
 from koclip.align.save import save_aligned_model, starting_weights
-from koclip.data.batches import Known
+from koclip.data.batches import Precomputed
 from koclip.data.transforms import views_for
 from koclip.models.dual_encoder import DualEncoder
 from koclip.models.pretrained import load_image_side
@@ -31,12 +31,12 @@ def main(cfg: config.AlignConfig) -> None:
     session, method = Session.open("align", cfg), METHODS[cfg.align.method]
     cache, dtype = Path(cfg.align.cache_dir or session.path / "features"), cfg.align.cache_dtype
     clip, image_processor = load_image_side(cfg.model.clip)
-    known = Known(language=cfg.distill.language)
+    precomputed = Precomputed(language=cfg.distill.language)
     if cfg.taught:
         teacher = load_teacher(clip, cfg.model.clip)
         folder = cache / "teacher"
-        teacher = teacher_features(session.accelerator, teacher, cfg.data, known.language, folder, dtype)
-        known = known._replace(teacher=teacher)
+        teacher = teacher_features(session.accelerator, teacher, cfg.data, precomputed.language, folder, dtype)
+        precomputed = precomputed._replace(teacher=teacher)
     encoder = text_encoder(cfg.model, clip)
     tokenizer = session.tokenizer(cfg.text_tokenizer, encoder and encoder.config)
     model, processor = adapt(cfg.model, clip, encoder, image_processor, tokenizer)
@@ -51,7 +51,7 @@ def main(cfg: config.AlignConfig) -> None:
         if cfg.align.cache and stage.images and not dual_encoder.trains("image"):
             views, folder = views_for(cfg.data, image_processor), cache / "images"
             images = image_features(session.accelerator, dual_encoder, cfg.data, views, folder, dtype)
-        session.fit(dual_encoder, processor, stage, known._replace(images=images))
+        session.fit(dual_encoder, processor, stage, precomputed._replace(images=images))
     model_dir = session.finish(processor, partial(save_aligned_model, config=cfg, start=start))
     session.accelerator.print(NEXT.format(model=model_dir, kind=type(model).__name__))
 

@@ -15,7 +15,7 @@ from koclip.data import loader
 from koclip.data.batches import Assembler, Batch
 from koclip.data.loader import Start, train_loader
 from koclip.data.order import Shard
-from koclip.data.sources import Row, StreamSource
+from koclip.data.sources import MapSource, Row, StreamSource
 from koclip.data.transforms import Views
 
 SCENES = SourceConfig(scenes_size=80)
@@ -27,7 +27,7 @@ def config(source: SourceConfig, *others: SourceConfig, **options) -> DataConfig
 
 
 def batches(
-    config: DataConfig, tokenizer, count: int, shard: Shard = ALONE, *, start_step=0, positions=()
+    config: DataConfig, tokenizer, count: int, shard: Shard = ALONE, start_step: int = 0, positions: Sequence = ()
 ) -> list[Batch]:
     assembler = Assembler(config, tokenizer, Views(config, 16))
     return list(itertools.islice(train_loader(assembler, shard, Start(start_step, positions)), count))
@@ -50,7 +50,7 @@ def picture(number: int) -> bytes:
     return buffer.getvalue()
 
 
-class Pile:
+class Pile(MapSource):
     """A map source in memory. Rows in `broken` have no picture, or no caption, by turns."""
 
     def __init__(self, name: str, size: int, broken: set[int], weight: float | None = None, group: int = 1) -> None:

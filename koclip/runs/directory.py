@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from koclip import distributed, storage
 from koclip.config import ConfigError, dump
-from koclip.data.batches import Skip
+from koclip.data.sources import Skip
 from koclip.storage import environment
 from koclip.training import Event
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from koclip import distributed
 from koclip.config import ConfigError
-from koclip.data.batches import Batch, Position, Skip
+from koclip.data.batches import Batch, Position
+from koclip.data.sources import Skip
 from koclip.runs.directory import RunDirectory
 from koclip.training.pictures import TrainingPictures
 

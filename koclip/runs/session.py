@@ -21,7 +21,7 @@ from koclip.config import (
     check_data,
     to_dict,
 )
-from koclip.data.batches import Assembler, Known
+from koclip.data.batches import Assembler, Batch, Precomputed
 from koclip.data.loader import Start, train_loader, training_captions
 from koclip.data.order import Shard
 from koclip.data.survey import CaptionLengths
@@ -127,14 +127,20 @@ class Session:
                 self.state = None
         yield last
 
-    def fit(self, dual_encoder: DualEncoder, processor: ProcessorMixin, stage: Stage, known: Known = Known()) -> None:  # noqa: B008
+    def fit(
+        self,
+        dual_encoder: DualEncoder,
+        processor: ProcessorMixin,
+        stage: Stage,
+        precomputed: Precomputed | None = None,
+    ) -> None:
         """Train one stage, from its first step or from the checkpoint; `state` is then what it has trained.
 
         Args:
             dual_encoder: What is trained.
             processor: Its processor.
             stage: The stage.
-            known: What frozen towers have embedded of the data.
+            precomputed: What frozen towers have embedded of the data.
 
         Raises:
             Stopped: a signal asked the run to stop; its checkpoint is on disk.
@@ -145,7 +151,7 @@ class Session:
         train = self.config.train
         self.state = state = training.prepare(self.accelerator, dual_encoder, self.config, stage)
         progress = self.load(state, stage.start)
-        batches = self._batches(processor, stage, known, progress)
+        batches = self._batches(processor, stage, precomputed or Precomputed(), progress)
         steps = training.steps(state, batches, progress.step, stage.end, train.log_every)
         quiet = not self.accelerator.is_main_process
         bar = tqdm(steps, stage.name, stage.end, initial=progress.step, disable=quiet)
@@ -236,14 +242,15 @@ class Session:
         distributed.barrier()
         return directory
 
-    def _batches(self, processor: Any, stage: Stage, known: Known, progress: Progress) -> Iterator[Any]:
+    def _batches(self, processor: Any, stage: Stage, precomputed: Precomputed, progress: Progress) -> Iterator[Batch]:
         """Yield this process's batches of a stage, and record what it reads."""
         config, train = self.config.data, self.config.train
         views = views_for(config, processor.image_processor) if stage.images else None
-        known = known if stage.distill else known._replace(teacher=None)
+        if stage.distill is None:
+            precomputed = precomputed._replace(teacher=None)
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         loader = train_loader(
-            Assembler(config, processor.tokenizer, views, known),
+            Assembler(config, processor.tokenizer, views, precomputed),
             Shard(train.batch_size, rank, world_size, train.micro_batch_size),
             Start(progress.step, progress.all_positions, stage.start),
             self._lengths,

@@ -47,11 +47,10 @@ from koclip import training
 from koclip.align.build import adapt
 from koclip.align.trainable import set_trainable
 from koclip.config import AlignConfig, DataConfig, ModelConfig, OptimConfig, SourceConfig, SwapConfig, TrainConfig
-from koclip.data.batches import Assembler, Batch, Known
-from koclip.data.features import digest_of
+from koclip.data.batches import Assembler, Batch, Precomputed
 from koclip.data.loader import train_loader
 from koclip.data.order import Shard
-from koclip.data.transforms import view_size, views_for
+from koclip.data.transforms import digest_of, view_size, views_for
 from koclip.encoders.inference import embed_texts
 from koclip.metrics import first_ranks, share
 from koclip.models import StockModel
@@ -158,8 +157,9 @@ class Koclip:
             accelerator, dual_encoder, config.data, self._views, self._cache, config.align.cache_dtype
         )
         self.trainer = training.prepare(accelerator, dual_encoder, config)
-        shard, known = Shard(config.train.batch_size), Known(images=self.features)
-        batches = train_loader(Assembler(config.data, self.processor.tokenizer, self._views, known), shard)
+        known = Precomputed(images=self.features)
+        assembler = Assembler(config.data, self.processor.tokenizer, self._views, known)
+        batches = train_loader(assembler, Shard(config.train.batch_size))
         self._steps = training.steps(self.trainer, batches, 0, config.train.num_steps, config.train.log_every)
 
     def first_batch(self) -> Batch:
