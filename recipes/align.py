@@ -5,13 +5,12 @@ accelerate launch recipes/align.py --config recipes/configs/align/klue_roberta_b
 accelerate launch recipes/align.py --help                   # every key, its unit and default
 """
 
-from functools import partial
 from pathlib import Path
 
 from koclip import config, losses
 from koclip.align.build import adapt, load_teacher, text_encoder
 from koclip.align.methods import METHODS
-from koclip.align.save import save_aligned_model, starting_weights
+from koclip.align.save import AlignedModelWriter
 from koclip.data.batches import Precomputed
 from koclip.data.transforms import views_for
 from koclip.models.dual_encoder import DualEncoder
@@ -40,7 +39,7 @@ def main(cfg: config.AlignConfig) -> None:
     encoder = text_encoder(cfg.model, clip)
     tokenizer = session.tokenizer(cfg.text_tokenizer, encoder and encoder.config)
     model, processor = adapt(cfg.model, clip, encoder, image_processor, tokenizer)
-    start = starting_weights(model, cfg)
+    write = AlignedModelWriter(cfg, model)
     report = method.attach(model, cfg)
     if report:
         session.accelerator.print(report)
@@ -52,7 +51,7 @@ def main(cfg: config.AlignConfig) -> None:
             views, folder = views_for(cfg.data, image_processor), cache / "images"
             images = image_features(session.accelerator, dual_encoder, cfg.data, views, folder, dtype)
         session.fit(dual_encoder, processor, stage, precomputed._replace(images=images))
-    model_dir = session.finish(processor, partial(save_aligned_model, config=cfg, start=start))
+    model_dir = session.finish(processor, write)
     session.accelerator.print(NEXT.format(model=model_dir, kind=type(model).__name__))
 
 

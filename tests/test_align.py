@@ -15,6 +15,8 @@ from test_published_tokenizers import FAMILIES, strings
 from transformers import AutoModel, AutoTokenizer, ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
 import koclip
+from koclip import config
+from koclip.align import methods
 from koclip.models.dual_encoder import encode_texts
 from koclip.text import tokenizers
 
@@ -329,3 +331,8 @@ def test_mistakes_are_told_before_anything_is_read(args, words, place, capsys) -
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert all(word in error for word in words), error
+
+
+def test_both_tables_of_methods_have_the_same_names() -> None:
+    assert set(METHODS) <= set(config.METHODS)
+    assert set(config.METHODS) == set(methods.METHODS)

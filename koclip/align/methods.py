@@ -28,8 +28,8 @@ class Method(NamedTuple):
         attach: Called once before training; returns what to print about it, if anything.
         set_trainable: Called at the start of each stage with the dual encoder, the configuration, the stage and the
             source.
-        stock_weights: Called with the arguments of `koclip.align.save.save_aligned_model` when the model is saved;
-            returns a dual encoder's weights without what `attach` added.
+        stock_weights: Called when the model is saved, with its directory, the model, its processor, its weights and the
+            configuration; returns a dual encoder's weights without what `attach` added.
     """
 
     attach: Callable[[StockModel, AlignConfig], str | None]

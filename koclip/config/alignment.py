@@ -173,10 +173,10 @@ class AlignMethodConfig:
         check(known, "align.method", self.method, f"expected one of {', '.join(METHODS)}")
         method = METHODS[self.method]
         self._check_stages(len(method.stages) > 1, method.stages[0].optional)
-        trains_image = any(stage.trains_image for stage in method.stages)
+        of_image = [name for name, method in METHODS.items() if any(stage.trains_image for stage in method.stages)]
         for name, default in (("image_layers", None), ("layer_decay", 1.0)):
-            value, wanted = getattr(self, name), "only a method that trains the image tower takes it (full)"
-            check(trains_image or value == default, f"align.{name}", value, f"{wanted}, not {self.method}")
+            value, fix = getattr(self, name), f"only {' or '.join(of_image)} takes it, not {self.method}"
+            check(self.method in of_image or value == default, f"align.{name}", value, fix)
         least = self.image_layers is None or self.image_layers >= 1
         check(least, "align.image_layers", self.image_layers, "expected 1 or more")
         check(0 < self.layer_decay <= 1, "align.layer_decay", self.layer_decay, "expected more than 0, at most 1")
