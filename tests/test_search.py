@@ -410,7 +410,7 @@ def test_another_index_is_not_overwritten(folder, tmp_path, small):
 
 def test_a_folder_without_a_usable_picture_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="no picture there"):
+    with pytest.raises(ConfigError, match="images: .*empty"):
         build.build(config(tmp_path / "empty"), ColourEncoder(), tmp_path / "index")
     (tmp_path / "empty" / "a.png").write_bytes(b"")
     with pytest.raises(ConfigError, match="none can be used"):
@@ -425,10 +425,10 @@ def test_a_damaged_index_is_named(folder, tmp_path, small):
     shard = target / "shard-000001.safetensors"
     content = shard.read_bytes()
     shard.write_bytes(content[:100])
-    with pytest.raises(ConfigError, match=r"shard-000001\.safetensors is broken"):
+    with pytest.raises(ConfigError, match=r"shard-000001\.safetensors"):
         open_index(target)
     shard.unlink()
-    with pytest.raises(ConfigError, match="not there"):
+    with pytest.raises(ConfigError, match=r"shard-000001\.safetensors"):
         open_index(target)
     build.build(config(folder), ColourEncoder(), target)
     assert shard.read_bytes() == content
