@@ -410,7 +410,7 @@ def test_another_index_is_not_overwritten(folder, tmp_path, small):
 
 def test_a_folder_without_a_usable_picture_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="images: .*empty"):
+    with pytest.raises(ConfigError, match=r"images: .*empty"):
         build.build(config(tmp_path / "empty"), ColourEncoder(), tmp_path / "index")
     (tmp_path / "empty" / "a.png").write_bytes(b"")
     with pytest.raises(ConfigError, match="none can be used"):
