@@ -150,8 +150,8 @@ def _commit(directory: Path, files: Sequence[str], repo: Repository, message: st
         *(CommitOperationAdd(name, str((directory / name).resolve())) for name in changes.added),
         *(CommitOperationDelete(name) for name in changes.deleted),
     ]
-    # Not `upload_folder`: when a commit fails, huggingface_hub 2.4 repeats it in smaller ones, of 20 files at least,
-    # so users could load a half-published model. `create_commit` makes one commit or none. With `parent_commit` it
+    # Not `upload_folder`: when a commit keeps failing, huggingface_hub 2.4 splits it into commits of 20 files, so users
+    # could load a half-published model. `create_commit` makes one commit or none. With `parent_commit` it
     # fails, and is repeated, if the repository has changed since its files were compared.
     commit = HfApi().create_commit(
         repo.repo_id, operations, commit_message=message, repo_type=repo.kind, parent_commit=head
