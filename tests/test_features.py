@@ -19,8 +19,8 @@ from torch import Tensor
 import koclip
 from koclip.config import ConfigError, DataConfig, SourceConfig
 from koclip.data import features
-from koclip.data.features import Features, Item, Piece, digest_of
-from koclip.data.transforms import Views, centre_view, decode
+from koclip.data.features import Features, Item, Piece
+from koclip.data.transforms import Views, centre_view, decode, digest_of
 from koclip.models.dual_encoder import DualEncoder, encode_images, from_scratch, text_features
 from koclip.training.frozen import image_features, teacher_features
 

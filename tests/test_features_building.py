@@ -13,13 +13,13 @@ from tiny import tiny_dual_encoder, tiny_tokenizer
 
 from koclip.config import DataConfig, SourceConfig
 from koclip.data import feature_rows, features
-from koclip.data.batches import Batch, Known
+from koclip.data.batches import Assembler, Batch, MissingError, Precomputed
 from koclip.data.feature_rows import Sentences, shards
-from koclip.data.features import Features, Inputs, digest_of
+from koclip.data.features import Features, Inputs
 from koclip.data.loader import train_loader
 from koclip.data.order import Shard
 from koclip.data.sources import open_source
-from koclip.data.transforms import Views
+from koclip.data.transforms import Views, digest_of
 from koclip.models.dual_encoder import encode_images
 from koclip.training import frozen
 
@@ -120,8 +120,8 @@ def test_a_picture_that_comes_twice_has_one_embedding(pairs: SourceConfig, tmp_p
     assert len({tuple(made.embedding(digest_of(image), 2).tolist()) for image in images_of(pairs)}) == 19
 
 
-def batches(config: DataConfig, steps: int = 8, known: Known | None = None) -> list[Batch]:
-    loader = train_loader(config, tiny_tokenizer(), Views(config, 32), Shard(4), known=known)
+def batches(config: DataConfig, steps: int = 8, known: Precomputed | None = None) -> list[Batch]:
+    loader = train_loader(Assembler(config, tiny_tokenizer(), Views(config, 32), known), Shard(4))
     return list(itertools.islice(loader, steps))
 
 
@@ -153,7 +153,7 @@ def test_broken_images_are_replaced_as_without_features(
     rewrite(pairs, lambda rows: [row | {"image": broken.get(place, row["image"])} for place, row in enumerate(rows)])
     monkeypatch.setattr(feature_rows, "PIECE", 4)  # so that no image of the third piece is whole
     config = DataConfig(sources=[pairs], num_crops=3, crop_scale=(0.3, 0.6))
-    known = Known(images=build(tmp_path / "kept", pairs, num_crops=3, crop_scale=(0.3, 0.6)))
+    known = Precomputed(images=build(tmp_path / "kept", pairs, num_crops=3, crop_scale=(0.3, 0.6)))
     plain, kept = batches(config), batches(config, known=known)
     assert_same(plain, kept)
     skipped = {skip.key: skip.reason for batch in kept for skip in batch.skipped}
@@ -164,7 +164,7 @@ def test_broken_images_are_replaced_as_without_features(
 
 def test_a_source_without_one_good_image_still_says_why(pairs: SourceConfig, tmp_path: Path) -> None:
     rewrite(pairs, lambda rows: [row | {"image": b"no picture"} for row in rows])
-    with pytest.raises(features.MissingError, match="not an image"):
+    with pytest.raises(MissingError, match="not an image"):
         build(tmp_path / "kept", pairs).embedding(digest_of(b"no picture"))
 
 
@@ -175,7 +175,7 @@ def test_images_that_are_files(pairs: SourceConfig, tmp_path: Path) -> None:
     rewrite(pairs, lambda rows: [row | {"image": f"{place}.jpg"} for place, row in enumerate(rows)])
     missing = (tmp_path / "4.jpg").rename(tmp_path / "gone")
     config = DataConfig(sources=[pairs], num_crops=1)
-    assert_same(batches(config), batches(config, known=Known(images=build(tmp_path / "kept", pairs))))
+    assert_same(batches(config), batches(config, known=Precomputed(images=build(tmp_path / "kept", pairs))))
     missing.rename(tmp_path / "4.jpg")
     with pytest.raises(features.ConfigError, match=r"the first that differs is rows~\w+/4/4\.jpg"):
         build(tmp_path / "kept", pairs)
@@ -198,7 +198,7 @@ def test_streamed_sources(tars: SourceConfig, tmp_path: Path) -> None:
     made: Features = build(tmp_path / "kept", tars, num_crops=2)
     assert len(made) == 20
     config = DataConfig(sources=[tars], num_crops=2, shuffle_buffer=8)
-    assert_same(batches(config), batches(config, known=Known(images=made)))
+    assert_same(batches(config), batches(config, known=Precomputed(images=made)))
     files = contents(tmp_path / "kept")
     (tmp_path / "kept" / "0-a-all" / "shard-000001.safetensors").unlink()
     build(tmp_path / "kept", tars, num_crops=2)
@@ -238,7 +238,7 @@ def test_the_corresponding_sentence_teaches(pairs: SourceConfig, tmp_path: Path)
     for shard in shards([open_source(pairs)], Sentences("en"), tmp_path / "en", 0, 1, 0):
         features.write(shard.path, shard.pieces, embed, torch.float32)
         found.append(shard.path)
-    known = Known(teacher=Features(found))
+    known = Precomputed(teacher=Features(found))
     rows = {f"{pairs.key}/{place}": row for place, row in enumerate(pq.read_table(pairs.path).to_pylist())}
     tokenizer = tiny_tokenizer()
     for batch in batches(config, known=known):

@@ -22,6 +22,7 @@ from loading import batches, config
 from sources_on_disk import all_rows, colour
 
 from koclip.config import DataConfig, EvalSetConfig, SourceConfig
+from koclip.data.batches import Assembler
 from koclip.data.feature_rows import Images, Sentences, shards
 from koclip.data.formats.files import SourceError
 from koclip.data.loader import train_loader, training_captions
@@ -158,7 +159,7 @@ def test_plain_cuts_are_refused_before_anything_is_read(tars, tokenizer, tmp_pat
     data = (tmp_path / "shard-3.tar").read_bytes()
     (tmp_path / "shard-3.tar").write_bytes(data[: len(data) // 2])
     with pytest.raises(SourceError, match=r"shard-3\.tar breaks off"):
-        train_loader(config(tars), tokenizer, Views(config(tars), 16), Shard(8))
+        train_loader(Assembler(config(tars), tokenizer, Views(config(tars), 16)), Shard(8))
 
 
 @pytest.fixture

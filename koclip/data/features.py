@@ -22,13 +22,10 @@ from safetensors.torch import load_file, save_file
 
 from koclip import storage
 from koclip.config import ConfigError
+from koclip.data.batches import MissingError
 
 ROWS = 1_024  # of a source in a shard
 SHARD = "shard-{:06}.safetensors"
-
-
-class MissingError(ValueError):
-    """Something has no features; the message says why."""
 
 
 class Item(NamedTuple):
@@ -52,16 +49,6 @@ class Piece(NamedTuple):
 
 
 Embed = Callable[[Inputs], torch.Tensor]
-
-
-def digest_of(content: bytes | npt.NDArray[np.uint8]) -> bytes:
-    """Return 16 bytes that are equal for equal content."""
-    return xxhash.xxh3_128_digest(content if isinstance(content, bytes) else content.tobytes())
-
-
-def image_id(digest: bytes) -> int:
-    """Return the number that stands for an image of this digest: 63 bits of it, which fit an int64."""
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 class Features:

@@ -14,6 +14,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
+from xxhash import xxh3_128_digest
 
 from koclip.config import DataConfig
 
@@ -85,6 +86,16 @@ def read(image: bytes | Path | npt.NDArray[np.uint8] | None) -> bytes | npt.NDAr
         return image.read_bytes() if isinstance(image, Path) else image
     except (OSError, ValueError) as error:  # ValueError: no file has such a name
         raise ImageError(f"{type(error).__name__}: {error}".split("\n")[0]) from error
+
+
+def digest_of(content: bytes | npt.NDArray[np.uint8]) -> bytes:
+    """Return 16 bytes that are equal for equal content."""
+    return xxh3_128_digest(content if isinstance(content, bytes) else content.tobytes())
+
+
+def image_id(digest: bytes) -> int:
+    """Return the number of an image with this digest: 63 bits of it, which fit an int64."""
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def decode(

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from xxhash import xxh3_128_digest
 
-from koclip.data.features import digest_of
 from koclip.data.sources import Row
-from koclip.data.transforms import ImageError, read
+from koclip.data.transforms import ImageError, digest_of, read
 
 _DIGEST = 16  # bytes
 _NO_FILE = (0, 0, 0)

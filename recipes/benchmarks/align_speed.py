@@ -47,11 +47,10 @@ from koclip import training
 from koclip.align.build import adapt
 from koclip.align.trainable import select
 from koclip.config import AlignConfig, DataConfig, ModelConfig, OptimConfig, SourceConfig, SwapConfig, TrainConfig
-from koclip.data.batches import Batch, Known
-from koclip.data.features import digest_of
+from koclip.data.batches import Assembler, Batch, Precomputed
 from koclip.data.loader import train_loader
 from koclip.data.order import Shard
-from koclip.data.transforms import Views, centre_view, view_size
+from koclip.data.transforms import Views, centre_view, digest_of, view_size
 from koclip.encoders.inference import embed_texts
 from koclip.metrics import first_ranks, share
 from koclip.models import StockModel
@@ -158,13 +157,14 @@ class Koclip:
             accelerator, dual_encoder, config.data, self._views, self._cache, config.align.cache_dtype
         )
         self.trainer = training.prepare(accelerator, dual_encoder, config.loss, config.optim, config.train, stage)
-        shard, known = Shard(config.train.batch_size), Known(images=self.features)
-        batches = train_loader(config.data, self.processor.tokenizer, self._views, shard, known=known)
+        known = Precomputed(images=self.features)
+        assembler = Assembler(config.data, self.processor.tokenizer, self._views, known)
+        batches = train_loader(assembler, Shard(config.train.batch_size))
         self._steps = training.steps(self.trainer, batches, 0, config.train.num_steps, config.train.log_every)
 
     def first_batch(self) -> Batch:
         """Return the first few pairs of training, with pixels."""
-        return next(train_loader(self._config.data, self.processor.tokenizer, self._views, Shard(CHECKED)))
+        return next(train_loader(Assembler(self._config.data, self.processor.tokenizer, self._views), Shard(CHECKED)))
 
     def train(self, num_steps: int) -> None:
         """Take the next steps."""
