@@ -304,7 +304,7 @@ def test_after_faults_that_last_the_repository_is_untouched_or_complete_and_a_re
 
 @pytest.mark.parametrize(("kind", "times"), [("500", 1), ("drop", 3), ("500", 99), ("413", 6)])
 def test_a_commit_of_many_files_that_fails_is_never_public_in_part(hub, workers, model, kind, times):
-    """`upload_folder` of huggingface_hub 2.4 makes two commits of it after six refusals (413), the first of 20 files."""
+    """`upload_folder` of huggingface_hub 2.4 splits it after six refusals (413): 20 files, then 5."""
     for number in range(20):
         (model / f"model-{number:05d}-of-00020.safetensors").write_bytes(f"{kind} {times} {number}".encode() * 10)
     files, name = contents(model), f"org/many-{kind}-{times}"
