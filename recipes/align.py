@@ -13,10 +13,10 @@ from koclip.align.methods import METHODS
 from koclip.align.save import AlignedModelWriter
 from koclip.data.batches import Precomputed
 from koclip.data.transforms import views_for
+from koclip.embeddings.sources import Cache, image_features, teacher_features
 from koclip.models.dual_encoder import DualEncoder
 from koclip.models.pretrained import load_image_side
 from koclip.runs.session import Session
-from koclip.training.frozen import image_features, teacher_features
 
 NEXT = """
 Saved {model}, a stock {kind}: AutoModel and AutoProcessor load it. Next:
@@ -28,13 +28,13 @@ print(koclip.embed_texts(model, processor, ['해변을 달리는 개']))"
 def main(cfg: config.AlignConfig) -> None:
     """Run the recipe: source, text side, teacher, one stage of training after the other, evaluation."""
     session, method = Session.open("align", cfg), METHODS[cfg.align.method]
-    cache, dtype = Path(cfg.align.cache_dir or session.path / "features"), cfg.align.cache_dtype
+    folder = Path(cfg.align.cache_dir or session.path / "features")
     clip, image_processor = load_image_side(cfg.model.clip)
     precomputed = Precomputed(language=cfg.distill.language)
     if cfg.taught:
         teacher = load_teacher(clip, cfg.model.clip)
-        folder = cache / "teacher"
-        teacher = teacher_features(session.accelerator, teacher, cfg.data, precomputed.language, folder, dtype)
+        cache = Cache(folder / "teacher", cfg.align.cache_dtype)
+        teacher = teacher_features(session.accelerator, teacher, cfg.data, precomputed.language, cache)
         precomputed = precomputed._replace(teacher=teacher)
     encoder = text_encoder(cfg.model, clip)
     tokenizer = session.tokenizer(cfg.text_tokenizer, encoder and encoder.config)
@@ -48,8 +48,8 @@ def main(cfg: config.AlignConfig) -> None:
         method.set_trainable(dual_encoder, cfg, stage, clip)
         images = None
         if cfg.align.cache and stage.images and not dual_encoder.trains("image"):
-            views, folder = views_for(cfg.data, image_processor), cache / "images"
-            images = image_features(session.accelerator, dual_encoder, cfg.data, views, folder, dtype)
+            views, cache = views_for(cfg.data, image_processor), Cache(folder / "images", cfg.align.cache_dtype)
+            images = image_features(session.accelerator, dual_encoder, cfg.data, views, cache)
         session.fit(dual_encoder, processor, stage, precomputed._replace(images=images))
     model_dir = session.finish(processor, write)
     session.accelerator.print(NEXT.format(model=model_dir, kind=type(model).__name__))
