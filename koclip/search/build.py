@@ -18,7 +18,7 @@ from koclip.data.batches import Skip
 from koclip.data.formats.files import is_folder, stored_files
 from koclip.data.sources import Row, StreamSource, open_source
 from koclip.data.transforms import KINDS, ImageError, decode
-from koclip.encoders.base import Encoder
+from koclip.encoders import Encoder
 from koclip.search import approximate
 from koclip.search.contents import Content, changed, look
 from koclip.search.folder import list_folder, printable
@@ -200,7 +200,7 @@ def _embed(path: Path, rows: list[Row], encoder: Encoder, config: IndexConfig, s
             captions = {language: usable(texts) for language, texts in row.captions.items()}
             entries.append(Entry({"key": row.key, "captions": captions}, _thumbnail(batch[-1], config.thumbnail_size)))
         if batch:
-            made.append(encoder.encode_images(batch))
+            made.append(encoder.encode_images(batch, config.batch_size))
             finite = made[-1].isfinite().all(dim=1).tolist()
             keys = [one.record["key"] for one, fine in zip(entries[-len(batch) :], finite, strict=True) if not fine]
             told = "expected finite values: check the model, or take the picture out"

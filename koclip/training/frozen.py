@@ -22,8 +22,7 @@ from koclip.data.feature_rows import Images, Reader, Sentences, shards
 from koclip.data.features import Features, Inputs, Piece
 from koclip.data.sources import StreamSource, open_source
 from koclip.data.transforms import Views
-from koclip.encoders.base import by_length, in_batches
-from koclip.encoders.fingerprint import fingerprint
+from koclip.encoders.base import fingerprint, texts_in_batches
 from koclip.models import StockModel
 from koclip.models.dual_encoder import DualEncoder, encode_images, text_features
 from koclip.models.fast import speed_up
@@ -109,7 +108,7 @@ def teacher_features(
 
     def embed(inputs: Inputs) -> torch.Tensor:
         sentences = cast(list[str], inputs)
-        return in_batches(embed_batch, sentences, feature_rows.PIECE, "sentences", by_length(sentences)).unsqueeze(1)
+        return texts_in_batches(embed_batch, sentences, feature_rows.PIECE).unsqueeze(1)
 
     tokenizers.forget_call_state(tokenizer)
     facts = {
