@@ -133,9 +133,9 @@ class Answers:
             image: The picture.
             query: The text.
             way: `patches`: the similarity of each of the model's patches to the text (`koclip.encoders.transformers`,
-                with the formula and why it may miss the thing itself). `cover`: the similarity that is lost when a place
-                is covered by the picture's mean colour, score_p = max(0, <e(image), t> - <e(image without p), t>), for
-                7 x 7 places two sevenths wide (Zeiler and Fergus 2014, section 4.2); it works for any model.
+                with the formula and why it may miss the thing itself). `cover`: the similarity that is lost when a
+                place is covered by the picture's mean colour, score_p = max(0, <e(image), t> - <e(image without p),
+                t>), for 7 x 7 places two sevenths wide (Zeiler and Fergus 2014, section 4.2); it works for any model.
         """
         text = self._texts([guard.read_text(query)])[0]
         view = self.encoder.view

@@ -9,11 +9,9 @@ from runs_to_publish import pretrained
 from safetensors.torch import load_file, save_file
 
 from koclip import config
-from koclip.publishing.files import publishable
+from koclip.publishing.checks import publishable
 from koclip.publishing.formats.onnx import export
 from koclip.publishing.preflight import preflight
-
-pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 
 
 def test_formats_pass_the_pre_flight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

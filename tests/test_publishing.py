@@ -21,7 +21,7 @@ from space_server import serving
 
 from koclip.encoders import Encoder, load
 from koclip.encoders.transformers import TransformersEncoder
-from koclip.publishing import space
+from koclip.publishing import push
 
 ROOT = Path(__file__).parents[1]
 EXPORTS = all(find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript", "sentence_transformers"))
@@ -197,8 +197,8 @@ def test_a_model_that_fails_the_checks_is_not_pushed(hub):
 
 
 def test_a_space_shows_the_model_that_was_pushed(hub, tmp_path):
-    gradio_client = pytest.importorskip("gradio_client", reason="pip install 'koclip[space]'")
-    pytest.importorskip("gradio", reason="pip install 'koclip[space]'")
+    import gradio_client
+
     hub.server.faults = [Fault("set_variable", "500")]
     ran = hub.publish(hub.clip, "clip", "--space", "org/show")
     assert ran.returncode == 0, ran.stderr
@@ -239,7 +239,7 @@ def test_a_space_installs_the_commit_that_it_comes_from_once_that_is_pushed(tmp_
     def pinned() -> str:
         file = tmp_path / "copy.txt"
         file.write_text("gradio==6.31.0\nkoclip[search] @ git+https://github.com/koclip/koclip\n", encoding="utf-8")
-        space._pin(file, tmp_path)
+        push._pin(file, tmp_path)
         return file.read_text(encoding="utf-8").removeprefix("gradio==6.31.0\nkoclip[search] @ ")
 
     assert pinned() == "git+https://github.com/koclip/koclip\n"  # no checkout

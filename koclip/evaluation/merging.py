@@ -3,9 +3,8 @@
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from koclip.data.features import digest_of
 from koclip.data.sources import Row
-from koclip.data.transforms import ImageError, read
+from koclip.data.transforms import ImageError, digest_of, read
 
 _Captions = dict[str, list[str]]
 

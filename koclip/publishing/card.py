@@ -15,7 +15,7 @@ from koclip.evaluation.notes import notes
 from koclip.evaluation.report.printing import NOTE
 from koclip.evaluation.report.table import MAIN, Cell, sections
 from koclip.publishing.card_inputs import Facts
-from koclip.publishing.files import ADAPTER, CARD, LICENCE
+from koclip.publishing.checks import ADAPTER, CARD, LICENCE
 from koclip.publishing.formats import int8
 from koclip.publishing.formats import sentence_transformers as sentence
 from koclip.publishing.formats.onnx import EXACT, FOLDER, INT8, SIDES

@@ -15,9 +15,8 @@ from koclip import storage
 from koclip.config import ConfigError, PublishConfig, SourceConfig, check
 from koclip.encoders import load
 from koclip.metrics import Metric
-from koclip.models.pretrained import read_processor
+from koclip.models.pretrained import is_hub_id, read_processor
 from koclip.publishing import data_cards
-from koclip.publishing.files import is_hub_id
 from koclip.publishing.licences import UNSTATED, Part, Source, model_parts
 from koclip.text.normalize import normalize
 

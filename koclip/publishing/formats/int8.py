@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoProcessor, ProcessorMixin
 
@@ -19,6 +18,7 @@ from koclip.encoders.base import in_batches
 from koclip.evaluation.images import Pictures
 from koclip.evaluation.notes import counts, notes
 from koclip.evaluation.report.finish import Measured, write_results
+from koclip.evaluation.report.printing import console
 from koclip.evaluation.report.table import cell, sections
 from koclip.evaluation.sets import EvalSet, open_set
 from koclip.evaluation.suite import surroundings
@@ -175,9 +175,9 @@ def print_losses(losses: Losses) -> None:
         table.add_column(heading, justify="left" if heading in _HEADINGS[:3] else "right")
     for row in losses.rows:
         table.add_row(*row)
-    console = Console(width=None if Console().is_terminal else 110)
+    out = console()
     for part in (losses.files, table, losses.measured):
-        console.print(part, highlight=False, markup=False)
+        out.print(part, highlight=False, markup=False)
 
 
 def _rows(metrics: Mapping[str, Metric]) -> Iterator[tuple[str, ...]]:
