@@ -20,14 +20,14 @@ from koclip.runs.session import Session
 
 NEXT = """
 Saved {model}, a stock {kind}: AutoModel and AutoProcessor load it. Next:
-  python -c "import koclip; model, processor = koclip.load('{model}'); \
-print(koclip.embed_texts(model, processor, ['해변을 달리는 개']))"
+  python -c "import koclip; print(koclip.load('{model}').encode_texts(['해변을 달리는 개']))"
 """
 
 
 def main(cfg: config.AlignConfig) -> None:
     """Run the recipe: source, text side, teacher, one stage of training after the other, evaluation."""
-    session, method = Session.open("align", cfg), METHODS[cfg.align.method]
+    logit_bias, method = losses.initial_bias(cfg.loss), METHODS[cfg.align.method]
+    session = Session.open("align", cfg)
     folder = Path(cfg.align.cache_dir or session.path / "features")
     clip, image_processor = load_image_side(cfg.model.clip)
     precomputed = Precomputed(language=cfg.distill.language)
@@ -43,7 +43,7 @@ def main(cfg: config.AlignConfig) -> None:
     report = method.attach(model, cfg)
     if report:
         session.accelerator.print(report)
-    dual_encoder = DualEncoder(model, processor, losses.initial_bias(cfg.loss))
+    dual_encoder = DualEncoder(model, processor, logit_bias)
     for stage in session.stages():
         method.set_trainable(dual_encoder, cfg, stage, clip)
         images = None

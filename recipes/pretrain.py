@@ -26,10 +26,11 @@ QUOTES = str.maketrans("'\"", "  ")  # what a shell would read
 
 def main(cfg: config.PretrainConfig) -> None:
     """Run the recipe: data, model, training, then evaluation of the saved model."""
+    logit_bias = losses.initial_bias(cfg.loss)
     session = Session.open("pretrain", cfg)
     tokenizer = session.tokenizer(cfg.tokenizer)
     model, processor = from_scratch(cfg.model, tokenizer)
-    dual_encoder = DualEncoder(model, processor, losses.initial_bias(cfg.loss))
+    dual_encoder = DualEncoder(model, processor, logit_bias)
     for stage in session.stages():
         session.fit(dual_encoder, processor, stage)
     model_dir = session.finish(processor)

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from koclip.config.errors import ConfigError, RunError, Stopped, all_faults
+from koclip.config.checks import ConfigError, RunError, Stopped, all_faults
 
 Config = TypeVar("Config")
 

@@ -1,9 +1,30 @@
-"""The optimizer and the run."""
+"""Training: the loss, the optimizer, the run, and how a text encoder is aligned."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from koclip.config.errors import all_faults, check
+from koclip.config.checks import all_faults, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The contrastive loss.
+
+    Args:
+        name: `infonce` (CLIP), `sigmoid` (SigLIP), or another loss of `koclip.losses.CONTRASTIVE`.
+        duplicates: What two pairs of a batch with the same caption or the same image count as: `positives`, `negatives`
+            (as in the CLIP paper), or `masked` (neither).
+        tile_rows: Rows of the similarity matrix (batch_size x global batch) in memory at a time. It changes the memory,
+            not the result. Default: as many as fit into 4 MiB on a CPU, 256 MiB on a GPU, but at least 64.
+    """
+
+    name: str = "infonce"
+    duplicates: Literal["positives", "masked", "negatives"] = "positives"
+    tile_rows: int | None = None
+
+    @all_faults()
+    def __post_init__(self) -> None:
+        check(self.tile_rows is None or self.tile_rows >= 1, "loss.tile_rows", self.tile_rows, "expected 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

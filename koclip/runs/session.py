@@ -26,7 +26,7 @@ from koclip.data.loader import Start, train_loader, training_captions
 from koclip.data.order import Shard
 from koclip.data.survey import CaptionLengths
 from koclip.data.transforms import PixelLimit, views_for
-from koclip.encoders.base import TransformersEncoder
+from koclip.encoders.transformers import TransformersEncoder
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate, open_all
 from koclip.evaluation.report.finish import report
@@ -184,8 +184,9 @@ class Session:
         """
         directory = self.save_model(self._trained(), processor, write)
         if self.accelerator.is_main_process:
-            saved = TransformersEncoder(*koclip.load(directory), name=str(directory))
-            report(self.path, self.config, Embedder(saved, self.config.eval.batch_size), self.eval_sets)
+            report(
+                self.path, self.config, Embedder(koclip.load(directory), self.config.eval.batch_size), self.eval_sets
+            )
         return directory
 
     def log(self, step: int, stats: dict[str, float]) -> None:

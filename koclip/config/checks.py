@@ -1,0 +1,184 @@
+"""The errors that end a run with one line, and what sections check: values, codes of languages, names of files."""
+
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from pathlib import Path
+
+MOST_PIXELS = 178_956_970  # of a picture that PIL decodes
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run. The message names the key, what was got and the fix."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on. The message says why, what is kept and what to do."""
+
+
+class Stopped(Exception):  # noqa: N818 - no error
+    """The run was asked to stop and has saved a checkpoint. The message says how to continue."""
+
+
+# What code raises that runs on with a value it does not expect. A `ConfigError` is a `ValueError`.
+_CONSEQUENCES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)  # inside `all_faults`
+
+
+def check(condition: bool, key: str, got: object, fix: str) -> None:
+    """Raise a `ConfigError` naming `key` unless `condition` holds; inside `all_faults`, note it and go on."""
+    if condition:
+        return
+    fault, collected = f"{key}: got {got!r}, {fix}", _collected.get()
+    if collected is None:
+        raise ConfigError(fault)
+    collected.append(fault)
+
+
+@contextmanager
+def all_faults() -> Iterator[None]:
+    """Raise one `ConfigError` with every fault that `check` finds in the block, instead of the first alone.
+
+    A block inside another one leaves its faults to that one. What an error says that comes after a fault is left out:
+    the code ran on with a value that it does not expect.
+    """
+    outer = _collected.get()
+    faults: list[str] = []
+    token = _collected.set(faults)
+    try:
+        yield
+    except _CONSEQUENCES as error:
+        if not faults:
+            raise
+        if isinstance(error, ConfigError):  # raised by hand, which is a fault too
+            faults.append(str(error))
+    finally:
+        _collected.reset(token)
+    if outer is not None:
+        outer += faults
+    elif faults:
+        raise ConfigError(_listed(list(dict.fromkeys(faults))))
+
+
+def _listed(faults: list[str]) -> str:
+    if len(faults) == 1:
+        return faults[0]
+    return f"{len(faults)} faults: " + "; ".join(f"({number}) {fault}" for number, fault in enumerate(faults, 1))
+
+
+def check_pixels(key: str, pixels: int) -> None:
+    """Raise a `ConfigError` naming `key` unless it can be the largest width x height of a picture."""
+    check(1 <= pixels <= MOST_PIXELS, key, pixels, f"expected 1 to {MOST_PIXELS}, the most that PIL decodes")
+
+
+# Codes of languages of BCP 47: `ko`, `en`, `zh-Hant`, `pt-BR` (RFC 5646; primary codes of ISO 639-1).
+# ISO 639-1 with the codes of ISO 639-2/T and, behind a slash, /B: BCP 47 takes the shortest of a language.
+_SHORTEST = """
+aa aar, ab abk, ae ave, af afr, ak aka, am amh, an arg, ar ara, as asm, av ava, ay aym, az aze, ba bak, be bel, bg bul,
+bh bih, bi bis, bm bam, bn ben, bo bod/tib, br bre, bs bos, ca cat, ce che, ch cha, co cos, cr cre, cs ces/cze, cu chu,
+cv chv, cy cym/wel, da dan, de deu/ger, dv div, dz dzo, ee ewe, el ell/gre, en eng, eo epo, es spa, et est, eu eus/baq,
+fa fas/per, ff ful, fi fin, fj fij, fo fao, fr fra/fre, fy fry, ga gle, gd gla, gl glg, gn grn, gu guj, gv glv, ha hau,
+he heb, hi hin, ho hmo, hr hrv, ht hat, hu hun, hy hye/arm, hz her, ia ina, id ind, ie ile, ig ibo, ii iii, ik ipk,
+io ido, is isl/ice, it ita, iu iku, ja jpn, jv jav, ka kat/geo, kg kon, ki kik, kj kua, kk kaz, kl kal, km khm, kn kan,
+ko kor, ks kas, ku kur, kv kom, kw cor, ky kir, la lat, lb ltz, lg lug, li lim, ln lin, lo lao, lt lit, lu lub, lv lav,
+mg mlg, mh mah, mi mri/mao, mk mkd/mac, ml mal, mn mon, mr mar, ms msa/may, mt mlt, my mya/bur, na nau, nb nob, nd nde,
+ne nep, ng ndo, nl nld/dut, nn nno, no nor, nr nbl, nv nav, ny nya, oc oci, oj oji, om orm, or ori, os oss, pa pan,
+pi pli, pl pol, ps pus, pt por, qu que, rm roh, rn run, ro ron/rum, ru rus, rw kin, sa san, sc srd, sd snd, se sme,
+sg sag, sh hbs, si sin, sk slk/slo, sl slv, sm smo, sn sna, so som, sq sqi/alb, sr srp, ss ssw, st sot, su sun, sv swe,
+sw swa, ta tam, te tel, tg tgk, th tha, ti tir, tk tuk, tl tgl, tn tsn, to ton, tr tur, ts tso, tt tat, ty tah, ug uig,
+uk ukr, ur urd, uz uzb, ve ven, vi vie, vo vol, wa wln, wo wol, xh xho, yi yid, yo yor, za zha, zh zho/chi, zu zul
+"""
+_SHORT = {longer: short for short, more in map(str.split, _SHORTEST.split(",")) for longer in more.split("/")}
+# Countries and names written for languages, and codes that are out of use. `kr` and `tw` are codes of languages, too
+# (Kanuri and Twi), which are written for Korean and for Taiwan's Chinese far more often: those two have three letters.
+_MEANT = {
+    **dict(kr="ko", kp="ko", jp="ja", cn="zh", tw="zh-Hant", hk="zh-Hant", gr="el", ua="uk", cz="cs", dk="da", vn="vi"),
+    **dict(us="en", gb="en", sp="es", mx="es", pk="ur", ir="fa", kz="kk", ge="ka", al="sq", rs="sr", at="de"),
+    **{"in": "id", "iw": "he", "ji": "yi", "jw": "jv", "mo": "ro"},
+    **dict(korean="ko", hangul="ko", english="en", japanese="ja", chinese="zh", german="de", french="fr", spanish="es"),
+    **dict(italian="it", russian="ru", vietnamese="vi", thai="th", indonesian="id", arabic="ar", portuguese="pt"),
+    **{"한국어": "ko", "영어": "en", "일본어": "ja", "중국어": "zh"},
+}
+_MEANT |= _SHORT
+_TAKEN = {"kr": "kau for Kanuri", "tw": "twi for Twi"}
+_TAG = re.compile(
+    r"([a-z]{2,3})(-[A-Z][a-z]{3})?(-([A-Z]{2}|\d{3}))?(-([a-z0-9]{5,8}|\d[a-z0-9]{3}))*(-x(-[a-z0-9]{1,8})+)?"
+)
+
+
+def check_languages(key: str, languages: Iterable[str]) -> None:
+    """Refuse what is no BCP 47 code of a language, in the standard's letter case; name the code that is likely meant.
+
+    Of codes of three letters only those are known whose language has one of two letters.
+
+    Raises:
+        ConfigError: a code is refused.
+    """
+    for language in languages:
+        check(isinstance(language, str), key, language, 'expected text; YAML takes a bare `no` for false: write "no"')
+        meant = _likely(language)
+        fix = "expected a language code of BCP 47, such as ko, en, zh-Hant or pt-BR"
+        if meant:
+            fix += f"; likely {meant} is meant" + (f" (write {_TAKEN[language]})" if language in _TAKEN else "")
+        check(_is_code(language), key, language, fix)
+
+
+def _is_code(language: str) -> bool:
+    tag = _TAG.fullmatch(language)
+    if tag is None or tag[1] in _TAKEN:
+        return False
+    return tag[1] in _SHORT.values() if len(tag[1]) == 2 else tag[1] not in _SHORT
+
+
+def _likely(language: str) -> str:
+    """Return the code that stands behind a country's, a name, a longer code or another letter case; "" if none does."""
+    primary, *others = [part.strip() for part in re.split(r"[-_]", language.casefold())]
+    meant = _MEANT.get(primary, primary)
+    shaped = [part.upper() if len(part) == 2 else part.title() if len(part) == 4 else part for part in others]
+    tag = "-".join([meant, *shaped])
+    return tag if _is_code(tag) else meant if _is_code(meant) else ""
+
+
+def locate(path: str | Path) -> Path:
+    """Return the path of what is there under this name, in any Unicode form; the path itself where there is nothing.
+
+    Of several forms of one name the one that is written comes first, then NFC, then NFD.
+    """
+    path = Path(path)
+    if str(path).isascii() or os.path.lexists(path):
+        return path
+    place = Path(path.anchor)
+    for name in path.parts[1:] if path.anchor else path.parts:
+        spelling = _spelling(place, name)
+        if spelling is None:
+            return path
+        place /= spelling
+    return place
+
+
+def _spelling(folder: Path, name: str) -> str | None:
+    """Return how a folder writes a name, None if it has no such entry or several, none of them in a common form."""
+    for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
+        if os.path.lexists(folder / form):
+            return form
+    if name.isascii():
+        return None
+    try:
+        spellings = _listing(str(folder), folder.stat().st_mtime_ns)[unicodedata.normalize("NFC", name)]
+    except (OSError, KeyError, ValueError):
+        return None
+    return spellings[0] if len(spellings) == 1 else None
+
+
+@lru_cache(maxsize=64)
+def _listing(folder: str, changed: int) -> dict[str, list[str]]:
+    """Return the entries of a folder by their name in NFC; `changed` is the time of its last change."""
+    entries = defaultdict(list)
+    for entry in Path(folder).iterdir():
+        entries[unicodedata.normalize("NFC", entry.name)].append(entry.name)
+    return dict(entries)
