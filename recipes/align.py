@@ -23,6 +23,7 @@ from koclip.data.loader import Start, train_loader, training_captions
 from koclip.data.order import Shard
 from koclip.data.survey import CaptionLengths
 from koclip.data.transforms import PixelLimit, Views, centre_view, view_size
+from koclip.embeddings.sources import Cache, image_features, teacher_features
 from koclip.encoders.base import TransformersEncoder
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate, open_all
@@ -31,7 +32,6 @@ from koclip.evaluation.sets import EvalSet
 from koclip.models.dual_encoder import DualEncoder
 from koclip.models.pretrained import load_image_side
 from koclip.runs.directory import Run
-from koclip.training.frozen import image_features, teacher_features
 
 NEXT = """
 Saved {model}, a stock {kind}: AutoModel and AutoProcessor load it. Next:
@@ -55,7 +55,7 @@ def main(cfg: config.AlignConfig) -> None:
     if cfg.taught:
         teacher = load_teacher(clip, cfg.model.clip)
         made = teacher_features(
-            accelerator, teacher, cfg.data, known.language, cache / "teacher", cfg.align.cache_dtype
+            accelerator, teacher, cfg.data, known.language, Cache(cache / "teacher", cfg.align.cache_dtype)
         )
         known = known._replace(teacher=made)
     encoder = text_encoder(cfg.model, clip)
@@ -106,7 +106,9 @@ def train(
     views = Views(cfg.data, view_size(images), centre_view(images)) if stage.images else None
     known = known if stage.taught else known._replace(teacher=None)
     if views and cfg.align.cache and not dual_encoder.trains("image"):
-        made = image_features(accelerator, dual_encoder, cfg.data, views, cache / "images", cfg.align.cache_dtype)
+        made = image_features(
+            accelerator, dual_encoder, cfg.data, views, Cache(cache / "images", cfg.align.cache_dtype)
+        )
         known = known._replace(images=made)
     rates = layer_rates(dual_encoder, cfg.align.layer_decay)
     trainer = training.prepare(accelerator, dual_encoder, cfg.loss, cfg.optim, cfg.train, stage, cfg.distill, rates)

@@ -212,13 +212,13 @@ def test_captions_are_measured_as_they_are_drawn(tmp_path: Path, encoded, tokeni
 
 def test_an_index_keeps_captions_alone(tmp_path: Path, encoded) -> None:
     from koclip.config import IndexConfig
+    from koclip.embeddings.store import SHARD, Shards
     from koclip.search.build import build
-    from koclip.search.shards import SHARD, Shards
 
     source = write(tmp_path / "rows.parquet", [GAPS, GAPS], encoded)
     encoder = SimpleNamespace(fingerprint=lambda: "x", encode_images=lambda images: torch.eye(4)[: len(images)])
     build(IndexConfig(model="m", source=source, output_dir=str(tmp_path / "i")), encoder, tmp_path / "i")
-    kept = Shards([tmp_path / "i" / SHARD.format(0)])
+    kept = Shards([tmp_path / "i" / SHARD.format(0)], "index")
     assert kept.entry(0).record["captions"] == {"ko": ["하나", "셋", "넷"], "en": ["one", "two", "three"]}
 
 
@@ -226,8 +226,8 @@ def test_what_does_not_correspond_to_the_teacher_is_said(tmp_path: Path, capsys:
     from accelerate import Accelerator
     from tiny import tiny_config, tiny_tokenizer
 
+    from koclip.embeddings.sources import Cache, teacher_features
     from koclip.models.dual_encoder import from_scratch
-    from koclip.training.frozen import teacher_features
 
     rows = [
         GAPS,
@@ -241,7 +241,7 @@ def test_what_does_not_correspond_to_the_teacher_is_said(tmp_path: Path, capsys:
     model, processor = from_scratch(tiny_config(), tiny_tokenizer())
     config = DataConfig(sources=[source], num_workers=0)
     made = teacher_features(
-        Accelerator(cpu=True), (model.eval(), processor.tokenizer), config, "en", tmp_path / "f", "fp32"
+        Accelerator(cpu=True), (model.eval(), processor.tokenizer), config, "en", Cache(tmp_path / "f", "fp32")
     )
     assert len(made) == 6
     said = capsys.readouterr().out

@@ -2,8 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from koclip.data.order import Draw, MapOrder, Shard, generator, row_seed
 from koclip.data.sources import MapSource, Row, SourceError, StreamSource, open_source
 from koclip.data.survey import CaptionLengths, single_threaded, survey
 from koclip.text.normalize import usable
+
+Result = TypeVar("Result")
 
 PREFETCH = 4  # batches, or pieces of one, that each worker has ready
 
@@ -256,6 +258,46 @@ def _check_readers(streams: Sequence[StreamSource], shard: Shard, count: int, st
             f"data.sources: the checkpoint was made of {len(positions[0].passes)} streamed sources, this run has "
             f"{len(streams)}; a stream can only go on among the same number of them"
         )
+
+
+class _Parts(Dataset[Result]):
+    """Reads one part of a source's rows per range, in worker processes if there are any."""
+
+    def __init__(self, source: MapSource, read: Callable[[list[Row], range], Result], images: bool) -> None:
+        self._source, self._read, self._images = source, read, images
+
+    def __getitem__(self, part: range) -> Result:
+        return self._read(self._source.rows(part, self._images), part)
+
+
+def read_parts(
+    source: MapSource | StreamSource,
+    parts: Iterable[range],
+    read: Callable[[list[Row], range], Result],
+    images: bool,
+    num_workers: int,
+) -> Iterator[Result]:
+    """Yield what `read` returns of each part of a source's rows; ends where the rows do.
+
+    Args:
+        source: The source.
+        parts: Numbers of rows, ascending.
+        read: Takes the rows and their numbers. The last part of a stream may have fewer rows.
+        images: Whether the rows' images are needed.
+        num_workers: Processes that read; a stream is read in this process.
+    """
+    if isinstance(source, MapSource):
+        # A generator of its own: the default would draw from the generator that dropout uses.
+        options: dict[str, Any] = {"num_workers": num_workers, "generator": torch.Generator()}
+        yield from DataLoader(_Parts(source, read, images), None, sampler=cast(Any, list(parts)), **options)
+        return
+    rows, place = source.iter_rows(images), 0
+    for part in parts:
+        members = list(itertools.islice(rows, part.start - place, part.stop - place))
+        if not members:
+            return
+        yield read(members, part)
+        place = part.stop
 
 
 def training_captions(config: DataConfig) -> Iterator[str]:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from xxhash import xxh3_128_hexdigest
 
-from koclip import distributed, storage
+from koclip import distributed
+from koclip.config import ConfigError
+from koclip.embeddings.store import Shard, write_shard
 from koclip.encoders.base import Encoder, by_length, in_batches
 from koclip.evaluation.images import Pictures
 from koclip.metrics import search
@@ -97,17 +97,20 @@ class Embedder:
             kept = distributed.gather_objects(kept)[0]
         if kept is not None:
             return kept
-        made = make()
+        embeddings = make()
         if distributed.rank() == 0 or not self._spread:
-            with storage.atomic(file, shared=True) as partial:  # another evaluation may write the same
-                save_file({"embeddings": made}, partial)
-        return made
+            write_shard(file, embeddings, shared=True)  # another evaluation may write the same
+        return embeddings
 
 
 def _read(file: Path) -> torch.Tensor | None:
-    """Return what a file keeps; None if there is none. A broken one is named and made again."""
+    """Return the embeddings in a file; None if there is none. A broken file is named, and computed anew."""
     try:
-        return load_file(file)["embeddings"] if file.exists() else None
-    except (SafetensorError, OSError, KeyError) as error:
-        tqdm.write(f"{file} is broken and made again: {error}")
+        if not file.exists():
+            return None
+        shard = Shard(file, "cache_dir")
+        shard.verify()
+        return shard.embeddings
+    except ConfigError as error:
+        tqdm.write(str(error))
         return None

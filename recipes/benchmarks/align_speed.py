@@ -51,13 +51,13 @@ from koclip.data.batches import Assembler, Batch, Precomputed
 from koclip.data.loader import train_loader
 from koclip.data.order import Shard
 from koclip.data.transforms import Views, centre_view, digest_of, view_size
+from koclip.embeddings.sources import Cache, image_features
 from koclip.encoders.inference import embed_texts
 from koclip.metrics import first_ranks, share
 from koclip.models import StockModel
 from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.models.pretrained import load_text_encoder
 from koclip.text.tokenizers import load, train_bpe
-from koclip.training.frozen import image_features
 
 VOCAB = Path("../shared/data/text/vocab_koelectra.txt")
 EPOCHS = 10  # of a whole alignment
@@ -154,7 +154,7 @@ class Koclip:
         accelerator = training.start(config.train)
         select(dual_encoder, config, stage, self._clip)
         self.features = image_features(
-            accelerator, dual_encoder, config.data, self._views, self._cache, config.align.cache_dtype
+            accelerator, dual_encoder, config.data, self._views, Cache(self._cache, config.align.cache_dtype)
         )
         self.trainer = training.prepare(accelerator, dual_encoder, config.loss, config.optim, config.train, stage)
         known = Precomputed(images=self.features)
