@@ -44,7 +44,7 @@ Numbers = dict[str, float]
 class Given:
     """An encoder whose texts have given embeddings; the images' are handed to the evaluation as they are."""
 
-    name = "given"
+    name, scale = "given", 1.0
 
     def __init__(self, texts: dict[str, Tensor]) -> None:
         self._texts = texts
