@@ -42,6 +42,7 @@ print(koclip.embed_texts(model, processor, ['해변을 달리는 개']))"
 
 def main(cfg: config.AlignConfig) -> None:
     """Run the recipe: source, text side, teacher, one stage of training after the other, evaluation."""
+    logit_bias = losses.initial_bias(cfg.loss)
     accelerator = training.start(cfg.train)
     run = Run("align", cfg.output_dir, resume=cfg.resume == "auto")
     run.start(cfg, accelerator)
@@ -68,7 +69,7 @@ def main(cfg: config.AlignConfig) -> None:
     if cfg.align.method == "lora":
         lora.attach(model, cfg.lora, new_text=cfg.model.text_encoder != "same", seed=cfg.model.seed)
         accelerator.print(lora.report(model))
-    dual_encoder = DualEncoder(model, processor, losses.initial_bias(cfg.loss))
+    dual_encoder = DualEncoder(model, processor, logit_bias)
 
     trainer = None
     for stage in cfg.stages:

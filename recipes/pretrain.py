@@ -36,6 +36,7 @@ QUOTES = str.maketrans("'\"", "  ")  # what a shell would read
 
 def main(cfg: config.PretrainConfig) -> None:
     """Run the recipe: data, model, training, then evaluation of the saved model."""
+    logit_bias = losses.initial_bias(cfg.loss)
     accelerator = training.start(cfg.train)
     run = Run("pretrain", cfg.output_dir, resume=cfg.resume == "auto")
     run.start(cfg, accelerator)
@@ -47,9 +48,8 @@ def main(cfg: config.PretrainConfig) -> None:
     surveys = training.survey(cfg.data, tokenizer)
     run.check_data(surveys)
     model, processor = from_scratch(cfg.model, tokenizer)
-    dual_encoder = DualEncoder(model, processor, losses.initial_bias(cfg.loss))
+    dual_encoder = DualEncoder(model, processor, logit_bias)
     trainer = training.prepare(accelerator, dual_encoder, cfg.loss, cfg.optim, cfg.train)
-
     progress = run.load(trainer)
     train = cfg.train
     shard = Shard(train.batch_size, accelerator.process_index, accelerator.num_processes, train.micro_batch_size)

@@ -65,15 +65,14 @@ class LossConfig:
     """The contrastive loss.
 
     Args:
-        name: `infonce` (CLIP) or `sigmoid` (SigLIP).
-        duplicates: What another pair of the batch with the very same caption or image counts as: `positives`,
-            `masked` (neither) or `negatives` (as in the CLIP paper).
-        tile_rows: Rows of the similarities (batch_size x global batch) that are in memory at a time; the result is the
-            same. Default: all of them while they are few, else as many as 4 MiB hold on a CPU, 256 MiB on a GPU, but 64
-            or more.
+        name: `infonce` (CLIP), `sigmoid` (SigLIP), or another loss of `koclip.losses.CONTRASTIVE`.
+        duplicates: What two pairs of a batch with the same caption or the same image count as: `positives`, `negatives`
+            (as in the CLIP paper), or `masked` (neither).
+        tile_rows: Rows of the similarity matrix (batch_size x global batch) in memory at a time. It changes the memory,
+            not the result. Default: as many as fit into 4 MiB on a CPU, 256 MiB on a GPU, but at least 64.
     """
 
-    name: Literal["infonce", "sigmoid"] = "infonce"
+    name: str = "infonce"
     duplicates: Literal["positives", "masked", "negatives"] = "positives"
     tile_rows: int | None = None
 
