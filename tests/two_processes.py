@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from koclip import distributed, training
 from koclip.config import LossConfig, OptimConfig, PretrainConfig, TrainConfig
 from koclip.data.batches import Batch
-from koclip.encoders.inference import embed_texts
+from koclip.encoders.transformers import TransformersEncoder
 from koclip.losses import Loss
 from koclip.losses.pairs import Embeddings
 from koclip.models.dual_encoder import from_scratch
@@ -233,7 +233,7 @@ def sharded(folder: Path) -> dict[str, object]:
     texts = []
     for one in (trainer, again):
         with one.evaluating() as model:
-            texts.append(embed_texts(model, processor, ["빨간 원", "파란 별"]))
+            texts.append(TransformersEncoder(model, processor).encode_texts(["빨간 원", "파란 별"]))
         step(one)  # training goes on after an evaluation
     stats = [last for _, last in training.steps(again, iter(pieces_of(0, (2,))), 0, 1, log_every=1)]
     again.num_pieces = 3
