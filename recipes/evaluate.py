@@ -8,9 +8,9 @@ ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 recipes/evaluate.py --model 
 import time
 from pathlib import Path
 
+import koclip
 from koclip import config
 from koclip.data.transforms import PixelLimit
-from koclip.encoders.peers import open_encoder
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate, open_all, warnings_of
 from koclip.evaluation.report.finish import Measured
@@ -29,7 +29,7 @@ def main(cfg: config.EvaluateConfig) -> None:
     metrics, embedders, warnings = {}, {}, []
     for spec in cfg.all_models:
         began = time.monotonic()
-        encoder = open_encoder(spec, cfg.device or accelerator.device)
+        encoder = koclip.load(spec, cfg.device or accelerator.device)
         embedder = Embedder(encoder, cfg.batch_size, Path(cfg.cache_dir) if cfg.cache_dir else None, spread=True)
         warnings += [warning for warning in warnings_of(embedder, sets) if warning not in warnings]
         found = evaluate(embedder, sets)

@@ -20,8 +20,8 @@ import guard  # noqa: E402
 import texts  # noqa: E402
 
 from koclip.config import IndexConfig  # noqa: E402
-from koclip.encoders.base import TransformersEncoder  # noqa: E402
-from koclip.encoders.patches import NoPatchesError, patch_embeddings  # noqa: E402
+from koclip.encoders import NoPatchesError  # noqa: E402
+from koclip.encoders.transformers import TransformersEncoder, patch_embeddings  # noqa: E402
 from koclip.search import build, open_index  # noqa: E402
 
 
@@ -141,7 +141,7 @@ def test_what_cannot_be_done_is_refused_in_both_languages(made, call, key):
     with pytest.raises(texts.RefusedError) as caught:
         call(made)
     assert caught.value.key == key
-    korean, english = caught.value.told("ko"), caught.value.told("en")
+    korean, english = caught.value.message("ko"), caught.value.message("en")
     assert re.search("[가-힣]", korean)
     assert english.isascii()
     assert len(korean) < 120

@@ -13,7 +13,7 @@ from xxhash import xxh3_128_hexdigest
 from koclip import distributed
 from koclip.config import ConfigError
 from koclip.embeddings.store import Shard, write_shard
-from koclip.encoders.base import Encoder, by_length, in_batches
+from koclip.encoders import Encoder
 from koclip.evaluation.images import Pictures
 from koclip.metrics import search
 
@@ -56,8 +56,8 @@ class Embedder:
         """Return (N, D) unit-norm embeddings."""
 
         def embed() -> torch.Tensor:
-            order = by_length(texts)
-            return in_batches(self.encoder.encode_texts, texts, self._batch_size, "texts", order, self._spread)
+            # Raw: what a model does with decomposed text is measured, too.
+            return self.encoder.encode_texts(texts, self._batch_size, raw=True, spread=self._spread)
 
         return self._kept("texts", lambda: xxh3_128_hexdigest(repr(list(texts)).encode()), embed)
 
@@ -75,7 +75,7 @@ class Embedder:
         return distributed.share(work, items) if self._spread else [work(item) for item in items]
 
     def _of_images(self, embed: Callable[..., torch.Tensor], pictures: Pictures) -> torch.Tensor:
-        return in_batches(embed, pictures, self._batch_size, "images", spread=self._spread)
+        return embed(pictures, self._batch_size, spread=self._spread)
 
     @cached_property
     def fingerprint(self) -> str:
