@@ -80,7 +80,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     index = open_index(folder)
     if args.way == "approximate":
         index._quick = approximate.open_quick(folder / QUICK)
-        index._quick._index.nprobe = args.probed  # type: ignore[union-attr]
+        index._quick._index.nprobe = args.probed
     search = index.exact if args.way == "exact" else index.search
     centres = centres_of(len(index), index.width)
     queries = draw(centres, args.queries, seed=0, distance=2.0 if args.kind == "far" else 1.0)
