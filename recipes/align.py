@@ -34,10 +34,10 @@ def main(cfg: config.AlignConfig) -> None:
     if cfg.taught:
         teacher = load_teacher(clip, cfg.model.clip)
         cache = Cache(folder / "teacher", cfg.align.cache_dtype)
-        teacher = teacher_features(session.accelerator, teacher, cfg.data, precomputed.language, cache)
-        precomputed = precomputed._replace(teacher=teacher)
+        features = teacher_features(session.accelerator, teacher, cfg.data, precomputed.language, cache)
+        precomputed = precomputed._replace(teacher=features)
     encoder = text_encoder(cfg.model, clip)
-    tokenizer = session.tokenizer(cfg.text_tokenizer, encoder and encoder.config)
+    tokenizer = session.tokenizer(cfg.text_tokenizer, encoder.config if encoder else None)
     model, processor = adapt(cfg.model, clip, encoder, image_processor, tokenizer)
     write = AlignedModelWriter(cfg, model)
     report = method.attach(model, cfg)

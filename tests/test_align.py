@@ -293,7 +293,7 @@ def test_a_run_leaves_what_the_design_says(place: Path) -> None:
     directory = run(place, "reported", "--align.method", "two_stage", "--align.first_steps", "3", reported=True)
     left = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
     assert {"config.yaml", "environment.json", "metrics.jsonl", "results.json", "model/model.safetensors"} <= left
-    assert {"pictures/queries-pairs.png", "features/images/features.json", "features/teacher/features.json"} <= left
+    assert {"pictures/queries-pairs.png", "features/images/embeddings.json", "features/teacher/embeddings.json"} <= left
     assert not [name for name in left if name.endswith((".bin", ".pt", ".pkl", ".pth"))]
     logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     seconds = [line["seconds"] for line in logged]  # of both stages

@@ -184,9 +184,8 @@ class Session:
         """
         directory = self.save_model(self._trained(), processor, write)
         if self.accelerator.is_main_process:
-            report(
-                self.path, self.config, Embedder(koclip.load(directory), self.config.eval.batch_size), self.eval_sets
-            )
+            embedder = Embedder(koclip.load(directory), self.config.eval.batch_size)
+            report(self.path, self.config, embedder, self.eval_sets)
         return directory
 
     def log(self, step: int, stats: dict[str, float]) -> None:
