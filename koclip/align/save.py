@@ -8,7 +8,7 @@ from transformers import ProcessorMixin
 from koclip.align import lora
 from koclip.config import AlignConfig
 from koclip.models import StockModel
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
 
 
 def publish_aligned(
@@ -34,11 +34,11 @@ def publish_aligned(
     if config.align.method == "lora":
         lora.save(model, weights, directory, config.model.clip, config.model.text_encoder)
         if config.model.text_encoder != "same":
-            publish(directory.with_name(lora.BASE), model, processor, lora.base_weights(weights))
+            save_stock_model(directory.with_name(lora.BASE), model, processor, lora.base_weights(weights))
         weights = lora.merge(model, weights)
     new_text = config.model.text_encoder != "same"
     for name, before in source.items():
         if before.is_floating_point() and not (new_text and name.startswith("text_")):
             after = weights[f"model.{name}"]
             weights[f"model.{name}"] = torch.lerp(before.to(after).reshape(after.shape), after, config.align.wise_ft)
-    publish(directory, model, processor, weights)
+    save_stock_model(directory, model, processor, weights)

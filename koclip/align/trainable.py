@@ -4,8 +4,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from koclip.config import AlignConfig, ConfigError, Stage
-from koclip.models import StockModel
 from koclip.models.dual_encoder import DualEncoder
+from koclip.models.stock import StockModel, is_stock, layout_of, parts
 
 
 def select(encoder: DualEncoder, config: AlignConfig, stage: Stage, clip: StockModel | PreTrainedModel) -> None:
@@ -20,19 +20,19 @@ def select(encoder: DualEncoder, config: AlignConfig, stage: Stage, clip: StockM
     Raises:
         ConfigError: the image tower has fewer layers than `align.image_layers` names.
     """
-    model = encoder.model
-    for module in (model.text_model, model.text_projection):
+    model = parts(encoder.model)
+    for module in (model.text_tower, model.text_projection):
         module.requires_grad_(True)
-    model.visual_projection.requires_grad_(stage.trains_image)
+    model.image_projection.requires_grad_(stage.trains_image)
     contrasted = stage.images or bool(config.distill.contrastive)
-    model.logit_scale.requires_grad_(contrasted and (stage.trains_image or not isinstance(clip, StockModel)))
+    model.logit_scale.requires_grad_(contrasted and (stage.trains_image or not is_stock(clip)))
     if encoder.logit_bias is not None:
         encoder.logit_bias.requires_grad_(contrasted)
-    depths, top = depth(model.vision_model), config.align.image_layers
+    depths, top = depth(model.image_tower), config.align.image_layers
     if top is not None and top >= max(depths.values()):
         most = max(depths.values()) - 1
         raise ConfigError(f"align.image_layers: got {top}, the image tower has {most} layers; leave it out for all")
-    for name, parameter in model.vision_model.named_parameters():
+    for name, parameter in model.image_tower.named_parameters():
         wanted = stage.trains_image and (top is None or depths[name] <= top)
         # DDP stops at parameters without a gradient: this one is of masked-image training.
         parameter.requires_grad_(wanted and not name.endswith("mask_token"))
@@ -62,7 +62,8 @@ def depth(tower: nn.Module) -> dict[str, int]:
 def layer_rates(encoder: DualEncoder, decay: float) -> dict[str, float]:
     """Return each parameter's learning rate as a share of the peak: decay ** depth, in both towers (as in BEiT)."""
     rates: dict[str, float] = {}
-    for side in ("vision_model", "text_model"):
-        depths = depth(getattr(encoder.model, side))
+    layout = layout_of(encoder.model)
+    for side in (layout.image_tower, layout.text_tower):
+        depths = depth(encoder.model.get_submodule(side))
         rates |= {f"model.{side}.{name}": decay**below for name, below in depths.items()}
     return rates

@@ -19,7 +19,7 @@ from koclip.config import ConfigError, TokenizerConfig, check_changes, check_dat
 from koclip.data.batches import Batch, Position
 from koclip.data.sources import Skip
 from koclip.data.survey import Survey
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
 from koclip.runs import state
 from koclip.runs.series import Series
 from koclip.storage import environment
@@ -263,7 +263,9 @@ class Run:
         if changed and distributed.rank() == 0:
             tqdm.write("\n  ".join(["Changed since the checkpoint:", *changed]))
 
-    def save_model(self, trainer: Trainer, processor: ProcessorMixin, write: Callable[..., None] = publish) -> Path:
+    def save_model(
+        self, trainer: Trainer, processor: ProcessorMixin, write: Callable[..., None] = save_stock_model
+    ) -> Path:
         """Write model/: what `from_pretrained` of stock transformers loads. fp32, safetensors.
 
         Args:
