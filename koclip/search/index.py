@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from koclip.config import ConfigError, check
-from koclip.embeddings.store import FACTS, SHARD, Entry, Shards, Store
+from koclip.embeddings.store import FACTS, Entry, Shards, Store
 from koclip.search import approximate
 
 _QUERIES = 16  # scored at once: 4 bytes per image and query
@@ -45,7 +45,7 @@ class ImageIndex:
     def __init__(self, shards: Shards, facts: dict[str, Any], quick: approximate.Quick | None = None) -> None:
         expected = f"expected {len(shards)}: delete that file, and run the command that makes the index again"
         made_of = len(shards) if quick is None else len(quick)
-        check(made_of == len(shards), f"index: {approximate.FILE}, images", made_of, expected)
+        check(made_of == len(shards), "index: approximate index, images", made_of, expected)
         self.facts = facts
         self._shards, self._quick = shards, quick
 
@@ -161,9 +161,10 @@ def open_index(directory: str | Path) -> ImageIndex:
     num_images = facts.get("num_images")
     again = "the command that makes it goes on where it stopped: run it again"
     check(isinstance(num_images, int), "index", str(directory), f"it is not finished; {again}")
-    paths = [directory / SHARD.format(number) for number in range(int(facts.get("num_shards", 0)))]
-    missing = [path.name for path in paths if not path.exists()]
-    check(not missing, f"index: {directory}, missing shards", missing[:3], again)
+    paths = [directory / name for name in facts["shards"]]
+    quick = directory / facts["approximate"] if facts["approximate"] else None
+    missing = [path.name for path in [*paths, *([quick] if quick else [])] if not path.exists()]
+    check(not missing, f"index: {directory}, missing files", missing[:3], again)
     shards = Shards(paths, "index")
     check(len(shards) == num_images, f"index: {directory}, images", len(shards), f"expected {num_images}; {again}")
-    return ImageIndex(shards, facts, approximate.open_quick(directory))
+    return ImageIndex(shards, facts, approximate.open_quick(quick) if quick else None)
