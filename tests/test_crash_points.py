@@ -20,7 +20,7 @@ from koclip.embeddings.fill import Piece, Work
 from koclip.embeddings.sources import Captions
 from koclip.embeddings.store import Shard, Store
 from koclip.models.dual_encoder import DualEncoder, from_scratch
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
 from koclip.runs.series import Series
 from koclip.runs.state import Snapshot
 from koclip.search import build, open_index
@@ -145,7 +145,7 @@ def test_a_model_directory_is_the_old_or_the_new_one(there: bool, tmp_path: Path
 
     def saved(root: Path, scale: float) -> None:
         with storage.atomic(root / "model") as partial:
-            publish(partial, model, processor, {**weights, "model.logit_scale": torch.tensor(scale)})
+            save_stock_model(partial, model, processor, {**weights, "model.logit_scale": torch.tensor(scale)})
 
     before = tmp_path / "before"
     before.mkdir()
