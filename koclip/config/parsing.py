@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from koclip import storage
 from koclip.config.checks import ConfigError, RunError, all_faults
 
 Config = TypeVar("Config")
@@ -102,4 +103,4 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def dump(config: Any, path: Path) -> None:
     """Write a configuration as YAML that `--config` reads back to an equal one."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    storage.replace_text(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
