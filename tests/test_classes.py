@@ -332,7 +332,7 @@ def test_wrong_templates(tmp_path, text, error):
 def test_missing_and_unreadable_files(tmp_path):
     with pytest.raises(ConfigError, match=r"classes: got 'cifar', expected one of \['cifar10', 'cifar100', 'stl10', "):
         load_classes("cifar")
-    with pytest.raises(ConfigError, match=r"templates: got '.*', expected one of \['en', 'ko'\], or a YAML file"):
+    with pytest.raises(ConfigError, match=r"templates: got '.*', expected one of \['en', 'ko'\]"):
         load_templates(tmp_path)
     file = tmp_path / "cp949.yaml"
     file.write_bytes("- {key: a, ko: 가}".encode("cp949"))

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from koclip import storage
 from koclip.config.checks import ConfigError, RunError, all_faults
 
 Config = TypeVar("Config")
@@ -103,4 +104,4 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def dump(config: Any, path: Path) -> None:
     """Write a configuration as YAML; `--config` reads it back to an equal configuration."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    storage.replace_text(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
