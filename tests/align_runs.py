@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel
 
 from koclip import config
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
 from koclip.text.tokenizers import train_bpe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "align.py"
@@ -47,7 +47,7 @@ def write_source(folder: Path, **sizes: object) -> Path:
     tokenizer = train_bpe(ENGLISH, 560, 24)
     model, processor = from_scratch(tiny_config(**{"text_width": 32, "text_layers": 1, **sizes}), tokenizer)
     torch.nn.init.constant_(model.logit_scale, 3.21)
-    publish(folder, model, processor, model.state_dict())
+    save_stock_model(folder, model, processor, model.state_dict())
     return folder
 
 

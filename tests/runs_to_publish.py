@@ -17,7 +17,7 @@ from koclip.encoders import load
 from koclip.evaluation.report.finish import Measured, write_results
 from koclip.metrics import Metric
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
 from koclip.models.swap import swap_text_tower
 
 ENVIRONMENT = {
@@ -50,7 +50,7 @@ def pretrained(folder: Path, **changes: object) -> Path:
     torch.manual_seed(0)
     model, processor = from_scratch(tiny_config(**changes), tiny_tokenizer())
     stir(model)
-    publish(folder / "model", model, processor, model.state_dict())
+    save_stock_model(folder / "model", model, processor, model.state_dict())
     return beside(folder, config.PretrainConfig(data=SCENES))
 
 
@@ -66,7 +66,7 @@ def swapped(folder: Path, clip: str, text_encoder: str) -> Path:
     with torch.no_grad():
         model.text_model.embeddings.word_embeddings.weight[ids["pad_token_id"]] = 0  # as training leaves it
     joint = ChineseCLIPProcessor(processor.image_processor, bert_tokenizer())
-    publish(folder / "model", model, joint, model.state_dict())
+    save_stock_model(folder / "model", model, joint, model.state_dict())
     return beside(folder, aligned(clip, text_encoder, "frozen_image"))
 
 

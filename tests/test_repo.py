@@ -59,9 +59,6 @@ LARGE_FUNCTIONS = {
     "koclip/losses/tiled.py _Tiled.forward": "torch.autograd.Function takes tensors by position",
     "koclip/models/dual_encoder.py DualEncoder.forward": "the parts of a Batch by name, as transformers calls a model",
     # These are rebuilt: see "The house, rebuilt".
-    "koclip/data/feature_rows.py shards": "",
-    "koclip/data/loader.py _Endless.__init__": "",
-    "koclip/data/loader.py train_loader": "",
     "koclip/encoders/base.py in_batches": "",
     "koclip/evaluation/report/html.py write": "",
     "koclip/publishing/card_inputs.py _data_set": "",

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 from koclip.align import lora
 from koclip.align.trainable import set_trainable
 from koclip.config import AlignConfig, Stage
-from koclip.models import StockModel
 from koclip.models.dual_encoder import DualEncoder
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
+from koclip.models.stock import StockModel
 
 Source = StockModel | PreTrainedModel
 Weights = dict[str, torch.Tensor]
@@ -48,7 +48,7 @@ def _save_adapters(
     """Write the adapter, and with a new text encoder the model that it adapts; return the merged weights."""
     lora.save(model, weights, directory, config.model.clip, config.model.text_encoder)
     if config.model.text_encoder != "same":
-        publish(directory.with_name(lora.BASE), model, processor, lora.base_weights(weights))
+        save_stock_model(directory.with_name(lora.BASE), model, processor, lora.base_weights(weights))
     return lora.merge(model, weights)
 
 

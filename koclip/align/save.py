@@ -7,8 +7,8 @@ from transformers import ProcessorMixin
 
 from koclip.align.methods import METHODS, Weights
 from koclip.config import AlignConfig
-from koclip.models import StockModel
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
+from koclip.models.stock import StockModel
 
 
 class AlignedModelWriter:
@@ -45,4 +45,4 @@ class AlignedModelWriter:
                 weights[f"model.{name}"] = torch.lerp(
                     before.to(after).reshape(after.shape), after, config.align.wise_ft
                 )
-        publish(directory, model, processor, weights)
+        save_stock_model(directory, model, processor, weights)

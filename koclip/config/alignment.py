@@ -8,19 +8,20 @@ from koclip.config.checks import all_faults, check, check_languages
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """The source's text tower as a teacher, on sentences in its language that correspond to the captions.
+    """The source's text tower as a teacher, on translations of the captions in its language.
 
-    A row's captions correspond to each other by their places where both languages have equally many, empty ones
-    included; a caption whose counterpart is empty is not taught. Where they have unequal numbers, any of the row's is
-    taken. Both are counted when training starts. Captions in the teacher's language are taught too.
+    If a row has equally many captions in both languages, caption i corresponds to caption i (empty captions count); a
+    caption whose translation is empty is not taught. If the numbers differ, any caption of the row is used as the
+    translation. The numbers of both cases are printed when training starts. Captions in the teacher's language are
+    taught as well.
 
     Args:
         language: The teacher's language.
-        contrastive: Weight of the contrastive loss with the teacher's embeddings in the place of images.
+        contrastive: Weight of the contrastive loss between texts and the teacher's embeddings.
         cosine: Weight of 1 - cosine similarity to the teacher's embedding.
         mse: Weight of the mean squared error to the teacher's features, before normalisation (as in M-CLIP).
-        anchor: Weight of these three next to the contrastive loss with images, in every method that sees images; it
-            holds retrieval in the teacher's language in place. 0: no teacher there.
+        anchor: Weight of the three terms above in the methods with images, next to the contrastive loss with images. It
+            preserves retrieval in the teacher's language. 0: no teacher in these methods.
     """
 
     language: str = "en"
@@ -102,23 +103,23 @@ METHODS = {
 
 @dataclass(frozen=True, kw_only=True)
 class AlignMethodConfig:
-    """What is trained, and when.
+    """The method: what is trained, in which stages.
 
     Args:
-        method: `frozen_image` trains the text tower against the image tower as it is (LiT, Zhai et al. 2022). `lora`
-            trains adapters, and the text projection. `full` trains both towers. `distill` needs no images: the source's
-            own text tower teaches the new one. `two_stage` distils first and contrasts with frozen images then.
-        first_steps: Steps of the first stage: of the distillation in `two_stage`; in `full`, with the image tower
-            frozen, before it is trained too.
-        second_lr: Peak learning rate of the second stage; default: optim.lr.
-        image_layers: Layers of the image tower that `full` trains, the top ones; default: all, embeddings included.
-        layer_decay: Learning rate of a layer as a share of that of the layer above it, in `full`, in both towers.
-        wise_ft: Share of the trained weights in the published model, the rest is the source's (WiSE-FT, Wortsman et al.
-            2022). Weights that the source does not have stay as they were trained.
-        cache: Keep the embeddings of a frozen image tower, so that no image is decoded or encoded twice.
-        cache_dir: Where they are kept, and the teacher's features; default: features/ in the run directory. Runs of the
-            same source and data may share it.
-        cache_dtype: `fp16` halves the disk and rounds to three digits, `fp32` keeps all.
+        method: `frozen_image`: train the text tower against the frozen image tower (LiT, Zhai et al. 2022). `lora`:
+            train adapters and the text projection. `full`: train both towers. `distill`: without images, the source's
+            text tower teaches the new text tower. `two_stage`: `distill` for `first_steps`, then `frozen_image`.
+        first_steps: Steps of the first stage. `two_stage`: steps of `distill`. `full`: steps with a frozen image tower.
+        second_lr: Peak learning rate of the second stage. Default: optim.lr.
+        image_layers: `full` trains only this many layers of the image tower, from the top. Default: all layers and the
+            embeddings.
+        layer_decay: In `full`, the learning rate of a layer relative to the layer above it, in both towers.
+        wise_ft: Share of the trained weights in the published model; the rest are the source's weights (WiSE-FT,
+            Wortsman et al. 2022). Weights that the source does not have are not mixed.
+        cache: Cache the embeddings of a frozen image tower, so that each image is decoded and encoded once.
+        cache_dir: Directory of that cache and of the teacher's features. Default: features/ in the run directory. Runs
+            with the same source and data may share it.
+        cache_dtype: `fp32`, or `fp16`, which needs half the disk and keeps three digits.
     """
 
     method: str = "frozen_image"
@@ -139,14 +140,14 @@ class AlignMethodConfig:
         self._check_stages(len(method.stages) > 1, method.stages[0].optional)
         of_image = [name for name, method in METHODS.items() if any(stage.trains_image for stage in method.stages)]
         for name, default in (("image_layers", None), ("layer_decay", 1.0)):
-            value, fix = getattr(self, name), f"only {' or '.join(of_image)} takes it, not {self.method}"
+            value, fix = getattr(self, name), f"only {' or '.join(of_image)} has this setting, not {self.method}"
             check(self.method in of_image or value == default, f"align.{name}", value, fix)
         least = self.image_layers is None or self.image_layers >= 1
         check(least, "align.image_layers", self.image_layers, "expected 1 or more")
         check(0 < self.layer_decay <= 1, "align.layer_decay", self.layer_decay, "expected more than 0, at most 1")
         check(0 < self.wise_ft <= 1, "align.wise_ft", self.wise_ft, "expected more than 0, at most 1")
         whole = not method.adapters or self.wise_ft == 1
-        check(whole, "align.wise_ft", self.wise_ft, "adapters are scaled by lora.alpha instead")
+        check(whole, "align.wise_ft", self.wise_ft, "expected 1 with adapters, which have lora.alpha")
 
     def _check_stages(self, staged: bool, optional: bool) -> None:
         """Check the steps of the first of two stages, which may be `optional`."""

@@ -39,7 +39,7 @@ class OptimConfig:
         beta2: Decay of the second moment.
         eps: Term that keeps the denominator above zero.
         weight_decay: Decoupled decay; norms, biases and the logit scale have none.
-        max_grad_norm: Gradients are clipped to this norm; 0 turns clipping off (the norm is logged either way).
+        max_grad_norm: Clip gradients to this norm. 0: no clipping; the norm is logged in any case.
     """
 
     lr: float = 1e-3
@@ -67,22 +67,22 @@ class TrainConfig:
         num_steps: Optimizer steps.
         batch_size: Pairs per process and step; the loss sees batch_size x num_processes pairs.
         micro_batch_size: Pairs in the model at a time. The gradient is still that of the whole batch (GradCache), for
-            about a third more work. Default: all of them.
-        num_processes: Processes this run must have; the run stops if it was launched with another number.
-            Default: any number.
+            about a third more work. Default: the whole batch.
+        num_processes: Stop if the run was launched with another number of processes. Default: any number.
         precision: `fp32`, `bf16` or `fp16` (autocast; weights stay fp32).
         compile: Compile the model with torch.compile.
-        ema_decay: Decay of an exponential moving average of the weights; 0 turns it off. Evaluation and the
-            published model use the average when it is on.
-        log_every: Steps between two lines of metrics.jsonl, each with the `seconds` that the run has taken.
-        eval_every: Steps between two evaluations; 0 evaluates at the end only.
-        save_every: Steps between two checkpoints; 0 saves at the end only.
-        keep_checkpoints: Newest checkpoints kept.
-        max_bad_steps: The run stops after so many steps in a row without a finite loss and gradient. Such steps never
-            change the model; they are listed in events.jsonl.
-        spike_sigmas: A loss so many standard deviations above its running mean is listed too; 0 turns it off.
-        num_threads: CPU threads per process; 0 leaves PyTorch's choice.
-        tracker: Where metrics go besides metrics.jsonl.
+        ema_decay: Decay of an exponential moving average of the weights. 0: no average. If there is an average, it is
+            what is evaluated and published.
+        log_every: Steps between two lines of metrics.jsonl. Their `seconds` are the wall-clock time of the run so far.
+        eval_every: Steps between two evaluations. 0: only at the end.
+        save_every: Steps between two checkpoints. 0: only at the end.
+        keep_checkpoints: Number of checkpoints to keep, the newest.
+        max_bad_steps: Stop after this many steps in a row whose loss or gradient is not finite. Such steps do not
+            change the model; events.jsonl lists them.
+        spike_sigmas: events.jsonl also lists losses more than this many standard deviations above the running mean. 0:
+            lists none.
+        num_threads: CPU threads per process. 0: PyTorch's default.
+        tracker: Where metrics are written in addition to metrics.jsonl.
         seed: Seed of dropout.
     """
 

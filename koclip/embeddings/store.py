@@ -300,13 +300,13 @@ class Shards:
         """
         digests, order, starts = self._by_digest
         wanted = np.frombuffer(digest, dtype="S16")[0]
-        found = int(np.searchsorted(digests, wanted))
-        if found == len(digests) or digests[found] != wanted:
+        index = int(np.searchsorted(digests, wanted))
+        if index == len(digests) or digests[index] != wanted:
             raise ConfigError(
                 f"{self._key}: the data changed while the run was going on: one of its images or sentences is not in "
                 "the cache; start again with another directory"
             )
-        place = int(order[found])
+        place = int(order[index])
         number = int(np.searchsorted(starts, place, side="right")) - 1
         shard, place = self._shards[number], place - int(starts[number])
         if reason := shard.reason(place):

@@ -67,8 +67,8 @@ class Embedder:
         """Return each query's rank and its nearest entry (`koclip.metrics.search`)."""
         starts = range(0, len(queries), _QUERIES)
         parts = [slice(start, start + _QUERIES) for start in starts]
-        found = self.share(lambda part: search(queries[part], gallery, positives[part]), parts)
-        return torch.cat([ranks for ranks, _ in found]), torch.cat([nearest for _, nearest in found])
+        results = self.share(lambda part: search(queries[part], gallery, positives[part]), parts)
+        return torch.cat([ranks for ranks, _ in results]), torch.cat([nearest for _, nearest in results])
 
     def share(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """Return the result of every item; the processes share the items if they share the embedding."""

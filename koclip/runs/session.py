@@ -32,7 +32,7 @@ from koclip.evaluation.evaluate import evaluate, open_all
 from koclip.evaluation.report.finish import report
 from koclip.evaluation.sets import EvalSet
 from koclip.models.dual_encoder import DualEncoder
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
 from koclip.runs import checkpoints
 from koclip.runs.checkpoints import Checkpoints, Progress
 from koclip.runs.directory import RunDirectory
@@ -172,7 +172,7 @@ class Session:
                     self.accelerator.print(how)
                     raise Stopped(how)
 
-    def finish(self, processor: ProcessorMixin, write: Callable[..., None] = publish) -> Path:
+    def finish(self, processor: ProcessorMixin, write: Callable[..., None] = save_stock_model) -> Path:
         """Save the trained model in model/, load it as a user does, evaluate it and write the report.
 
         Args:
@@ -229,7 +229,7 @@ class Session:
         return progress
 
     def save_model(
-        self, state: training.TrainState, processor: ProcessorMixin, write: Callable[..., None] = publish
+        self, state: training.TrainState, processor: ProcessorMixin, write: Callable[..., None] = save_stock_model
     ) -> Path:
         """Write model/, which stock transformers loads: fp32, safetensors. See `finish`."""
         weights = checkpoints.weights(state)

@@ -18,8 +18,8 @@ from torch.optim.swa_utils import AveragedModel
 from koclip import distributed
 from koclip.data.batches import Batch
 from koclip.losses import Loss, LossFn
-from koclip.models import StockModel
 from koclip.models.dual_encoder import DualEncoder
+from koclip.models.stock import StockModel
 from koclip.training import grad_cache
 from koclip.training.health import Health
 
