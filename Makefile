@@ -1,7 +1,10 @@
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check
+.PHONY: help quickstart test check slow lowest
 PYTHON ?= python3
 VENV := .venv
+LOWEST := .venv-lowest
+# Every library of `dependencies` does its work in one of these.
+LOWEST_TESTS := $(addprefix tests/test_,recipes.py align.py evaluate.py publish.py search.py peers.py onnx.py text.py)
 PIP := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 
 help:  ## Say what can be made
@@ -11,7 +14,16 @@ quickstart: $(VENV)/.installed  ## Install into .venv and train a small Korean-E
 	$(VENV)/bin/accelerate launch recipes/pretrain.py --output_dir runs/quickstart --resume auto
 
 test: $(VENV)/.installed-dev  ## Install what tests need and run them (pass more with ARGS="-m slow")
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --durations=10 $(ARGS)
+
+slow: $(VENV)/.installed-dev  ## Run the tests that take minutes, and those of the Hub where it can be reached (at most one hour with `lowest`)
+	OMP_NUM_THREADS=1 timeout --kill-after=30 40m $(VENV)/bin/python -m pytest -n 2 --durations=10 -m slow
+	OMP_NUM_THREADS=1 timeout --kill-after=30 2m $(VENV)/bin/python -m pytest -m hub
+	timeout --kill-after=30 18m $(MAKE) lowest
+
+# torch and torchvision stay at the tested pair: other pairs may not match (constraints.txt).
+lowest: $(LOWEST)/.installed  ## Run tests with the lowest versions that pyproject.toml allows
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 $(LOWEST_TESTS)
 
 check: $(VENV)/.installed-dev  ## Lint, format and type-check
 	$(VENV)/bin/ruff check .
@@ -25,4 +37,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(LOWEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints.txt uv torch torchvision
+	grep -E '^torch(vision)?==' constraints.txt > $(LOWEST)/torch.txt
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --upgrade --constraint $(LOWEST)/torch.txt --editable '.[dev]'
 	touch $@

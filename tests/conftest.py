@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.skips import unexpected_skips
 
 from koclip.config import SourceConfig
 
@@ -21,7 +22,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep Hugging Face libraries, which read this when they are imported, off the network and out of the home."""
-    if "not hub" in config.option.markexpr:
+    if config.option.markexpr != "hub":
         os.environ["HF_HUB_OFFLINE"] = "1"
     cache = tempfile.TemporaryDirectory(prefix="koclip-tests-")
     os.environ["HF_DATASETS_CACHE"] = cache.name
@@ -29,10 +30,27 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(cache.cleanup)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which tests were skipped without a reason that is known, or more often than is known."""
+    for problem in unexpected_skips(terminalreporter):
+        terminalreporter.write_line(f"ERROR: {problem}", red=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Let a session with such a skip fail."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if isinstance(reporter, pytest.TerminalReporter) and unexpected_skips(reporter) and not session.exitstatus:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture(autouse=True)
 def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refuse connections to other machines, but in tests marked `hub`."""
+    """Refuse connections to other machines, but in tests marked `hub`; skip those where there is no Hub."""
     if request.node.get_closest_marker("hub"):
+        try:
+            socket.create_connection(("huggingface.co", 443), timeout=10).close()
+        except OSError:
+            pytest.skip("huggingface.co cannot be reached")
         return
     connect = socket.socket.connect
 

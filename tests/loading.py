@@ -15,7 +15,7 @@ from koclip.data import loader
 from koclip.data.batches import Batch
 from koclip.data.loader import train_loader
 from koclip.data.order import Shard
-from koclip.data.sources import Row, StreamSource
+from koclip.data.sources import MapSource, Row, StreamSource
 from koclip.data.transforms import Views
 
 SCENES = SourceConfig(scenes_size=80)
@@ -47,7 +47,7 @@ def picture(number: int) -> bytes:
     return buffer.getvalue()
 
 
-class Pile:
+class Pile(MapSource):
     """A map source in memory. Rows in `broken` have no picture, or no caption, by turns."""
 
     def __init__(self, name: str, size: int, broken: set[int], weight: float | None = None, group: int = 1) -> None:

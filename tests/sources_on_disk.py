@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from koclip.config import SourceConfig
-from koclip.data.sources import MapSource, Row, StreamSource
+from koclip.data.sources import Row, Source
 from koclip.data.transforms import decode
 
 COLOURS = {"빨강": (250, 10, 10), "초록": (10, 250, 10), "파랑": (10, 10, 250)}
@@ -146,8 +146,8 @@ WRITERS = [
 ]
 
 
-def all_rows(source: MapSource | StreamSource) -> list[Row]:
-    return list(source.stored_rows()) if isinstance(source, StreamSource) else source.rows(range(len(source)))
+def all_rows(source: Source) -> list[Row]:
+    return list(source.iter_rows())
 
 
 def colour(one: Row) -> tuple[int, ...]:

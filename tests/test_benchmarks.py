@@ -1,10 +1,9 @@
-"""The benchmarks run, at tiny sizes; what needs open_clip is skipped where it is not installed."""
+"""The benchmarks run, at tiny sizes."""
 
 import copy
 import importlib
 import statistics
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +24,7 @@ import decode_speed  # noqa: E402
 import gpu  # noqa: E402
 import grad_cache  # noqa: E402
 import loss_memory  # noqa: E402
+import open_clip_weights  # noqa: E402
 import pairs  # noqa: E402
 import parity_open_clip  # noqa: E402
 import ratios  # noqa: E402
@@ -32,9 +32,6 @@ import text_batches  # noqa: E402
 import train_speed  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("as_before")
-needs_open_clip = pytest.mark.skipif(
-    find_spec("open_clip") is None, reason="open_clip_torch is not installed; it belongs into a venv of its own"
-)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +59,7 @@ def test_a_missing_open_clip_is_a_message_that_says_what_to_do(monkeypatch):
 def test_weights_under_open_clips_names_are_the_same_weights():
     model, _ = from_scratch(tiny_config(), tiny_tokenizer())
     state = model.state_dict()
-    converted = parity_open_clip.to_open_clip(state)
+    converted = open_clip_weights.to_open_clip(state)
     assert sum(tensor.numel() for tensor in converted.values()) == sum(tensor.numel() for tensor in state.values())
     assert not [name for name in converted if "_model." in name or "q_proj" in name]
     fused = converted["transformer.resblocks.1.attn.in_proj_weight"]
@@ -115,20 +112,17 @@ def test_koclips_pixels_are_those_of_torchvisions_antialiased_crop(monkeypatch):
     assert int(largest) <= 3
 
 
-@needs_open_clip
 def test_the_loss_curves_of_koclip_and_open_clip_agree():
     curves = parity_open_clip.compare(SourceConfig(scenes_size=500), 8, 8, tiny_config(embed_dim=64))
     assert curves.difference < parity_open_clip.TOLERANCE
     assert "equal" in parity_open_clip.table(curves)
 
 
-@needs_open_clip
 def test_train_speed_prints_every_loop(capsys):
     train_speed.main(["--rounds", "1", "--batches", "2", "--batch_size", "4"], tiny_config(image_size=32))
     assert {"| Trainer |", "| open_clip |", "| koclip |"} <= {f"|{line.split('|')[1]}|" for line in table(capsys)}
 
 
-@needs_open_clip
 def test_decode_speed_prints_every_size(capsys):
     decode_speed.main(["--rounds", "1", "--files", "1"])
     assert [line.split(",")[0] for line in table(capsys)[2:]] == ["| 640x480", "| 500x375"]

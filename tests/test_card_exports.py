@@ -78,7 +78,6 @@ def test_the_card_says_what_works_in_transformers_js(run, kinds):
 @pytest.mark.skipif(not (NODE and shutil.which("node")), reason="KOCLIP_NODE_MODULES names no node_modules")
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
 def test_the_lines_for_transformers_js_run(run, tmp_path, kind):
-    pytest.importorskip("onnxruntime", reason="pip install 'koclip[onnx]'")
     export(run / "model", run / "model", int8=kind == "int8")
     (lines,) = re.findall(r"```js\n(.+?)```", card_of(run).text, re.DOTALL)
     if kind == "int8":

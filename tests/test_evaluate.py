@@ -204,7 +204,7 @@ def test_mistakes_are_one_line(
     assert word in message
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the processes do find each other")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: on one the processes do find each other")
 def test_processes_that_do_not_find_each_other_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun on a CPU without ACCELERATE_USE_CPU: each would evaluate everything."""
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)

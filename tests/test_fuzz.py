@@ -21,9 +21,9 @@ from loading import batches, config
 from PIL import Image
 
 from koclip.config import DataConfig, SourceConfig
-from koclip.data.batches import Assembler, Sample, Skip
+from koclip.data.batches import Assembler, Sample
 from koclip.data.order import Shard
-from koclip.data.sources import row
+from koclip.data.sources import Skip, row
 from koclip.data.transforms import ImageError, Views, decode
 from koclip.text.normalize import clean_captions, normalize
 

@@ -64,8 +64,8 @@ from koclip.data.sources import open_source
 for path in sys.argv[1:]:
     source = open_source(SourceConfig(path=path, captions={"ko": "text"}))
     stream = open_source(SourceConfig(path=path, captions={"ko": "text"}, streaming=True))
-    for captions in (source.captions(range(len(source))), stream.captions()):
-        print("order:", *(row["ko"][0] for row in captions))
+    for rows in (source.iter_rows(images=False), stream.iter_rows(images=False)):
+        print("order:", *(row.captions["ko"][0] for row in rows))
 """
 
 

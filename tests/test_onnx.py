@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 import transformers
@@ -16,8 +17,6 @@ from koclip.models.save import publish
 from koclip.publishing.formats import onnx
 from koclip.publishing.formats.onnx import MOST, export
 from koclip.text import tokenizers
-
-onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 
 
 def published(folder: Path) -> Path:

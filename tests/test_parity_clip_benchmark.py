@@ -102,7 +102,7 @@ def test_a_difference_is_printed_and_fails(monkeypatch, capsys):
 
 
 def test_both_measure_the_same():
-    pytest.importorskip("clip_benchmark", reason="clip-benchmark is not installed; it belongs into a venv of its own")
+    pytest.importorskip("clip_benchmark", reason="clip_benchmark is not installed; it belongs into a venv of its own")
     lines = [
         *parity.compare_retrieval("several", SEVERAL),
         *parity.compare_retrieval("first", parity.first_captions(SEVERAL)),

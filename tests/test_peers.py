@@ -21,8 +21,6 @@ from torch.nn import functional as F
 from koclip.encoders.base import Encoder
 from koclip.encoders.peers import open_encoder
 
-EXTRA = "needs the extra: pip install 'koclip[peers]'"
-
 
 def check_contract(encoder: Encoder, width: int) -> None:
     """What holds for any encoder: unit norm, members of a batch alone, any kind of picture."""
@@ -89,7 +87,8 @@ def open_clip_directory(directory: Path, vision: dict[str, Any], hf: Path | None
 
 @pytest.mark.parametrize("tower", TOWERS)
 def test_open_clip_embeds_as_its_library(tower: str, tmp_path: Path) -> None:
-    open_clip = pytest.importorskip("open_clip", reason=EXTRA)
+    import open_clip
+
     directory = open_clip_directory(tmp_path / "model", TOWERS[tower][0])
     name = f"local-dir:{directory}"
     encoder = open_encoder(f"open_clip:{name}", "cpu")
@@ -115,7 +114,6 @@ def test_open_clip_embeds_as_its_library(tower: str, tmp_path: Path) -> None:
 
 
 def test_open_clip_takes_a_file(tmp_path: Path) -> None:
-    pytest.importorskip("open_clip", reason=EXTRA)
     directory = open_clip_directory(tmp_path / "model", VIT)
     whole = open_encoder(f"open_clip:local-dir:{directory}", "cpu")
     file = open_encoder(f"open_clip:tiny-peer@{directory / 'open_clip_model.safetensors'}", "cpu")
@@ -137,7 +135,8 @@ def with_xlmr(folder: Path, tokenizer: Any, vocab_size: int) -> str:
 
 
 def test_open_clip_with_a_text_encoder_of_transformers(tmp_path: Path) -> None:
-    open_clip = pytest.importorskip("open_clip", reason=EXTRA)
+    import open_clip
+
     tokenizer = xlmr_tokenizer()
     name = with_xlmr(tmp_path, tokenizer, len(tokenizer))
     encoder = open_encoder(f"open_clip:{name}", "cpu")
@@ -149,7 +148,8 @@ def test_open_clip_with_a_text_encoder_of_transformers(tmp_path: Path) -> None:
 
 def test_open_clip_tells_nllb_the_language(tmp_path: Path) -> None:
     """The library leaves it to its caller; with transformers 5 its `set_language` does nothing."""
-    open_clip = pytest.importorskip("open_clip", reason=EXTRA)
+    import open_clip
+
     entries = ["<s>", "<pad>", "</s>", "<unk>", "▁", *"별원빨간abcdefred ".replace(" ", ""), "kor_Hang", "eng_Latn"]
     vocab = {entry: place for place, entry in enumerate(dict.fromkeys(entries))}
     languages = ["kor_Hang", "eng_Latn"]
@@ -172,7 +172,8 @@ def test_open_clip_tells_nllb_the_language(tmp_path: Path) -> None:
 
 def test_open_clip_takes_the_activation_of_the_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`ViT-B-32@openai` was trained with QuickGELU, `ViT-B-32` says GELU; the library only warns."""
-    open_clip = pytest.importorskip("open_clip", reason=EXTRA)
+    import open_clip
+
     directory = open_clip_directory(tmp_path / "model", VIT)
     tag = {"file": str(directory / "open_clip_model.safetensors"), "quick_gelu": True}
     monkeypatch.setitem(sys.modules["open_clip.pretrained"]._PRETRAINED, "tiny-peer", {"tiny": tag})
@@ -186,7 +187,6 @@ def test_open_clip_takes_the_activation_of_the_tag(tmp_path: Path, monkeypatch: 
 
 
 def test_open_clip_fingerprints(tmp_path: Path) -> None:
-    pytest.importorskip("open_clip", reason=EXTRA)
     directory = open_clip_directory(tmp_path / "model", VIT)
     encoder = open_encoder(f"open_clip:local-dir:{directory}", "cpu")
     first = encoder.fingerprint()
@@ -233,7 +233,8 @@ def sentence_models(directory: Path) -> tuple[Path, Path]:
 
 
 def test_sentence_transformers_embed_as_their_library(tmp_path: Path) -> None:
-    library = pytest.importorskip("sentence_transformers", reason=EXTRA)
+    import sentence_transformers as library
+
     texts, images = sentence_models(tmp_path)
     encoder = open_encoder(f"sentence_transformers:{texts}+{images}", "cpu")
     model = library.SentenceTransformer(str(texts), device="cpu")
@@ -252,7 +253,6 @@ def test_sentence_transformers_embed_as_their_library(tmp_path: Path) -> None:
 
 
 def test_sentence_transformers_fingerprints_and_refusals(tmp_path: Path) -> None:
-    pytest.importorskip("sentence_transformers", reason=EXTRA)
     texts, images = sentence_models(tmp_path)
     encoder = open_encoder(f"sentence_transformers:{texts}+{images}", "cpu")
     first = encoder.fingerprint()

@@ -18,10 +18,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 import koclip
 from koclip.config import DataConfig, IndexConfig
-from koclip.data.batches import Assembler, Sample, Skip
+from koclip.data.batches import Assembler, Sample
 from koclip.data.corruptions import CORRUPTIONS, corrupt
 from koclip.data.feature_rows import Images
-from koclip.data.sources import Row
+from koclip.data.sources import Row, Skip
 from koclip.data.transforms import ImageError, Views, decode
 from koclip.evaluation.images import Pictures
 from koclip.models.dual_encoder import from_scratch
@@ -325,9 +325,9 @@ from PIL import Image
 sys.path[:0] = sys.argv[2:]
 import koclip
 from koclip.config import DataConfig, IndexConfig
-from koclip.data.batches import Assembler, Skip
+from koclip.data.batches import Assembler
 from koclip.data.feature_rows import Images
-from koclip.data.sources import Row
+from koclip.data.sources import Row, Skip
 from koclip.data.transforms import Views
 from koclip.models.dual_encoder import from_scratch
 from koclip.search import build

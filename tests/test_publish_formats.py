@@ -13,8 +13,6 @@ from koclip.publishing.files import publishable
 from koclip.publishing.formats.onnx import export
 from koclip.publishing.preflight import preflight
 
-pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
-
 
 def test_formats_pass_the_pre_flight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = pretrained(tmp_path / "run")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from test_recipes import SMALL, pretrain
@@ -26,8 +27,6 @@ from koclip.publishing.files import check_files, publishable
 from koclip.publishing.formats import int8 as quantized
 from koclip.publishing.formats.int8 import measure, open_sets, read
 from koclip.publishing.formats.onnx import export
-
-onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 
 ROOT = Path(__file__).parents[1]
 SCENES = "[{source: {scenes_part: test, scenes_size: 60}}]"

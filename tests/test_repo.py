@@ -3,9 +3,13 @@
 import ast
 import re
 import shlex
+from collections import Counter
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from helpers.skips import known_reason
 
 from koclip.config import (
     AlignConfig,
@@ -47,47 +51,154 @@ SCHEMAS = {
     "index": IndexConfig,
 }
 REQUIRED = {name: ["--model", "runs/some/model"] for name in ("evaluate", "index")}
+# Ceilings that only go down. The goals: 95 files, 30 names.
+MAX_FILES, MAX_VAGUE_NAMES = 148, 2643
+VAGUE_NAMES = {"one", "found", "made", "theirs", "told"}
+# Functions of more than 50 lines or 5 parameters, with the reason.
+LARGE_FUNCTIONS = {
+    "koclip/losses/tiled.py _Tiled.forward": "torch.autograd.Function takes tensors by position",
+    "koclip/models/dual_encoder.py DualEncoder.forward": "the parts of a Batch by name, as transformers calls a model",
+    # These are rebuilt: see "The house, rebuilt".
+    "koclip/align/save.py publish_aligned": "",
+    "koclip/data/feature_rows.py shards": "",
+    "koclip/data/loader.py _Endless.__init__": "",
+    "koclip/data/loader.py train_loader": "",
+    "koclip/encoders/base.py in_batches": "",
+    "koclip/evaluation/report/html.py write": "",
+    "koclip/publishing/card_inputs.py _data_set": "",
+    "koclip/training/frozen.py _features": "",
+    "koclip/training/frozen.py image_features": "",
+    "koclip/training/frozen.py teacher_features": "",
+    "koclip/training/setup.py prepare": "",
+    "recipes/align.py train": "",
+    "recipes/benchmarks/open_clip_peer.py OpenClip.__init__": "",
+    "space/pieces.py add_examples": "",
+    "space/pieces.py text_box": "",
+}
+# Where the settings that say when something happens are read. `koclip/runs/session.py` shall be the only place.
+LOOPS = {"recipes/align.py", "recipes/pretrain.py", "koclip/config/training.py"}
 YAMLS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
 DOCS = [ROOT / name for name in ("README.md", "README.ko.md", "CONTRIBUTING.md", "recipes/README.md")]
 
 
-def room_imports(file: Path) -> set[str]:
-    """Return the rooms that a file of the package imports."""
-    names = []
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+def python_files(*folders: str) -> dict[str, ast.Module]:
+    """Return the syntax tree of every Python file in folders of the repository, by its path from the root."""
+    paths = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    assert len(paths) > len(folders)
+    return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def imported_names(tree: ast.Module) -> set[str]:
+    """Return what a file imports, by full name: modules, and the names that are taken from modules."""
+    names = set()
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module] if node.module != "koclip" else [f"koclip.{alias.name}" for alias in node.names]
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-    return {name.split(".")[1] for name in names if name.startswith("koclip.")}
+            names |= {alias.name for alias in node.names}
+    return names
 
 
-def test_data_flows_one_way():
-    found = 0
-    for file in sorted((ROOT / "koclip").rglob("*.py")):
-        parts = file.relative_to(ROOT / "koclip").with_suffix("").parts
-        if parts[0] == "__init__":
+def room_of(module: str) -> str:
+    """Return the room that a module of koclip is in; "" for koclip itself."""
+    return module.removeprefix("koclip").lstrip(".").split(".")[0]
+
+
+def test_rooms_import_only_from_rooms_to_their_left():
+    checked = 0
+    for path, tree in python_files("koclip").items():
+        if path == "koclip/__init__.py":
             continue
-        room = ROOMS.index(parts[0])
-        right = {name for name in room_imports(file) if ROOMS.index(name) > room}
-        assert not right, f"{file.relative_to(ROOT)} imports from rooms to its right: {sorted(right)}"
-        found += 1
-    assert found > 20
+        rooms = {room_of(name) for name in imported_names(tree) if name.startswith("koclip.")}
+        right = {room for room in rooms if ROOMS.index(room) > ROOMS.index(Path(path).with_suffix("").parts[1])}
+        assert not right, f"{path} imports from rooms to its right: {sorted(right)}"
+        checked += bool(rooms)
+    assert checked > 20
+
+
+@pytest.mark.parametrize("folder", ["koclip", "recipes/benchmarks", "space"])
+def test_imports_form_no_circle(folder):
+    """Modules of koclip have their full names; those beside a script have the names by which it imports them."""
+    trees = {
+        ".".join(Path(path).with_suffix("").parts).removesuffix(".__init__")
+        if folder == "koclip"
+        else Path(path).stem: tree
+        for path, tree in python_files(folder).items()
+    }
+    imports = {
+        module: {name if name in trees else name.rpartition(".")[0] for name in imported_names(tree)} & set(trees)
+        for module, tree in trees.items()
+    }
+    assert sum(map(len, imports.values())) > 10
+    list(TopologicalSorter(imports).static_order())  # raises CycleError
 
 
 def test_nothing_imports_a_recipe():
-    for file in [*(ROOT / "koclip").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]:
-        assert not re.search(r"^\s*(from|import) recipes", file.read_text(encoding="utf-8"), re.MULTILINE), file
+    for path, tree in python_files("koclip", "recipes", "space").items():
+        recipes = {name for name in imported_names(tree) if name.split(".")[0] == "recipes"}
+        assert not recipes, f"{path} imports {recipes}"
+
+
+def test_rooms_stay_small():
+    paths = [Path(path) for path in python_files("koclip")]
+    assert len(paths) <= MAX_FILES, f"koclip/ has {len(paths)} files"
+    rooms = Counter(path.parent.as_posix() for path in paths if path.name != "__init__.py")
+    assert not {room: count for room, count in rooms.items() if count > 12}
+
+
+def functions(tree: ast.AST, owner: str = "") -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Yield every function of a file under its name, which begins with the class or function that it is in."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield owner + node.name, node
+        named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        yield from functions(node, f"{owner}{node.name}." if named else owner)
 
 
 def test_files_and_functions_stay_short():
-    for file in [*(ROOT / "koclip").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]:
-        source = file.read_text(encoding="utf-8")
-        assert source.count("\n") <= 400, f"{file.relative_to(ROOT)} has {source.count(chr(10))} lines"
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef):
-                length = (node.end_lineno or 0) - node.lineno + 1
-                assert length <= 55, f"{file.relative_to(ROOT)}: {node.name}() has {length} lines"
+    large = set()
+    for path, tree in python_files("koclip", "recipes", "space").items():
+        num_lines = (ROOT / path).read_text(encoding="utf-8").count("\n")
+        assert num_lines <= 400, f"{path} has {num_lines} lines"
+        for name, function in functions(tree):
+            length = (function.end_lineno or 0) - function.lineno + 1
+            arguments = function.args
+            parameters = [*arguments.posonlyargs, *arguments.args, arguments.vararg, *arguments.kwonlyargs]
+            parameters = [each for each in [*parameters, arguments.kwarg] if each and each.arg not in {"self", "cls"}]
+            if length > 50 or len(parameters) > 5:
+                large.add(f"{path} {name}")
+    assert large <= set(LARGE_FUNCTIONS), f"more than 50 lines or 5 parameters: {large - set(LARGE_FUNCTIONS)}"
+
+
+def identifiers(tree: ast.Module) -> Iterator[str]:
+    """Yield every name that a file gives or uses, once per place."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.alias):
+            yield node.asname or node.name
+        elif not isinstance(node, ast.Constant | ast.ImportFrom):
+            for field in ("id", "arg", "attr", "name", "rest"):
+                if isinstance(name := getattr(node, field, None), str):
+                    yield name
+
+
+def test_names_say_what_they_are():
+    counts = Counter(
+        name for tree in python_files("koclip", "recipes", "space", "tests").values() for name in identifiers(tree)
+    )
+    assert counts["self"] > 500
+    count = sum(counts[name] for name in VAGUE_NAMES)
+    assert count <= MAX_VAGUE_NAMES, f"{count} uses of {sorted(VAGUE_NAMES)}: use the name of the thing"
+
+
+def test_the_conditions_of_the_loop_stand_once():
+    places = Counter(
+        (path, node.attr)
+        for path, tree in python_files("koclip", "recipes").items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in {"eval_every", "save_every", "log_every"}
+    )
+    loops = {path for path, _ in places if not path.startswith("recipes/benchmarks")}
+    assert loops == LOOPS
 
 
 def test_there_are_configs():
@@ -135,12 +246,18 @@ def test_every_documented_recipe_command_parses(monkeypatch):
             pytest.fail(f"does not parse: {where}")
 
 
+def makefile() -> str:
+    return (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z]+):", makefile(), re.MULTILINE))
+
+
 def test_every_documented_make_target_exists():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    assert {"help", "quickstart", "test", "check"} <= targets
     for document in DOCS:
         for target in re.findall(r"`?make ([a-z]+)", document.read_text(encoding="utf-8")):
-            assert target in targets, f"{document.name}: make {target}"
+            assert target in make_targets(), f"{document.name}: make {target}"
 
 
 def test_links_between_documents_lead_somewhere():
@@ -156,7 +273,9 @@ def test_every_source_of_a_config_has_a_data_card():
         recipe = file.parent.name
         config = parse(SCHEMAS[recipe], ["--config", str(file), *REQUIRED.get(recipe, [])])
         if recipe == "evaluate":
-            sources = [one for each in config.sets for one in (each.source, each.train, *each.shifted.values()) if one]
+            sources = [
+                source for each in config.sets for source in (each.source, each.train, *each.shifted.values()) if source
+            ]
         elif recipe == "index":
             sources = [config.source or SourceConfig(path=config.images)]
         else:
@@ -167,9 +286,53 @@ def test_every_source_of_a_config_has_a_data_card():
             assert known, f"{file.name}: no card data_cards/{source.short_name}.md"
 
 
-def test_ci_runs_what_the_readme_says():
-    assert "exec make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert "make test" in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_ci_runs_commands_of_the_readme():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert re.findall(r"^(?:exec )?make (\w+)$", script, re.MULTILINE) == ["check", "test", "slow"]
+    assert {"check", "test", "slow"} <= make_targets()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^make (\w+)", readme, re.MULTILINE)) >= {"check", "test", "slow"}
+
+
+def test_a_job_runs_every_marked_test():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = re.search(r"^markers = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    markers = re.findall(r'^    "(\w+):', block[1], re.MULTILINE)
+    assert markers == ["slow", "hub"]
+    assert f"-m '{' and '.join(f'not {marker}' for marker in markers)}'" in project  # what `make test` leaves out
+    slow = re.search(r"^slow:.*\n((?:\t.*\n)+)", makefile(), re.MULTILINE)
+    assert slow is not None
+    assert re.findall(r"-m (\w+)$", slow[1], re.MULTILINE) == markers
+
+
+def test_the_slow_job_has_an_hour():
+    slow = re.search(r"^slow:.*\n((?:\t.*\n)+)", makefile(), re.MULTILINE)
+    assert slow is not None
+    minutes = re.findall(r"timeout --kill-after=30 (\d+)m ", slow[1])
+    assert len(minutes) == slow[1].count("\n")
+    assert sum(map(int, minutes)) <= 60
+
+
+def skip_reasons(tree: ast.Module) -> list[str]:
+    """Return the reason of every call in a test file that may skip a test; "" where it gives none."""
+    reasons = []
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in {"skip", "skipif", "importorskip", "xfail"}
+        ):
+            given = [keyword.value for keyword in node.keywords if keyword.arg == "reason"]
+            given += node.args[:1] if node.func.attr == "skip" else []
+            reasons.append(str(given[0].value) if given and isinstance(given[0], ast.Constant) else "")
+    return reasons
+
+
+def test_every_skip_has_a_known_reason():
+    reasons = [(path, reason) for path, tree in python_files("tests").items() for reason in skip_reasons(tree)]
+    assert 0 < len(reasons) <= 7, "a test that nobody runs does not count: make it run instead"
+    assert [(path, reason) for path, reason in reasons if known_reason(reason) is None] == []
 
 
 def test_constraints_pin_every_dependency():

@@ -326,7 +326,6 @@ def test_a_killed_build_goes_on_and_gives_the_same_bytes(folder, tmp_path, small
 
 
 def test_approximate_search_finds_nearly_all(tmp_path):
-    pytest.importorskip("faiss", reason="faiss is not installed: pip install 'koclip[search]'")
     rows, queries = vectors(20_000, 64, clusters=300), vectors(100, 64, seed=3)
     shards = stored(tmp_path, rows, 3_000)
     approximate.build(shards.rows, shards.width, tmp_path / approximate.FILE)
@@ -348,7 +347,6 @@ def test_approximate_search_finds_nearly_all(tmp_path):
 
 
 def test_a_build_makes_the_approximate_index_when_asked(folder, tmp_path, small):
-    pytest.importorskip("faiss", reason="faiss is not installed: pip install 'koclip[search]'")
     build.build(config(folder, approximate_from=31), ColourEncoder(), tmp_path / "index")
     assert not open_index(tmp_path / "index").is_approximate
     build.build(config(folder, approximate_from=30), ColourEncoder(), tmp_path / "index")
@@ -358,7 +356,6 @@ def test_a_build_makes_the_approximate_index_when_asked(folder, tmp_path, small)
 
 
 def test_an_approximate_index_of_other_rows_is_not_used(folder, tmp_path, small):
-    pytest.importorskip("faiss", reason="faiss is not installed: pip install 'koclip[search]'")
     target, other = tmp_path / "index", vectors(29, 8)
     cfg = config(folder, approximate="yes")
     build.build(cfg, ColourEncoder(), target)
@@ -485,7 +482,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(args, message):
 
 
 def test_the_benchmark_runs_at_a_tiny_size(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("faiss", reason="faiss is not installed: pip install 'koclip[search]'")
     monkeypatch.syspath_prepend(RECIPE.parent / "benchmarks")
     import importlib
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import sentence_transformers
 import torch
 from peer_models import saved
 from PIL import Image
@@ -11,8 +12,6 @@ from PIL import Image
 import koclip
 from koclip.data.formats import scenes
 from koclip.publishing.formats.sentence_transformers import describe
-
-sentence_transformers = pytest.importorskip("sentence_transformers", reason="the extra `peers` is not installed")
 
 TEXTS = ["고양이가 창가에 앉아 있다", "빨간 원", "a red circle", "개 " * 60, "사진 📷 3장"]
 

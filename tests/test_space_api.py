@@ -14,13 +14,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from PIL import Image
-
-pytest.importorskip("gradio", reason="gradio is not installed: pip install 'koclip[space]'")
-pytest.importorskip("gradio_client", reason="gradio_client is not installed: pip install 'koclip[space]'")
-
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from PIL import Image
 from space_server import HOSTILE, ROOT, Space, running
 from test_space import bomb, encoded, picture
 

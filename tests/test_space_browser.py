@@ -8,13 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from playwright import sync_api as playwright
+from space_server import HOSTILE, running
 from test_space import picture
-
-pytest.importorskip("gradio", reason="gradio is not installed: pip install 'koclip[space]'")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-
-from space_server import HOSTILE, running  # noqa: E402
-from texts import _TEXTS, say  # noqa: E402
+from texts import _TEXTS, say
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TABS = ("classify", "search", "caption", "heatmap")

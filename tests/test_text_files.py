@@ -193,7 +193,7 @@ def test_a_stream_that_breaks_later_names_the_file_and_the_row(tmp_path) -> None
     (tmp_path / "rows.jsonl").write_bytes(data)
     stream = open_source(source(tmp_path / "rows.jsonl", streaming=True))
     assert isinstance(stream, StreamSource)
-    for read in (stream.stored_rows, stream.captions, lambda: stream.rows(0, 0, 10, 0, 1)):
+    for read in (stream.iter_rows, lambda: stream.iter_rows(images=False), lambda: stream.rows(0, 0, 10, 0, 1)):
         with pytest.raises(SourceError, match=r"rows\.jsonl, line 3001, is not utf-8"):
             list(read())
 

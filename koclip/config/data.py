@@ -9,18 +9,6 @@ from typing import Literal
 from koclip.config.errors import all_faults, check, check_pixels
 from koclip.config.languages import check_languages
 
-Format = Literal[
-    "auto",
-    "scenes",
-    "hub",
-    "parquet",
-    "arrow",
-    "json",
-    "csv",
-    "image_folder",
-    "webdataset",
-    "annotations",
-]
 _NO_NUL = "expected no NUL character: no file has one in its name"
 
 
@@ -31,11 +19,13 @@ class SourceConfig:
     Args:
         path: `scenes` (built in), a local file, folder or glob, or a Hub data set id such as `owner/name`. A file
             that exists under this name is that file, whatever characters are in it.
-        format: How to read it; `auto` decides by the file name, in any letter case, with or without `.gz`, `.bz2` or
-            `.xz`; a folder is one of images, or what `datasets` saved with `save_to_disk`. A folder of other files is
-            read if a format is given: `parquet` takes all its Parquet files as one split, `hub` lets `datasets` find
-            the splits. `annotations` is KoCLIP's and COCO's `[{"file_path": ..., "captions": [...]}]`. Fields of CSV
-            may be quoted; in `.tsv` a quote is text.
+        format: How to read it: `scenes`, `hub`, `parquet`, `arrow`, `json`, `csv`, `image_folder`, `webdataset`,
+            `annotations`, `save_to_disk`, `pictures`, or another with a file in koclip/data/formats/. `auto` decides
+            by the file name, in any letter case, with or without `.gz`, `.bz2` or `.xz`; a folder is one of images, or
+            what `datasets` saved with `save_to_disk`. A folder of other files is read if a format is given: `parquet`
+            takes all its Parquet files as one split, `hub` lets `datasets` find the splits. `annotations` is KoCLIP's
+            and COCO's `[{"file_path": ..., "captions": [...]}]`; `pictures` is every picture of a folder, without
+            captions. Fields of CSV may be quoted; in `.tsv` a quote is text.
         name: Short name used in logs and metric names; default: the last part of the path.
         split: Split to read; of local files too a slice, such as `train[:1000]`. Of an image folder `datasets` finds
             the splits by the names of folders and files; `all` reads every picture.
@@ -66,7 +56,7 @@ class SourceConfig:
     """
 
     path: str = "scenes"
-    format: Format = "auto"
+    format: str = "auto"
     name: str | None = None
     split: str = "train"
     subset: str | None = None

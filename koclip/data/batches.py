@@ -15,7 +15,7 @@ from xxhash import xxh3_64_intdigest
 from koclip.config import DataConfig
 from koclip.data.features import Features, MissingError, digest_of, image_id
 from koclip.data.formats.files import SourceError
-from koclip.data.sources import Row
+from koclip.data.sources import Row, Skip
 from koclip.data.survey import CaptionLengths
 from koclip.data.transforms import ImageError, Views, decode, read
 from koclip.text import tokenizers
@@ -24,14 +24,6 @@ from koclip.text.normalize import paired, usable
 MAX_REPLACEMENTS = 1_000  # rows tried for one sample before their source counts as unusable
 
 Item = TypeVar("Item")
-
-
-class Skip(NamedTuple):
-    """A sample left out of training, and why."""
-
-    key: str
-    reason: str
-    source: str = ""
 
 
 class Position(NamedTuple):

@@ -52,7 +52,7 @@ class Images:
 
     def streamed(self, source: StreamSource) -> Iterator[Row]:
         """Yield all rows."""
-        return source.stored_rows()
+        return source.iter_rows()
 
     def piece(self, rows: Sequence[Row], wanted: bool) -> Piece:
         """Return one item per row; without features if its image cannot be used."""
@@ -93,7 +93,7 @@ class Sentences:
 
     def streamed(self, source: StreamSource) -> Iterator[dict[str, list[str]]]:
         """Yield all rows' captions."""
-        return source.captions()
+        return (row.captions for row in source.iter_rows(images=False))
 
     def piece(self, rows: Sequence[dict[str, list[str]]], wanted: bool) -> Piece:
         """Return the sentences."""

@@ -262,21 +262,12 @@ def _check_readers(
 
 def training_captions(config: DataConfig) -> Iterator[str]:
     """Yield every caption of the sources, a row of each in turn: what a tokenizer is trained on."""
-    rows = [_captions(open_source(source, config.seed)) for source in config.sources]
-    while rows:
-        for source in list(rows):
-            captions = next(source, None)
-            if captions is None:
-                rows.remove(source)
+    sources = [open_source(source, config.seed).iter_rows(images=False) for source in config.sources]
+    while sources:
+        for rows in list(sources):
+            row = next(rows, None)
+            if row is None:
+                sources.remove(rows)
                 continue
-            for texts in captions.values():
+            for texts in row.captions.values():
                 yield from usable(texts)
-
-
-def _captions(source: MapSource | StreamSource, size: int = 1_000) -> Iterator[dict[str, list[str]]]:
-    """Yield a source's captions row by row, in stored order."""
-    if isinstance(source, StreamSource):
-        yield from source.captions()
-        return
-    for start in range(0, len(source), size):
-        yield from source.captions(range(start, min(start + size, len(source))))

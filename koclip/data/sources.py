@@ -1,101 +1,44 @@
-"""Open any set of (image, captions) rows: the built-in scenes, or a table that `koclip.data.formats.tables` reads.
+"""Open any set of (image, captions) rows, in any format of `koclip.data.formats`.
 
 A row's image stays bytes or a path until it is drawn.
 """
 
-import dataclasses
 import itertools
 import math
 import random
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import datasets
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from koclip.config import SourceConfig, locate
-from koclip.data.formats import scenes
-from koclip.data.formats.columns import dig
-from koclip.data.formats.files import SourceError, file_format, is_remote
-from koclip.data.formats.tables import KEYS, TEXT, UNREADABLE, Table, files_of, open_table, reason
+from koclip.data.formats import Captions, MapSource, Row, Skip, Source, Table, dig, formats
+from koclip.data.formats.files import SourceError, file_format, find, is_remote
+from koclip.data.formats.tables import KEYS, UNREADABLE, open_table, reason
 from koclip.text.normalize import clean_captions
+
+__all__ = [
+    "MapSource",
+    "Row",
+    "Skip",
+    "Source",
+    "SourceError",
+    "StreamSource",
+    "TableSource",
+    "open_source",
+    "row_captions",
+]
 
 _PATH = ".path"  # of an image column whose pictures are left out
 
 
-class Row(NamedTuple):
-    """One undecoded sample: captions by language, a key that finds it again, its class.
-
-    Captions are cleaned and keep their places, "" where there is no usable one (`koclip.text.normalize.usable` leaves
-    these out): languages with equally many places correspond to each other. A language without any is left out.
-    """
-
-    image: bytes | Path | npt.NDArray[np.uint8] | None
-    captions: dict[str, list[str]]
-    key: str
-    label: str | None = None
-
-
-class MapSource(Protocol):
-    """Rows by index. Rows `k * group ... k * group + group - 1` belong together, in one batch where it has room."""
-
-    config: SourceConfig
-    group: int
-
-    def __len__(self) -> int: ...
-
-    def rows(self, indices: Sequence[int], images: bool = True) -> list[Row]:
-        """Return these rows, in this order; without images if they are not asked for."""
-
-    def captions(self, indices: Sequence[int]) -> list[dict[str, list[str]]]:
-        """Return these rows' captions without touching the images."""
-
-
-class ScenesSource:
-    """The built-in scenes as a map source. `seed` makes another set of scenes.
-
-    Raises:
-        SourceError: `captions` names a language that scenes have no captions in.
-    """
-
-    group = 2
-
-    def __init__(self, config: SourceConfig, seed: int = 0) -> None:
-        unknown = sorted(set(config.captions) - set(scenes.LANGUAGES))
-        if unknown:
-            raise SourceError(f"source 'scenes' has no captions in {unknown}; its languages are {scenes.LANGUAGES}")
-        self.config, self.seed = config, seed
-
-    def __len__(self) -> int:
-        return self.config.scenes_size
-
-    def rows(self, indices: Sequence[int], images: bool = True) -> list[Row]:
-        """Draw these scenes."""
-        part = self.config.scenes_part
-        drawn = [scenes.scene(part, self.seed, index) for index in indices]
-        return [
-            Row(scenes.draw(scene, index) if images else None, self._choose(scene), f"scenes/{part}/{index}")
-            for scene, index in zip(drawn, indices, strict=True)
-        ]
-
-    def captions(self, indices: Sequence[int]) -> list[dict[str, list[str]]]:
-        """Tell these scenes."""
-        return [self._choose(scenes.scene(self.config.scenes_part, self.seed, index)) for index in indices]
-
-    def _choose(self, scene: scenes.Scene) -> dict[str, list[str]]:
-        told = scenes.captions(scene)
-        return {language: told[language] for language in self.config.captions}
-
-
-class TableSource:
+class TableSource(MapSource):
     """A `datasets.Dataset` as a map source. `numbers` are its rows' places in what is stored, if rows were left out."""
-
-    group = 1
 
     def __init__(self, table: datasets.Dataset, config: SourceConfig, numbers: Sequence[int] | None = None) -> None:
         self.config = config
@@ -115,7 +58,7 @@ class TableSource:
             for record, number in zip(records, numbers, strict=True)
         ]
 
-    def captions(self, indices: Sequence[int]) -> list[dict[str, list[str]]]:
+    def captions(self, indices: Sequence[int]) -> list[Captions]:
         """Read these rows' caption columns."""
         return [row_captions(record, self.config) for record in _records(self._captions[list(indices)])]
 
@@ -163,6 +106,10 @@ class StreamSource:
         self._shards = shards if len(shards) == self.num_shards else list(map(str, range(self.num_shards)))
 
     @property
+    def size(self) -> None:
+        """Only reading a stream tells how many rows it has."""
+
+    @property
     def num_shards(self) -> int:
         """Number of parts that can be read by different readers."""
         return int(self._stream.num_shards)
@@ -177,40 +124,33 @@ class StreamSource:
         shards = np.random.default_rng((seed, epoch)).permutation(self.num_shards)[reader::num_readers]
         rng = random.Random(f"shuffle {seed} {epoch} {reader}")
         held: list[Row] = []
-        for one in itertools.chain.from_iterable(map(self._rows_of, shards.tolist())):
+        for row in itertools.chain.from_iterable(self._rows_of(self._stream, shard) for shard in shards.tolist()):
             if len(held) < buffer_size:
-                held.append(one)
+                held.append(row)
                 continue
             place = rng.randrange(buffer_size)
             yield held[place]
-            held[place] = one
+            held[place] = row
         rng.shuffle(held)
         yield from held
 
-    def stored_rows(self) -> Iterator[Row]:
-        """Yield every row in stored order.
+    def iter_rows(self, images: bool = True) -> Iterator[Row]:
+        """Yield every row in stored order. Without `images` their files are not read where the format allows.
 
         Raises:
             SourceError: a shard is broken.
         """
-        return itertools.chain.from_iterable(map(self._rows_of, range(self.num_shards)))
+        stream = self._stream if images else self._without_images()
+        return itertools.chain.from_iterable(self._rows_of(stream, shard) for shard in range(self.num_shards))
 
-    def captions(self) -> Iterator[dict[str, list[str]]]:
-        """Yield every row's captions in stored order, without the images where the format allows.
-
-        Raises:
-            SourceError: a shard is broken.
-        """
-        wanted = [*self.config.captions.values(), *(self.config.where or {})]
+    def _without_images(self) -> datasets.IterableDataset:
+        wanted = [*self.config.captions.values(), *(self.config.where or {}), *KEYS]
         names = [name for name in self._stream.column_names or [] if any(_under(name, column) for column in wanted)]
-        stream = self._stream.select_columns(names) if names else self._stream
-        for shard in range(self.num_shards):
-            for _, record in self._records_of(stream, shard):
-                yield row_captions(record, self.config)
+        return self._stream.select_columns(names) if names else self._stream
 
-    def _rows_of(self, shard: int) -> Iterator[Row]:
+    def _rows_of(self, stream: datasets.IterableDataset, shard: int) -> Iterator[Row]:
         name = self._shards[shard] if self.num_shards > 1 else ""
-        for number, record in self._records_of(self._stream, shard):
+        for number, record in self._records_of(stream, shard):
             yield row(record, self.config, str(number), self._classes, name)
 
     def _records_of(self, stream: datasets.IterableDataset, shard: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -235,15 +175,15 @@ def open_source(config: SourceConfig, seed: int = 0) -> MapSource | StreamSource
     """Open one source for reading; `seed` is that of `scenes`.
 
     Raises:
-        SourceError: the file, data set or a column named in `config` does not exist, or no row is left.
+        SourceError: the format, the file, the data set or a column named in `config` does not exist, or no row is left.
     """
     kind = file_format(config)
+    own = formats()[kind]
     _check_encoding(config, kind)
-    if kind == "scenes":
-        return ScenesSource(config, seed)
-    if kind == "annotations":
-        config = _annotation_columns(config)
-    table = open_table(config)
+    config = own.columns(config) if own.columns else config
+    table = open_table(config, kind, seed)
+    if isinstance(table, MapSource):
+        return table
     wanted = config.where or {}
     if isinstance(table, datasets.IterableDataset):
         return StreamSource(table, config, _shard_names(config, kind))
@@ -305,15 +245,15 @@ def _matches(record: Mapping[str, Any], where: Mapping[str, Sequence[str]]) -> b
 
 def _shard_names(config: SourceConfig, kind: str) -> list[str]:
     """Return a different name without a slash for each of a source's files on this machine."""
-    if kind in ("hub", "image_folder", "save_to_disk") or is_remote(config.path):
+    if is_remote(config.path):
         return []
-    names = [Path(file).name for file in files_of(config, kind)]
+    names = [Path(file).name for file in find(config.path, kind)]
     alike = len(set(names)) < len(names)
     return [f"{number}-{name}" if alike else name for number, name in enumerate(names)]
 
 
 def _check_encoding(config: SourceConfig, kind: str) -> None:
-    if kind not in (*TEXT, "webdataset", "image_folder") and config.encoding != "utf-8":
+    if not formats()[kind].encoded and config.encoding != "utf-8":
         raise SourceError(
             f"data.sources[].encoding: got {config.encoding!r} for {config.path!r}, but {kind} has an encoding of its "
             "own; leave encoding out"
@@ -326,7 +266,7 @@ def _class_names(table: Table, config: SourceConfig) -> list[str] | None:
     return feature.names if isinstance(feature, datasets.ClassLabel) else None
 
 
-def row_captions(record: Mapping[str, Any], config: SourceConfig) -> dict[str, list[str]]:
+def row_captions(record: Mapping[str, Any], config: SourceConfig) -> Captions:
     """Return the captions of a record by language, as a `Row` has them."""
     cells = {language: clean_captions(dig(record, column)) for language, column in config.captions.items()}
     return {language: captions for language, captions in cells.items() if captions}
@@ -361,9 +301,3 @@ def _records(columns: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
 def _under(name: str, column: str) -> bool:
     """Tell whether a table's column `name` holds the dotted `column`."""
     return column == name or column.startswith(f"{name}.")
-
-
-def _annotation_columns(config: SourceConfig) -> SourceConfig:
-    """KoCLIP's and COCO's annotation files have fixed columns; they hold one language, Korean unless named."""
-    language = next(iter(config.captions)) if len(config.captions) == 1 else "ko"
-    return dataclasses.replace(config, image="file_path", captions={language: "captions"}, languages=None)

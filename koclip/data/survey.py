@@ -20,7 +20,7 @@ from xxhash import xxh3_128
 
 from koclip.config import DataConfig
 from koclip.data.formats.files import SourceError, file_format, stored_files
-from koclip.data.sources import MapSource, ScenesSource, StreamSource, TableSource
+from koclip.data.sources import MapSource, StreamSource, TableSource
 from koclip.text import tokenizers
 
 BLOCK = 1_024  # rows
@@ -96,8 +96,8 @@ def look(
         share = range(len(files) * rank // world_size, len(files) * (rank + 1) // world_size)
         yield from (_look_at_file(files[number], source) for number in share)
         return
-    if isinstance(source, ScenesSource) and config.length_pool == 1:
-        return  # drawn, not stored: nothing to measure, nothing that can change
+    if not source.stored and config.length_pool == 1:
+        return  # nothing to measure, nothing that can change
     if config.num_workers:
         single_threaded()
     count = -(-len(source) // BLOCK)

@@ -8,17 +8,14 @@ from typing import NamedTuple
 
 from koclip.config import ConfigError, EvalSetConfig, SourceConfig, check
 from koclip.config.evaluation import CAPTIONED
-from koclip.data.batches import Skip
 from koclip.data.corruptions import CORRUPTIONS
-from koclip.data.formats.files import SourceError
-from koclip.data.sources import MapSource, Row, StreamSource, open_source
+from koclip.data.sources import Row, Skip, SourceError, open_source
 from koclip.data.transforms import PIXEL_LIMIT, ImageError, PixelLimit, decode
 from koclip.evaluation.images import Images, first_images, first_rows, merged
 from koclip.evaluation.labels import NAMED, few, numbering, read_labels
 from koclip.text.classes import ClassName, load_classes, templates_of_kind
 from koclip.text.normalize import normalize, paired, usable
 
-_BATCH = 256  # rows read at once
 _FEWEST = 2  # images: nothing can be ranked among one
 
 
@@ -230,8 +227,8 @@ def _first(config: EvalSetConfig, part: str, source: SourceConfig) -> Iterator[t
     limit = 0 if part == "train" else config.max_images
     opened = open_source(source)
     if config.classes:
-        return first_rows(_rows(opened), limit)
-    return first_images(_rows(opened), limit, isinstance(opened, StreamSource))
+        return first_rows(opened.iter_rows(), limit)
+    return first_images(opened.iter_rows(), limit, streamed=opened.size is None)
 
 
 def _check_share(
@@ -344,21 +341,13 @@ def _present(
     return kept, warnings
 
 
-def _rows(source: MapSource | StreamSource) -> Iterator[Row]:
-    if isinstance(source, StreamSource):
-        yield from source.stored_rows()
-        return
-    for start in range(0, len(source), _BATCH):
-        yield from source.rows(range(start, min(start + _BATCH, len(source))))
-
-
 def _gallery(config: EvalSetConfig) -> tuple[dict[str, list[str]], int, list[Skip]]:
     """Return the gallery's captions by language, the number of its rows, and its rows without a usable caption."""
     gallery: dict[str, list[str]] = {}
     skipped: list[Skip] = []
     num_rows = 0
     for source in config.gallery:
-        rows = list(_captions(source))
+        rows = [row.captions for row in open_source(source).iter_rows(images=False)]
         for captions in rows:
             for language, texts in captions.items():
                 gallery.setdefault(language, []).extend(usable(texts))
@@ -367,11 +356,3 @@ def _gallery(config: EvalSetConfig) -> tuple[dict[str, list[str]], int, list[Ski
         _check_share(config, "gallery", source, unusable, len(rows))
         skipped, num_rows = [*skipped, *unusable], num_rows + len(rows)
     return gallery, num_rows, skipped
-
-
-def _captions(config: SourceConfig) -> Iterator[dict[str, list[str]]]:
-    source = open_source(config)
-    if isinstance(source, StreamSource):
-        yield from source.captions()
-        return
-    yield from source.captions(range(len(source)))

@@ -16,7 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMix
 
 from koclip import distributed, storage
 from koclip.config import ConfigError, TokenizerConfig, check_changes, check_data, dump, to_dict
-from koclip.data.batches import Batch, Position, Skip
+from koclip.data.batches import Batch, Position
+from koclip.data.sources import Skip
 from koclip.data.survey import Survey
 from koclip.models.save import publish
 from koclip.runs import state

@@ -14,9 +14,8 @@ from tqdm.auto import tqdm
 from xxhash import xxh3_128_hexdigest
 
 from koclip.config import ConfigError, IndexConfig, SourceConfig, check, locate
-from koclip.data.batches import Skip
 from koclip.data.formats.files import is_folder, stored_files
-from koclip.data.sources import Row, StreamSource, open_source
+from koclip.data.sources import Row, Skip, StreamSource, open_source
 from koclip.data.transforms import KINDS, ImageError, decode
 from koclip.encoders.base import Encoder
 from koclip.search import approximate
@@ -85,7 +84,7 @@ class Collection:
     def _parts(self) -> Iterator[list[Row]]:
         """Yield the rows of each shard."""
         if isinstance(self._source, StreamSource):
-            rows = islice(self._source.stored_rows(), self._most)
+            rows = islice(self._source.iter_rows(), self._most)
             while part := list(islice(rows, ROWS)):
                 yield part
             return

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from koclip.data.batches import Skip
+from koclip.data.sources import Skip
 from koclip.data.transforms import KINDS, suffixes
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from koclip import storage
 from koclip.config import ConfigError, check
-from koclip.data.batches import Skip
+from koclip.data.sources import Skip
 from koclip.search.contents import Content, pack, unpack
 
 SHARD = "shard-{:06}.safetensors"

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from open_clip_weights import to_open_clip
 from pairs import normalized, padded
-from parity_open_clip import to_open_clip
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset

@@ -15,17 +15,8 @@ from urllib.parse import urlsplit
 from datasets.data_files import DataFilesList
 
 from koclip.config import ConfigError, SourceConfig, locate
+from koclip.data.formats import formats, formats_by_suffix
 
-FORMATS = {
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".json": "json",
-    ".jsonl": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".tar": "webdataset",
-    ".tgz": "webdataset",
-}
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of an image folder's pictures, as in `datasets`
 # Pictures by their names. Not all of these are read, but none is left out unlisted.
 PICTURES = frozenset(
@@ -62,28 +53,34 @@ def suffix_of(path: str) -> str:
 
 
 def file_format(config: SourceConfig) -> str:
-    """Return the format of a source: the one it names, or for `auto` what its files look like.
+    """Return the name of a source's format: what it says, or for `auto` what its files look like.
 
     Raises:
-        SourceError: `auto` cannot tell it.
+        SourceError: there is no format of that name, or `auto` cannot tell it.
     """
     if config.format != "auto":
+        if config.format not in formats():
+            raise SourceError(
+                f"data.sources[].format: got {config.format!r} for {config.path!r}, expected auto or one of "
+                f"{sorted(formats())}"
+            )
         return config.format
     if config.path == "scenes":
         return "scenes"
     if is_folder(locate(config.path)):
         return _folder_format(config.path)
     files = [] if is_remote(config.path) else find(config.path)
+    known = formats_by_suffix()
     if not files:
-        return FORMATS.get(suffix_of(config.path), "hub")
+        return known.get(suffix_of(config.path), "hub")
     suffixes = sorted({suffix_of(file) for file in files})
-    formats = {FORMATS.get(suffix) for suffix in suffixes}
-    if None in formats or len(formats) > 1:
+    names = {known.get(suffix) for suffix in suffixes}
+    if None in names or len(names) > 1:
         raise SourceError(
             f"source {config.path!r}: the format of {len(files)} files, {files[0]} the first, cannot be told: their "
-            f"suffixes are {suffixes}, expected one kind of {sorted(FORMATS)}; name the files, or set format"
+            f"suffixes are {suffixes}, expected one kind of {sorted(known)}; name the files, or set format"
         )
-    return str(formats.pop())
+    return str(names.pop())
 
 
 def _folder_format(path: str) -> str:
@@ -96,8 +93,8 @@ def _folder_format(path: str) -> str:
         suffix = suffix_of(file.name)
         if file.name in METADATA or suffix in PICTURES:
             return "image_folder"
-        if suffix in FORMATS:
-            tables.setdefault(file.name[file.name.lower().rindex(suffix) :], FORMATS[suffix])
+        if suffix in formats_by_suffix():
+            tables.setdefault(file.name[file.name.lower().rindex(suffix) :], formats_by_suffix()[suffix])
     if not tables:
         raise SourceError(f"source {path!r} is a folder without a picture; expected an image folder, or name a file")
     ending = min(tables)
@@ -116,7 +113,7 @@ def find(path: str, kind: str | None = None) -> list[str]:
     """
     place = locate(path)
     if is_folder(place):
-        files = [file for file in walk(place) if kind and FORMATS.get(suffix_of(file.name)) == kind]
+        files = [file for file in walk(place) if kind and formats_by_suffix().get(suffix_of(file.name)) == kind]
     else:
         anchor = Path(path).anchor
         files = list(_matches(Path(anchor), Path(path).parts[bool(anchor) :]))
@@ -149,13 +146,37 @@ def listed(files: Sequence[str]) -> DataFilesList:
     chained = [file for file in files if "::" in file]
     if chained:
         raise SourceError(f"source {chained[0]!r}: datasets takes '::' in a path for a chain of archives; rename it")
-    return DataFilesList(list(files), [(identity(file),) for file in files])
+    return DataFilesList(list(files), [(str(stamp(file)),) for file in files])
 
 
-def identity(path: str | Path) -> str:
-    """Return what differs when a file's content does: its size and times of change, one of which nobody can set."""
+def files_of(config: SourceConfig, kind: str) -> DataFilesList | list[str]:
+    """Return a source's files; an address as it is.
+
+    Raises:
+        SourceError: there is none.
+    """
+    if is_remote(config.path):
+        return [config.path]
+    files = find(config.path, kind)
+    if not files:
+        raise SourceError(
+            f"source {config.path!r} matches no file (from {Path.cwd()}); check the path, "
+            "or set format: hub for a Hub data set"
+        )
+    return listed(files)
+
+
+def stamp(path: str | Path) -> tuple[int, int, int]:
+    """Return what differs when a file's content does: its size, and its mtime and ctime in ns.
+
+    Programs that copy a time stamp (`cp -p`, rsync, tar) set mtime, and the system sets ctime. A file of the same size
+    that is written within a tick of the file system's clock (milliseconds) is not noticed.
+
+    Raises:
+        OSError: there is no such file.
+    """
     status = Path(path).stat()
-    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _matches(place: Path, parts: Sequence[str]) -> Iterator[Path]:

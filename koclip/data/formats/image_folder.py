@@ -1,4 +1,7 @@
-"""Read folders of pictures, laid out as for `datasets`: with metadata files beside them, or a folder for each class.
+"""Read folders of pictures.
+
+`image_folder` is laid out as for `datasets`: with metadata files beside the pictures, or a folder for each class.
+`pictures` is any folder, of which every picture is a row without captions.
 
 A picture that no row of the metadata names is a row without captions, so that whatever uses the rows lists it.
 `datasets` leaves it out, and reads several metadata files in an order of chance.
@@ -12,14 +15,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow.parquet as pq
 from datasets.data_files import DEFAULT_PATTERNS_SPLIT_IN_DIR_NAME, DEFAULT_PATTERNS_SPLIT_IN_FILENAME
 from fsspec.utils import glob_translate
 
 from koclip.config import SourceConfig, locate
-from koclip.data.formats.files import METADATA, PICTURES, SourceError, identity, is_folder, walk
+from koclip.data.formats import Format, MapSource, Row, Skip, Table
+from koclip.data.formats.files import METADATA, PICTURES, SourceError, is_folder, stamp, walk
 from koclip.data.formats.text_files import Task, csv_records, json_records, open_records
+from koclip.data.transforms import KINDS, suffixes
 
 _METADATA = tuple(f"/{name}" for name in METADATA)
 # JPEG, PNG, GIF, BMP, WebP, TIFF, JPEG 2000, JPEG XL, and AVIF and HEIC.
@@ -33,7 +37,7 @@ Record = Mapping[str, Any]
 Picture = tuple[str, str | None]  # its path and its class
 
 
-def open_folder(config: SourceConfig) -> datasets.Dataset | datasets.IterableDataset:
+def open_folder(config: SourceConfig, seed: int = 0) -> Table:
     """Open an image folder as a table: `image`, and the metadata's columns or `label`, the name of a picture's folder.
 
     A column `left_file_name` of the metadata is the image column `left`.
@@ -54,7 +58,8 @@ def open_folder(config: SourceConfig) -> datasets.Dataset | datasets.IterableDat
     pictures = _with_classes([file for file in files if not file.endswith(_METADATA)])
     size = len(pictures) if metadata else _PART
     parts = [tuple(pictures[start : start + size]) for start in range(0, len(pictures), size or 1)]
-    return open_records(config, _read, [*metadata, *parts], [*map(identity, metadata), *([""] * len(parts))])
+    contents = [*(str(stamp(file)) for file in metadata), *([""] * len(parts))]
+    return open_records(config, _read, [*metadata, *parts], contents)
 
 
 def _belongs(file: Path) -> bool:
@@ -149,3 +154,68 @@ def _beside(file: str, name: Any) -> str | None:
 def _same(path: str) -> str:
     """Return what is the same for paths that differ in form only."""
     return unicodedata.normalize("NFC", os.path.normpath(path))
+
+
+class PicturesSource(MapSource):
+    """Every file of a folder that may be a picture, by its path in the folder; without captions.
+
+    A file may be a picture if its suffix is one of a kind that is read, or if it has none. `left_out` lists all others.
+
+    Raises:
+        SourceError: there is no picture.
+    """
+
+    def __init__(self, config: SourceConfig, seed: int = 0) -> None:
+        self.config = config
+        self._root = locate(config.path)
+        self.paths, left_out = _list_folder(self._root)
+        self.left_out = [skip._replace(source=_printable(config.path)) for skip in left_out]
+        if not self.paths:
+            raise SourceError(
+                f"images: got {config.path!r}, expected a folder of pictures ({KINDS}); not used: {left_out[:_NAMED]}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def rows(self, indices: Sequence[int], images: bool = True) -> list[Row]:
+        """Return the pictures' paths; their keys are their names in the folder."""
+        paths = [self.paths[index] for index in indices]
+        return [Row(path, {}, _printable(path.relative_to(self._root).as_posix())) for path in paths]
+
+
+def _list_folder(root: Path) -> tuple[list[Path], list[Skip]]:
+    """Return the files of a folder that may be pictures, sorted, and what else is there, each with the reason.
+
+    Links to folders are not entered.
+    """
+    paths: list[Path] = []
+    left_out: list[Skip] = []
+    known = suffixes()
+
+    def leave_out(path: Path, reason: str) -> None:
+        left_out.append(Skip(_printable(path.relative_to(root).as_posix()), reason))
+
+    def closed(error: OSError) -> None:
+        leave_out(Path(error.filename), f"{type(error).__name__}: {error.strerror}")
+
+    for folder, folders, files in os.walk(root, onerror=closed):
+        for path in (Path(folder, name) for name in folders):
+            if path.is_symlink():
+                leave_out(path, "a link to a folder, which is not entered: index that folder by itself")
+        for path in (Path(folder, name) for name in files):
+            if path.suffix.lower() not in known and path.suffix.strip("."):
+                leave_out(path, f"{path.suffix} is no suffix of the kinds that are read: {KINDS}")
+            elif not path.is_file():
+                leave_out(path, "no file: a link to nothing, or a device")
+            else:
+                paths.append(path)
+    return sorted(paths), sorted(left_out)
+
+
+def _printable(name: str) -> str:
+    """Return a file name without the bytes in it that are not UTF-8: old Korean names are EUC-KR."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+FORMATS = {"image_folder": Format(open_folder, encoded=True), "pictures": Format(PicturesSource)}

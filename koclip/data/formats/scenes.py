@@ -8,13 +8,16 @@ test.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from koclip.config import SourceConfig
+from koclip.data.formats import Captions, Format, MapSource, Row
+from koclip.data.formats.files import SourceError
 from koclip.text.korean.particles import attach
 
 Part = Literal["train", "test"]
@@ -106,8 +109,8 @@ def captions(scene: Scene) -> dict[str, list[str]]:
     if scene.kind == "count":
         count = len(scene.things)
         words, korean_words = COUNTS[count]
-        told = [f"{ko} {korean_words} 개", f"{attach(ko, '이/가')} {korean_words} 개 있다"]
-        return {"ko": told, "en": [f"{words} {english(first.colour, first.shape, count)}"]}
+        ko_texts = [f"{ko} {korean_words} 개", f"{attach(ko, '이/가')} {korean_words} 개 있다"]
+        return {"ko": ko_texts, "en": [f"{words} {english(first.colour, first.shape, count)}"]}
     size = SIZES[scene.size]
     # Captions of the colour or the shape alone teach both as words of their own, not only as pairs.
     ko_parts = [f"{COLOURS[first.colour][1]} 도형", SHAPES[first.shape]]
@@ -130,8 +133,8 @@ def pair_question(scene: Scene) -> tuple[dict[str, list[str]], int]:
 
 def relation_question(scene: Scene) -> tuple[dict[str, list[str]], int]:
     """Return the four relations of the scene's two objects, told by language, and the place of the true one."""
-    told = [relation_captions(scene.things[0], relation, scene.things[1]) for relation in RELATIONS]
-    texts = {language: [caption[language][0] for caption in told] for language in ("ko", "en")}
+    answers = [relation_captions(scene.things[0], relation, scene.things[1]) for relation in RELATIONS]
+    texts = {language: [caption[language][0] for caption in answers] for language in ("ko", "en")}
     return texts, list(RELATIONS).index(scene.relation)
 
 
@@ -277,3 +280,39 @@ def _distance(shape: str, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> npt.NDArr
         along, across = radius * np.cos(angle), radius * np.sin(angle)
         distance = ((along - tip) * normal[0] + across * normal[1]) / math.hypot(*normal)
     return distance
+
+
+class ScenesSource(MapSource):
+    """The built-in scenes as rows. `seed` makes another set of scenes.
+
+    Raises:
+        SourceError: `captions` names a language that scenes have no captions in.
+    """
+
+    group = 2
+    stored = False
+
+    def __init__(self, config: SourceConfig, seed: int = 0) -> None:
+        unknown = sorted(set(config.captions) - set(LANGUAGES))
+        if unknown:
+            raise SourceError(f"source 'scenes' has no captions in {unknown}; its languages are {LANGUAGES}")
+        self.config, self.seed = config, seed
+
+    def __len__(self) -> int:
+        return self.config.scenes_size
+
+    def rows(self, indices: Sequence[int], images: bool = True) -> list[Row]:
+        """Draw these scenes."""
+        part = self.config.scenes_part
+        scenes = [scene(part, self.seed, index) for index in indices]
+        return [
+            Row(draw(drawn, index) if images else None, self._captions(drawn), f"scenes/{part}/{index}")
+            for drawn, index in zip(scenes, indices, strict=True)
+        ]
+
+    def _captions(self, scene: Scene) -> Captions:
+        texts = captions(scene)
+        return {language: texts[language] for language in self.config.captions}
+
+
+FORMATS = {"scenes": Format(ScenesSource)}

@@ -1,4 +1,4 @@
-"""Read tables of rows with `datasets`: local files, image folders, tar shards, the Hub. Images stay encoded."""
+"""Read tables of rows with `datasets`: Parquet, Arrow, the Hub, `save_to_disk`. Images stay encoded."""
 
 import glob
 import itertools
@@ -7,45 +7,51 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets.data_files import DataFilesList
 from datasets.exceptions import DatasetsError
 from xxhash import xxh3_64_hexdigest
 
 from koclip.config import SourceConfig, locate
-from koclip.data.formats import shards
-from koclip.data.formats.columns import LISTS, column_names, has_column, top_column
+from koclip.data.formats import (
+    LISTS,
+    Format,
+    MapSource,
+    Table,
+    column_names,
+    formats,
+    has_column,
+    top_column,
+    webdataset,
+)
 from koclip.data.formats.encodings import FileError
-from koclip.data.formats.files import SourceError, file_format, find, identity, is_folder, is_remote, listed, walk
-from koclip.data.formats.image_folder import open_folder
-from koclip.data.formats.text_files import open_text
+from koclip.data.formats.files import SourceError, files_of, is_folder, is_remote, stamp, walk
 
 # What `datasets` and the readers below it raise on files that are missing or broken.
 UNREADABLE = (
     *(OSError, ValueError, TypeError, LookupError, EOFError),
     *(DatasetsError, tarfile.TarError, zlib.error, lzma.LZMAError),
 )
-TEXT = ("csv", "json", "annotations")  # formats of text files
 KEYS = ("__key__", "__url__", "id")  # columns that name a row
 _PEEKED = 5  # rows that tell the columns of a stream
 _PARTS = 64  # of a stream of what `save_to_disk` has saved, at most
 
-Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
-
-def open_table(config: SourceConfig) -> Table:
+def open_table(config: SourceConfig, kind: str, seed: int) -> Table | MapSource:
     """Open a source's table, reduced to the columns that `config` names and those that name a row.
+
+    A source that its format opens by itself is returned as it is.
 
     Raises:
         SourceError: the files, the data set, its split or a column do not exist, or cannot be read.
     """
-    kind = file_format(config)
     try:
-        table = _load(config, kind)
+        table = formats()[kind].open(config, seed)
+        if isinstance(table, MapSource):
+            return table
         # A stream may tell its columns by its rows only.
         heads: list[Any] = [table.features] if table.features else list(table.take(_PEEKED))
     except UNREADABLE as error:
@@ -103,42 +109,24 @@ def _images_encoded(feature: Any) -> Any:
     return datasets.Image(decode=False) if isinstance(feature, datasets.Image) else feature
 
 
-def _load(config: SourceConfig, kind: str) -> Table:
-    if kind == "hub":
-        return _hub_table(config)
-    if kind == "save_to_disk":
-        return _saved_table(config)
-    if kind == "image_folder":
-        return open_folder(config)
+def _open_parquet(config: SourceConfig, seed: int) -> Table:
+    return _file_table(config, "parquet")
+
+
+def _open_arrow(config: SourceConfig, seed: int) -> Table:
+    return _file_table(config, "arrow")
+
+
+def _file_table(config: SourceConfig, kind: str) -> Table:
+    """Load Parquet or Arrow files."""
     options: dict[str, Any] = {"split": config.split, "streaming": config.streaming}
     files = files_of(config, kind)
-    if kind == "webdataset":
-        return shards.stream(files, config)
-    if kind in TEXT:
-        return open_text(config, kind, files)
-    if kind in ("parquet", "arrow") and not is_remote(config.path):
+    if not is_remote(config.path):
         options["features"] = _features(files, kind)
     return datasets.load_dataset(kind, data_files={config.split.split("[")[0]: files}, **options)
 
 
-def files_of(config: SourceConfig, kind: str) -> DataFilesList | list[str]:
-    """Return a source's files; an address as it is.
-
-    Raises:
-        SourceError: there is none.
-    """
-    if is_remote(config.path):
-        return [config.path]
-    files = find(config.path, kind)
-    if not files:
-        raise SourceError(
-            f"source {config.path!r} matches no file (from {Path.cwd()}); check the path, "
-            "or set format: hub for a Hub data set"
-        )
-    return listed(files)
-
-
-def _hub_table(config: SourceConfig) -> Table:
+def _hub_table(config: SourceConfig, seed: int) -> Table:
     """Load a data set of the Hub, or a folder that is laid out like one."""
     options: dict[str, Any] = {"revision": config.revision}
     path = config.path
@@ -149,14 +137,14 @@ def _hub_table(config: SourceConfig) -> Table:
                 f"source {path!r}: datasets takes [ ] * ? and :: in a folder's name for patterns; rename it"
             )
         # `datasets` would know its files by their names and `mtime` only.
-        files = xxh3_64_hexdigest(repr([(str(file), identity(file)) for file in walk(Path(path))]).encode())
+        files = xxh3_64_hexdigest(repr([(str(file), stamp(file)) for file in walk(Path(path))]).encode())
         options["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{files}")
     options |= {"split": config.split, "streaming": config.streaming}
     table = datasets.load_dataset(path, config.subset, **options)
     if table.info.builder_name == "webdataset":
         where = {name: options[name] for name in options.keys() & {"revision", "cache_dir"}}
         builder = datasets.load_dataset_builder(path, config.subset, **where)
-        return shards.stream(list(builder.config.data_files[config.split]), config)
+        return webdataset.stream(list(builder.config.data_files[config.split]), config)
     if table.info.builder_name == "csv":  # its cells are text, not what pandas makes of them
         names: Iterable[str] = table.column_names or next(iter(table), {})
         texts = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
@@ -164,7 +152,7 @@ def _hub_table(config: SourceConfig) -> Table:
     return table
 
 
-def _saved_table(config: SourceConfig) -> Table:
+def _saved_table(config: SourceConfig, seed: int) -> Table:
     """Load what `datasets` has saved with `save_to_disk`."""
     folder = str(locate(config.path).absolute())
     saved, split = datasets.load_from_disk(folder), config.split.split("[")[0]
@@ -208,3 +196,11 @@ def _filled(feature: Any, other: Any) -> Any:
     if isinstance(feature, Mapping) and isinstance(other, Mapping):
         return {name: _filled(inner, other[name]) if name in other else inner for name, inner in feature.items()}
     return feature
+
+
+FORMATS = {
+    "hub": Format(_hub_table),
+    "parquet": Format(_open_parquet, (".parquet",)),
+    "arrow": Format(_open_arrow, (".arrow",)),
+    "save_to_disk": Format(_saved_table),
+}

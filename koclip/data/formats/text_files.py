@@ -5,6 +5,7 @@ take the first column for an index where a line has one field more, and let some
 """
 
 import csv
+import dataclasses
 import itertools
 import json
 import re
@@ -20,16 +21,52 @@ from xxhash import xxh3_128_hexdigest
 
 from koclip import storage
 from koclip.config import SourceConfig
-from koclip.data.formats.columns import column_names, dig, has_column
+from koclip.data.formats import Format, Table, column_names, dig, has_column
 from koclip.data.formats.encodings import FileError, read_lines, read_text
-from koclip.data.formats.files import SourceError, identity, is_remote, suffix_of
-from koclip.data.formats.json_layouts import ONE, Layout, conversion, layout_of
+from koclip.data.formats.files import SourceError, files_of, is_remote, stamp, suffix_of
 
 _PEEKED = 1_000  # rows that tell the columns of a stream
 _BATCH = 10_000  # rows written at once
 _VERSION = 2  # of the files that are kept
 _JSON = json.JSONDecoder(parse_constant=lambda _: None)  # NaN is a missing value
 csv.field_size_limit(2**31 - 1)  # characters; the default is 131,072
+# Lines of Python that make JSON Lines of documents that are not rows, such as COCO's.
+_CONVERT = """\
+import glob, json
+def rows(data):
+{rows}
+with open({output!r}, "w", encoding="utf-8") as lines:
+    for path in {paths}:
+        with open(path, encoding={encoding!r}) as file:
+            for row in rows(json.load(file)):
+                lines.write(json.dumps(row, ensure_ascii=False) + "\\n")"""
+_COCO = """\
+    captions = {image["id"]: [] for image in data["images"]}
+    for annotation in data["annotations"]:
+        captions[annotation["image_id"]].append(annotation["caption"])
+    for image in data["images"]:
+        yield {"image": image["file_name"], "captions": captions[image["id"]]}"""
+_KARPATHY = """\
+    for image in data["images"]:
+        name = "/".join(filter(None, [image.get("filepath"), image["filename"]]))
+        captions = [sentence["raw"] for sentence in image["sentences"]]
+        yield {"image": name, "captions": captions, "split": image["split"]}"""
+_BY_NAME = """\
+    for name, captions in data.items():
+        yield {"image": name, "captions": captions}"""
+_LISTS = """\
+    for cells in zip(*data.values()):
+        yield dict(zip(data, cells))"""
+_DICTS = """\
+    for key in next(iter(data.values())):
+        yield {name: cells[key] for name, cells in data.items()}"""
+_RECORDS = """\
+    yield from data[{key!r}]"""
+_OBJECT = """\
+    yield data"""
+_SINGLE = ("one JSON object, as in AI-Hub's JSON file per picture", _OBJECT)
+
+Layout = tuple[str, str]  # what a document is, and the body of a generator of its rows
 
 
 class Task(NamedTuple):
@@ -51,23 +88,39 @@ class Task(NamedTuple):
         return list(dict.fromkeys([*self.images, *self.columns, "id"]))
 
 
-def open_text(config: SourceConfig, kind: str, files: Sequence[str]) -> datasets.Dataset | datasets.IterableDataset:
-    """Open files as a table of the columns that a source names, and `id`.
+def _open_csv(config: SourceConfig, seed: int) -> Table:
+    return _open_text(config, "csv")
 
-    Args:
-        config: The source.
-        kind: csv (TSV too), or json and annotations (one object per line, or one array of objects).
-        files: Their paths, or one address, which may be a pattern.
+
+def _open_json(config: SourceConfig, seed: int) -> Table:
+    return _open_text(config, "json")
+
+
+def _open_text(config: SourceConfig, kind: str) -> Table:
+    """Open files as a table of the columns that a source names, and `id`.
 
     Raises:
         SourceError: no row has one of the columns.
         FileError: a file is broken, not in its encoding or of another layout.
     """
+    files: Sequence[str] = files_of(config, kind)
     if is_remote(files[0]):
         files = [opened.full_name for opened in fsspec.open_files(files[0])]
-    return open_records(
-        config, csv_records if kind == "csv" else json_records, files, [_content(file) for file in files]
-    )
+    records = csv_records if kind == "csv" else json_records
+    return open_records(config, records, files, [_content(file) for file in files])
+
+
+def _annotation_columns(config: SourceConfig) -> SourceConfig:
+    """KoCLIP's and COCO's annotation files have fixed columns; they hold one language, Korean unless named."""
+    language = next(iter(config.captions)) if len(config.captions) == 1 else "ko"
+    return dataclasses.replace(config, image="file_path", captions={language: "captions"}, languages=None)
+
+
+FORMATS = {
+    "csv": Format(_open_csv, (".csv", ".tsv"), encoded=True),
+    "json": Format(_open_json, (".json", ".jsonl"), encoded=True),
+    "annotations": Format(_open_json, encoded=True, columns=_annotation_columns),
+}
 
 
 def open_records(
@@ -75,7 +128,7 @@ def open_records(
     read: Callable[[Any, Task], Iterator[Mapping[str, Any]]],
     files: Sequence[Any],
     contents: Sequence[str],
-) -> datasets.Dataset | datasets.IterableDataset:
+) -> Table:
     """Return the rows of files as a table of the columns that a source names, and `id`.
 
     Args:
@@ -118,7 +171,7 @@ def open_records(
 def _content(file: str) -> str:
     """Return what differs when a file's content does."""
     if not is_remote(file):
-        return identity(file)
+        return str(stamp(file))
     filesystem, path = fsspec.core.url_to_fs(file)
     return str(filesystem.ukey(path))
 
@@ -224,7 +277,7 @@ def json_records(file: str, task: Task) -> Iterator[Mapping[str, Any]]:
         if error.pos < len(first.strip()):
             raise FileError(f"{file}, line {number} is not JSON: {error.msg}") from error
         document = _object(_parsed("".join([first, *(line for _, line in lines)]), file), file)
-        raise _other_layout(_layout(document, task) or ONE, file, task) from error
+        raise _other_layout(_layout(document, task) or _SINGLE, file, task) from error
     record = _object(record, f"{file}, line {number}")
     following = next(lines, None)
     layout = _layout(record, task) if following is None else None
@@ -259,8 +312,64 @@ def _layout(document: Mapping[str, Any], task: Task) -> Layout | None:
         image = not task.images or any(has_column(record, image) for image in task.images)
         return image and all(has_column(record, column) for column in task.columns)
 
-    return layout_of(document, images, has_columns)
+    return _layout_of(document, images, has_columns)
 
 
 def _other_layout(layout: Layout, file: str, task: Task) -> FileError:
-    return FileError(f"{file} cannot be read as it is: {conversion(layout, task.path, task.files, task.encoding)}")
+    return FileError(f"{file} cannot be read as it is: {_conversion(layout, task.path, task.files, task.encoding)}")
+
+
+def _layout_of(data: Mapping[str, Any], cells: Sequence[object], has_columns: Callable[[Any], bool]) -> Layout | None:
+    """Return the layout of a document that is not a row, None if it is one.
+
+    Args:
+        data: The document.
+        cells: What it holds in the columns of images.
+        has_columns: Tells whether a record has the columns that a source names.
+    """
+    images, annotations = _objects(data.get("images")), _objects(data.get("annotations"))
+    if images and "sentences" in images[0]:
+        return "Karpathy's JSON: images with sentences", _KARPATHY
+    if images and annotations and annotations[0].keys() >= {"image_id", "caption"}:
+        return "COCO's JSON: images and annotations", _COCO
+    if any(isinstance(cell, list) for cell in cells) and all(isinstance(value, list) for value in data.values()):
+        return "one list per column", _LISTS
+    if any(isinstance(cell, Mapping) for cell in cells) and all(isinstance(value, Mapping) for value in data.values()):
+        return "one object per column, as pandas writes it", _DICTS
+    if has_columns(data):
+        return None
+    for key, value in data.items():
+        if (records := _objects(value)) and has_columns(records[0]):
+            return f"an object with its rows in {key!r}", _RECORDS.format(key=key)
+    if all(isinstance(value, str) or _texts(value) for value in data.values()):
+        return "captions by the name of the image", _BY_NAME
+    return None
+
+
+def _conversion(layout: Layout, path: str, files: Sequence[str], encoding: str) -> str:
+    """Say what files hold, and the lines that write their rows as JSON Lines.
+
+    Args:
+        layout: What they hold.
+        path: Where a source's files are, a pattern if there are several.
+        files: The files.
+        encoding: Their encoding.
+    """
+    what, rows = layout
+    several = len(files) > 1
+    code = _CONVERT.format(
+        rows=rows,
+        output=str(Path(files[0]).parent / "rows.jsonl" if several else Path(files[0]).with_suffix(".jsonl")),
+        paths=f"sorted(glob.glob({path!r}, recursive=True))" if several else [files[0]],
+        encoding="utf-8-sig" if encoding == "utf-8" else encoding,
+    )
+    return f"it is {what}; koclip reads JSON Lines and arrays of objects, which these lines of Python write:\n{code}"
+
+
+def _objects(value: Any) -> list[Mapping[str, Any]]:
+    """Return a list of objects; nothing if it is something else."""
+    return value if isinstance(value, list) and all(isinstance(item, Mapping) for item in value) else []
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)

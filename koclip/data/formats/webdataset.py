@@ -23,8 +23,9 @@ from datasets.data_files import DataFilesList
 from datasets.download.streaming_download_manager import xopen
 
 from koclip.config import SourceConfig
+from koclip.data.formats import Format
 from koclip.data.formats.encodings import FileError, decode
-from koclip.data.formats.files import is_remote
+from koclip.data.formats.files import files_of, is_remote
 
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # of a sample, of a column
 _UNPACK: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -59,6 +60,13 @@ class Columns(NamedTuple):
     def has(self, name: str) -> bool:
         """Tell whether a file of a sample is read."""
         return name in self.images or self.has_text(name)
+
+
+def _open(config: SourceConfig, seed: int) -> datasets.IterableDataset:
+    return stream(files_of(config, "webdataset"), config)
+
+
+FORMATS = {"webdataset": Format(_open, (".tar", ".tgz"), encoded=True)}
 
 
 def stream(files: Sequence[str], config: SourceConfig) -> datasets.IterableDataset:
