@@ -25,7 +25,7 @@ from koclip.data.transforms import PixelLimit, Views, centre_view, view_size
 from koclip.encoders.base import TransformersEncoder
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate, open_all
-from koclip.evaluation.report.finish import report
+from koclip.evaluation.report.write import report
 from koclip.evaluation.sets import EvalSet
 from koclip.models.dual_encoder import DualEncoder
 from koclip.models.pretrained import load_image_side
@@ -46,7 +46,7 @@ def main(cfg: config.AlignConfig) -> None:
     run.start(cfg, accelerator)
     cache = Path(cfg.align.cache_dir or run.path / "features")
 
-    eval_sets = open_all(cfg.eval.sets, PixelLimit(cfg.data.max_image_pixels))
+    eval_sets = open_all(cfg.eval, PixelLimit(cfg.data.max_image_pixels))
     if accelerator.is_main_process:
         run.list_skipped([skip for one in eval_sets for skip in one.all_skipped()])
     clip, image_processor = load_image_side(cfg.model.clip)
@@ -84,7 +84,7 @@ def main(cfg: config.AlignConfig) -> None:
     model_dir = run.save_model(trainer, processor, partial(publish_aligned, config=cfg, source=source))
     if accelerator.is_main_process:
         saved = TransformersEncoder(*koclip.load(model_dir), name=str(model_dir))
-        report(run.path, cfg, Embedder(saved, cfg.eval.batch_size), eval_sets)
+        report(run.path, Embedder(saved, cfg.eval.batch_size), eval_sets)
         print(NEXT.format(model=model_dir, kind=type(model).__name__))
 
 

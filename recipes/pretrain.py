@@ -18,7 +18,7 @@ from koclip.data.transforms import PixelLimit, Views, centre_view, view_size
 from koclip.encoders.base import TransformersEncoder
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate, open_all
-from koclip.evaluation.report.finish import report
+from koclip.evaluation.report.write import report
 from koclip.evaluation.sets import EvalSet
 from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.runs.directory import Run
@@ -40,7 +40,7 @@ def main(cfg: config.PretrainConfig) -> None:
     run = Run("pretrain", cfg.output_dir, resume=cfg.resume == "auto")
     run.start(cfg, accelerator)
 
-    eval_sets = open_all(cfg.eval.sets, PixelLimit(cfg.data.max_image_pixels))
+    eval_sets = open_all(cfg.eval, PixelLimit(cfg.data.max_image_pixels))
     if accelerator.is_main_process:
         run.list_skipped([skip for one in eval_sets for skip in one.all_skipped()])
     tokenizer = run.tokenizer(cfg.tokenizer, training_captions(cfg.data))
@@ -80,7 +80,7 @@ def main(cfg: config.PretrainConfig) -> None:
     model_dir = run.save_model(trainer, processor)
     if accelerator.is_main_process:
         saved = TransformersEncoder(*koclip.load(model_dir), name=str(model_dir))  # as a user loads it
-        report(run.path, cfg, Embedder(saved, cfg.eval.batch_size), eval_sets)
+        report(run.path, Embedder(saved, cfg.eval.batch_size), eval_sets)
         labels = labels_of(eval_sets)
         measured = NEXT.format(model=model_dir, run=run.path, labels=labels)
         print(measured if labels else f"Saved {model_dir}, a stock transformers model; nothing was measured: eval.sets")

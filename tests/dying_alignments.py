@@ -13,7 +13,7 @@ from align_runs import align
 
 from koclip import training
 from koclip.data import feature_rows, features
-from koclip.evaluation.report import finish as _slow_to_load  # noqa: F401
+from koclip.evaluation.report import write as _slow_to_load  # noqa: F401
 from koclip.runs import directory as run_room
 from koclip.runs.state import Snapshot
 from koclip.training import loop

@@ -14,7 +14,7 @@ from koclip import config
 from koclip.align.lora import attach
 from koclip.align.save import publish_aligned
 from koclip.encoders.peers import open_encoder
-from koclip.evaluation.report.finish import Measured, write_results
+from koclip.evaluation.results import Measured, write_results
 from koclip.metrics import Metric
 from koclip.models.dual_encoder import from_scratch
 from koclip.models.save import publish

@@ -8,7 +8,7 @@ from koclip.config.alignment import AdapterConfig, AlignMethodConfig, DistillCon
 from koclip.config.changes import check_changes, check_data
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
 from koclip.config.errors import ConfigError, RunError, check, check_pixels
-from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig, Task
+from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig
 from koclip.config.languages import check_languages
 from koclip.config.model import LossConfig, ModelConfig
 from koclip.config.parsing import dump, parse, run, to_dict
@@ -38,7 +38,6 @@ __all__ = [
     "SourceConfig",
     "Stage",
     "SwapConfig",
-    "Task",
     "TokenizerConfig",
     "TrainConfig",
     "check",

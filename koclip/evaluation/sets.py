@@ -335,8 +335,8 @@ def _present(
     kept = present if config.present_classes else classes
     if len(kept) < 2:
         raise ConfigError(
-            f"eval.sets[].classes: {short_name} has one class, {kept[0].key!r}, and every answer would be right: expected "
-            "two or more"
+            f"eval.sets[].classes: {short_name} has one class, {kept[0].key!r}, and every answer would be right: "
+            "expected two or more"
         )
     return kept, warnings
 

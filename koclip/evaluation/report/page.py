@@ -1,19 +1,17 @@
-"""report.html: everything of an evaluation on one page that needs no other file."""
+"""report.html: the whole evaluation on a page that needs no other file."""
 
 import base64
 import io
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from koclip.evaluation.notes import notes
-from koclip.evaluation.report.printing import NOTE
-from koclip.evaluation.report.table import Line, Section
+from koclip.evaluation.report.table import NOTE, Line, Section
+from koclip.evaluation.run import notes
 
 _QUALITY = 85  # of pictures, 0 to 100
 _KINDS = {
@@ -25,56 +23,53 @@ _KINDS = {
     "shift": "Accuracy under shift",
     "shots": "Few-shot probe",
 }
-# What the summary shows of each data set and language, in words.
-_SUMMARY = {
-    "text_to_image/recall@10": "captions that find their image among the first 10",
-    "stress/drop@10": "points of that lost by the worst rewriting of captions",
-    "zero_shot/accuracy": "images whose class is found by its name",
-    "linear_probe/accuracy": "images whose class a linear probe finds",
-    "languages/gap@10": "points of R@10, first less second language",
-    "agreement/kendall_tau_c": "agreement with people's ratings, Kendall's tau c",
-}
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture of one model: its label, what is to be seen, and the picture as WebP in base64."""
+class Picture(NamedTuple):
+    """A picture of a model: its label, a text in its place, and the picture as WebP in base64."""
 
     label: str
     text: str
     content: str
 
 
+class Model(NamedTuple):
+    """A model as the page shows it."""
+
+    name: str  # as it was given to koclip
+    label: str  # a short name
+    pictures: Mapping[str, Mapping[str, Path]]  # files by data set and kind
+    data: Mapping[str, Mapping[str, Any]]  # what results.json says of the data sets
+    training: Path | None = None  # a picture of its training
+
+
 def write(
     run: Path,
-    labels: Mapping[str, str],
+    models: Sequence[Model],
     sections: Sequence[Section],
-    drawn: Mapping[str, Mapping[str, Mapping[str, Path]]],
-    data: Mapping[str, Mapping[str, Mapping[str, Any]]],
-    warnings: Sequence[str],
     environment: Mapping[str, Any],
+    warnings: Sequence[str],
 ) -> None:
     """Write report.html.
 
     Args:
         run: Where to; its config.yaml is shown if it is there.
-        labels: A short name of every model.
-        sections: The rows, by data set; their cells are in the order of the labels.
-        drawn: Files of pictures by model, data set and kind.
-        data: What each model's results.json says of the data sets, by label.
+        models: In the order of the cells.
+        sections: The rows, by data set.
+        environment: As in results.json.
         warnings: What a reader should know.
-        environment: What results.json says of it.
     """
     configuration = run / "config.yaml"
     name, *arguments = environment["command"]
     loader = PackageLoader("koclip", "assets")
     jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = jinja.get_template("report.html").render(
-        labels=labels,
-        summary=[(section.name, _summary(section)) for section in sections],
+        labels={model.name: model.label for model in models},
+        summary=[(section.name, [line for line in section.main if line.spec.summary]) for section in sections],
         sections=sections,
-        pictures={section.name: _pictures(section.name, labels, drawn) for section in sections},
-        notes={section.name: _notes(section.name, data) for section in sections},
+        pictures={section.name: _pictures(section.name, models) for section in sections},
+        notes={section.name: _notes(section.name, models) for section in sections},
+        training=[Picture(own.label, "loss over steps", _content(own.training)) for own in models if own.training],
         warnings=warnings,
         environment=environment,
         command=shlex.join(["python", f"recipes/{name}", *arguments]),
@@ -85,18 +80,14 @@ def write(
     (run / "report.html").write_text(text, encoding="utf-8")
 
 
-def _notes(name: str, data: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
-    """Return what is said of a data set; nothing of people's ratings, which are none."""
-    facts = {label: sets[name] for label, sets in data.items() if name in sets}
+def _notes(name: str, models: Sequence[Model]) -> list[str]:
+    """Return what is said of a data set; nothing of ratings."""
+    facts = {model.label: model.data[name] for model in models if name in model.data}
     if not facts:
         return []
     first = next(iter(facts.values()))
     classes = f", {first['classes']:,} classes" if "classes" in first else ""
     return [f"{first['images']:,} images{classes}, from {first['source']['source']['path']}", *notes(facts)]
-
-
-def _summary(section: Section) -> list[tuple[Line, str]]:
-    return [(line, _SUMMARY[line.key]) for line in section.main if line.key in _SUMMARY]
 
 
 def _best(line: Line) -> list[bool]:
@@ -106,17 +97,18 @@ def _best(line: Line) -> list[bool]:
     return [len(known) > 1 and share == max(known) for share in shares]
 
 
-def _pictures(
-    data: str, labels: Mapping[str, str], drawn: Mapping[str, Mapping[str, Mapping[str, Path]]]
-) -> dict[str, list[Picture]]:
-    """Return a data set's pictures by what they show, those of all models side by side."""
-    found: dict[str, list[Picture]] = {}
-    for kind, title in _KINDS.items():
-        for model, label in labels.items():
-            for name, file in drawn[model].get(data, {}).items():
+def _pictures(dataset: str, models: Sequence[Model]) -> dict[str, list[Picture]]:
+    """Return a data set's pictures by kind, those of all models side by side."""
+    kinds = [name.partition("-")[0] for model in models for name in model.pictures.get(dataset, {})]
+    pictures: dict[str, list[Picture]] = {}
+    for kind in dict.fromkeys([*_KINDS, *kinds]):
+        title = _KINDS.get(kind, kind)
+        for model in models:
+            for name, file in model.pictures.get(dataset, {}).items():
                 if name.partition("-")[0] == kind:
-                    found.setdefault(title, []).append(Picture(label, f"{title}: {data}, {label}", _content(file)))
-    return found
+                    text = f"{title}: {dataset}, {model.label}"
+                    pictures.setdefault(title, []).append(Picture(model.label, text, _content(file)))
+    return pictures
 
 
 def _content(file: Path) -> str:

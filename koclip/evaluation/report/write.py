@@ -1,96 +1,161 @@
-"""What an evaluation leaves in a run's directory: results.json, and after training a table and pictures."""
+"""What an evaluation leaves in a directory: results.json and pictures of every model, and a table and a page of all."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from tqdm.auto import tqdm
 
 from koclip import storage
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.evaluate import evaluate
-from koclip.evaluation.notes import described, notes
-from koclip.evaluation.report.drawing import korean_style, save
-from koclip.evaluation.report.grids import queries
-from koclip.evaluation.report.printing import print_tables
-from koclip.evaluation.report.table import MAIN, place, sections, split
+from koclip.evaluation.evaluate import evaluate, warnings_of
+from koclip.evaluation.report import page
+from koclip.evaluation.report.charts import charts, korean_style, save
+from koclip.evaluation.report.grids import confusions, queries
+from koclip.evaluation.report.table import Templates, markdown, print_tables, sections
+from koclip.evaluation.results import Measured, Record, records_of, write_results
+from koclip.evaluation.run import described, labels_of, notes
 from koclip.evaluation.sets import EvalSet
+from koclip.evaluation.tasks import SPECS
+from koclip.evaluation.tasks.zero_shot import asked_templates
 from koclip.metrics import Metric
 
-
-class Measured(NamedTuple):
-    """The model that numbers are of."""
-
-    name: str  # as it was named to koclip
-    fingerprint: str  # of all that its embeddings depend on (`koclip.encoders.base.Encoder`)
+_TRAINING = "training.png"
 
 
-def report(run: Path, config: Any, embedder: Embedder, sets: Sequence[EvalSet]) -> dict[str, Metric]:
-    """Evaluate; write results.json and pictures/ in the run directory; print the table and what could not be used."""
-    metrics = evaluate(embedder, sets)
+class Evaluated(NamedTuple):
+    """A model with its numbers."""
+
+    model: str  # as it was given to koclip
+    folder: Path  # where its results go
+    embedder: Embedder
+    metrics: dict[str, Metric]  # as `evaluate` names them
+
+
+def report(run: Path, embedder: Embedder, eval_sets: Sequence[EvalSet]) -> dict[str, Metric]:
+    """Evaluate the model of a training run; write results.json, pictures/, table.md and report.html; print the table.
+
+    Args:
+        run: The run directory: environment.json, metrics.jsonl and model/ are in it.
+        embedder: Embeds with the model as it was saved.
+        eval_sets: What to evaluate on.
+    """
+    metrics = evaluate(embedder, eval_sets)
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-    data = described(sets, str(run / "model"))
-    model = Measured(str(run / "model"), embedder.fingerprint)
-    write_results(run / "results.json", model, data, metrics, environment)
-    pictures = run / "pictures"
     with korean_style():
-        for one in sets:
-            figure = queries(embedder, one)
-            if figure is not None:
-                save(figure, pictures / f"queries-{file_name(one.name)}.png")
-        save(training_figure(run / "metrics.jsonl", metrics), pictures / "training.png")
-    if sets:
-        sets[0].pictures[0].save(pictures / "example.png")
-        said = {name: notes({run.name: facts}) for name, facts in data.items()}
-        print_tables(sections([metrics], {}), [run.name], notes=said)
-    skipped = len(storage.read_lines(run / "skipped.jsonl"))
-    if skipped:
-        print(f"{skipped:,} samples could not be used: {run / 'skipped.jsonl'} lists them with their reasons")  # noqa: T201
+        save(training_figure(run / "metrics.jsonl", metrics), run / "pictures" / _TRAINING)
+    if eval_sets:
+        eval_sets[0].images[0].save(run / "pictures" / "example.png")
+    evaluated = Evaluated(str(run / "model"), run, embedder, metrics)
+    write(run, [evaluated], eval_sets, environment, warnings_of(embedder, eval_sets))
     return metrics
 
 
-def write_results(
-    path: Path, model: Measured, data: dict[str, Any], metrics: dict[str, Metric], environment: dict[str, Any]
+def write(
+    run: Path,
+    evaluated: Sequence[Evaluated],
+    eval_sets: Sequence[EvalSet],
+    environment: Mapping[str, Any],
+    warnings: Sequence[str],
 ) -> None:
-    """Write results.json: what was evaluated, on what, with which numbers, where; keys are in alphabetical order.
+    """Write results.json and pictures/ of every model, table.md and report.html, and print the table.
+
+    A single process does this: what the pictures need is taken from the embedders' cache, else embedded again.
+
+    Args:
+        run: The directory of the evaluation; config.yaml and skipped.jsonl may be in it.
+        evaluated: The models.
+        eval_sets: What they were evaluated on.
+        environment: What results.json says of it.
+        warnings: What a reader should know.
 
     Raises:
-        ValueError: a number is not finite.
+        ValueError: a metric is not finite.
     """
-    results = {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
-        "data": data,
-        "metrics": {name: metric.to_dict() for name, metric in metrics.items()},
-        "environment": environment,
-    }
-    ordered = json.loads(json.dumps(results, sort_keys=True, allow_nan=False))
-    results = {name: ordered[name] for name in results}  # the contract's order; below it, alphabetical
-    path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for model in evaluated:
+        keep(model, eval_sets, environment)
+    labels = labels_of([model.model for model in evaluated])
+    records = {model.model: records_of(model.metrics, SPECS) for model in evaluated}
+    templates = {eval_set.name: asked_templates(eval_set) for eval_set in eval_sets}
+    data = {model.model: described(eval_sets, model.model) for model in evaluated}
+    names = dict.fromkeys(name for own in data.values() for name in own)
+    said = {name: notes({labels[model]: own[name] for model, own in data.items()}) for name in names}
+    rows = sections(list(records.values()), templates)
+    if rows:
+        (run / "table.md").write_text(markdown(rows, list(labels.values()), warnings, said), encoding="utf-8")
+        print_tables(rows, list(labels.values()), warnings, said)
+    skipped = len(storage.read_lines(run / "skipped.jsonl"))
+    if skipped:
+        print(f"{skipped:,} samples could not be used: {run / 'skipped.jsonl'} lists them with their reasons")  # noqa: T201
+    models = []
+    for model in evaluated:
+        drawn = _draw(model, records[model.model], eval_sets, templates)
+        training = model.folder / "pictures" / _TRAINING
+        label = labels[model.model]
+        models.append(
+            page.Model(model.model, label, drawn, data[model.model], training if training.is_file() else None)
+        )
+    if rows:
+        page.write(run, models, rows, environment, warnings)
 
 
-def file_name(name: str) -> str:
-    """Return a data set's or model's name as part of a file's."""
-    return name.replace("/", "-")
+def keep(model: Evaluated, eval_sets: Sequence[EvalSet], environment: Mapping[str, Any]) -> None:
+    """Write a model's results.json.
+
+    Raises:
+        ValueError: a metric is not finite.
+    """
+    measured = Measured(model.model, model.embedder.fingerprint)
+    data = described(eval_sets, model.model)
+    write_results(model.folder / "results.json", measured, data, model.metrics, dict(environment))
 
 
-def training_figure(log: Path, final: dict[str, Metric]) -> Figure:
-    """Draw the loss of a run over its steps, and the recall or accuracy it was watched on; `final` is at the end."""
+def _draw(
+    model: Evaluated, records: Sequence[Record], eval_sets: Sequence[EvalSet], templates: Templates
+) -> dict[str, dict[str, Path]]:
+    """Draw a model's pictures; return their files by data set and kind."""
+    embedder = model.embedder.alone()
+    drawn: dict[str, dict[str, Path]] = {}
+    with korean_style():
+        for eval_set in tqdm(eval_sets, desc="pictures", leave=False):
+            drawn[eval_set.name] = {}
+            for kind, figure in _figures(eval_set, records, embedder, templates):
+                file = model.folder / "pictures" / f"{kind}-{eval_set.name.replace('/', '-')}.png"
+                drawn[eval_set.name][kind] = file
+                save(figure, file)
+    return drawn
+
+
+def _figures(
+    eval_set: EvalSet, records: Sequence[Record], embedder: Embedder, templates: Templates
+) -> Iterator[tuple[str, Figure]]:
+    """Yield the pictures of a model on a set, by kind."""
+    yield from charts(eval_set.name, records, templates[eval_set.name])
+    figure = queries(embedder, eval_set)
+    if figure is not None:
+        yield "queries", figure
+    if "zero_shot" in eval_set.tasks:
+        for language, figure in confusions(embedder, eval_set):
+            yield f"confusion-{language}", figure
+
+
+def training_figure(log: Path, final: Mapping[str, Metric]) -> Figure:
+    """Draw the loss of a run over its steps, and the recall or accuracy measured meanwhile; `final` is at the end."""
     logged = storage.read_lines(log)
     losses = [(line["step"], line["loss"]) for line in logged if line.get("loss") is not None]
-    watched = {name for line in logged for name in line if name.endswith(("text_to_image/recall@10", "/accuracy"))}
-    watched = {name for name in watched if place(split(name)[2])[0] == MAIN}
     logged.append({"step": logged[-1]["step"], **{name: metric.value for name, metric in final.items()}})
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axis = figure.subplots()
     axis.plot(*zip(*losses, strict=True), color="tab:grey", marker=".", label="loss")
     axis.set(xlabel="step", ylabel="loss")
     axis.set_ylim(bottom=0)
+    watched = sorted(record.name for record in records_of(final, SPECS) if record.spec.watched)
     if watched:
         percent = axis.twinx()
         percent.set(ylabel="%", ylim=(0, 100))
-        for name in sorted(watched):
+        for name in watched:
             points = [(line["step"], 100 * line[name]) for line in logged if name in line]
             percent.plot(*zip(*points, strict=True), marker="o", label=name)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
