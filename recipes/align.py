@@ -18,10 +18,12 @@ from koclip.align import lora
 from koclip.align.build import adapt, load_teacher, text_encoder
 from koclip.align.save import publish_aligned
 from koclip.align.trainable import layer_rates, select
-from koclip.data.batches import Known
-from koclip.data.loader import train_loader, training_captions
+from koclip.data.batches import Assembler, Precomputed
+from koclip.data.loader import Start, train_loader, training_captions
 from koclip.data.order import Shard
+from koclip.data.survey import CaptionLengths
 from koclip.data.transforms import PixelLimit, Views, centre_view, view_size
+from koclip.embeddings.sources import Cache, image_features, teacher_features
 from koclip.encoders.base import TransformersEncoder
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate, open_all
@@ -30,7 +32,6 @@ from koclip.evaluation.sets import EvalSet
 from koclip.models.dual_encoder import DualEncoder
 from koclip.models.pretrained import load_image_side
 from koclip.runs.directory import Run
-from koclip.training.frozen import image_features, teacher_features
 
 NEXT = """
 Saved {model}, a stock {kind}: AutoModel and AutoProcessor load it. Next:
@@ -50,18 +51,18 @@ def main(cfg: config.AlignConfig) -> None:
     if accelerator.is_main_process:
         run.list_skipped([skip for one in eval_sets for skip in one.all_skipped()])
     clip, image_processor = load_image_side(cfg.model.clip)
-    known = Known(language=cfg.distill.language)
+    known = Precomputed(language=cfg.distill.language)
     if cfg.taught:
         teacher = load_teacher(clip, cfg.model.clip)
         made = teacher_features(
-            accelerator, teacher, cfg.data, known.language, cache / "teacher", cfg.align.cache_dtype
+            accelerator, teacher, cfg.data, known.language, Cache(cache / "teacher", cfg.align.cache_dtype)
         )
         known = known._replace(teacher=made)
     encoder = text_encoder(cfg.model, clip)
     tokenizer = run.tokenizer(cfg.text_tokenizer, training_captions(cfg.data), encoder and encoder.config)
     surveys = training.survey(cfg.data, tokenizer)
     run.check_data(surveys)
-    known = known._replace(lengths=[one.lengths for one in surveys])
+    lengths = [one.lengths for one in surveys]
     model, processor = adapt(cfg.model, clip, encoder, image_processor, tokenizer)
     source = {name: one.clone() for name, one in model.state_dict().items()} if cfg.align.wise_ft < 1 else {}
     if cfg.align.method == "lora":
@@ -77,7 +78,7 @@ def main(cfg: config.AlignConfig) -> None:
             dual_encoder, trainer = training.release(trainer), None
         if cfg.align.method != "lora":
             select(dual_encoder, cfg, stage, clip)
-        trainer = train(cfg, accelerator, run, dual_encoder, processor, stage, known, cache, eval_sets)
+        trainer = train(cfg, accelerator, run, dual_encoder, processor, stage, known, lengths, cache, eval_sets)
         if trainer is None:
             return
 
@@ -95,7 +96,8 @@ def train(
     dual_encoder: DualEncoder,
     processor: ProcessorMixin,
     stage: config.Stage,
-    known: Known,
+    known: Precomputed,
+    lengths: list[CaptionLengths | None],
     cache: Path,
     eval_sets: list[EvalSet],
 ) -> training.Trainer | None:
@@ -104,7 +106,9 @@ def train(
     views = Views(cfg.data, view_size(images), centre_view(images)) if stage.images else None
     known = known if stage.taught else known._replace(teacher=None)
     if views and cfg.align.cache and not dual_encoder.trains("image"):
-        made = image_features(accelerator, dual_encoder, cfg.data, views, cache / "images", cfg.align.cache_dtype)
+        made = image_features(
+            accelerator, dual_encoder, cfg.data, views, Cache(cache / "images", cfg.align.cache_dtype)
+        )
         known = known._replace(images=made)
     rates = layer_rates(dual_encoder, cfg.align.layer_decay)
     trainer = training.prepare(accelerator, dual_encoder, cfg.loss, cfg.optim, cfg.train, stage, cfg.distill, rates)
@@ -112,8 +116,9 @@ def train(
     progress = run.load(trainer, stage.start)
     train = cfg.train
     shard = Shard(train.batch_size, accelerator.process_index, accelerator.num_processes, train.micro_batch_size)
-    at = progress.step, progress.all_positions
-    loader = train_loader(cfg.data, processor.tokenizer, views, shard, *at, known, stage.start)
+    assembler = Assembler(cfg.data, processor.tokenizer, views, known)
+    start = Start(progress.step, progress.all_positions, stage.start)
+    loader = train_loader(assembler, shard, start, lengths)
     batches = run.watch(loader, cfg.data.max_skipped_fraction)
     steps = training.steps(trainer, batches, progress.step, stage.end, train.log_every)
     bar = tqdm(steps, stage.name, stage.end, initial=progress.step, disable=not accelerator.is_main_process)

@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 
 import koclip
 from koclip import config, losses, training
-from koclip.data.batches import Known
-from koclip.data.loader import train_loader, training_captions
+from koclip.data.batches import Assembler
+from koclip.data.loader import Start, train_loader, training_captions
 from koclip.data.order import Shard
 from koclip.data.transforms import PixelLimit, Views, centre_view, view_size
 from koclip.encoders.base import TransformersEncoder
@@ -54,8 +54,8 @@ def main(cfg: config.PretrainConfig) -> None:
     train = cfg.train
     shard = Shard(train.batch_size, accelerator.process_index, accelerator.num_processes, train.micro_batch_size)
     views = Views(cfg.data, view_size(processor.image_processor), centre_view(processor.image_processor))
-    known = Known(lengths=[one.lengths for one in surveys])
-    loader = train_loader(cfg.data, tokenizer, views, shard, progress.step, progress.all_positions, known)
+    start = Start(progress.step, progress.all_positions)
+    loader = train_loader(Assembler(cfg.data, tokenizer, views), shard, start, [one.lengths for one in surveys])
     batches = run.watch(loader, cfg.data.max_skipped_fraction)
 
     steps = training.steps(trainer, batches, progress.step, train.num_steps, train.log_every)

@@ -1,4 +1,4 @@
-"""Check a trained model, write its card from its measured numbers, and push both to the Hub by one commit.
+"""Check a trained model, write its card from its measured numbers, and push both to the Hub in one commit.
 
 python recipes/publish.py --model runs/mine/model --repo_id org/name --dry_run   # card and pre-flight; pushes nothing
 python recipes/publish.py --model runs/mine/model --repo_id org/name --tag v1.0
@@ -10,16 +10,12 @@ from pathlib import Path
 
 from koclip import config
 from koclip.data.transforms import PixelLimit
-from koclip.publishing.adapter import name_base
 from koclip.publishing.card import write_card
 from koclip.publishing.card_inputs import gather
-from koclip.publishing.files import CARD, publishable
-from koclip.publishing.formats.int8 import measure, open_sets, print_losses
-from koclip.publishing.formats.onnx import export
-from koclip.publishing.formats.sentence_transformers import describe
+from koclip.publishing.checks import CARD, name_base, publishable
+from koclip.publishing.formats import int8, onnx, sentence_transformers
 from koclip.publishing.preflight import preflight, print_checks, refuse
-from koclip.publishing.push import Pushed, Repository, check_base, check_rights, push
-from koclip.publishing.space import push_space
+from koclip.publishing.push import Pushed, Repository, check_base, check_rights, push, push_space
 
 APP = Path(__file__).parents[1] / "space"
 
@@ -27,20 +23,20 @@ APP = Path(__file__).parents[1] / "space"
 def main(cfg: config.PublishConfig) -> None:
     """Run the recipe: rights, formats, card, pre-flight, push."""
     directory = Path(cfg.model)
-    publishable(directory)  # a model must be there before anybody is asked for a token
+    publishable(directory)  # fail without a model before asking for a token
     targets = {"repo_id": cfg.repo_id} | ({"space": cfg.space} if cfg.space else {})
     for key, name in targets.items() if not cfg.dry_run else []:
         check_rights(name, key)
     facts = gather(cfg)
     limit = PixelLimit(cfg.max_image_pixels, "max_image_pixels")
-    sets = open_sets(cfg.int8_sets, facts.results["data"], limit) if cfg.onnx == "int8" else []
+    sets = int8.open_sets(cfg.int8_sets, facts.results["data"], limit) if cfg.onnx == "int8" else []
     if cfg.onnx:
-        for name, parity in export(directory, directory, int8=cfg.onnx == "int8").items():
+        for name, parity in onnx.export(directory, directory, int8=cfg.onnx == "int8").items():
             print(f"{name}: {parity}")
     if sets:
-        print_losses(measure(directory, sets, cfg.repo_id))
+        int8.print_losses(int8.measure(directory, sets, cfg.repo_id))
     if cfg.sentence_transformers:
-        describe(directory)
+        sentence_transformers.describe(directory)
     name_base(directory, cfg.clip, cfg.text_encoder)
     write_card(cfg, facts)
     checks = preflight(directory, cfg.repo_id, cfg.adapter)
@@ -53,16 +49,15 @@ def main(cfg: config.PublishConfig) -> None:
     if cfg.adapter:
         check_base(directory)
     repo = Repository(cfg.repo_id, private=cfg.private)
-    tell(push(directory, publishable(directory, cfg.adapter), repo, cfg.message, cfg.tag), cfg.tag)
+    print_push(push(directory, publishable(directory, cfg.adapter), repo, cfg.message, cfg.tag), cfg.tag)
     if cfg.space:
-        tell(push_space(APP, Repository(cfg.space, "space", cfg.private), cfg.repo_id, cfg.message))
+        print_push(push_space(APP, Repository(cfg.space, "space", cfg.private), cfg.repo_id, cfg.message))
 
 
-def tell(pushed: Pushed, tag: str | None = None) -> None:
-    """Print what came of a push."""
-    changed = (
-        f"{len(pushed.added)} files, {len(pushed.deleted)} deleted" if pushed.added or pushed.deleted else "nothing new"
-    )
+def print_push(pushed: Pushed, tag: str | None = None) -> None:
+    """Print the commit and how many files it changed."""
+    added, deleted = len(pushed.changes.added), len(pushed.changes.deleted)
+    changed = f"{added} files, {deleted} deleted" if added or deleted else "nothing new"
     print(f"{pushed.url} at commit {pushed.commit[:12]}: {changed}" + (f", tagged {tag}" if tag else ""))
 
 

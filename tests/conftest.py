@@ -205,10 +205,10 @@ def pairs(tmp_path: Path) -> SourceConfig:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep features in shards of 8 rows, embedded 3 at a time."""
-    from koclip.data import feature_rows
+    from koclip.embeddings import fill
 
-    monkeypatch.setattr(feature_rows, "ROWS", 8)
-    monkeypatch.setattr(feature_rows, "PIECE", 3)
+    monkeypatch.setattr(fill, "ROWS", 8)
+    monkeypatch.setattr(fill, "PIECE", 3)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from align_runs import align
 
 from koclip import training
-from koclip.data import feature_rows, features
+from koclip.embeddings import fill, store
 from koclip.evaluation.report import write as _slow_to_load  # noqa: F401
 from koclip.runs import directory as run_room
 from koclip.runs.state import Snapshot
@@ -38,7 +38,7 @@ class Place(NamedTuple):
 
 
 CALLS: dict[str, tuple[Any, str]] = {
-    "features": (features, "save_file"),  # half of a shard is written
+    "features": (store, "save_file"),  # half of a shard is written
     "step": (loop, "_step"),
     "checkpoint": (Snapshot, "write"),  # all files are there, but for the checksums
     "between": (training, "release"),  # the first stage is over, its checkpoint written
@@ -73,7 +73,7 @@ def run(log: Path, args: list[str], moment: Moment | None, place: Place) -> None
         facts = {"RANK": place.rank, "LOCAL_RANK": place.rank, "MASTER_PORT": place.port}
         facts |= {"WORLD_SIZE": place.world_size, "LOCAL_WORLD_SIZE": place.world_size, "MASTER_ADDR": "127.0.0.1"}
         os.environ.update({name: str(value) for name, value in facts.items()})
-    feature_rows.ROWS, feature_rows.PIECE = 8, 4  # so that there are several shards
+    fill.ROWS, fill.PIECE = 8, 4  # so that there are several shards
     if moment is not None and place.rank == 0:
         room, name = CALLS[moment.what]
         setattr(room, name, dying(getattr(room, name), moment))

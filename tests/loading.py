@@ -12,8 +12,8 @@ from PIL import Image
 
 from koclip.config import DataConfig, SourceConfig
 from koclip.data import loader
-from koclip.data.batches import Batch
-from koclip.data.loader import train_loader
+from koclip.data.batches import Assembler, Batch
+from koclip.data.loader import Start, train_loader
 from koclip.data.order import Shard
 from koclip.data.sources import MapSource, Row, StreamSource
 from koclip.data.transforms import Views
@@ -26,8 +26,11 @@ def config(source: SourceConfig, *others: SourceConfig, **options) -> DataConfig
     return DataConfig(sources=[source, *others], **{"length_pool": 3, "shuffle_buffer": 6, **options})
 
 
-def batches(config: DataConfig, tokenizer, count: int, shard: Shard = ALONE, **start) -> list[Batch]:
-    return list(itertools.islice(train_loader(config, tokenizer, Views(config, 16), shard, **start), count))
+def batches(
+    config: DataConfig, tokenizer, count: int, shard: Shard = ALONE, start_step: int = 0, positions: Sequence = ()
+) -> list[Batch]:
+    assembler = Assembler(config, tokenizer, Views(config, 16))
+    return list(itertools.islice(train_loader(assembler, shard, Start(start_step, positions)), count))
 
 
 def assert_equal(ones: list[Batch], others: list[Batch]) -> None:

@@ -9,7 +9,7 @@ sleep = time.sleep
 time.sleep = lambda seconds: sleep(seconds / 100)  # of the client's waits and koclip's
 
 from koclip.config import ConfigError, RunError  # noqa: E402
-from koclip.publishing.files import publishable  # noqa: E402
+from koclip.publishing.checks import publishable  # noqa: E402
 from koclip.publishing.push import Repository, check_base, check_rights, push  # noqa: E402
 
 
@@ -22,7 +22,8 @@ def answer(job: dict) -> dict:
         pushed = push(directory, publishable(directory), repo, "Publish the model", job.get("tag"))
     except (ConfigError, RunError) as error:
         return {"error": type(error).__name__, "message": str(error)}
-    return {"commit": pushed.commit, "added": pushed.added, "deleted": pushed.deleted, "url": pushed.url}
+    changes = pushed.changes
+    return {"commit": pushed.commit, "added": changes.added, "deleted": changes.deleted, "url": pushed.url}
 
 
 for line in sys.stdin:

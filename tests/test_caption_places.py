@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from koclip.config import DataConfig, SourceConfig
-from koclip.data.batches import Assembler, Known, Sample
-from koclip.data.features import digest_of
+from koclip.data.batches import Assembler, Precomputed, Sample
 from koclip.data.loader import train_loader, training_captions
-from koclip.data.order import Shard
+from koclip.data.order import CaptionChooser, Shard
 from koclip.data.sources import Row, Skip, open_source, row_captions
 from koclip.data.survey import survey
+from koclip.data.transforms import digest_of
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.images import Images
 from koclip.evaluation.sets import EvalSet, EvalSetConfig
@@ -45,7 +45,7 @@ class Teacher:
 
 def taught(cells: dict[str, Cell], tokenizer: Any, source: SourceConfig = SOURCE, draws: int = 80) -> set[Any]:
     """Return the pairs of caption and sentence that a row is drawn as, or why it is left out."""
-    assembler = Assembler(DataConfig(sources=[source]), tokenizer, None, Known(teacher=Teacher()))
+    assembler = Assembler(DataConfig(sources=[source]), tokenizer, None, Precomputed(teacher=Teacher()))
     row = Row(None, row_captions(cells, source), "row")
     found: set[Any] = set()
     for number in range(draws):
@@ -193,7 +193,7 @@ def test_a_tokenizer_is_trained_on_captions_alone(tmp_path: Path, encoded) -> No
 def test_batches_hold_no_empty_caption(tmp_path: Path, encoded, tokenizer) -> None:
     source = write(tmp_path / "rows.parquet", [GAPS] * 8, encoded)
     config = DataConfig(sources=[source], num_workers=0)
-    batches = list(itertools.islice(train_loader(config, tokenizer, None, Shard(4)), 6))
+    batches = list(itertools.islice(train_loader(Assembler(config, tokenizer, None), Shard(4)), 6))
     empty = tokenizer("")["input_ids"]
     assert min(int(length) for batch in batches for length in batch.attention_mask.sum(1)) > len(empty)
 
@@ -204,21 +204,21 @@ def test_captions_are_measured_as_they_are_drawn(tmp_path: Path, encoded, tokeni
     config = DataConfig(sources=[source], num_workers=0)
     rows = open_source(source).captions(range(3))
     lengths = survey(open_source(source), config, tokenizer).lengths
-    assembler = Assembler(config, tokenizer, None, Known(teacher=Teacher()))
+    chooser = CaptionChooser(config, "en")
     for number, row in itertools.product(range(40), range(3)):
-        drawn = assembler.choose(rows[row], 0, (0, number, 0, row))
-        assert drawn[:2] == assembler.choose(lengths.row(row), 0, (0, number, 0, row))[:2]
+        drawn = chooser.choose(rows[row], 0, (0, number, 0, row))
+        assert drawn[:2] == chooser.choose(lengths.row(row), 0, (0, number, 0, row))[:2]
 
 
 def test_an_index_keeps_captions_alone(tmp_path: Path, encoded) -> None:
     from koclip.config import IndexConfig
+    from koclip.embeddings.store import SHARD, Shards
     from koclip.search.build import build
-    from koclip.search.shards import SHARD, Shards
 
     source = write(tmp_path / "rows.parquet", [GAPS, GAPS], encoded)
     encoder = SimpleNamespace(fingerprint=lambda: "x", encode_images=lambda images: torch.eye(4)[: len(images)])
     build(IndexConfig(model="m", source=source, output_dir=str(tmp_path / "i")), encoder, tmp_path / "i")
-    kept = Shards([tmp_path / "i" / SHARD.format(0)])
+    kept = Shards([tmp_path / "i" / SHARD.format(0)], "index")
     assert kept.entry(0).record["captions"] == {"ko": ["하나", "셋", "넷"], "en": ["one", "two", "three"]}
 
 
@@ -226,8 +226,8 @@ def test_what_does_not_correspond_to_the_teacher_is_said(tmp_path: Path, capsys:
     from accelerate import Accelerator
     from tiny import tiny_config, tiny_tokenizer
 
+    from koclip.embeddings.sources import Cache, teacher_features
     from koclip.models.dual_encoder import from_scratch
-    from koclip.training.frozen import teacher_features
 
     rows = [
         GAPS,
@@ -241,7 +241,7 @@ def test_what_does_not_correspond_to_the_teacher_is_said(tmp_path: Path, capsys:
     model, processor = from_scratch(tiny_config(), tiny_tokenizer())
     config = DataConfig(sources=[source], num_workers=0)
     made = teacher_features(
-        Accelerator(cpu=True), (model.eval(), processor.tokenizer), config, "en", tmp_path / "f", "fp32"
+        Accelerator(cpu=True), (model.eval(), processor.tokenizer), config, "en", Cache(tmp_path / "f", "fp32")
     )
     assert len(made) == 6
     said = capsys.readouterr().out

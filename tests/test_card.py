@@ -21,7 +21,7 @@ from koclip.metrics import Metric
 from koclip.publishing import card_inputs
 from koclip.publishing.card import render, write_card
 from koclip.publishing.card_inputs import gather
-from koclip.publishing.files import CARD, LICENCE
+from koclip.publishing.checks import CARD, LICENCE
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).with_name("golden_card.md")

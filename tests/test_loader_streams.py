@@ -8,10 +8,9 @@ from loading import assert_equal, batches, config
 from koclip.config import SourceConfig
 from koclip.data.batches import Position
 from koclip.data.formats.files import SourceError
-from koclip.data.loader import MixedRows, train_loader
+from koclip.data.loader import MixedRows
 from koclip.data.order import Shard
 from koclip.data.sources import open_source
-from koclip.data.transforms import Views
 
 
 @pytest.mark.parametrize("name", ["shards", "tars"])
@@ -44,9 +43,9 @@ def test_streams_through_the_loader_lose_no_row(num_workers, world_size, tokeniz
 
 def test_too_few_shards_for_the_readers_is_an_error(tokenizer, tars, table) -> None:
     with pytest.raises(SourceError, match=r"shard-\*.tar' is streamed from 4 shards, too few for 6 readers"):
-        train_loader(config(tars, num_workers=3), tokenizer, Views(config(tars), 16), Shard(8, 0, 2))
+        batches(config(tars, num_workers=3), tokenizer, 1, Shard(8, 0, 2))
     with pytest.raises(SourceError, match="mixes streamed sources with others"):
-        train_loader(config(tars, table), tokenizer, Views(config(tars), 16), Shard(8))
+        batches(config(tars, table), tokenizer, 1)
 
 
 def test_a_shard_that_breaks_off_is_a_clear_error(tokenizer, tars, tmp_path) -> None:
@@ -60,7 +59,7 @@ def test_a_shard_that_breaks_off_is_a_clear_error(tokenizer, tars, tmp_path) -> 
 def test_resuming_a_stream_with_other_readers_is_an_error(tokenizer, tars) -> None:
     positions = [batch.position for batch in batches(config(tars, num_workers=2), tokenizer, 2)]
     with pytest.raises(SourceError, match=r"made by 2 readers .* this run has 1"):
-        train_loader(config(tars), tokenizer, Views(config(tars), 16), Shard(8), start_step=2, positions=positions)
+        batches(config(tars), tokenizer, 1, start_step=2, positions=positions)
 
 
 def test_resuming_a_stream_reads_no_finished_epoch_again(tars, monkeypatch) -> None:

@@ -20,9 +20,9 @@ import koclip
 from koclip.config import DataConfig, IndexConfig
 from koclip.data.batches import Assembler, Sample
 from koclip.data.corruptions import CORRUPTIONS, corrupt
-from koclip.data.feature_rows import Images
 from koclip.data.sources import Row, Skip
 from koclip.data.transforms import ImageError, Views, decode
+from koclip.embeddings.sources import Images
 from koclip.evaluation import images
 from koclip.models.dual_encoder import from_scratch
 from koclip.search import build
@@ -326,7 +326,7 @@ sys.path[:0] = sys.argv[2:]
 import koclip
 from koclip.config import DataConfig, IndexConfig
 from koclip.data.batches import Assembler
-from koclip.data.feature_rows import Images
+from koclip.embeddings.sources import Images
 from koclip.data.sources import Row, Skip
 from koclip.data.transforms import Views
 from koclip.models.dual_encoder import from_scratch

@@ -12,10 +12,12 @@ from runs_to_publish import adapted, pretrained
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
+from koclip.align import adapter_base
+from koclip.align.adapter_base import AdapterBase
 from koclip.config import ConfigError
-from koclip.publishing import files, preflight
-from koclip.publishing.adapter import name_base
-from koclip.publishing.files import Check, check_files, publishable
+from koclip.publishing import checks as file_checks
+from koclip.publishing import preflight
+from koclip.publishing.checks import BUILT, Check, check_files, name_base, publishable
 from koclip.publishing.preflight import print_checks, refuse
 from koclip.publishing.push import check_base
 
@@ -80,8 +82,8 @@ DEFECTS = {
     "a broken adapter": (write("adapter/a.json", "{"), "files are complete", "adapter/a.json cannot be read: E"),
     "a pickle": (write("pytorch_model.bin", "x"), "no pickles, no foreign files", "pytorch_model.bin is a pickle"),
     "a pickle below": (write("adapter/a.pt", "x"), "no pickles, no foreign files", "adapter/a.pt is a pickle"),
-    "code": (write("modeling.py", "x"), "no pickles, no foreign files", "modeling.py is nothing that a model"),
-    "a folder": (write("logs/a.json", "{}"), "no pickles, no foreign files", "logs/a.json is nothing"),
+    "code": (write("modeling.py", "x"), "no pickles, no foreign files", "modeling.py is no file of a model"),
+    "a folder": (write("logs/a.json", "{}"), "no pickles, no foreign files", "logs/a.json is no file"),
     "auto_map": (edit("config.json", auto_map={"AutoModel": "a.B"}), "no remote code", "config.json has auto_map"),
     "half precision": (halve, "weights are fp32", "model.safetensors holds F16"),
     "torn weights": (cut, "weights are fp32", "model.safetensors cannot be read"),
@@ -146,7 +148,7 @@ def test_urls_and_ordinary_words_are_no_alarm(model, text):
 
 
 def test_the_own_token_is_found_whatever_it_looks_like(model, monkeypatch):
-    monkeypatch.setattr(files, "get_token", lambda: "shibboleth")
+    monkeypatch.setattr(file_checks, "get_token", lambda: "shibboleth")
     assert failing(check_files(model)) == {}
     edit("config.json", a="shibboleth")(model)
     assert "no token" in failing(check_files(model))
@@ -173,6 +175,7 @@ def test_an_adapter_whose_base_is_a_directory_is_refused_until_it_is_named(sound
     settings = json.loads((model / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert settings["base_model_name_or_path"] == "org/base"
     assert 'from_pretrained("org/base")' in (model / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert adapter_base.read(model / "adapter") == AdapterBase("org/base", "same", "LoRA")
     edit("adapter/adapter_config.json", base_model_name_or_path="/home/me/base")(model)
     assert {"adapter's base can be found", "nothing of this machine"} == set(failing(check_files(model)))
 
@@ -181,18 +184,21 @@ def test_a_base_that_koclip_builds_is_said_to_be_in_no_repository(sound, tmp_pat
     """Loading it by its name alone fails, with these words in the error."""
     model, _ = adapted(tmp_path, str(sound), sound)
     (model / "README.md").write_text(CARD, encoding="utf-8")
-    told = "base = swap_text_tower(load_image_side('<model.clip>')[0], load_text_encoder('<model.text_encoder>'))"
-    write("adapter/README.md", told)(model)
+    AdapterBase(base_model=None, text_encoder=None, method="LoRA").write(model / "adapter")
+    write("adapter/README.md", "load_image_side('<model.clip>'), load_text_encoder('<model.text_encoder>')")(model)
     name_base(model, None, "org/text")
     settings = json.loads((model / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
-    assert settings["base_model_name_or_path"] == files.BUILT
+    assert settings["base_model_name_or_path"] == BUILT
     assert failing(check_files(model)) == {
         "adapter's base can be found": "adapter/ does not say what it adapts: <model.clip>"
     }
     name_base(model, "org/base", "org/text")
     assert failing(check_files(model)) == {}
+    readme = (model / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert readme == "load_image_side('org/base'), load_text_encoder('org/text')"
+    assert adapter_base.read(model / "adapter") == AdapterBase("org/base", "org/text", "LoRA")
     check_base(model)  # asks nobody
-    with pytest.raises(OSError, match=files.BUILT):
+    with pytest.raises(OSError, match=BUILT):
         AutoModel.from_pretrained(model / "adapter")
 
 

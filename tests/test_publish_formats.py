@@ -9,7 +9,7 @@ from runs_to_publish import pretrained
 from safetensors.torch import load_file, save_file
 
 from koclip import config
-from koclip.publishing.files import publishable
+from koclip.publishing.checks import publishable
 from koclip.publishing.formats.onnx import export
 from koclip.publishing.preflight import preflight
 

@@ -21,7 +21,7 @@ from space_server import serving
 
 from koclip.encoders.base import TransformersEncoder
 from koclip.encoders.inference import load
-from koclip.publishing import space
+from koclip.publishing import push
 
 ROOT = Path(__file__).parents[1]
 EXPORTS = all(find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript", "sentence_transformers"))
@@ -239,7 +239,7 @@ def test_a_space_installs_the_commit_that_it_comes_from_once_that_is_pushed(tmp_
     def pinned() -> str:
         file = tmp_path / "copy.txt"
         file.write_text("gradio==6.31.0\nkoclip[search] @ git+https://github.com/koclip/koclip\n", encoding="utf-8")
-        space._pin(file, tmp_path)
+        push._pin(file, tmp_path)
         return file.read_text(encoding="utf-8").removeprefix("gradio==6.31.0\nkoclip[search] @ ")
 
     assert pinned() == "git+https://github.com/koclip/koclip\n"  # no checkout

@@ -302,6 +302,25 @@ def test_after_faults_that_last_the_repository_is_untouched_or_complete_and_a_re
         assert len(hub.repos[name].commits) == 3
 
 
+@pytest.mark.parametrize(("kind", "times"), [("500", 1), ("drop", 3), ("500", 99), ("413", 6)])
+def test_a_commit_of_many_files_that_fails_is_never_public_in_part(hub, workers, model, kind, times):
+    """`upload_folder` of huggingface_hub 2.4 splits it after six refusals (413): 20 files, then 5."""
+    for number in range(20):
+        (model / f"model-{number:05d}-of-00020.safetensors").write_bytes(f"{kind} {times} {number}".encode() * 10)
+    files, name = contents(model), f"org/many-{kind}-{times}"
+    assert len(files) == 25
+    hub.faults = [Fault("commit", kind, times)]
+    done = workers().push(model, name)
+    hub.faults = []
+    repo = hub.repos[name]
+    public = [len(tree.keys() - {".gitattributes"}) for tree in repo.trees.values()]
+    assert public == ([0, 25] if times < push.TRIES else [0])
+    assert ("error" in done) == (times >= push.TRIES)
+    workers().push(model, name)
+    assert repo.files == files
+    assert len(repo.commits) == 2
+
+
 def test_a_commit_that_came_between_is_kept(hub, workers, model):
     worker = workers()
     start(hub, worker, model, "org/between")

@@ -23,7 +23,7 @@ from koclip.evaluation.tasks.retrieval import retrieval
 from koclip.metrics import first_ranks
 from koclip.publishing.card import render
 from koclip.publishing.card_inputs import gather
-from koclip.publishing.files import check_files, publishable
+from koclip.publishing.checks import check_files, publishable
 from koclip.publishing.formats import int8 as quantized
 from koclip.publishing.formats.int8 import measure, open_sets, read
 from koclip.publishing.formats.onnx import export

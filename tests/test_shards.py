@@ -22,12 +22,14 @@ from loading import batches, config
 from sources_on_disk import all_rows, colour
 
 from koclip.config import DataConfig, EvalSetConfig, SourceConfig
-from koclip.data.feature_rows import Images, Sentences, shards
+from koclip.data.batches import Assembler
 from koclip.data.formats.files import SourceError
 from koclip.data.loader import train_loader, training_captions
 from koclip.data.order import Shard
 from koclip.data.sources import open_source
 from koclip.data.transforms import Views
+from koclip.embeddings.fill import SourceShards
+from koclip.embeddings.sources import Captions, Images
 from koclip.evaluation.sets import open_set
 
 BLOCK = 512
@@ -137,9 +139,8 @@ def test_every_reader_of_shards_refuses_a_broken_one(cut_tars, tokenizer, tmp_pa
     evaluation = EvalSetConfig(source=cut_tars)
 
     def features(reader):
-        return [
-            piece for one in shards([open_source(cut_tars)], reader, tmp_path / "f", 0, 1, 0) for piece in one.pieces
-        ]
+        shards = SourceShards(open_source(cut_tars), reader, tmp_path / "f")
+        return [piece for _, _, pieces in shards.read(num_workers=0) for piece in pieces]
 
     readers = {
         "training": lambda: batches(config(cut_tars), tokenizer, 20),
@@ -147,7 +148,7 @@ def test_every_reader_of_shards_refuses_a_broken_one(cut_tars, tokenizer, tmp_pa
         "evaluation": lambda: open_set(evaluation),
         "gallery": lambda: open_set(EvalSetConfig(source=SourceConfig(scenes_size=4), gallery=[cut_tars])),
         "image features": lambda: features(Images(views, 10**6)),
-        "sentences": lambda: features(Sentences("ko")),
+        "sentences": lambda: features(Captions("ko")),
     }
     for read in readers.values():
         with pytest.raises(SourceError, match=r"shard-2\.tar"):
@@ -158,7 +159,7 @@ def test_plain_cuts_are_refused_before_anything_is_read(tars, tokenizer, tmp_pat
     data = (tmp_path / "shard-3.tar").read_bytes()
     (tmp_path / "shard-3.tar").write_bytes(data[: len(data) // 2])
     with pytest.raises(SourceError, match=r"shard-3\.tar breaks off"):
-        train_loader(config(tars), tokenizer, Views(config(tars), 16), Shard(8))
+        train_loader(Assembler(config(tars), tokenizer, Views(config(tars), 16)), Shard(8))
 
 
 @pytest.fixture

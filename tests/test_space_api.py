@@ -165,7 +165,7 @@ def test_no_file_of_the_server_can_be_read(space):
     (space.folder / "secret.txt").write_text("root: secret")
     inside = [
         space.folder / "secret.txt",
-        space.folder / "index" / "index.json",
+        space.folder / "index" / "embeddings.json",
         ROOT / "space" / "app.py",
         "/etc/passwd",
     ]

@@ -15,8 +15,8 @@ from test_published_tokenizers import CORPUS, FAMILIES, LENGTH
 
 from koclip.config import DataConfig, SourceConfig
 from koclip.data import survey
-from koclip.data.batches import Assembler
 from koclip.data.formats.files import SourceError
+from koclip.data.order import CaptionChooser
 from koclip.data.sources import MapSource, open_source
 from koclip.text import tokenizers
 from koclip.training import survey as learn
@@ -53,16 +53,16 @@ def test_lengths_are_those_of_the_captions_that_are_drawn(name: str, word_dropou
     source = Captions(CORPUS, 60)
     data = config(source.config, word_dropout=word_dropout)
     lengths = survey.survey(source, data, tokenizer).lengths
-    assembler = Assembler(data, tokenizer, None)
+    chooser = CaptionChooser(data)
     estimates, exact = [], []
     for row, epoch in itertools.product(range(len(source)), range(3)):
-        caption = assembler.caption(source.captions([row])[0], 0, (0, epoch, 0, row))
-        choice = assembler.choose(lengths.row(row), 0, (0, epoch, 0, row))
+        caption = (chooser.caption(source.captions([row])[0], 0, (0, epoch, 0, row)) or (None,) * 3)[2]
+        choice = chooser.choose(lengths.row(row), 0, (0, epoch, 0, row))
         assert (caption is None) == (choice is None)
         if caption is not None:
             language, place, rng = choice
             parts = lengths.row(row)[language][place]
-            estimates.append(lengths.total(assembler.keep(parts, rng) if word_dropout else parts))
+            estimates.append(lengths.total(chooser.keep(parts, rng) if word_dropout else parts))
             exact.append(len(tokenizers.encode(tokenizer, [caption])["input_ids"][0]))
     assert len(exact) > 100
     if name == "roberta" and word_dropout:

@@ -172,7 +172,7 @@ def one_bad(folder: Path, kind: str) -> SourceConfig:
 READERS = {
     "rows": lambda config: all_rows(open_source(config)),
     "captions": lambda config: list(training_captions(DataConfig(sources=[config]))),
-    "index": lambda config: list(Collection(IndexConfig(model="m", source=config)).shards({})),
+    "index": lambda config: list(Collection.open(IndexConfig(model="m", source=config)).shards()),
 }
 
 

@@ -241,7 +241,7 @@ def test_a_base_that_is_not_here_is_not_known(tmp_path) -> None:
 
 
 def test_an_image_is_known_by_its_content() -> None:
-    from koclip.data.features import digest_of, image_id
+    from koclip.data.transforms import digest_of, image_id
     from koclip.training import pictures
 
     digests = [digest_of(bytes([number])) for number in range(9)]

@@ -19,7 +19,8 @@ from test_published_tokenizers import FAMILIES
 from transformers import AutoTokenizer
 
 from koclip import distributed
-from koclip.data import feature_rows, survey
+from koclip.data import survey
+from koclip.embeddings import fill
 from koclip.text import tokenizers
 
 _DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -54,7 +55,7 @@ def write(folder: Path) -> None:
 
 def run_all(folder: Path) -> None:
     """Align by every method, with the same global batch whatever the number of processes."""
-    feature_rows.ROWS, feature_rows.PIECE, survey.BLOCK = 8, 4, 4  # so that each process has a share
+    fill.ROWS, fill.PIECE, survey.BLOCK = 8, 4, 4  # so that each process has a share
     clean = f"path: {folder / 'clean.parquet'}, captions: {{ko: captions_ko, en: captions_en}}"
     count = distributed.world_size()
     for name, args in METHODS.items():

@@ -14,7 +14,7 @@ from align_runs import ENGLISH, KOREAN, align, arguments, write_source
 from test_recipes import pretrain
 
 from koclip import config, distributed
-from koclip.data import feature_rows
+from koclip.embeddings import fill
 from koclip.text.tokenizers import train_bpe
 
 STEPS = 30  # of 10 pairs: every row comes up
@@ -40,7 +40,7 @@ def pretrain_on(folder: Path, way: str, *more: str) -> None:
 
 def align_on(folder: Path, way: str, *more: str) -> None:
     """Teach a text tower by another one's sentences, then by images whose features are kept."""
-    feature_rows.ROWS, feature_rows.PIECE = 16, 4  # so that each process makes shards
+    fill.ROWS, fill.PIECE = 16, 4  # so that each process makes shards
     method = ["--align.method", "two_stage", "--align.first_steps", str(STEPS // 3)]
     align(*arguments(folder / "source", Path("overridden"), *method, *options(folder, "align", way)), *more)
 

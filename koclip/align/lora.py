@@ -13,14 +13,14 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from koclip.align.adapter_base import FOLDER, SAME, AdapterBase
 from koclip.config import AdapterConfig, check
 from koclip.models import StockModel
+from koclip.models.pretrained import is_hub_id
 
 _TOWERS = {"text": ("text_model",), "image": ("vision_model",), "both": ("text_model", "vision_model")}
 BASE = "adapter_base"  # folder beside a model's, with what a swapped model's adapter adapts
@@ -112,12 +112,13 @@ def save(
     state_dict: dict[str, torch.Tensor],
     directory: Path,
     clip: str,
-    text_encoder: str | None = "same",
+    text_encoder: str | None = SAME,
 ) -> None:
     """Write the adapter alone to `directory`/adapter, as PEFT loads it, in safetensors.
 
     adapter_config.json names the base and its class, so that `AutoPeftModel` and `AutoModel` load the folder. If the
-    base is on this machine it is named by its path, which `koclip.publishing.adapter.name_base` replaces.
+    base is on this machine it is named by its path, which `koclip.publishing.checks.name_base` replaces.
+    adapter_base.json says what the base is, without paths.
 
     Args:
         model: The model that adapters were attached to.
@@ -127,27 +128,28 @@ def save(
         clip: Directory or Hub id of what the base is built from (`model.clip`).
         text_encoder: The same of its text encoder (`model.text_encoder`); `same` if `clip` as it is was adapted.
     """
-    folder = directory / "adapter"
+    folder = directory / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_model.safetensors").write_bytes(_file(model, state_dict))
     config = copy.copy(_config(model))
-    whole = text_encoder == "same"
-    config.base_model_name_or_path = _hub_id(clip) or str(Path(clip).resolve())
-    if not whole:
+    encoder_id = SAME if text_encoder == SAME else _hub_id(text_encoder or "")
+    base = AdapterBase(_hub_id(clip), encoder_id, _kind(config))
+    base.write(folder)
+    config.base_model_name_or_path = base.base_model or str(Path(clip).resolve())
+    if base.is_built:
         config.base_model_name_or_path = str(directory.resolve().with_name(BASE))
     config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     config.inference_mode = True
     config.save_pretrained(folder)
     sides = [side for side in ("text", "image") if _TOWERS[side][0] in config.target_modules]
-    names = {"clip": _hub_id(clip) or "<model.clip>"}
-    names["text_encoder"] = _hub_id(text_encoder or "") or "<model.text_encoder>"
+    names = {"clip": base.base_model or "<model.clip>", "text_encoder": base.text_encoder or "<model.text_encoder>"}
     text = _README.format(
-        kind=_kind(config),
+        kind=base.method,
         rank=config.r,
         sides=" and the ".join(sides),
         full="".join(f" and the whole {name}" for name in config.modules_to_save or []),
         model=type(model).__name__,
-        base=(_WHOLE if whole else _SWAPPED).format(**names),
+        base=(_SWAPPED if base.is_built else _WHOLE).format(**names),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -209,8 +211,4 @@ def _kind(config: LoraConfig) -> str:
 
 
 def _hub_id(name: str) -> str | None:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return None if Path(name).exists() else name
+    return name if is_hub_id(name) else None

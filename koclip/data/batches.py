@@ -2,10 +2,9 @@
 
 import dataclasses
 import itertools
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,23 +12,20 @@ from transformers import PreTrainedTokenizerBase
 from xxhash import xxh3_64_intdigest
 
 from koclip.config import DataConfig
-from koclip.data.features import Features, MissingError, digest_of, image_id
-from koclip.data.formats.files import SourceError
-from koclip.data.sources import Row, Skip
-from koclip.data.survey import CaptionLengths
-from koclip.data.transforms import ImageError, Views, decode, read
+from koclip.data.formats import Captions
+from koclip.data.order import CaptionChooser, generator
+from koclip.data.sources import Row, Skip, SourceError
+from koclip.data.transforms import ImageError, Views, decode, digest_of, image_id, read
 from koclip.text import tokenizers
-from koclip.text.normalize import paired, usable
+from koclip.text.normalize import usable
 
 MAX_REPLACEMENTS = 1_000  # rows tried for one sample before their source counts as unusable
 
-Item = TypeVar("Item")
-
 
 class Position(NamedTuple):
-    """How far one reader of streamed data is: where its current pool of rows began, and what was made of the pool.
+    """Resume point of a reader of streamed data: rows read before its current pool, and samples taken from the pool.
 
-    All of it counts rows or samples, so that a run may go on from it in batches or pieces of another size.
+    All of it counts rows or samples, so that a run may resume in batches or pieces of another size.
     """
 
     reader: int
@@ -37,7 +33,7 @@ class Position(NamedTuple):
     passes: tuple[tuple[int, int], ...] = ()  # (epoch, rows of it read) of every source before the pool
     chunks: int = 0  # of similar length that the pool is cut into
     chunk_size: int = 0  # samples in each of them
-    samples: int = 0  # made of the pool
+    samples: int = 0  # taken from the pool
     replaced: tuple[int, ...] = ()  # rows of every source read since, in the place of unusable ones
 
 
@@ -81,7 +77,9 @@ class Batch:
         return 1.0 - self.attention_mask.float().mean().item()
 
     def _map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        moved: dict[str, Any] = {name: move(one) for name, one in vars(self).items() if isinstance(one, torch.Tensor)}
+        moved: dict[str, Any] = {
+            name: move(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
         return dataclasses.replace(self, **moved)
 
     def cut(self, pieces: Sequence[slice]) -> Iterator["Batch"]:
@@ -120,85 +118,55 @@ class Sample(NamedTuple):
     teacher: torch.Tensor | None  # (D,)
 
 
-class Drawn(NamedTuple):
-    """A caption that was drawn of a row, before words are left out of it, and its place."""
-
-    language: str
-    place: int
-    caption: str
+class MissingError(ValueError):
+    """An image or a sentence has no stored embedding; the message says why."""
 
 
-class Known(NamedTuple):
-    """What is known of the data before training: the lengths of its captions, and what frozen towers make of it."""
+class Lookup(Protocol):
+    """Stored embeddings, found by a hash of what was embedded."""
 
-    images: Features | None = None  # used in the place of pixels
-    teacher: Features | None = None  # of the sentences that correspond to the captions drawn,
+    def embedding(self, digest: bytes, view: int = 0) -> torch.Tensor:
+        """Return the embedding (D,) float32 of a view.
+
+        Raises:
+            MissingError: there is none.
+        """
+
+
+class Precomputed(NamedTuple):
+    """Embeddings that frozen towers computed before training."""
+
+    images: Lookup | None = None  # used in the place of pixels
+    teacher: Lookup | None = None  # of the sentences that correspond to the captions drawn,
     language: str = "en"  # in this language
-    lengths: Sequence[CaptionLengths | None] = ()  # of every source; none: measured by whoever needs them
-
-
-def generator(purpose: str, *key: int) -> random.Random:
-    """Return a generator that is a function of its arguments, in every process and on every machine."""
-    return random.Random(f"{purpose} {key}")
 
 
 class Assembler:
-    """Makes batches of rows. Every random choice about a row comes from that row's own seed."""
+    """Makes batches of rows. Every random choice about a row comes from that row's own seed.
+
+    Args:
+        config: The sources, and how their rows become samples.
+        tokenizer: Tokenizes the captions.
+        views: What the model is shown of an image; None for batches without images.
+        precomputed: Embeddings of frozen towers.
+    """
 
     def __init__(
-        self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, views: Views | None, known: Known | None = None
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        views: Views | None,
+        precomputed: Precomputed | None = None,
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self._views = views
-        self._known = (known or Known())._replace(lengths=())  # only the order needs them, not the workers
-        self._languages = [source.languages or dict.fromkeys(source.captions, 1.0) for source in config.sources]
+        self._views, self._precomputed = views, precomputed or Precomputed()
+        taught = self._precomputed.teacher is not None
+        self.chooser = CaptionChooser(config, self._precomputed.language if taught else None)
 
     @property
-    def sees(self) -> bool:
+    def needs_images(self) -> bool:
         """Whether batches have anything to do with images."""
         return self._views is not None
-
-    def caption(self, captions: dict[str, list[str]], source: int, seed: tuple[int, ...]) -> str | None:
-        """Draw a language by its weight among those a row has captions in, then one of these; None if there is none."""
-        drawn = self._draw(captions, source, seed)
-        return drawn.caption if drawn else None
-
-    def _draw(self, captions: dict[str, list[str]], source: int, seed: tuple[int, ...]) -> Drawn | None:
-        choice = self.choose(captions, source, seed)
-        if choice is None:
-            return None
-        language, place, rng = choice
-        caption = captions[language][place]
-        if self.config.word_dropout:
-            caption = " ".join(self.keep(caption.split(), rng))
-        return Drawn(language, place, caption)
-
-    def choose(
-        self, captions: Mapping[str, Sequence[Any]], source: int, seed: tuple[int, ...]
-    ) -> tuple[str, int, random.Random] | None:
-        """Draw a language and a place among its captions, anything but an empty one; None if there is none.
-
-        The generator that is returned too draws the words that are kept.
-        """
-        weights = self._languages[source]
-        places = {name: self._drawable(captions, name) for name in captions if weights.get(name)}
-        languages = [name for name, own in places.items() if own]
-        if not languages:
-            return None
-        rng = generator("caption", *seed)
-        language = rng.choices(languages, [weights[name] for name in languages])[0]
-        return language, rng.choice(places[language]), rng
-
-    def _drawable(self, captions: Mapping[str, Sequence[Any]], language: str) -> list[int]:
-        """Return the places of captions that may be drawn: with a teacher, those that have a counterpart."""
-        own = captions[language]
-        taught = own if self._known.teacher is None else captions.get(self._known.language, own)
-        places = paired(own, taught)
-        return [place for place, caption in enumerate(own) if caption] if places is None else places
-
-    def keep(self, words: Sequence[Item], rng: random.Random) -> list[Item]:
-        """Leave each word out with the chance that `data.word_dropout` names, but never all of them."""
-        return [word for word in words if rng.random() >= self.config.word_dropout] or [rng.choice(words)]
 
     def lengths(self, captions: list[str | None]) -> list[int]:
         """Return each caption's length in tokens (0 for none)."""
@@ -208,17 +176,18 @@ class Assembler:
     def sample(self, row: Row, source: int, seed: tuple[int, ...]) -> Sample | Skip:
         """Turn one row into a training pair, or say why it cannot be one."""
         path = self.config.sources[source].path
-        drawn = self._draw(row.captions, source, seed)
-        if drawn is None:
-            gaps = any(self._languages[source].get(language) for language in row.captions)
-            reason = f"no caption has a counterpart in {self._known.language}" if gaps else "no usable caption"
+        chosen = self.chooser.caption(row.captions, source, seed)
+        if chosen is None:
+            gaps = any(self.chooser.languages[source].get(language) for language in row.captions)
+            reason = f"no caption has a counterpart in {self._precomputed.language}" if gaps else "no usable caption"
             return Skip(row.key, reason, path)
+        language, place, caption = chosen
         try:
             image_id, pixels, image = self._see(row, seed)
-            sentence, teacher = self._teach(row, drawn, seed)
+            sentence, teacher = self._teach(row.captions, (language, place), seed)
         except (ImageError, MissingError) as error:
             return Skip(row.key, str(error), path)
-        return Sample(row.key, drawn.caption, image_id, pixels, image, sentence, teacher)
+        return Sample(row.key, caption, image_id, pixels, image, sentence, teacher)
 
     def _see(self, row: Row, seed: tuple[int, ...]) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
         """Return a number of the image, and a view of it as pixels (3, H, W) or as a known embedding (D,)."""
@@ -229,26 +198,29 @@ class Assembler:
         number_of_image = image_id(digest)
         count = self._views.count
         number = generator("view", *seed).randrange(count) if count else 0
-        if self._known.images is not None:
-            return number_of_image, None, self._known.images.embedding(digest, number)
+        if self._precomputed.images is not None:
+            return number_of_image, None, self._precomputed.images.embedding(digest, number)
         decoded = decode(content, self.config.max_image_pixels)
         if count:
             return number_of_image, self._views.numbered(decoded, digest, number), None
         return number_of_image, self._views.random(decoded, generator("crop", *seed).getrandbits(62)), None
 
-    def _teach(self, row: Row, drawn: Drawn, seed: tuple[int, ...]) -> tuple[str | None, torch.Tensor | None]:
+    def _teach(
+        self, captions: Captions, chosen: tuple[str, int], seed: tuple[int, ...]
+    ) -> tuple[str | None, torch.Tensor | None]:
         """Return the sentence in the teacher's language that corresponds to a caption, and its features (D,).
 
         It is the one in the same place where both languages have equally many places, else any of the row's.
         """
-        if self._known.teacher is None:
+        if self._precomputed.teacher is None:
             return None, None
-        sentences = row.captions.get(self._known.language, [])
+        language, place = chosen
+        sentences = captions.get(self._precomputed.language, [])
         if not sentences:
-            raise MissingError(f"no caption in the teacher's language, {self._known.language}")
-        aligned = len(sentences) == len(row.captions[drawn.language])
-        sentence = sentences[drawn.place] if aligned else generator("sentence", *seed).choice(usable(sentences))
-        return sentence, self._known.teacher.embedding(digest_of(sentence.encode()))
+            raise MissingError(f"no caption in the teacher's language, {self._precomputed.language}")
+        aligned = len(sentences) == len(captions[language])
+        sentence = sentences[place] if aligned else generator("sentence", *seed).choice(usable(sentences))
+        return sentence, self._precomputed.teacher.embedding(digest_of(sentence.encode()))
 
     def fill(self, draws: Iterable[Iterator[Candidate]]) -> Batch:
         """Make a batch of one sample for each draw.
@@ -306,5 +278,5 @@ def _numbers(texts: Sequence[str]) -> list[int]:
 
 
 def _stack(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    found = [one for one in tensors if one is not None]
-    return torch.stack(found) if found else None
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present) if present else None

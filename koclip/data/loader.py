@@ -2,24 +2,31 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
-from transformers import PreTrainedTokenizerBase
 
 from koclip.config import DataConfig
-from koclip.data.batches import Assembler, Batch, Candidate, Known, Position, generator
-from koclip.data.formats.files import SourceError
-from koclip.data.order import Draw, MapOrder, Shard, row_seed
-from koclip.data.sources import MapSource, Row, StreamSource, open_source
-from koclip.data.survey import single_threaded
-from koclip.data.transforms import Views
+from koclip.data.batches import Assembler, Batch, Candidate, Position
+from koclip.data.order import Draw, MapOrder, Shard, generator, row_seed
+from koclip.data.sources import MapSource, Row, SourceError, StreamSource, open_source
+from koclip.data.survey import CaptionLengths, single_threaded, survey
 from koclip.text.normalize import usable
 
+Result = TypeVar("Result")
+
 PREFETCH = 4  # batches, or pieces of one, that each worker has ready
+
+
+class Start(NamedTuple):
+    """Where the loader begins."""
+
+    step: int = 0  # steps already done
+    positions: Sequence[Position] = ()  # of the readers of streamed sources, from a checkpoint
+    first_step: int = 0  # steps that were done when these readers began
 
 
 class MapPairs(Dataset[Batch]):
@@ -37,7 +44,7 @@ class MapPairs(Dataset[Batch]):
         for number, source in enumerate(self._sources):
             wanted = [draw for draw in draws if draw.source == number]
             if wanted:
-                read = source.rows([draw.row for draw in wanted], self._assembler.sees)
+                read = source.rows([draw.row for draw in wanted], self._assembler.needs_images)
                 rows.update(zip(wanted, read, strict=True))
         candidates = (self._candidate(draw, rows[draw]) for draw in draws)
         return self._assembler.fill(
@@ -49,7 +56,7 @@ class MapPairs(Dataset[Batch]):
         for attempt in itertools.count():
             row = generator("replace", *row_seed(self._seed, draw), attempt).randrange(len(source))
             other = draw._replace(row=row)
-            yield self._candidate(other, source.rows([row], self._assembler.sees)[0])
+            yield self._candidate(other, source.rows([row], self._assembler.needs_images)[0])
 
     def _candidate(self, draw: Draw, row: Row) -> Candidate:
         return Candidate(row, draw.source, row_seed(self._seed, draw))
@@ -58,11 +65,9 @@ class MapPairs(Dataset[Batch]):
 class StreamPairs(IterableDataset[Batch]):
     """Batches of streamed rows. Each reader (a worker of a process) has shards, pools and batches of its own."""
 
-    def __init__(
-        self, sources: Sequence[StreamSource], assembler: Assembler, shard: Shard, start: Sequence[Position], step: int
-    ) -> None:
-        self._sources, self._assembler, self._shard, self._step = sources, assembler, shard, step
-        self._start = {position.reader: position for position in start}
+    def __init__(self, sources: Sequence[StreamSource], assembler: Assembler, shard: Shard, start: Start) -> None:
+        self._sources, self._assembler, self._shard, self._step = sources, assembler, shard, start.step
+        self._start = {position.reader: position for position in start.positions}
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -78,7 +83,7 @@ class StreamPairs(IterableDataset[Batch]):
 
 
 class PooledDraws(Iterator[Iterator[Candidate]]):
-    """One reader's draws, without end: a pool of rows after the other, in chunks of captions of similar length.
+    """One reader's draws, without end: one pool of rows after another, in chunks of captions of similar length.
 
     A draw is its row, then those that replace it while it is unusable: the next ones of the same source.
     """
@@ -113,8 +118,8 @@ class PooledDraws(Iterator[Iterator[Candidate]]):
         """Read a pool of rows; the next to be drawn is the last of the list."""
         self.position = self._rows.position()._replace(chunks=chunks, chunk_size=size)
         pool = list(itertools.islice(self._rows, chunks * size))
-        captions = [self._assembler.caption(one.row.captions, one.source, one.seed) for one in pool]
-        lengths = self._assembler.lengths(captions)
+        chosen = (self._assembler.chooser.caption(drawn.row.captions, drawn.source, drawn.seed) for drawn in pool)
+        lengths = self._assembler.lengths([choice and choice[2] for choice in chosen])
         order = sorted(range(len(pool)), key=lengths.__getitem__)
         starts = np.random.default_rng(pool[0].seed).permutation(range(0, len(pool), size))
         self._pool = [pool[place] for start in starts for place in order[start : start + size]][::-1]
@@ -128,10 +133,8 @@ class MixedRows(Iterator[Candidate]):
     ) -> None:
         self._reader, self._count, self._seed = position.reader, position.rows, config.seed
         starts = position.passes or [(0, 0)] * len(sources)
-        self._parts = [
-            _Endless(source, config, position.reader, num_readers, *start)
-            for source, start in zip(sources, starts, strict=True)
-        ]
+        order = (config.seed, config.shuffle_buffer, position.reader, num_readers)
+        self._parts = [_Endless(source, order, *start) for source, start in zip(sources, starts, strict=True)]
         self._weights = [source.config.weight or 1.0 for source in sources]
 
     def position(self) -> Position:
@@ -155,13 +158,17 @@ class MixedRows(Iterator[Candidate]):
 
 
 class _Endless(Iterator[Row]):
-    """One reader's rows of a stream, which starts over, in another order, when it ends."""
+    """One reader's rows of a stream, which starts over, in another order, when it ends.
 
-    def __init__(
-        self, source: StreamSource, config: DataConfig, reader: int, num_readers: int, epoch: int, rows: int
-    ) -> None:
-        self._source, self.epoch, self.rows = source, epoch, rows
-        self._order = (config.seed, config.shuffle_buffer, reader, num_readers)
+    Args:
+        source: The stream.
+        order: Seed, size of the shuffle buffer, this reader and the number of readers.
+        epoch: Passes already done.
+        rows: Rows of this pass already read.
+    """
+
+    def __init__(self, source: StreamSource, order: tuple[int, int, int, int], epoch: int, rows: int) -> None:
+        self._source, self._order, self.epoch, self.rows = source, order, epoch, rows
         self._rows: Iterator[Row] = itertools.islice(source.rows(epoch, *self._order), rows, None)
 
     def __next__(self) -> Row:
@@ -177,42 +184,36 @@ class _Endless(Iterator[Row]):
 
 
 def train_loader(
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    views: Views | None,
+    assembler: Assembler,
     shard: Shard,
-    start_step: int = 0,
-    positions: Sequence[Position] = (),
-    known: Known | None = None,
-    first_step: int = 0,
+    start: Start | None = None,
+    lengths: Sequence[CaptionLengths | None] = (),
 ) -> Iterator[Batch]:
-    """Yield this process's batches from `start_step` on, without end; if the shard has pieces, piece by piece.
+    """Yield this process's batches, without end; if the shard has pieces, piece by piece.
 
     Args:
-        config: What to read and how to mix it.
-        tokenizer: Tokenizes the captions.
-        views: What the model is shown of an image; None for batches without images.
+        assembler: Makes the batches, of the sources of its config.
         shard: This process's part of the global batch.
-        start_step: Steps already done.
-        positions: Where the readers of streamed sources were, from a checkpoint.
-        known: Lengths of captions, and features that frozen towers made of the data.
-        first_step: Steps that were done when the readers of streamed sources began.
+        start: Where a resumed run begins.
+        lengths: Those of the captions of every source, as `survey` returns them; default: they are measured now.
 
     Raises:
         SourceError: a source cannot be opened, streamed sources are mixed with others or have too few shards, or
-            `positions` are of another number of readers.
+            `start.positions` are of another number of readers.
     """
+    config, start = assembler.config, start or Start()
     sources = [open_source(source, config.seed) for source in config.sources]
-    assembler = Assembler(config, tokenizer, views, known)
     streams = [source for source in sources if isinstance(source, StreamSource)]
     if not streams:
         maps = cast(list[MapSource], sources)
-        order = MapOrder(maps, assembler, shard, start_step, known.lengths if known else ())
+        if not lengths and config.length_pool > 1:
+            lengths = [survey(source, config, assembler.tokenizer).lengths for source in maps]
+        order = MapOrder(maps, assembler.chooser, shard, start.step, lengths)
         return _load(MapPairs(maps, assembler), config.num_workers, sampler=order)
     if len(streams) < len(sources):
         raise SourceError("data.sources mixes streamed sources with others; set streaming: true on all of them or none")
-    _check_readers(streams, shard, max(1, config.num_workers), range(first_step, start_step), positions)
-    pairs = StreamPairs(streams, assembler, shard, positions, start_step)
+    _check_readers(streams, shard, max(1, config.num_workers), start)
+    pairs = StreamPairs(streams, assembler, shard, start)
     # Readers make whole batches, so that the size of the pieces does not decide which rows are in them.
     batches = _load(pairs, config.num_workers, prefetch=max(1, PREFETCH // len(shard.pieces)))
     return itertools.chain.from_iterable(batch.cut(shard.pieces) for batch in batches)
@@ -234,10 +235,9 @@ def _load(pairs: Dataset[Batch], num_workers: int, prefetch: int = PREFETCH, **o
     )
 
 
-def _check_readers(
-    streams: Sequence[StreamSource], shard: Shard, count: int, done: range, positions: Sequence[Position]
-) -> None:
-    """Make sure that every reader (`count` per process) has a shard of every stream, and its position at `done`."""
+def _check_readers(streams: Sequence[StreamSource], shard: Shard, count: int, start: Start) -> None:
+    """Check that every reader (`count` per process) has a shard of every stream, and its position."""
+    done, positions = range(start.first_step, start.step), start.positions
     num_readers = shard.world_size * count
     for stream in streams:
         if stream.num_shards < num_readers:
@@ -247,10 +247,10 @@ def _check_readers(
             )
     started = {step % count for step in done[:count]}  # they are asked in turn
     expected = {rank * count + reader for rank in range(shard.world_size) for reader in started}
-    found = {position.reader for position in positions}
-    if positions and found != expected:
+    readers = {position.reader for position in positions}
+    if positions and readers != expected:
         raise SourceError(
-            f"the checkpoint was made by {len(found)} readers of streamed data (data.num_workers x processes), this "
+            f"the checkpoint was made by {len(readers)} readers of streamed data (data.num_workers x processes), this "
             f"run has {num_readers}; resume with as many workers and processes as before"
         )
     if any(len(position.passes) != len(streams) for position in positions):
@@ -258,6 +258,46 @@ def _check_readers(
             f"data.sources: the checkpoint was made of {len(positions[0].passes)} streamed sources, this run has "
             f"{len(streams)}; a stream can only go on among the same number of them"
         )
+
+
+class _Parts(Dataset[Result]):
+    """Reads one part of a source's rows per range, in worker processes if there are any."""
+
+    def __init__(self, source: MapSource, read: Callable[[list[Row], range], Result], images: bool) -> None:
+        self._source, self._read, self._images = source, read, images
+
+    def __getitem__(self, part: range) -> Result:
+        return self._read(self._source.rows(part, self._images), part)
+
+
+def read_parts(
+    source: MapSource | StreamSource,
+    parts: Iterable[range],
+    read: Callable[[list[Row], range], Result],
+    images: bool,
+    num_workers: int,
+) -> Iterator[Result]:
+    """Yield what `read` returns of each part of a source's rows; ends where the rows do.
+
+    Args:
+        source: The source.
+        parts: Numbers of rows, ascending.
+        read: Takes the rows and their numbers. The last part of a stream may have fewer rows.
+        images: Whether the rows' images are needed.
+        num_workers: Processes that read; a stream is read in this process.
+    """
+    if isinstance(source, MapSource):
+        # A generator of its own: the default would draw from the generator that dropout uses.
+        options: dict[str, Any] = {"num_workers": num_workers, "generator": torch.Generator()}
+        yield from DataLoader(_Parts(source, read, images), None, sampler=cast(Any, list(parts)), **options)
+        return
+    rows, place = source.iter_rows(images), 0
+    for part in parts:
+        members = list(itertools.islice(rows, part.start - place, part.stop - place))
+        if not members:
+            return
+        yield read(members, part)
+        place = part.stop
 
 
 def training_captions(config: DataConfig) -> Iterator[str]:

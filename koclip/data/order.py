@@ -1,19 +1,24 @@
-"""In which order the rows of map-style sources are drawn: split over processes, grouped by caption length.
+"""Which rows are drawn, in which order, and which of their captions.
 
-The order is a function of (data.seed, step): a run that resumes at a step, or that has another number of processes
-but the same global batch, sees the same global batches.
+The order of map-style sources is a function of (data.seed, step): a run that resumes at a step, or that has another
+number of processes but the same global batch, sees the same global batches. Every random choice about a row comes from
+that row's own seed.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
-from koclip.data.batches import Assembler
+from koclip.config import DataConfig
 from koclip.data.sources import MapSource
-from koclip.data.survey import CaptionLengths, survey
+from koclip.data.survey import CaptionLengths
+from koclip.text.normalize import paired
+
+Word = TypeVar("Word")
 
 
 class Draw(NamedTuple):
@@ -22,6 +27,67 @@ class Draw(NamedTuple):
     source: int
     row: int
     epoch: int
+
+
+def generator(purpose: str, *key: int) -> random.Random:
+    """Return a generator that is a function of its arguments, in every process and on every machine."""
+    return random.Random(f"{purpose} {key}")
+
+
+class CaptionChooser:
+    """Chooses one of a row's captions.
+
+    Args:
+        config: The weights of the languages by source, and `word_dropout`.
+        teacher_language: A language that captions need a counterpart in; None: they need none.
+    """
+
+    def __init__(self, config: DataConfig, teacher_language: str | None = None) -> None:
+        self.config, self._teacher_language = config, teacher_language
+        self.languages = [source.languages or dict.fromkeys(source.captions, 1.0) for source in config.sources]
+
+    def caption(
+        self, captions: Mapping[str, Sequence[str]], source: int, seed: tuple[int, ...]
+    ) -> tuple[str, int, str] | None:
+        """Return the language, the place and the text of a caption; None if there is none that can be used.
+
+        The language is drawn by its weight among those that the row has captions in.
+        """
+        choice = self.choose(captions, source, seed)
+        if choice is None:
+            return None
+        language, place, rng = choice
+        caption = captions[language][place]
+        if self.config.word_dropout:
+            caption = " ".join(self.keep(caption.split(), rng))
+        return language, place, caption
+
+    def choose(
+        self, captions: Mapping[str, Sequence[Any]], source: int, seed: tuple[int, ...]
+    ) -> tuple[str, int, random.Random] | None:
+        """Draw a language and a place among its captions, anything but an empty one; None if there is none.
+
+        The generator that is returned too draws the words that are kept.
+        """
+        weights = self.languages[source]
+        places = {name: self._usable(captions, name) for name in captions if weights.get(name)}
+        languages = [name for name, own in places.items() if own]
+        if not languages:
+            return None
+        rng = generator("caption", *seed)
+        language = rng.choices(languages, [weights[name] for name in languages])[0]
+        return language, rng.choice(places[language]), rng
+
+    def _usable(self, captions: Mapping[str, Sequence[Any]], language: str) -> list[int]:
+        """Return the places of captions that may be drawn: with a teacher, those that have a counterpart."""
+        own = captions[language]
+        taught = own if self._teacher_language is None else captions.get(self._teacher_language, own)
+        places = paired(own, taught)
+        return [place for place, caption in enumerate(own) if caption] if places is None else places
+
+    def keep(self, words: Sequence[Word], rng: random.Random) -> list[Word]:
+        """Leave each word out with the chance `data.word_dropout`, but never all of them."""
+        return [word for word in words if rng.random() >= self.config.word_dropout] or [rng.choice(words)]
 
 
 class Shard(NamedTuple):
@@ -47,25 +113,22 @@ class MapOrder(Sampler[list[Draw]]):
 
     Args:
         sources: The sources.
-        assembler: Draws the captions.
+        chooser: Draws the captions, whose lengths batches are grouped by.
         shard: This process's part.
         start_step: Steps already done.
-        lengths: Those of the sources' captions; default: they are measured now.
+        lengths: Those of the captions of every source (`koclip.data.survey`); not needed where `length_pool` is 1.
     """
 
     def __init__(
         self,
         sources: Sequence[MapSource],
-        assembler: Assembler,
+        chooser: CaptionChooser,
         shard: Shard,
         start_step: int,
         lengths: Sequence[CaptionLengths | None] = (),
     ) -> None:
-        self._sources, self._assembler, self._shard, self._start_step = sources, assembler, shard, start_step
-        self._config = assembler.config
-        if not lengths and self._config.length_pool > 1:
-            lengths = [survey(source, self._config, assembler.tokenizer).lengths for source in sources]
-        self._lengths = lengths
+        self._sources, self._chooser, self._shard, self._start_step = sources, chooser, shard, start_step
+        self._config, self._lengths = chooser.config, lengths
         self._num_groups = _groups_per_epoch(sources)
         self._cached: tuple[int, npt.NDArray[np.int64]] | None = None
 
@@ -133,12 +196,12 @@ class MapOrder(Sampler[list[Draw]]):
         lengths = self._lengths[draw.source]
         assert lengths is not None, "measured where pools are sorted"
         captions = lengths.row(draw.row)
-        choice = self._assembler.choose(captions, draw.source, row_seed(self._config.seed, draw))
+        choice = self._chooser.choose(captions, draw.source, row_seed(self._config.seed, draw))
         if choice is None:
             return 0
         language, place, rng = choice
         parts = captions[language][place]
-        return lengths.total(self._assembler.keep(parts, rng) if self._config.word_dropout else parts)
+        return lengths.total(self._chooser.keep(parts, rng) if self._config.word_dropout else parts)
 
 
 def row_seed(seed: int, draw: Draw) -> tuple[int, ...]:

@@ -103,6 +103,7 @@ class StreamSource:
         self.config = config
         self._stream = stream
         self._classes = _class_names(stream, config)
+        self.left_out: Sequence[Skip] = ()
         self._shards = shards if len(shards) == self.num_shards else list(map(str, range(self.num_shards)))
 
     @property

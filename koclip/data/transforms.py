@@ -1,9 +1,12 @@
 """Decode any picture to RGB and cut training crops out of it, in uint8: the model normalises on its device."""
 
+import dataclasses
+import json
 import random
 import struct
 import warnings
 import zlib
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +17,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
+from xxhash import xxh3_128_digest
 
 from koclip.config import DataConfig
 
@@ -85,6 +89,16 @@ def read(image: bytes | Path | npt.NDArray[np.uint8] | None) -> bytes | npt.NDAr
         return image.read_bytes() if isinstance(image, Path) else image
     except (OSError, ValueError) as error:  # ValueError: no file has such a name
         raise ImageError(f"{type(error).__name__}: {error}".split("\n")[0]) from error
+
+
+def digest_of(content: bytes | npt.NDArray[np.uint8]) -> bytes:
+    """Return 16 bytes that are equal for equal content."""
+    return xxh3_128_digest(content if isinstance(content, bytes) else content.tobytes())
+
+
+def image_id(digest: bytes) -> int:
+    """Return the number of an image with this digest: 63 bits of it, which fit an int64."""
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def decode(
@@ -218,6 +232,22 @@ def _scaled(picture: Image.Image) -> Image.Image:
     return Image.fromarray(gray)
 
 
+@dataclass(frozen=True)
+class CentreView:
+    """The view of evaluation: an image (3, H, W) uint8 is resized, and its middle cut out."""
+
+    resize: int | tuple[int, int]  # the shorter side, or height and width, pixels
+    interpolation: str
+    crop: tuple[int, int] | None  # height and width, pixels; None: nothing is cut off
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """Return the view (3, h, w) uint8."""
+        sides = [self.resize] if isinstance(self.resize, int) else list(self.resize)
+        mode = v2.InterpolationMode(self.interpolation)
+        resized: torch.Tensor = v2.functional.resize(image, sides, interpolation=mode, antialias=True)
+        return resized if self.crop is None else v2.functional.center_crop(resized, list(self.crop))
+
+
 class Views:
     """What a model is shown of an image: random crops, drawn from a seed of their own, or the view of evaluation.
 
@@ -228,11 +258,10 @@ class Views:
             the shorter side resized to `image_size` and the middle cut out.
     """
 
-    def __init__(self, config: DataConfig, image_size: int, centre: v2.Transform | None = None) -> None:
+    def __init__(self, config: DataConfig, image_size: int, centre: CentreView | None = None) -> None:
         bicubic = v2.InterpolationMode.BICUBIC
-        resize = v2.Resize(image_size, interpolation=bicubic, antialias=True)
-        self.count = config.num_crops
-        self._centre = centre or v2.Compose([resize, v2.CenterCrop(image_size)])
+        self.count, self._config, self._image_size = config.num_crops, config, image_size
+        self._centre = centre or CentreView(image_size, "bicubic", (image_size, image_size))
         steps: list[v2.Transform] = []
         if config.rotation:
             steps.append(v2.RandomRotation(config.rotation, v2.InterpolationMode.BILINEAR, fill=255))
@@ -262,24 +291,28 @@ class Views:
     def numbered(self, image: torch.Tensor, digest: bytes, number: int) -> torch.Tensor:
         """Return view `number` of an image (3, H, W) uint8 whose content has this digest; view 0 is evaluation's."""
         if number == 0:
-            centred: torch.Tensor = self._centre(image)
-            return centred
+            return self._centre(image)
         return self.random(image, random.Random(f"view {digest.hex()} {number}").getrandbits(62))
 
-    def __repr__(self) -> str:
-        """Describe the views: equal texts make equal views of an image."""
-        return f"{self._centre}" if self.count == 1 else f"{self._centre} and {self.count - 1} of {self._random}"
+    @property
+    def description(self) -> str:
+        """The settings of the views as JSON: those of equal settings are equal in one version of torchvision."""
+        settings: dict[str, Any] = {"first": dataclasses.asdict(self._centre)}
+        if self.count != 1:
+            names = ("crop_scale", "rotation", "horizontal_flip", "color_jitter", "grayscale")
+            random = {name: getattr(self._config, name) for name in names}
+            settings |= {"random": {"number": self.count - 1, "image_size": self._image_size, **random}}
+        return json.dumps(settings)
 
 
-def centre_view(processor: Any) -> v2.Transform:
+def centre_view(processor: Any) -> CentreView:
     """Return the resizing and cropping of a stock image processor, for uint8 tensors (3, H, W)."""
     size = processor.size
-    sides: int | list[int] = size["shortest_edge"] or [size["height"], size["width"]]
-    interpolation = v2.functional.InterpolationMode(_PIL_MODES[int(processor.resample)])
-    steps: list[v2.Transform] = [v2.Resize(sides, interpolation=interpolation, antialias=True)]
+    sides: int | tuple[int, int] = size["shortest_edge"] or (size["height"], size["width"])
+    crop = None
     if getattr(processor, "do_center_crop", False):
-        steps.append(v2.CenterCrop([processor.crop_size["height"], processor.crop_size["width"]]))
-    return v2.Compose(steps)
+        crop = (processor.crop_size["height"], processor.crop_size["width"])
+    return CentreView(sides, _PIL_MODES[int(processor.resample)], crop)
 
 
 def view_size(processor: Any) -> int:

@@ -6,12 +6,12 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from xxhash import xxh3_128_hexdigest
 
-from koclip import distributed, storage
+from koclip import distributed
+from koclip.config import ConfigError
+from koclip.embeddings.store import Shard, write_shard
 from koclip.encoders.base import Encoder, by_length, in_batches
 from koclip.evaluation.images import Images
 
@@ -80,15 +80,18 @@ class Embedder:
             return kept
         embedded = embed()
         if distributed.rank() == 0 or not self.spread:
-            with storage.atomic(file, shared=True) as partial:  # another evaluation may write the same
-                save_file({"embeddings": embedded}, partial)
+            write_shard(file, embedded, shared=True)  # another evaluation may write the same
         return embedded
 
 
 def _read(file: Path) -> torch.Tensor | None:
-    """Return the embeddings of a file; None if there is none, or, with a message, if it is broken."""
+    """Return the embeddings in a file; None if there is none. A broken file is named, and computed anew."""
     try:
-        return load_file(file)["embeddings"] if file.exists() else None
-    except (SafetensorError, OSError, KeyError) as error:
-        tqdm.write(f"{file} is broken and written again: {error}")
+        if not file.exists():
+            return None
+        shard = Shard(file, "cache_dir")
+        shard.verify()
+        return shard.embeddings
+    except ConfigError as error:
+        tqdm.write(str(error))
         return None

@@ -10,9 +10,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 from xxhash import xxh3_128
 
 from koclip.data.corruptions import corrupt
-from koclip.data.features import digest_of
 from koclip.data.sources import Row
-from koclip.data.transforms import PIXEL_LIMIT, ImageError, PixelLimit, decode, read
+from koclip.data.transforms import PIXEL_LIMIT, ImageError, PixelLimit, decode, digest_of, read
 
 _Captions = dict[str, list[str]]
 

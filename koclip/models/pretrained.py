@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
@@ -128,6 +130,15 @@ def take_padding(encoder: PreTrainedModel, pad_token_id: int | None) -> None:
     config.pad_token_id = pad_token_id
     embeddings: Any = encoder.get_input_embeddings()
     embeddings.padding_idx = pad_token_id
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name has the form of a Hub id and is no local path."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
 
 
 def read(path: str | Path, key: str, subfolder: str = "") -> tuple[Any, dict[str, list[str]]]:

@@ -16,7 +16,7 @@ from koclip.evaluation.results import IMAGES, MAIN, Spec
 from koclip.evaluation.run import notes
 from koclip.evaluation.tasks import SPECS
 from koclip.publishing.card_inputs import Facts
-from koclip.publishing.files import ADAPTER, CARD, LICENCE
+from koclip.publishing.checks import ADAPTER, CARD, LICENCE
 from koclip.publishing.formats import int8
 from koclip.publishing.formats import sentence_transformers as sentence
 from koclip.publishing.formats.onnx import EXACT, FOLDER, INT8, SIDES

@@ -17,9 +17,8 @@ from koclip.encoders.peers import open_encoder
 from koclip.evaluation.results import Record, records_of
 from koclip.evaluation.tasks import SPECS
 from koclip.metrics import Metric
-from koclip.models.pretrained import read_processor
+from koclip.models.pretrained import is_hub_id, read_processor
 from koclip.publishing import data_cards
-from koclip.publishing.files import is_hub_id
 from koclip.publishing.licences import UNSTATED, Part, Source, model_parts
 from koclip.text.normalize import normalize
 

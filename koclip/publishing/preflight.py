@@ -1,4 +1,4 @@
-"""Pre-flight: whether a directory may be published. Nothing is taken on trust, the model is loaded and asked."""
+"""Pre-flight: check whether a directory may be published. The model is loaded, by stock classes too, and compared."""
 
 import json
 import os
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from PIL import Image
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from safetensors.torch import load_file
@@ -21,14 +20,15 @@ from transformers import AutoConfig, AutoTokenizer
 
 from koclip.config import ConfigError
 from koclip.encoders.inference import embed_images, embed_texts, load
-from koclip.publishing.files import Check, check_files
+from koclip.evaluation.report.printing import console
+from koclip.publishing.checks import Check, check_files
 from koclip.publishing.formats.onnx import EXACT, FOLDER, INT8, MOST, RESULTS, SIDES, run, session
 from koclip.text import tokenizers
 
-_STRANGER = Path(__file__).with_name("clean_load.py")
-# From short to long, which is the order that `embed_texts` fills its batch in: the same sums, to the last bit.
+_CLEAN_LOAD = Path(__file__).with_name("clean_load.py")
+# From short to long, as `embed_texts` fills its batch: then the sums are the same, to the last bit.
 TEXTS = ("고양이", "빨간 자전거", "a photo of a dog", "창가에 앉아 밖을 보는 고양이 사진")
-_MARKED = ("고양이가 창가에 앉아 있다", "꽃밭 위의 벌", "각", "값싼 닭고기", "café déjà vu")
+_COMPOSED = ("고양이가 창가에 앉아 있다", "꽃밭 위의 벌", "각", "값싼 닭고기", "café déjà vu")
 _AGAIN = "save the model again with koclip; if it was changed by hand, undo that"
 
 
@@ -36,49 +36,49 @@ def preflight(directory: Path, repo_id: str | None = None, adapter: bool = True)
     """Check a model directory against the release list.
 
     Args:
-        directory: What is to be published, with its card.
-        repo_id: Where to; an account's name is no secret in it.
+        directory: The directory to publish, with its card.
+        repo_id: The repository; it may contain the name of this account.
         adapter: Whether adapter/ is to be published too.
 
     Raises:
-        ConfigError: it is no directory with a config.json.
+        ConfigError: the directory has no config.json.
     """
     checks = check_files(directory, repo_id, adapter)
     if checks[0].problems:  # without a tokenizer or weights there is nothing to load
         return checks
     with tempfile.TemporaryDirectory() as folder:
-        return [*checks, *_ask(directory, Path(folder)), _ids(directory)]
+        return [*checks, *_load_checks(directory, Path(folder)), _ids(directory)]
 
 
 def print_checks(checks: Sequence[Check]) -> None:
-    """Print a table of all checks, and for each one that fails what is wrong and how to mend it."""
+    """Print a table of all checks, with the problems of those that fail and how to fix them."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("check", "", "what is wrong, and how to mend it"):
+    for heading in ("check", "", "problems, and how to fix them"):
         table.add_column(heading, overflow="fold")
-    for one in checks:
-        verdict = Text("fails", style="bold red") if one.problems else Text("ok", style="green")
-        table.add_row(one.name, verdict, Text("\n".join([*one.problems, f"→ {one.mend}"] if one.problems else [])))
-    console = Console(width=None if Console().is_terminal else 110)
-    console.print(table)
+    for check in checks:
+        verdict = Text("fails", style="bold red") if check.problems else Text("ok", style="green")
+        lines = [*check.problems, f"→ {check.fix}"] if check.problems else []
+        table.add_row(check.name, verdict, Text("\n".join(lines)))
+    console().print(table)
 
 
 def refuse(checks: Sequence[Check]) -> None:
     """Raise a `ConfigError` that names the checks that failed, if any did."""
-    failed = [one for one in checks if one.problems]
+    failed = [check for check in checks if check.problems]
     if failed:
-        wrong = "; ".join(f"{one.name}: {one.problems[0]} ({one.mend})" for one in failed)
-        raise ConfigError(f"model: {len(failed)} of {len(checks)} checks fail; nothing was pushed. {wrong}")
+        problems = "; ".join(f"{check.name}: {check.problems[0]} ({check.fix})" for check in failed)
+        raise ConfigError(f"model: {len(failed)} of {len(checks)} checks fail; nothing was pushed. {problems}")
 
 
-def _ask(directory: Path, folder: Path) -> list[Check]:
-    """Let a clean process load the directory, and compare its embeddings with koclip's."""
+def _load_checks(directory: Path, folder: Path) -> list[Check]:
+    """Load the directory in a clean process, and compare its embeddings with koclip's."""
     pictures = _pictures(folder)
-    pairs = [[unicodedata.normalize(form, text) for form in ("NFC", "NFD")] for text in _MARKED]
+    pairs = [[unicodedata.normalize(form, text) for form in ("NFC", "NFD")] for text in _COMPOSED]
     inputs = {"texts": TEXTS, "pictures": pictures, "pairs": pairs, "threads": torch.get_num_threads()}
     (folder / "inputs.json").write_text(json.dumps(inputs), encoding="utf-8")
     home = {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     ran = subprocess.run(
-        [sys.executable, "-I", str(_STRANGER), str(directory.resolve()), str(folder)],
+        [sys.executable, "-I", str(_CLEAN_LOAD), str(directory.resolve()), str(folder)],
         env={**os.environ, **home},
         capture_output=True,
         text=True,
@@ -86,19 +86,19 @@ def _ask(directory: Path, folder: Path) -> list[Check]:
     )
     loads = "loads by stock transformers alone"
     if ran.returncode != 0:
-        return [Check(loads, [(ran.stderr.strip().splitlines() or ["it died"])[-1]], _AGAIN)]
+        return [Check(loads, [(ran.stderr.strip().splitlines() or ["the process was killed"])[-1]], _AGAIN)]
     answer = json.loads(ran.stdout.splitlines()[-1])
-    wrong = [f"{kind}: {', '.join(names[:5])}" for kind, names in answer["problems"].items()]
+    problems = [f"{kind}: {', '.join(names[:5])}" for kind, names in answer["problems"].items()]
     try:
         model, processor = load(directory, device="cpu")
     except ConfigError as error:
-        return [Check(loads, [*wrong, str(error)], _AGAIN)]
+        return [Check(loads, [*problems, str(error)], _AGAIN)]
     ours = {"image": embed_images(model, processor, pictures), "text": embed_texts(model, processor, TEXTS)}
-    theirs = load_file(folder / "stranger.safetensors")
-    far = {name: _difference(ours[name], theirs[name]) for name in ours}
-    unequal = [f"{name} embeddings differ by {value:.2g}" for name, value in far.items() if value != 0]
+    stock = load_file(folder / "embeddings.safetensors")
+    differences = {name: _difference(ours[name], stock[name]) for name in ours}
+    unequal = [f"{name} embeddings differ by {value:.2g}" for name, value in differences.items() if value != 0]
     return [
-        Check(loads, wrong, _AGAIN),
+        Check(loads, problems, _AGAIN),
         Check("embeddings are koclip's, to 0.0", unequal, _AGAIN),
         Check(
             "composed and decomposed text: same ids",
@@ -110,7 +110,7 @@ def _ask(directory: Path, folder: Path) -> list[Check]:
 
 
 def _graphs(directory: Path, processor: Any, pictures: Sequence[str], ours: dict[str, torch.Tensor]) -> list[Check]:
-    """Compare the embeddings of onnx/, if it is there, with the model's: its weights may have changed since."""
+    """Compare the embeddings of the graphs in onnx/, if any, with the model's: they may be of older weights."""
     files = {path.name: path for path in (directory / FOLDER).glob("*.onnx")}
     if not files:
         return []
@@ -124,25 +124,25 @@ def _graphs(directory: Path, processor: Any, pictures: Sequence[str], ours: dict
     for name, side in zip(SIDES, inputs, strict=True):
         try:
             graph = files.get(f"{name}{EXACT}.onnx")
-            far = _difference(ours[side], run(session(graph), inputs[side])) if graph else 0.0
+            difference = _difference(ours[side], run(session(graph), inputs[side])) if graph else 0.0
         except ImportError as error:
-            problems.append(f"{error.name} is not installed, so they cannot be tried: pip install 'koclip[onnx]'")
+            problems.append(f"{error.name} is not installed, so they cannot be checked: pip install 'koclip[onnx]'")
             break
-        if not far <= MOST:  # so written, NaN is too much
-            problems.append(f"{name}{EXACT}.onnx: embeddings differ by {far:.2g}")
-    small = [name for name in files if name.endswith(f"{INT8}.onnx")]
-    if small and not (directory / FOLDER / RESULTS).is_file():
-        problems += [f"{FOLDER}/{RESULTS} is missing, which says of which weights {', '.join(sorted(small))} are"]
-    return [Check("graphs in onnx/ are the model's", problems, f"make them again with --onnx, or delete {FOLDER}/")]
+        if not difference <= MOST:  # also true for NaN
+            problems.append(f"{name}{EXACT}.onnx: embeddings differ by {difference:.2g}")
+    quantized = [name for name in files if name.endswith(f"{INT8}.onnx")]
+    if quantized and not (directory / FOLDER / RESULTS).is_file():
+        problems += [f"{FOLDER}/{RESULTS} is missing, which names the weights of {', '.join(sorted(quantized))}"]
+    return [Check("graphs in onnx/ are the model's", problems, f"export them again with --onnx, or delete {FOLDER}/")]
 
 
-def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Return the largest difference; infinite if shapes differ, nan if anything is."""
-    return (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
+def _difference(ours: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the largest difference of a number; infinite if shapes differ, NaN if a number is NaN."""
+    return (ours - other).abs().max().item() if ours.shape == other.shape else float("inf")
 
 
 def _pictures(folder: Path) -> list[str]:
-    """Draw pictures of different sizes and shades and return their files."""
+    """Draw images of different sizes and shades and return their files."""
     files = []
     for number, size in enumerate([(64, 64), (97, 60), (48, 81)]):
         shades = [Image.linear_gradient("L").resize(size).rotate(90 * (number + turn)) for turn in range(3)]
@@ -152,7 +152,7 @@ def _pictures(folder: Path) -> list[str]:
 
 
 def _ids(directory: Path) -> Check:
-    """Compare the tokenizer's special tokens and size with what the text tower's configuration says of them."""
+    """Compare the tokenizer's special tokens and size with the text tower's configuration."""
     config: Any = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     text = config.text_config
@@ -166,7 +166,7 @@ def _ids(directory: Path) -> Check:
         problems.append(f"the tokenizer has ids up to {largest}, text_config.vocab_size is {text.vocab_size}")
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     for name in names if text.model_type == "clip_text_model" else names[2:]:
-        theirs, ours = getattr(text, name), getattr(tokenizer, name)
-        if theirs != ours:
-            problems.append(f"text_config.{name} is {theirs}, the tokenizer's {ours}")
+        configured, actual = getattr(text, name), getattr(tokenizer, name)
+        if configured != actual:
+            problems.append(f"text_config.{name} is {configured}, the tokenizer's {actual}")
     return Check("the tokenizer's ids are config.json's", problems, "write the tokenizer's ids into config.json")

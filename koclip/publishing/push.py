@@ -1,36 +1,40 @@
-"""Push a directory to the Hub, by huggingface_hub alone: one atomic commit, or none.
+"""Push a model's directory, and a Space that shows the model, to the Hub: by one atomic commit, or none.
 
-A push can be repeated at any time. It asks what the repository holds, sends what differs and looks again afterwards;
-what had been uploaded before a connection broke is not uploaded twice. The token is what `huggingface_hub.get_token`
-finds; it is handed to the client and to nobody else.
+A push can be repeated at any time. It compares the repository with the directory, sends what differs and compares
+again. Files that were uploaded before a connection broke are not uploaded twice. The token is the one that
+`huggingface_hub.get_token` returns; only the client gets it.
 """
 
 import fnmatch
 import json
+import re
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from tqdm.auto import tqdm
 
 from koclip.config import ConfigError, RunError, check
-from koclip.publishing.files import ADAPTER, BUILT, LICENCE
+from koclip.publishing.checks import ADAPTER, BUILT, CARD, LICENCE
 from koclip.publishing.formats import onnx
 
-Made = TypeVar("Made")
+Answer = TypeVar("Answer")
 
 TRIES = 4
+MODEL = "KOCLIP_MODEL"  # the variable of a Space that space/app.py reads
 _WAIT = 1.0  # seconds before the second try, doubled each time
-_PASSING = {408, 409, 412, 425, 429, 500, 502, 503, 504}  # 409 and 412: somebody else's commit came between
-# What loaders or koclip's card read; of these a model's repository holds what the directory does, all else stays.
-_OURS = (
+# HTTP statuses after which another try may work. 409 and 412: another commit was made since files were compared.
+_TEMPORARY = {408, 409, 412, 425, 429, 500, 502, 503, 504}
+# Files that loaders or koclip's card read. A file of such a name is deleted on the Hub if the directory lacks it.
+_MANAGED = (
     *("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack"),
     *("config.json", "generation_config.json", "*processor_config.json", "tokenizer*.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.*", "merges.txt", "*.model", "adapter_*", LICENCE),
@@ -39,7 +43,7 @@ _OURS = (
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository of the Hub: a model's or a Space's, made private if it is new and that is asked for."""
+    """A model or a Space on the Hub. `private` holds for a new repository only."""
 
     repo_id: str
     kind: Literal["model", "space"] = "model"
@@ -47,47 +51,54 @@ class Repository:
 
     @property
     def key(self) -> str:
-        """What the configuration calls it."""
+        """The configuration key that names it."""
         return "space" if self.kind == "space" else "repo_id"
 
 
 @dataclass(frozen=True)
+class Changes:
+    """Names of files: those to upload, and those to delete on the Hub."""
+
+    added: tuple[str, ...] = ()
+    deleted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Pushed:
-    """What came of a push: the repository's newest commit, and the files that it changed."""
+    """The result of a push: the repository's newest commit, and the files that it changed."""
 
     url: str
     commit: str
-    added: list[str]
-    deleted: list[str]
+    changes: Changes
 
 
 def check_rights(repo_id: str, key: str = "repo_id") -> None:
-    """Make sure that there is a token and that it may write to `repo_id`, which the configuration calls `key`.
+    """Check that there is a token and that it may write to `repo_id`, which the configuration key `key` names.
 
     Raises:
-        ConfigError: there is none, it is not valid, or it may only read, or not write there.
+        ConfigError: there is no token, it is invalid, or it may not write there.
         RunError: the Hub does not answer.
     """
     login = "log in with `hf auth login` or set HF_TOKEN; tokens are made at hf.co/settings/tokens"
     check(get_token() is not None, "token", None, f"expected one with write rights: {login}")
     namespace = repo_id.split("/")[0]
-    who = repeat(lambda: HfApi().whoami(), "asking who the token belongs to", key)
-    mine = {who["name"]: "admin"} | {one["name"]: one.get("roleInOrg", "write") for one in who.get("orgs", [])}
-    named = f"a namespace of {who['name']}: {', '.join(sorted(mine))}"
-    check(namespace in mine, key, repo_id, f"expected {named}; take one, or the token of a member")
-    may = mine[namespace] != "read"
-    check(may, key, repo_id, f"{who['name']} may only read in {namespace}: ask an admin for write rights")
-    access = who.get("auth", {}).get("accessToken", {})
+    user = repeat(lambda: HfApi().whoami(), "asking who the token belongs to", key)
+    roles = {user["name"]: "admin"} | {org["name"]: org.get("roleInOrg", "write") for org in user.get("orgs", [])}
+    namespaces = f"a namespace of {user['name']}: {', '.join(sorted(roles))}"
+    check(namespace in roles, key, repo_id, f"expected {namespaces}; choose one, or use the token of a member")
+    may_write = roles[namespace] != "read"
+    check(may_write, key, repo_id, f"{user['name']} may only read in {namespace}: ask an admin for write rights")
+    access = user.get("auth", {}).get("accessToken", {})
     role = access.get("role")
     writes = role == "write" or (role == "fineGrained" and _grants(access.get("fineGrained", {}), repo_id))
     check(writes or role is None, "token", f"one of role {role}", f"expected write rights to {repo_id}: {login}")
 
 
 def check_base(directory: Path) -> None:
-    """Make sure that the Hub has the base that adapter/ names, if there is an adapter and it names one.
+    """Check that the Hub has the base model that adapter/adapter_config.json names, if it names one.
 
     Raises:
-        ConfigError: it has not, or not for this token.
+        ConfigError: the Hub lacks it, or this token may not read it.
         RunError: the Hub does not answer.
     """
     file = directory / ADAPTER / "adapter_config.json"
@@ -97,105 +108,100 @@ def check_base(directory: Path) -> None:
 
 
 def push(directory: Path, files: Sequence[str], repo: Repository, message: str, tag: str | None = None) -> Pushed:
-    """Make the repository hold `files` of `directory`, by one commit, or by none if it does already.
+    """Make the repository hold `files` of `directory`, by one commit, or by none if it holds them already.
 
     Args:
-        directory: Where they are.
-        files: Relative to it.
-        repo: Where to; it is made if it is missing.
+        directory: The local directory.
+        files: Paths to publish, relative to it.
+        repo: The repository; it is created if it is missing.
         message: The commit's first line.
         tag: Name of the release.
 
     Raises:
         ConfigError: the tag names another commit; or the Hub refuses the token, the name or the files.
-        RunError: it could not be done; the repository is as it was, or complete. The message says which.
+        RunError: the push failed. The repository is unchanged or complete; the message says which.
     """
-    url = repeat(lambda: _create(repo), f"making {repo.repo_id}", repo.key)
+    url = repeat(lambda: _create(repo), f"creating {repo.repo_id}", repo.key)
     if tag:
         _check_tag(repo, tag, directory, files)
-    sent: list[tuple[list[str], list[str]]] = []
+    sent: list[Changes] = []
     commit = repeat(lambda: _commit(directory, files, repo, message, sent), f"pushing to {repo.repo_id}", repo.key)
     if tag:
         repeat(lambda: _set_tag(repo, tag, commit), f"setting the tag {tag} of {repo.repo_id}", repo.key)
-    added, deleted = sent[-1] if sent else ([], [])
-    return Pushed(url, commit, added, deleted)
+    return Pushed(url, commit, sent[-1] if sent else Changes())
 
 
 def _create(repo: Repository) -> str:
     sdk = "gradio" if repo.kind == "space" else None
-    made = HfApi().create_repo(
+    url = HfApi().create_repo(
         repo.repo_id, repo_type=repo.kind, space_sdk=sdk, private=repo.private or None, exist_ok=True
     )
-    return str(made)
+    return str(url)
 
 
-def _commit(
-    directory: Path, files: Sequence[str], repo: Repository, message: str, sent: list[tuple[list[str], list[str]]]
-) -> str:
-    """Return the commit that holds the files, made now or there already; note in `sent` what one is asked to change."""
+def _commit(directory: Path, files: Sequence[str], repo: Repository, message: str, sent: list[Changes]) -> str:
+    """Return the commit that holds the files, a new or an existing one; append what a new one changes to `sent`."""
     head = _head(repo)
-    added, deleted = _differences(directory, files, repo, head)
-    if not added and not deleted:
+    changes = _changes(directory, files, repo, head)
+    if changes == Changes():
         return head
-    sent.append((added, deleted))
-    operations: list[Any] = [CommitOperationAdd(name, str((directory / name).resolve())) for name in added]
-    operations += [CommitOperationDelete(name) for name in deleted]
-    # The parent makes it fail, and be repeated, if the repository has changed since its files were compared.
-    made = HfApi().create_commit(
+    sent.append(changes)
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        *(CommitOperationAdd(name, str((directory / name).resolve())) for name in changes.added),
+        *(CommitOperationDelete(name) for name in changes.deleted),
+    ]
+    # Not `upload_folder`: when a commit keeps failing, huggingface_hub 2.4 splits it into commits of 20 files, so users
+    # could load a half-published model. `create_commit` makes one commit or none. With `parent_commit` it
+    # fails, and is repeated, if the repository has changed since its files were compared.
+    commit = HfApi().create_commit(
         repo.repo_id, operations, commit_message=message, repo_type=repo.kind, parent_commit=head
     )
-    left = _differences(directory, files, repo, made.oid)
-    if any(left):
+    left = _changes(directory, files, repo, commit.oid)
+    if left != Changes():
         raise RunError(
-            f"{repo.key}: {repo.repo_id} does not hold what was pushed, its hashes differ: "
-            f"{', '.join(left[0] + left[1])} at commit {made.oid}. Run the same command again; if it stays so, "
-            "delete these files on the Hub first"
+            f"{repo.key}: {repo.repo_id} does not hold what was pushed, these files differ: "
+            f"{', '.join(left.added + left.deleted)} at commit {commit.oid}. Run the same command again; if it stays "
+            "so, delete these files on the Hub first"
         )
-    return str(made.oid)
+    return str(commit.oid)
 
 
-def _differences(directory: Path, files: Sequence[str], repo: Repository, revision: str) -> tuple[list[str], list[str]]:
-    """Return the files that a commit lacks or holds otherwise, and those that loaders would read but must not."""
-    tree = HfApi().list_repo_tree(repo.repo_id, recursive=True, revision=revision, repo_type=repo.kind)
-    there = {one.path: one for one in tree if isinstance(one, RepoFile)}
-    added = [name for name in files if name not in there or not _same(directory / name, there[name])]
-    deleted = [name for name in there if name not in files and _is_ours(name, repo)]
-    return added, deleted
+def _changes(directory: Path, files: Sequence[str], repo: Repository, revision: str) -> Changes:
+    """Return how a commit differs from `files` of a directory, by their hashes."""
+    api, where = HfApi(), {"repo_type": repo.kind, "revision": revision}
+    compared = api.verify_repo_checksums(repo.repo_id, local_dir=directory, **where)
+    differing = {*(mismatch["path"] for mismatch in compared.mismatches), *compared.extra_paths}  # extra: only here
+    stored = api.list_repo_files(repo.repo_id, **where)
+    return Changes(
+        added=tuple(name for name in files if name in differing),
+        deleted=tuple(name for name in stored if name not in files and _is_managed(name, repo)),
+    )
 
 
-def _same(file: Path, remote: RepoFile) -> bool:
-    if file.stat().st_size != remote.size:
-        return False
-    if remote.lfs is None:
-        return bool(git_hash(file.read_bytes()) == remote.blob_id)
-    with file.open("rb") as content:
-        return bool(sha_fileobj(content).hex() == remote.lfs.sha256)
-
-
-def _is_ours(name: str, repo: Repository) -> bool:
+def _is_managed(name: str, repo: Repository) -> bool:
+    """Return whether a push deletes a file of that name, if the directory lacks it."""
     path = Path(name)
     if name in {f"{onnx.FOLDER}/{file}" for file in onnx.FILES}:
         return repo.kind == "model"  # graphs of other weights than those beside them
-    here = repo.kind == "model" and path.parent.as_posix() in (".", ADAPTER)
-    return here and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _OURS)
+    in_model = repo.kind == "model" and path.parent.as_posix() in (".", ADAPTER)
+    return in_model and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _MANAGED)
 
 
 def _head(repo: Repository) -> str:
     head = HfApi().repo_info(repo.repo_id, repo_type=repo.kind).sha
-    mend = "expected a repository with a commit: delete it on the Hub and try again"
-    check(head is not None, repo.key, repo.repo_id, mend)
+    action = "expected a repository with a commit: delete it on the Hub and try again"
+    check(head is not None, repo.key, repo.repo_id, action)
     return str(head)
 
 
 def _check_tag(repo: Repository, tag: str, directory: Path, files: Sequence[str]) -> None:
-    """Make sure, before anything is pushed, that a tag is new or that the repository already is what it names."""
+    """Check, before anything is pushed, that a tag is new or that it names a commit which holds these files."""
 
-    def look() -> tuple[str | None, bool]:
+    def find() -> tuple[str | None, bool]:
         target = _target(repo, tag)
-        same = target is None or not any(_differences(directory, files, repo, target))
-        return target, same
+        return target, target is None or _changes(directory, files, repo, target) == Changes()
 
-    target, same = repeat(look, f"looking for the tag {tag} of {repo.repo_id}", repo.key)
+    target, same = repeat(find, f"looking for the tag {tag} of {repo.repo_id}", repo.key)
     check(same, "tag", tag, f"it names commit {target}, of other files: releases are not moved, choose a new name")
 
 
@@ -206,63 +212,126 @@ def _set_tag(repo: Repository, tag: str, commit: str) -> None:
 
 def _target(repo: Repository, tag: str) -> str | None:
     refs = HfApi().list_repo_refs(repo.repo_id, repo_type=repo.kind)
-    return next((one.target_commit for one in refs.tags if one.name == tag), None)
+    return next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
 
 
 def _grants(rights: dict[str, Any], repo_id: str) -> bool:
     """Return whether a fine-grained token may write to a repository or its namespace."""
-    wanted = {repo_id, repo_id.split("/")[0]}
-    scopes = [one for one in rights.get("scoped", []) if one.get("entity", {}).get("name") in wanted]
-    granted = {right for one in scopes for right in one.get("permissions", [])} | set(rights.get("global", []))
+    names = {repo_id, repo_id.split("/")[0]}
+    scopes = [scope for scope in rights.get("scoped", []) if scope.get("entity", {}).get("name") in names]
+    granted = {right for scope in scopes for right in scope.get("permissions", [])} | set(rights.get("global", []))
     return bool(granted & {"repo.write", "repo.content.write"})
 
 
-def repeat(do: Callable[[], Made], what: str, key: str = "repo_id") -> Made:
-    """Do something with the Hub, which the configuration calls `key`; again, a few times, after faults that pass.
+def space_files(source: Path) -> list[str]:
+    """Return the files of the app, sorted, relative to its directory.
 
     Raises:
-        ConfigError: the Hub refuses it, or a file here cannot be read.
-        RunError: it does not work.
+        ConfigError: the directory holds no app.
+    """
+    names = sorted(path.name for path in source.glob("*") if path.suffix in (".py", ".md", ".txt"))
+    complete = {"app.py", "requirements.txt", CARD} <= set(names)
+    check(complete, "space", str(source), f"expected a directory with app.py, requirements.txt and {CARD}")
+    return names
+
+
+def push_space(source: Path, repo: Repository, model_id: str, message: str) -> Pushed:
+    """Make a Space show a model of the Hub; what is up to date is not changed.
+
+    Args:
+        source: Directory of the app.
+        repo: The Space; it is created if it is missing.
+        model_id: The model's Hub id.
+        message: The commit's first line.
+
+    Raises:
+        ConfigError: `source` holds no app, or the Hub refuses.
+        RunError: the Hub does not answer. The Space is unchanged or complete.
+    """
+    files = space_files(source)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in files:
+            shutil.copy(source / name, folder)
+        _pin(Path(folder) / "requirements.txt", source)
+        card = SpaceCard.load(Path(folder) / CARD)
+        card.data.title, card.data.models = repo.repo_id.split("/")[1], [model_id]
+        card.save(Path(folder) / CARD)
+        pushed = push(Path(folder), files, repo, message)
+    repeat(lambda: _name_model(repo.repo_id, model_id), f"setting {MODEL} of {repo.repo_id}", repo.key)
+    return pushed
+
+
+def _pin(requirements: Path, source: Path) -> None:
+    """Pin koclip in the Space's requirements to the commit of this checkout, if a remote has that commit."""
+    git = ["git", "-C", str(source)]
+    pushed = [*git, "for-each-ref", "refs/remotes", "--contains", "HEAD", "--count=1"]
+    if shutil.which("git") and subprocess.run(pushed, capture_output=True, check=False).stdout:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        text = requirements.read_text(encoding="utf-8")
+        pinned = re.sub(r"(@ git\+https://[^\s@]+)$", rf"\g<1>@{head}", text, flags=re.MULTILINE)
+        requirements.write_text(pinned, encoding="utf-8")
+
+
+def _name_model(space_id: str, model_id: str) -> None:
+    """Set the variable `MODEL`, which restarts the Space, if it has another value."""
+    variable = HfApi().get_space_variables(space_id).get(MODEL)
+    if variable is None or variable.value != model_id:
+        HfApi().add_space_variable(space_id, MODEL, model_id)
+
+
+def repeat(call: Callable[[], Answer], action: str, key: str = "repo_id") -> Answer:
+    """Call the Hub; after a temporary failure, wait and call again, `TRIES` times in all.
+
+    Args:
+        call: The call.
+        action: What it does, for messages.
+        key: The configuration key that an error names.
+
+    Raises:
+        ConfigError: the Hub refuses, or a local file cannot be read.
+        RunError: every try failed.
     """
     for number in range(1, TRIES + 1):
         try:
-            return do()
+            return call()
         except OfflineModeIsEnabled as error:
-            raise ConfigError(f"HF_HUB_OFFLINE: {what} needs the Hub; unset it") from error
+            raise ConfigError(f"HF_HUB_OFFLINE: {action} needs the Hub; unset it") from error
+        except (ConfigError, RunError):
+            raise
         except (HTTPError, HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
-            if isinstance(error, ConfigError | RunError):
-                raise
-            status = _status(error)
-            if status is None and _is_local(error):
-                raise ConfigError(f"{what}: {_line(error)}. Make the file readable, and run it again") from error
-            if status is not None and status not in _PASSING:
-                raise ConfigError(f"{key}: {what}: the Hub says {_line(error)}") from error
-            # A proxy's page in the place of JSON passes; other wrong values are what the client or the Hub refuse.
-            if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError) and status is None:
-                raise ConfigError(f"{key}: {what}: {_line(error)}") from error
+            _raise_lasting(error, action, key)
             if number == TRIES:
                 raise RunError(
-                    f"{key}: {what} did not work, {TRIES} times: {_line(error)}. A commit is whole or not there at "
+                    f"{key}: {action} did not work, {TRIES} times: {_line(error)}. A commit is whole or not there at "
                     "all, so the repository is as it was, or complete: run the same command again"
                 ) from error
-            tqdm.write(f"{what}: {_line(error)}; again in {_WAIT * 2 ** (number - 1):.0f} s", file=sys.stderr)
-            time.sleep(_WAIT * 2 ** (number - 1))
+            wait = _WAIT * 2 ** (number - 1)
+            tqdm.write(f"{action}: {_line(error)}; again in {wait:.0f} s", file=sys.stderr)
+            time.sleep(wait)
     raise AssertionError("unreachable")
 
 
+def _raise_lasting(error: Exception, action: str, key: str) -> None:
+    """Raise a `ConfigError` if another try cannot help."""
+    status = _status(error)
+    if status is None and _is_local(error):
+        raise ConfigError(f"{action}: {_line(error)}. Make the file readable, and run it again") from error
+    if status is not None and status not in _TEMPORARY:
+        raise ConfigError(f"{key}: {action}: the Hub says {_line(error)}") from error
+    # A proxy's page instead of JSON is temporary; other wrong values are what the client or the Hub refuses.
+    if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError) and status is None:
+        raise ConfigError(f"{key}: {action}: {_line(error)}") from error
+
+
 def _is_local(error: Exception) -> bool:
-    """Return whether a file here is the reason; errors of the network are classes of their own, or name no file."""
-    kinds = (
-        FileNotFoundError,
-        PermissionError,
-        IsADirectoryError,
-        NotADirectoryError,
-    )  # not their subclasses: hf_xet's
+    """Return whether a local file is the reason; errors of the network are other classes, or name no file."""
+    # Not their subclasses: hf_xet has some, for errors of the network.
+    kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
     return type(error) in kinds or (type(error) is OSError and error.filename is not None)
 
 
 def _status(error: BaseException) -> int | None:
-    """Return the HTTP status that an error, or what it was raised from, was made of."""
+    """Return the HTTP status of an error or of its cause."""
     response = getattr(error, "response", None)
     if response is not None:
         return int(response.status_code)
@@ -270,7 +339,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _line(error: BaseException) -> str:
-    """Return an error's text in one line, without what might be a secret."""
+    """Return an error's text in one line, without the token."""
     token = get_token()
     text = " ".join(str(error).split()) or type(error).__name__
     return text.replace(token, "<token>") if token else text

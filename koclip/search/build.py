@@ -1,103 +1,76 @@
-"""Build an index: embed images shard by shard, go on where a killed run stopped, and embed anew what has changed."""
+"""Build an index: embed images shard by shard, go on where a killed run stopped, and embed anew what has changed.
+
+A file is taken for the same, and is not read, where its size and both of its times are (`koclip.data.formats.files`).
+Else a hash of its bytes decides, and so it does for images that are in a table.
+"""
 
 import dataclasses
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm.auto import tqdm
-from xxhash import xxh3_128_hexdigest
+from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
 from koclip.config import ConfigError, IndexConfig, SourceConfig, check, locate
-from koclip.data.formats.files import is_folder, stored_files
-from koclip.data.sources import Row, Skip, StreamSource, open_source
-from koclip.data.transforms import KINDS, ImageError, decode
+from koclip.data.formats.files import is_folder, printable, stamp, stored_files
+from koclip.data.sources import MapSource, Row, Skip, StreamSource, open_source
+from koclip.data.transforms import ImageError, decode, digest_of, read
+from koclip.embeddings.fill import Piece, embed_shard
+from koclip.embeddings.store import NO_FILE, SHARD, Entry, Item, Shard, Shards, Store
 from koclip.encoders.base import Encoder
 from koclip.search import approximate
-from koclip.search.contents import Content, changed, look
-from koclip.search.folder import list_folder, printable
-from koclip.search.shards import FACTS, ROWS, SHARD, Entry, Shards, read_contents, read_facts, write, write_facts
 from koclip.text.normalize import usable
 
-FORMAT = 3  # of the files
+ROWS = 2_048  # images in a shard, at most: what a killed build loses
 _QUALITY = 80  # of thumbnails
+_NO_HASH = bytes(16)
 
 
-class Collection:
-    """The images to be indexed, in a fixed order: a folder's, by their paths, or a data set's rows.
+class Collection(NamedTuple):
+    """The images to be indexed, in a fixed order: those of a folder, by their paths, or a data set's rows."""
 
-    `left_out` are the files of a folder that no kind of picture has the suffix of.
+    source: MapSource | StreamSource
+    name: str
+    max_images: int | None
 
-    Raises:
-        ConfigError: there is no image.
-        SourceError: the data set cannot be opened.
-    """
-
-    def __init__(self, config: IndexConfig) -> None:
-        self._most = config.max_images or None
-        self.name = printable(config.images if config.source is None else config.source.path)
-        self._source = None
-        self._paths: list[Path] = []
-        self.left_out: list[Skip] = []
-        if config.source is None and is_folder(locate(config.images)):
-            self._root = locate(config.images)
-            paths, left_out = list_folder(self._root)
-            self.left_out = [skip._replace(source=self.name) for skip in left_out]
-            self._paths = paths[: self._most]
-            check(bool(paths), "images", config.images, f"no picture there ({KINDS}); not used: {left_out[:3]}")
-            listed = [path.relative_to(self._root).as_posix() for path in self._paths]
-            self.facts: dict[str, Any] = {"images": xxh3_128_hexdigest("\n".join(listed).encode("utf-8", "replace"))}
-            return
-        source = config.source or SourceConfig(path=config.images, scenes_part="test", scenes_size=1_000)
-        self._source = open_source(source)
-        self.facts = {"images": dataclasses.asdict(source), "files": _files(source), "rows": len(self)}
-
-    def __len__(self) -> int:
-        """Number of images, 0 if it is not known before they are read."""
-        if isinstance(self._source, StreamSource):
-            return 0
-        count = len(self._paths if self._source is None else self._source)
-        return min(count, self._most or count)
-
-    def shards(self, there: Mapping[int, int]) -> Iterator[tuple[int, list[Row]]]:
-        """Yield the number and the rows of every shard.
-
-        Args:
-            there: Numbers of those that are there already, and of the images that each was made of.
+    @classmethod
+    def open(cls, config: IndexConfig) -> "Collection":
+        """Open what a configuration names.
 
         Raises:
-            ConfigError: one was made of more or fewer images than belong into it now.
+            SourceError: it cannot be opened, or there is no image.
         """
-        number = -1
-        for number, rows in enumerate(self._parts()):
-            if there.get(number, len(rows)) != len(rows):
-                raise _resized(number, there[number], len(rows))
-            yield number, rows
-        for beyond in [one for one in there if one > number][:1]:
-            raise _resized(beyond, there[beyond], 0)
+        kind = "pictures" if config.images and is_folder(locate(config.images)) else "auto"
+        images = SourceConfig(path=config.images, format=kind, scenes_part="test", scenes_size=1_000)
+        source = config.source or images
+        return cls(open_source(source), printable(source.path), config.max_images or None)
 
-    def _parts(self) -> Iterator[list[Row]]:
+    @property
+    def num_images(self) -> int:
+        """Number of images, 0 if it is not known before they are read."""
+        size = self.source.size or 0
+        return min(size, self.max_images or size)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What tells this collection from others. A changed picture in a folder does not make it another."""
+        config = self.source.config
+        if config.format == "pictures":
+            names = (row.key for row in islice(self.source.iter_rows(images=False), self.max_images))
+            return {"images": xxh3_128_hexdigest("\n".join(names).encode())}
+        return {"images": dataclasses.asdict(config), "files": _files(config), "rows": self.num_images}
+
+    def shards(self) -> Iterator[list[Row]]:
         """Yield the rows of each shard."""
-        if isinstance(self._source, StreamSource):
-            rows = islice(self._source.iter_rows(), self._most)
-            while part := list(islice(rows, ROWS)):
-                yield part
-            return
-        for start in range(0, len(self), ROWS):
-            yield self._read(range(start, min(start + ROWS, len(self))))
-
-    def _read(self, places: range) -> list[Row]:
-        if self._source is not None and not isinstance(self._source, StreamSource):
-            return self._source.rows(places)
-        return [
-            Row(path, {}, printable(path.relative_to(self._root).as_posix()))
-            for path in self._paths[places.start : places.stop]
-        ]
+        rows = islice(self.source.iter_rows(), self.max_images)
+        while part := list(islice(rows, ROWS)):
+            yield part
 
 
 def build(config: IndexConfig, encoder: Encoder, directory: Path) -> tuple[int, list[Skip]]:
@@ -109,52 +82,55 @@ def build(config: IndexConfig, encoder: Encoder, directory: Path) -> tuple[int, 
     Raises:
         ConfigError: the directory holds an index of something else, or no image can be used.
     """
-    collection = Collection(config)
-    facts, quick = _claim(directory, config, collection, encoder), directory / approximate.FILE
-    paths = {int(path.stem.split("-")[1]): path for path in sorted(directory.glob(SHARD.replace("{:06}", "*")))}
-    there = {number: len(read_contents(path)) for number, path in paths.items()}
-    with tqdm(desc="embedding images", total=len(collection) or None, unit=" images") as bar:
-        for number, rows in collection.shards(there):
-            if number in there and not _stale(paths[number], rows):
-                bar.update(len(rows))
-                continue
-            quick.unlink(missing_ok=True)  # made of other rows
-            paths[number] = directory / SHARD.format(number)
-            _embed(paths[number], rows, encoder, config, (collection.name, bar))
-    shards = Shards([paths[number] for number in sorted(paths)])
-    check(len(shards) > 0, "images", config.images, f"none can be used; the first: {shards.skipped[:1]}")
+    collection = Collection.open(config)
+    store, facts = Store(directory, "output_dir"), _facts(config, collection, encoder)
+    if store.facts() is None and any(not path.name.startswith("writing-") for path in directory.glob("*")):
+        raise ConfigError(f"output_dir: {directory} holds other files; name an empty or a new directory")
+    store.claim(facts, unchecked=["model"])  # the same weights may be at another path
+    paths = _embed(config, encoder, collection, (store, facts))
+    shards = Shards(paths, store.key)
+    check(len(shards) > 0, "images", config.images, f"none can be used; the first: {shards.left_out[:1]}")
+    quick = directory / approximate.FILE
     large = config.approximate == "auto" and len(shards) >= config.approximate_from
     if (large or config.approximate == "yes") and not quick.exists():
         approximate.build(shards.rows, shards.width, quick)
-    write_facts(directory, {**facts, "num_images": len(shards), "num_shards": len(paths)})
-    return len(shards), [*shards.skipped, *collection.left_out]
+    store.write_facts({**facts, "num_images": len(shards), "num_shards": len(paths)})
+    left_out = [Skip(key, reason, collection.name) for key, reason in shards.left_out]
+    return len(shards), [*left_out, *collection.source.left_out]
 
 
-def _stale(path: Path, rows: list[Row]) -> bool:
-    """Tell whether a shard was made of other images or captions, and say of which."""
-    keys = changed(read_contents(path), rows)
-    if keys:
-        tqdm.write(f"{path.name} is made again: {len(keys)} of its images or captions have changed: {keys[:3]}")
-    return bool(keys)
+def _embed(
+    config: IndexConfig, encoder: Encoder, collection: Collection, target: tuple[Store, dict[str, Any]]
+) -> list[Path]:
+    """Write the shards that are missing or of other rows than now; return all of them.
+
+    Raises:
+        ConfigError: a shard is of more or fewer rows than belong into it now.
+    """
+    store, facts = target
+    paths: list[Path] = []
+    stored = {path: Shard(path, store.key) for path in sorted(store.path.glob(SHARD.replace("{:06}", "*")))}
+    with tqdm(desc="embedding images", total=collection.num_images or None, unit=" images") as bar:
+        for number, rows in enumerate(collection.shards()):
+            path = store.path / SHARD.format(number)
+            paths.append(path)
+            shard = stored.pop(path, None)
+            if shard and shard.num_items != len(rows):
+                raise _resized(shard, len(rows))
+            if shard and not _stale(shard, rows):
+                bar.update(len(rows))
+                continue
+            if "num_images" in (store.facts() or {}):
+                store.write_facts(facts)  # it is not finished any more
+            (store.path / approximate.FILE).unlink(missing_ok=True)  # of other rows
+            embed_shard(path, _pieces(rows, config, bar), _embedding(encoder), torch.bfloat16)
+    for shard in list(stored.values())[:1]:
+        raise _resized(shard, 0)
+    return paths
 
 
-def _files(source: SourceConfig) -> str:
-    """Return a hash of the names and sizes of a data set's files; of one that has none here it is that of nothing."""
-    files = [(str(file), file.stat().st_size) for file in stored_files(source)]
-    return xxh3_128_hexdigest(repr(files).encode())
-
-
-def _resized(number: int, held: int, count: int) -> ConfigError:
-    return ConfigError(
-        f"output_dir: {SHARD.format(number)} was made of {held} images, but {count} belong into it: the images have "
-        "changed since; delete the folder and run the same command again, or name another"
-    )
-
-
-def _claim(directory: Path, config: IndexConfig, collection: Collection, encoder: Encoder) -> dict[str, Any]:
-    """Make a directory the place of this index; return the facts."""
-    facts = {
-        "format": FORMAT,
+def _facts(config: IndexConfig, collection: Collection, encoder: Encoder) -> dict[str, Any]:
+    return {
         "model": config.model,
         "fingerprint": encoder.fingerprint(),
         "rows_per_shard": ROWS,
@@ -163,49 +139,90 @@ def _claim(directory: Path, config: IndexConfig, collection: Collection, encoder
         "max_image_pixels": config.max_image_pixels,
         **collection.facts,
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    if (directory / FACTS).exists():
-        theirs = read_facts(directory)
-        # The same weights may lie elsewhere.
-        differing = [name for name in facts if name != "model" and theirs.get(name) != facts[name]]
-        if differing:
-            told = "; ".join(f"{name}: {theirs.get(name)}, here {facts[name]}" for name in differing)
-            raise ConfigError(
-                f"output_dir: the index in {directory} was made otherwise ({told}); delete it or name another"
-            )
-    elif any(directory.iterdir()):
-        raise ConfigError(f"output_dir: {directory} holds other files; name an empty or a new directory")
-    write_facts(directory, facts)
-    return facts
 
 
-def _embed(path: Path, rows: list[Row], encoder: Encoder, config: IndexConfig, shown: "tuple[str, tqdm[Any]]") -> None:
-    """Write the shard of these rows; `shown` are the collection's name and the progress bar."""
-    name, bar = shown
-    entries: list[Entry] = []
-    made: list[torch.Tensor] = []
-    skipped: list[Skip] = []
-    contents: list[Content] = []
+def _pieces(rows: Sequence[Row], config: IndexConfig, bar: Any) -> Iterator[Piece]:
+    """Yield what is read of each batch of rows."""
     for start in range(0, len(rows), config.batch_size):
-        batch = []
-        for content, row in map(look, rows[start : start + config.batch_size]):
-            contents.append(content)
+        items: list[Item] = []
+        pictures: list[Image.Image] = []
+        entries: list[Entry] = []
+        batch = rows[start : start + config.batch_size]
+        for row in batch:
+            item, content = _read(row)
             try:
-                pixels = decode(row.image, config.max_image_pixels, "max_image_pixels")
+                pixels = decode(row.image if content is None else content, config.max_image_pixels, "max_image_pixels")
             except ImageError as error:
-                skipped.append(Skip(row.key, str(error), name))
+                items.append(item._replace(reason=str(error)))
                 continue
-            batch.append(to_pil_image(pixels))
+            items.append(item)
+            pictures.append(to_pil_image(pixels))
             captions = {language: usable(texts) for language, texts in row.captions.items()}
-            entries.append(Entry({"key": row.key, "captions": captions}, _thumbnail(batch[-1], config.thumbnail_size)))
-        if batch:
-            made.append(encoder.encode_images(batch))
-            finite = made[-1].isfinite().all(dim=1).tolist()
-            keys = [one.record["key"] for one, fine in zip(entries[-len(batch) :], finite, strict=True) if not fine]
-            told = "expected finite values: check the model, or take the picture out"
-            check(not keys, "images, embeddings that are not finite", keys[:3], told)
-        bar.update(len(rows[start : start + config.batch_size]))
-    write(path, torch.cat(made) if made else torch.zeros(0, 0), entries, skipped, contents)
+            thumbnail = _thumbnail(pictures[-1], config.thumbnail_size)
+            entries.append(Entry({"key": row.key, "captions": captions}, thumbnail))
+        yield Piece(len(batch), items, pictures, entries)
+        bar.update(len(batch))
+
+
+def _embedding(encoder: Encoder) -> Any:
+    """Return what embeds a piece."""
+
+    def embed(piece: Piece) -> torch.Tensor:
+        embeddings = encoder.encode_images(piece.inputs)  # (n, D)
+        finite = embeddings.isfinite().all(dim=1).tolist()
+        keys = [entry.record["key"] for entry, fine in zip(piece.entries, finite, strict=True) if not fine]
+        expected = "expected finite values: check the model, or take the picture out"
+        check(not keys, "images, embeddings that are not finite", keys[:3], expected)
+        return embeddings.unsqueeze(1)
+
+    return embed
+
+
+def _read(row: Row) -> tuple[Item, Any]:
+    """Return what tells a row from what it was, and the content of its image; None where it cannot be read."""
+    file = _stamp(row)  # before it is read: what is written after that changes the stamp
+    row_hash = xxh3_128_digest(repr((row.key, row.captions)).encode())
+    try:
+        content = read(row.image)
+    except ImageError:
+        return Item(row.key, _NO_HASH, "", row_hash, file), None
+    return Item(row.key, digest_of(content), "", row_hash, file), content
+
+
+def _stamp(row: Row) -> tuple[int, int, int]:
+    try:
+        return stamp(row.image) if isinstance(row.image, Path) else NO_FILE
+    except (OSError, ValueError):  # ValueError: a name with a NUL
+        return NO_FILE
+
+
+def _stale(shard: Shard, rows: Sequence[Row]) -> bool:
+    """Tell whether a shard is of other images or captions, and say of which."""
+    keys = [row.key for item, row in zip(shard.items(), rows, strict=True) if not _same(item, row)]
+    if keys:
+        tqdm.write(f"{shard.path.name} is made again: {len(keys)} of its images or captions have changed: {keys[:3]}")
+    return bool(keys)
+
+
+def _same(item: Item, row: Row) -> bool:
+    if item.row_hash != xxh3_128_digest(repr((row.key, row.captions)).encode()):
+        return False
+    if item.stamp != NO_FILE and item.stamp == _stamp(row):
+        return True
+    return _read(row)[0].digest == item.digest
+
+
+def _files(source: SourceConfig) -> str:
+    """Return a hash of the names and sizes of a data set's files; of one that has none here it is that of nothing."""
+    files = [(str(file), file.stat().st_size) for file in stored_files(source)]
+    return xxh3_128_hexdigest(repr(files).encode())
+
+
+def _resized(shard: Shard, count: int) -> ConfigError:
+    return ConfigError(
+        f"output_dir: {shard.path.name} was made of {shard.num_items} images, but {count} belong into it: the images "
+        "have changed since; delete the folder and run the same command again, or name another"
+    )
 
 
 def _thumbnail(picture: Image.Image, side: int) -> bytes:

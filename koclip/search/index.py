@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from koclip.config import check
+from koclip.config import ConfigError, check
+from koclip.embeddings.store import FACTS, SHARD, Entry, Shards, Store
 from koclip.search import approximate
-from koclip.search.shards import SHARD, Entry, Shards, read_facts
 
 _QUERIES = 16  # scored at once: 4 bytes per image and query
 _scanning = threading.Lock()  # the number of threads is the whole process's
@@ -154,13 +154,16 @@ def open_index(directory: str | Path) -> ImageIndex:
         ConfigError: there is none, it is broken, or it is not finished.
     """
     directory = Path(directory)
-    facts = read_facts(directory)
+    facts = Store(directory, "index").facts()
+    command = "python recipes/index.py --model <model> --images <folder> --output_dir <index>"
+    if facts is None:
+        raise ConfigError(f"index: got {directory}, expected a directory with {FACTS}; this builds it: {command}")
     num_images = facts.get("num_images")
     again = "the command that makes it goes on where it stopped: run it again"
     check(isinstance(num_images, int), "index", str(directory), f"it is not finished; {again}")
     paths = [directory / SHARD.format(number) for number in range(int(facts.get("num_shards", 0)))]
     missing = [path.name for path in paths if not path.exists()]
-    check(not missing, f"index: {directory}, shards that are not there", missing[:3], again)
-    shards = Shards(paths)
+    check(not missing, f"index: {directory}, missing shards", missing[:3], again)
+    shards = Shards(paths, "index")
     check(len(shards) == num_images, f"index: {directory}, images", len(shards), f"expected {num_images}; {again}")
     return ImageIndex(shards, facts, approximate.open_quick(directory))

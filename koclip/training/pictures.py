@@ -14,7 +14,7 @@ import yaml
 
 from koclip import distributed, storage
 from koclip.data.batches import Batch
-from koclip.data.features import image_id
+from koclip.data.transforms import image_id
 
 _FOLDER = "training_pictures"
 _WAITING = 1_000_000  # ids that are sorted in at once

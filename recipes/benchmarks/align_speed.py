@@ -47,18 +47,17 @@ from koclip import training
 from koclip.align.build import adapt
 from koclip.align.trainable import select
 from koclip.config import AlignConfig, DataConfig, ModelConfig, OptimConfig, SourceConfig, SwapConfig, TrainConfig
-from koclip.data.batches import Batch, Known
-from koclip.data.features import digest_of
+from koclip.data.batches import Assembler, Batch, Precomputed
 from koclip.data.loader import train_loader
 from koclip.data.order import Shard
-from koclip.data.transforms import Views, centre_view, view_size
+from koclip.data.transforms import Views, centre_view, digest_of, view_size
+from koclip.embeddings.sources import Cache, image_features
 from koclip.encoders.inference import embed_texts
 from koclip.metrics import first_ranks, share
 from koclip.models import StockModel
 from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.models.pretrained import load_text_encoder
 from koclip.text.tokenizers import load, train_bpe
-from koclip.training.frozen import image_features
 
 VOCAB = Path("../shared/data/text/vocab_koelectra.txt")
 EPOCHS = 10  # of a whole alignment
@@ -155,16 +154,17 @@ class Koclip:
         accelerator = training.start(config.train)
         select(dual_encoder, config, stage, self._clip)
         self.features = image_features(
-            accelerator, dual_encoder, config.data, self._views, self._cache, config.align.cache_dtype
+            accelerator, dual_encoder, config.data, self._views, Cache(self._cache, config.align.cache_dtype)
         )
         self.trainer = training.prepare(accelerator, dual_encoder, config.loss, config.optim, config.train, stage)
-        shard, known = Shard(config.train.batch_size), Known(images=self.features)
-        batches = train_loader(config.data, self.processor.tokenizer, self._views, shard, known=known)
+        known = Precomputed(images=self.features)
+        assembler = Assembler(config.data, self.processor.tokenizer, self._views, known)
+        batches = train_loader(assembler, Shard(config.train.batch_size))
         self._steps = training.steps(self.trainer, batches, 0, config.train.num_steps, config.train.log_every)
 
     def first_batch(self) -> Batch:
         """Return the first few pairs of training, with pixels."""
-        return next(train_loader(self._config.data, self.processor.tokenizer, self._views, Shard(CHECKED)))
+        return next(train_loader(Assembler(self._config.data, self.processor.tokenizer, self._views), Shard(CHECKED)))
 
     def train(self, num_steps: int) -> None:
         """Take the next steps."""

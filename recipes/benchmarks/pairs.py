@@ -13,10 +13,10 @@ from torchvision.transforms.v2.functional import normalize
 from transformers import CLIPImageProcessor, PreTrainedTokenizerBase
 
 from koclip.config import DataConfig, SourceConfig
-from koclip.data.batches import Batch
+from koclip.data.batches import Assembler, Batch
 from koclip.data.loader import train_loader
 from koclip.data.order import Shard
-from koclip.data.sources import StreamSource, open_source
+from koclip.data.sources import MapSource, open_source
 from koclip.data.transforms import Views, read
 from koclip.text.normalize import usable
 
@@ -54,7 +54,7 @@ class Pairs(NamedTuple):
 def some_pairs(path: str, count: int, folder: Path) -> Pairs:
     """Write the first `count` photos of a source, and the first Korean caption of each, to `folder`."""
     source = open_source(SourceConfig(path=path, captions={"ko": "captions_ko"}))
-    assert not isinstance(source, StreamSource)
+    assert isinstance(source, MapSource)
     files, captions = [], []
     for number, row in enumerate(source.rows(range(count))):
         content = read(row.image)
@@ -72,7 +72,9 @@ def record(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase, image_size: int, batch_size: int, count: int
 ) -> list[Batch]:
     """Return the first `count` batches of a training run."""
-    return list(itertools.islice(train_loader(data, tokenizer, Views(data, image_size), Shard(batch_size)), count))
+    return list(
+        itertools.islice(train_loader(Assembler(data, tokenizer, Views(data, image_size)), Shard(batch_size)), count)
+    )
 
 
 def normalized(batch: Batch, images: CLIPImageProcessor) -> Tensor:

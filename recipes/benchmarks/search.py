@@ -29,8 +29,9 @@ from ratios import hardware
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from koclip.embeddings.store import SHARD, Entry, Item, Shards, Store, write_shard
 from koclip.search import approximate, open_index
-from koclip.search.shards import ROWS, SHARD, Entry, Shards, write, write_facts
+from koclip.search.build import ROWS
 
 _SUBSPACE = 64
 _K = 10
@@ -57,8 +58,11 @@ def make(folder: Path, count: int, width: int) -> None:
     starts = range(0, count, ROWS)
     for number, start in enumerate(tqdm(starts, desc="drawing", leave=False)):
         rows = draw(centres, min(ROWS, count - start), seed=number + 1)
-        write(folder / SHARD.format(number), rows, [Entry({"key": str(start + row)}) for row in range(len(rows))])
-    write_facts(folder, {"num_images": count, "num_shards": len(starts)})
+        keys = [str(start + row) for row in range(len(rows))]
+        items = [Item(key, bytes(16)) for key in keys]
+        entries = [Entry({"key": key}) for key in keys]
+        write_shard(folder / SHARD.format(number), rows.to(torch.bfloat16).unsqueeze(1), items, entries)
+    Store(folder, "index").write_facts({"num_images": count, "num_shards": len(starts)})
 
 
 def held() -> float:
@@ -124,7 +128,7 @@ def report(args: argparse.Namespace, folder: Path) -> None:
         print(f"exact, {kind}: {told}; {one['peak_mb']:,.0f} MB (the process {one['process_mb']:,.0f} MB)")
     began = time.perf_counter()
     approximate.faiss().omp_set_num_threads(args.threads)
-    shards = Shards([folder / SHARD.format(number) for number in range(-(-args.rows // ROWS))])
+    shards = Shards([folder / SHARD.format(number) for number in range(-(-args.rows // ROWS))], "index")
     approximate.build(shards.rows, shards.width, folder / approximate.FILE)
     size = (folder / approximate.FILE).stat().st_size / 2**20
     print(f"approximate index made in {(time.perf_counter() - began) / 60:.1f} minutes, {size:,.0f} MB")

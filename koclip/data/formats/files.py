@@ -179,6 +179,11 @@ def stamp(path: str | Path) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
+def printable(name: str) -> str:
+    """Return a file name without the bytes in it that are not UTF-8: old Korean names are EUC-KR."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
 def _matches(place: Path, parts: Sequence[str]) -> Iterator[Path]:
     """Yield the files at or below a place that match a pattern, part by part; what exists under a part's name is it."""
     if not parts:

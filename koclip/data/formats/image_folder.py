@@ -21,7 +21,7 @@ from fsspec.utils import glob_translate
 
 from koclip.config import SourceConfig, locate
 from koclip.data.formats import Format, MapSource, Row, Skip, Table
-from koclip.data.formats.files import METADATA, PICTURES, SourceError, is_folder, stamp, walk
+from koclip.data.formats.files import METADATA, PICTURES, SourceError, is_folder, printable, stamp, walk
 from koclip.data.formats.text_files import Task, csv_records, json_records, open_records
 from koclip.data.transforms import KINDS, suffixes
 
@@ -169,7 +169,7 @@ class PicturesSource(MapSource):
         self.config = config
         self._root = locate(config.path)
         self.paths, left_out = _list_folder(self._root)
-        self.left_out = [skip._replace(source=_printable(config.path)) for skip in left_out]
+        self.left_out = [skip._replace(source=printable(config.path)) for skip in left_out]
         if not self.paths:
             raise SourceError(
                 f"images: got {config.path!r}, expected a folder of pictures ({KINDS}); not used: {left_out[:_NAMED]}"
@@ -181,7 +181,7 @@ class PicturesSource(MapSource):
     def rows(self, indices: Sequence[int], images: bool = True) -> list[Row]:
         """Return the pictures' paths; their keys are their names in the folder."""
         paths = [self.paths[index] for index in indices]
-        return [Row(path, {}, _printable(path.relative_to(self._root).as_posix())) for path in paths]
+        return [Row(path, {}, printable(path.relative_to(self._root).as_posix())) for path in paths]
 
 
 def _list_folder(root: Path) -> tuple[list[Path], list[Skip]]:
@@ -194,7 +194,7 @@ def _list_folder(root: Path) -> tuple[list[Path], list[Skip]]:
     known = suffixes()
 
     def leave_out(path: Path, reason: str) -> None:
-        left_out.append(Skip(_printable(path.relative_to(root).as_posix()), reason))
+        left_out.append(Skip(printable(path.relative_to(root).as_posix()), reason))
 
     def closed(error: OSError) -> None:
         leave_out(Path(error.filename), f"{type(error).__name__}: {error.strerror}")
@@ -211,11 +211,6 @@ def _list_folder(root: Path) -> tuple[list[Path], list[Skip]]:
             else:
                 paths.append(path)
     return sorted(paths), sorted(left_out)
-
-
-def _printable(name: str) -> str:
-    """Return a file name without the bytes in it that are not UTF-8: old Korean names are EUC-KR."""
-    return os.fsencode(name).decode("utf-8", "replace")
 
 
 FORMATS = {"image_folder": Format(open_folder, encoded=True), "pictures": Format(PicturesSource)}

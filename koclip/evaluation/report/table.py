@@ -155,6 +155,11 @@ def _largest(lines: Sequence[Line], model: int) -> Line | None:
     return max(lines, key=value, default=None)
 
 
+def console() -> Console:
+    """Return a console for tables: as wide as the terminal, or `_WIDTH` columns without a terminal."""
+    return Console(width=None if Console().is_terminal else _WIDTH)
+
+
 def print_tables(
     sections: Sequence[Section],
     labels: Sequence[str],
@@ -162,20 +167,20 @@ def print_tables(
     notes: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Print the main rows of every data set, with as many models side by side as fit, and notes by data set."""
-    console = Console(width=None if Console().is_terminal else _WIDTH)
+    out = console()
     for warning in warnings:
-        console.print(Text(f"Warning: {warning}", style="yellow"))
+        out.print(Text(f"Warning: {warning}", style="yellow"))
     width = _WIDE if len(labels) <= _MOST_WIDE else _NARROW
-    fitting = max(1, (console.width - _LEFT) // width)
+    fitting = max(1, (out.width - _LEFT) // width)
     blocks = math.ceil(len(labels) / fitting)
     size = math.ceil(len(labels) / blocks)  # blocks of nearly the same size
     for section in sections:
         for start in range(0, len(labels), size):
             chosen = range(start, min(start + size, len(labels)))
-            console.print(_table(section, [labels[place] for place in chosen], chosen, width))
+            out.print(_table(section, [labels[place] for place in chosen], chosen, width))
         for note in (notes or {}).get(section.name, ()):
-            console.print(Text(f"{section.name}: {note}", style="dim"))
-    console.print(Text(NOTE, style="dim"))
+            out.print(Text(f"{section.name}: {note}", style="dim"))
+    out.print(Text(NOTE, style="dim"))
 
 
 def _table(section: Section, labels: Sequence[str], chosen: Sequence[int], width: int) -> Group:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoProcessor, ProcessorMixin
 
@@ -17,7 +16,7 @@ from koclip.data.transforms import PIXEL_LIMIT, PixelLimit
 from koclip.encoders.base import in_batches
 from koclip.encoders.peers import open_encoder
 from koclip.evaluation.images import Images
-from koclip.evaluation.report.table import cell, sections
+from koclip.evaluation.report.table import cell, console, sections
 from koclip.evaluation.results import Measured, Record, records_of, write_results
 from koclip.evaluation.run import counts, notes, surroundings
 from koclip.evaluation.sets import EvalSet, open_set
@@ -175,9 +174,9 @@ def print_losses(losses: Losses) -> None:
         table.add_column(heading, justify="left" if heading in _HEADINGS[:3] else "right")
     for row in losses.rows:
         table.add_row(*row)
-    console = Console(width=None if Console().is_terminal else 110)
+    out = console()
     for part in (losses.files, table, losses.measured):
-        console.print(part, highlight=False, markup=False)
+        out.print(part, highlight=False, markup=False)
 
 
 def _rows(records: Sequence[Record]) -> Iterator[tuple[str, ...]]:

@@ -1,0 +1,324 @@
+"""A directory of embeddings: facts in JSON, and shards of safetensors that are memory-mapped.
+
+`embeddings.json` says what the embeddings were computed from and with; a directory with other facts is refused. A shard
+`shard-000123.safetensors`, in the directory or in a folder in it, holds of m items (images or sentences), in order:
+
+- `digests` (m, 16), a hash of each item's content; `row_hashes` (m, 16) and `stamps` (m, 3), of its row and its file,
+  zeros where they are not needed;
+- `embeddings` (n, V, D) of the n items that could be embedded, in V views;
+- `records` and `thumbnails`, runs of bytes with the places where each of the n parts ends: what an index shows.
+
+Its header lists the items without embedding, with the reasons, and a checksum. It is there whole or not at all.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from xxhash import xxh3_128_hexdigest
+
+from koclip import storage
+from koclip.config import ConfigError, check
+from koclip.data.batches import MissingError
+
+FORMAT = 4
+FACTS = "embeddings.json"
+SHARD = "shard-{:06}.safetensors"
+NO_FILE = (0, 0, 0)
+_OLD = ("features.json", "index.json")  # facts of formats 1 to 3
+_NO_HASH = bytes(16)
+
+
+class Item(NamedTuple):
+    """An image or a sentence."""
+
+    key: str
+    digest: bytes  # 16 bytes, a hash of its content
+    reason: str = ""  # why it has no embedding, if it has none
+    row_hash: bytes = _NO_HASH  # 16 bytes, a hash of its row's key and captions
+    stamp: tuple[int, int, int] = NO_FILE  # of its file: size, mtime and ctime in ns
+
+
+class Entry(NamedTuple):
+    """What an index keeps of one image besides its embedding."""
+
+    record: dict[str, Any]  # key: str; captions: list of texts by language
+    thumbnail: bytes = b""
+
+
+@dataclass(frozen=True)
+class Store:
+    """A directory of embeddings.
+
+    Args:
+        path: The directory.
+        key: The configuration's name for it, which error messages begin with.
+    """
+
+    path: Path
+    key: str
+
+    def facts(self) -> dict[str, Any] | None:
+        """Return the facts, None if there are none.
+
+        Raises:
+            ConfigError: they cannot be read, or are of an older format.
+        """
+        file = self.path / FACTS
+        old = [name for name in _OLD if (self.path / name).exists()]
+        if not file.exists() and not old:
+            return None
+        try:
+            facts = {} if old else dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"{self.key}: {file} is broken: {error}; delete {self.path}") from error
+        expected = f"expected format {FORMAT}: delete {self.path} and run the same command again"
+        check(facts.get("format") == FORMAT, f"{self.key}: {self.path}, format", facts.get("format"), expected)
+        return facts
+
+    def claim(self, facts: dict[str, Any], unchecked: Sequence[str] = ()) -> None:
+        """Write the facts of a new directory, or compare those of an old one, `unchecked` left out.
+
+        Raises:
+            ConfigError: the directory holds embeddings of something else.
+        """
+        stored = self.facts()
+        if stored is None:
+            self.write_facts(facts)
+            return
+        differing = [name for name in facts if name not in unchecked and stored.get(name) != facts[name]]
+        if differing:
+            changes = "; ".join(f"{name}: {stored.get(name)}, here {facts[name]}" for name in differing)
+            raise ConfigError(
+                f"{self.key}: the embeddings in {self.path} are of something else ({changes}); delete the directory or "
+                "name another"
+            )
+
+    def write_facts(self, facts: dict[str, Any]) -> None:
+        """Replace the facts."""
+        text = json.dumps({"format": FORMAT, **facts}, indent=2, ensure_ascii=False)
+        storage.replace_text(self.path / FACTS, text + "\n")
+
+
+class Shard:
+    """A shard, memory-mapped: opening it reads next to nothing.
+
+    Args:
+        path: The file.
+        key: The configuration's name for its directory.
+
+    Raises:
+        ConfigError: it is broken.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self._key = path, key
+        try:
+            with safe_open(path, framework="pt") as file:
+                notes = json.loads(file.metadata()["notes"])
+            self._tensors = load_file(path)  # maps the file, reads nothing
+            self.embeddings = self._tensors["embeddings"]  # (n, V, D)
+            self.digests = _as_keys(self._tensors["digests"])  # (m,)
+            self._left_out: dict[int, tuple[str, str]] = {
+                place: (key, reason) for place, key, reason in notes["left_out"]
+            }
+            self._gaps = np.array(sorted(self._left_out), dtype=np.int64)
+            self._checksum = notes["checksum"]
+            if len(self.digests) and len(self.embeddings) != len(self.digests) - len(self._left_out):
+                raise ValueError("its parts do not fit together")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise self._broken(error) from error
+
+    @property
+    def left_out(self) -> list[tuple[str, str]]:
+        """The keys of the items without embedding, and the reasons."""
+        return list(self._left_out.values())
+
+    @property
+    def num_items(self) -> int:
+        """Number of items, those without embedding included."""
+        return len(self.digests)
+
+    def items(self) -> list[Item]:
+        """Return the items; their keys are not kept."""
+        parts = (self._tensors[name] for name in ("digests", "row_hashes", "stamps"))
+        digests, row_hashes, stamps = (part.numpy() for part in parts)
+        return [
+            Item("", digest.tobytes(), self.reason(place), row_hash.tobytes(), tuple(stamp))
+            for place, (digest, row_hash, stamp) in enumerate(zip(digests, row_hashes, stamps.tolist(), strict=True))
+        ]
+
+    def reason(self, place: int) -> str:
+        """Return why an item has no embedding, "" if it has one."""
+        return self._left_out.get(place, ("", ""))[1]
+
+    def row(self, place: int) -> int:
+        """Return the row of an item's embedding."""
+        return place - int(np.searchsorted(self._gaps, place))
+
+    def entry(self, row: int) -> Entry:
+        """Return what an index keeps of an image."""
+        return Entry(json.loads(self._part("records", row)), self._part("thumbnails", row))
+
+    def verify(self) -> None:
+        """Read all of it.
+
+        Raises:
+            ConfigError: it is not as it was written.
+        """
+        if self._checksum != _checksum(self._tensors["digests"], self.embeddings):
+            raise self._broken("it does not have the checksum it was written with")
+
+    def check(self, items: Sequence[Item]) -> None:
+        """Check that it was computed from these items, and is as it was written.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        self.verify()
+        expected = np.frombuffer(b"".join(item.digest for item in items), dtype="S16")
+        if np.array_equal(self.digests, expected):
+            return
+        where = f"it has {len(items)} entries, {self.num_items} then"
+        if self.num_items == len(items):
+            where = f"the first that differs is {items[int(np.argmax(self.digests != expected))].key}"
+        raise ConfigError(
+            f"{self._key}: the data has changed since {self.path} was written: {where}; delete {self.path.parent} or "
+            "name another directory"
+        )
+
+    def _part(self, name: str, row: int) -> bytes:
+        ends = self._tensors[f"{name}_ends"]
+        return self._tensors[name][int(ends[row - 1]) if row else 0 : int(ends[row])].numpy().tobytes()
+
+    def _broken(self, error: object) -> ConfigError:
+        return ConfigError(
+            f"{self._key}: {self.path} is broken: {error}; delete it and run the same command again: it will be "
+            "computed anew"
+        )
+
+
+def write_shard(
+    path: Path,
+    embeddings: torch.Tensor,
+    items: Sequence[Item] = (),
+    entries: Sequence[Entry] = (),
+    shared: bool = False,
+) -> None:
+    """Write a shard of n embeddings (n, V, D).
+
+    Args:
+        path: The file.
+        embeddings: Those of the items without a `reason`.
+        items: What was read; none if only the embeddings are kept.
+        entries: What an index shows of each embedding.
+        shared: Whether several processes may write it at once.
+    """
+    tensors = {
+        "embeddings": embeddings.contiguous(),
+        "digests": _hashes([item.digest for item in items]),
+        "row_hashes": _hashes([item.row_hash for item in items]),
+        "stamps": torch.tensor([item.stamp for item in items], dtype=torch.int64).view(-1, 3),
+    }
+    if entries:
+        records = [json.dumps(entry.record, ensure_ascii=False).encode() for entry in entries]
+        for name, parts in (("records", records), ("thumbnails", [entry.thumbnail for entry in entries])):
+            tensors[name] = torch.frombuffer(bytearray(b"".join(parts) or b"\0"), dtype=torch.uint8)
+            tensors[f"{name}_ends"] = torch.tensor(np.cumsum([len(part) for part in parts]), dtype=torch.int64)
+    left_out = [(place, item.key, item.reason) for place, item in enumerate(items) if item.reason]
+    notes = {"left_out": left_out, "checksum": _checksum(tensors["digests"], tensors["embeddings"])}
+    # One entry: safetensors writes several in any order.
+    metadata = {"notes": json.dumps(notes, ensure_ascii=False)}
+    with storage.atomic(path, shared) as partial:
+        save_file(tensors, partial, metadata)
+
+
+class Shards:
+    """Shards, in order, as one sequence of embeddings.
+
+    Args:
+        paths: The files.
+        key: The configuration's name for their directory.
+
+    Raises:
+        ConfigError: one is broken, or the embeddings are of different widths.
+    """
+
+    def __init__(self, paths: Sequence[Path], key: str) -> None:
+        self._key = key
+        self._shards = [Shard(path, key) for path in paths]
+        self.left_out = [pair for shard in self._shards for pair in shard.left_out]
+        widths = {shard.embeddings.shape[-1] for shard in self._shards if len(shard.embeddings)}
+        check(len(widths) <= 1, key, sorted(widths), "expected shards of one width: delete them and build them again")
+        self.width = widths.pop() if widths else 0
+        self.rows = [shard.embeddings[:, 0] for shard in self._shards]  # (n, D) each, read when they are used
+        self.starts = np.cumsum([0, *(len(rows) for rows in self.rows)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def entry(self, place: int) -> Entry:
+        """Return what an index keeps of an image."""
+        number = int(np.searchsorted(self.starts, place, side="right")) - 1
+        return self._shards[number].entry(place - int(self.starts[number]))
+
+    def gather(self, places: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings (n, D) float32 at these places (n,), which ascend."""
+        numbers = np.searchsorted(self.starts, places.numpy(), side="right") - 1
+        parts = [
+            self.rows[number][places[numbers == number] - int(self.starts[number])].float()
+            for number in np.unique(numbers)
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0, self.width)
+
+    @cached_property
+    def _by_digest(self) -> tuple[npt.NDArray[np.bytes_], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the digests, sorted; each one's place among all items; and where each shard's items begin."""
+        digests = np.concatenate([shard.digests for shard in self._shards])
+        order = np.argsort(digests)
+        return digests[order], order, np.cumsum([0, *(shard.num_items for shard in self._shards)])
+
+    def embedding(self, digest: bytes, view: int = 0) -> torch.Tensor:
+        """Return the embedding (D,) float32 of a view of the item with this digest.
+
+        Raises:
+            MissingError: the item could not be embedded, for the reason given.
+            ConfigError: there was no such item when the embeddings were computed.
+        """
+        digests, order, starts = self._by_digest
+        wanted = np.frombuffer(digest, dtype="S16")[0]
+        found = int(np.searchsorted(digests, wanted))
+        if found == len(digests) or digests[found] != wanted:
+            raise ConfigError(
+                f"{self._key}: the data changed while the run was going on: one of its images or sentences is not in "
+                "the cache; start again with another directory"
+            )
+        place = int(order[found])
+        number = int(np.searchsorted(starts, place, side="right")) - 1
+        shard, place = self._shards[number], place - int(starts[number])
+        if reason := shard.reason(place):
+            raise MissingError(reason)
+        return shard.embeddings[shard.row(place), view].float()
+
+
+def _hashes(hashes: Sequence[bytes]) -> torch.Tensor:
+    """Return hashes as (m, 16) uint8."""
+    return torch.tensor(np.frombuffer(b"".join(hashes), dtype=np.uint8)).view(-1, 16)
+
+
+def _as_keys(hashes: torch.Tensor) -> npt.NDArray[np.bytes_]:
+    """Return (m, 16) uint8 as m keys that sort."""
+    return np.ascontiguousarray(hashes.numpy()).view("S16").reshape(-1)
+
+
+def _checksum(*tensors: torch.Tensor) -> str:
+    parts = (tensor.flatten().view(torch.uint8).numpy().tobytes() for tensor in tensors)
+    return " ".join(map(xxh3_128_hexdigest, parts))
