@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from koclip.config import ConfigError
 from koclip.data.sources import Row
-from koclip.evaluation import embed, ranking
+from koclip.embeddings import store
+from koclip.evaluation import ranking
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate
 from koclip.evaluation.images import Images
@@ -149,7 +150,7 @@ def test_a_broken_file_is_made_again(
     (file,) = (tmp_path / "kept").rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:100])
     assert torch.equal(Embedder(ColourEncoder(), 8, tmp_path / "kept").images(one.images), kept)
-    assert "is broken and written again" in capsys.readouterr().out
+    assert str(file) in capsys.readouterr().out
     assert torch.equal(load_file(file)["embeddings"], kept)
     assert not list((tmp_path / "kept").rglob("writing-*"))
 
@@ -159,13 +160,13 @@ def test_two_evaluations_may_write_the_same_file(
 ) -> None:
     one, others = colours(None, CAPTIONS), []
 
-    def meanwhile(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        save_file(tensors, path)
+    def meanwhile(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save_file(tensors, path, metadata)
         if not others:
             others.append(Embedder(ColourEncoder(), 8, tmp_path / "kept"))
             others[0].images(one.images)
 
-    monkeypatch.setattr(embed, "save_file", meanwhile)
+    monkeypatch.setattr(store, "save_file", meanwhile)
     kept = Embedder(ColourEncoder(), 8, tmp_path / "kept").images(one.images)
     assert torch.equal(others[0].images(one.images), kept)
     assert [file.suffix for file in (tmp_path / "kept").rglob("*.*")] == [".safetensors"]
