@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 LOWEST := .venv-lowest
 # Every library of `dependencies` does its work in one of these.
-LOWEST_TESTS := $(addprefix tests/test_,recipes.py align.py evaluate.py publish.py search.py peers.py onnx.py text.py)
+LOWEST_TESTS := $(addprefix tests/test_,adapters.py evaluate.py models.py onnx.py peers.py publish.py recipes.py search.py)
 PIP := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 
 help:  ## Say what can be made

@@ -24,7 +24,7 @@ from koclip.data.order import Shard
 from koclip.data.survey import CaptionLengths
 from koclip.data.transforms import PixelLimit, Views, centre_view, view_size
 from koclip.embeddings.sources import Cache, image_features, teacher_features
-from koclip.encoders.base import TransformersEncoder
+from koclip.encoders.transformers import TransformersEncoder
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate, open_all
 from koclip.evaluation.report.write import report
@@ -35,13 +35,13 @@ from koclip.runs.directory import Run
 
 NEXT = """
 Saved {model}, a stock {kind}: AutoModel and AutoProcessor load it. Next:
-  python -c "import koclip; model, processor = koclip.load('{model}'); \
-print(koclip.embed_texts(model, processor, ['해변을 달리는 개']))"
+  python -c "import koclip; print(koclip.load('{model}').encode_texts(['해변을 달리는 개']))"
 """
 
 
 def main(cfg: config.AlignConfig) -> None:
     """Run the recipe: source, text side, teacher, one stage of training after the other, evaluation."""
+    logit_bias = losses.initial_bias(cfg.loss)
     accelerator = training.start(cfg.train)
     run = Run("align", cfg.output_dir, resume=cfg.resume == "auto")
     run.start(cfg, accelerator)
@@ -68,7 +68,7 @@ def main(cfg: config.AlignConfig) -> None:
     if cfg.align.method == "lora":
         lora.attach(model, cfg.lora, new_text=cfg.model.text_encoder != "same", seed=cfg.model.seed)
         accelerator.print(lora.report(model))
-    dual_encoder = DualEncoder(model, processor, losses.initial_bias(cfg.loss))
+    dual_encoder = DualEncoder(model, processor, logit_bias)
 
     trainer = None
     for stage in cfg.stages:
@@ -84,7 +84,7 @@ def main(cfg: config.AlignConfig) -> None:
 
     model_dir = run.save_model(trainer, processor, partial(publish_aligned, config=cfg, source=source))
     if accelerator.is_main_process:
-        saved = TransformersEncoder(*koclip.load(model_dir), name=str(model_dir))
+        saved = koclip.load(model_dir)
         report(run.path, Embedder(saved, cfg.eval.batch_size), eval_sets)
         print(NEXT.format(model=model_dir, kind=type(model).__name__))
 

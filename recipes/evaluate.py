@@ -8,9 +8,9 @@ ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 recipes/evaluate.py --model 
 import time
 from pathlib import Path
 
+import koclip
 from koclip import config
 from koclip.data.transforms import PixelLimit
-from koclip.encoders.peers import open_encoder
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate, open_all, warnings_of
 from koclip.evaluation.report.write import Evaluated, keep, write
@@ -26,7 +26,7 @@ def main(cfg: config.EvaluateConfig) -> None:
     models, warnings = [], {}
     for spec, folder in folders_of(run, cfg.all_models).items():
         began = time.monotonic()
-        encoder = open_encoder(spec, cfg.device or accelerator.device)
+        encoder = koclip.load(spec, cfg.device or accelerator.device)
         embedder = Embedder(encoder, cfg.batch_size, Path(cfg.cache_dir) if cfg.cache_dir else None, spread=True)
         warnings |= dict.fromkeys(warnings_of(embedder, eval_sets))
         models.append(Evaluated(spec, folder, embedder, evaluate(embedder, eval_sets)))

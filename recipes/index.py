@@ -9,15 +9,15 @@ since: pictures of other content, other captions.
 
 from pathlib import Path
 
+import koclip
 from koclip import config, storage
-from koclip.encoders.peers import open_encoder
 from koclip.search.build import build
 
 
 def main(cfg: config.IndexConfig) -> None:
     """Run the recipe."""
     directory = Path(cfg.output_dir)
-    encoder = open_encoder(cfg.model, cfg.device)
+    encoder = koclip.load(cfg.model, cfg.device)
     num_images, skipped = build(cfg, encoder, directory)
     (directory / "skipped.jsonl").unlink(missing_ok=True)  # a run before this one's
     storage.append_lines(directory / "skipped.jsonl", [skip._asdict() for skip in skipped])

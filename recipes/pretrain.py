@@ -15,7 +15,7 @@ from koclip.data.batches import Assembler
 from koclip.data.loader import Start, train_loader, training_captions
 from koclip.data.order import Shard
 from koclip.data.transforms import PixelLimit, Views, centre_view, view_size
-from koclip.encoders.base import TransformersEncoder
+from koclip.encoders.transformers import TransformersEncoder
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate, open_all
 from koclip.evaluation.report.write import report
@@ -36,6 +36,7 @@ QUOTES = str.maketrans("'\"", "  ")  # what a shell would read
 
 def main(cfg: config.PretrainConfig) -> None:
     """Run the recipe: data, model, training, then evaluation of the saved model."""
+    logit_bias = losses.initial_bias(cfg.loss)
     accelerator = training.start(cfg.train)
     run = Run("pretrain", cfg.output_dir, resume=cfg.resume == "auto")
     run.start(cfg, accelerator)
@@ -47,9 +48,8 @@ def main(cfg: config.PretrainConfig) -> None:
     surveys = training.survey(cfg.data, tokenizer)
     run.check_data(surveys)
     model, processor = from_scratch(cfg.model, tokenizer)
-    dual_encoder = DualEncoder(model, processor, losses.initial_bias(cfg.loss))
+    dual_encoder = DualEncoder(model, processor, logit_bias)
     trainer = training.prepare(accelerator, dual_encoder, cfg.loss, cfg.optim, cfg.train)
-
     progress = run.load(trainer)
     train = cfg.train
     shard = Shard(train.batch_size, accelerator.process_index, accelerator.num_processes, train.micro_batch_size)
@@ -79,7 +79,7 @@ def main(cfg: config.PretrainConfig) -> None:
 
     model_dir = run.save_model(trainer, processor)
     if accelerator.is_main_process:
-        saved = TransformersEncoder(*koclip.load(model_dir), name=str(model_dir))  # as a user loads it
+        saved = koclip.load(model_dir)  # as a user loads it
         report(run.path, Embedder(saved, cfg.eval.batch_size), eval_sets)
         labels = labels_of(eval_sets)
         measured = NEXT.format(model=model_dir, run=run.path, labels=labels)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from texts import RefusedError
 
-from koclip.encoders.patches import NoPatchesError
+from koclip.encoders import Encoder, NoPatchesError
 from koclip.evaluation.tasks.zero_shot import ensemble
 from koclip.search import ImageIndex
 from koclip.text.classes import load_templates
@@ -62,13 +62,13 @@ class Answers:
     """Answers with one model and one collection.
 
     Args:
-        encoder: `koclip.encoders.peers.open_encoder`'s.
+        encoder: The model.
         index: What is searched, made by the same model.
         seconds: That embedding a call's texts, or its covered pictures, may take.
         clock: In seconds.
     """
 
-    encoder: Any
+    encoder: Encoder
     index: ImageIndex
     seconds: float = SECONDS
     clock: Callable[[], float] = time.monotonic
@@ -132,20 +132,18 @@ class Answers:
         Args:
             image: The picture.
             query: The text.
-            way: `patches`: the similarity of each of the model's patches to the text (`koclip.encoders.patches`, with
-                the formula and why it may miss the thing itself). `cover`: the similarity that is lost when a place is
-                covered by the picture's mean colour, score_p = max(0, <e(image), t> - <e(image without p), t>), for
-                7 x 7 places two sevenths wide (Zeiler and Fergus 2014, section 4.2); it works for any model.
+            way: `patches`: the similarity of each of the model's patches to the text (`koclip.encoders.transformers`,
+                with the formula and why it may miss the thing itself). `cover`: the similarity that is lost when a
+                place is covered by the picture's mean colour, score_p = max(0, <e(image), t> - <e(image without p),
+                t>), for 7 x 7 places two sevenths wide (Zeiler and Fergus 2014, section 4.2); it works for any model.
         """
         text = self._texts([guard.read_text(query)])[0]
-        view = getattr(self.encoder, "view", None)
+        view = self.encoder.view
         if way == "cover":
             pictures = [image, *covered(image, view)]
             whole, *rest = (self._encode(self.encoder.encode_images, pictures, _PICTURES) @ text).tolist()
             scores = (whole - np.array(rest)).clip(min=0).reshape(_PLACES, _PLACES)
         elif way == "patches":
-            if not hasattr(self.encoder, "patches"):
-                raise RefusedError("no_patches")
             try:
                 with self._lock:
                     scores = (self.encoder.patches(image) @ text).numpy()

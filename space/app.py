@@ -31,8 +31,7 @@ from starlette.middleware import Middleware  # noqa: E402
 
 from koclip.config import ConfigError, IndexConfig, check  # noqa: E402
 from koclip.data.formats import scenes  # noqa: E402
-from koclip.encoders.base import Encoder  # noqa: E402
-from koclip.encoders.peers import open_encoder  # noqa: E402
+from koclip.encoders import Encoder, load  # noqa: E402
 from koclip.search import ImageIndex, open_index  # noqa: E402
 from koclip.search.build import build  # noqa: E402
 
@@ -115,7 +114,7 @@ def main(args: list[str] | None = None) -> None:
     options = parser.parse_args(args)
     try:
         model = options.model or newest_run()
-        encoder = open_encoder(model, options.device)
+        encoder = load(model, options.device)
         index = open_collection(options.index, model, encoder)
     except ConfigError as error:
         print(f"app.py: error: {error}", file=sys.stderr)  # noqa: T201

@@ -6,38 +6,39 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from koclip.encoders import Encoder
 
 COLOURS = {"빨강": (250, 5, 5), "초록": (5, 250, 5), "파랑": (5, 5, 250), "노랑": (250, 250, 5)}
 ENGLISH = {"빨강": "red", "초록": "green", "파랑": "blue", "노랑": "yellow"}
 
 
-class ColourEncoder:
+class ColourEncoder(Encoder):
     """Images by their mean colour; texts by the colours whose Korean or English names are in them, 8 dimensions wide.
 
     `calls` counts batches, so that tests see what was kept. What a text has besides moves it a little.
     """
 
-    name = "colours"
     scale = 100.0
 
     def __init__(self, english: bool = True) -> None:
+        super().__init__(torch.nn.Identity(), None, "colours")
         self.calls = 0
         self._names = [*COLOURS, *(ENGLISH.values() if english else ())]
 
-    def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
+    def _embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         self.calls += 1
-        return F.normalize(torch.cat([self._colours(images), torch.full((len(images), 5), 0.02)], dim=1), dim=-1)
+        return torch.cat([self._colours(images), torch.full((len(images), 5), 0.02)], dim=1)
 
-    def image_features(self, images: Sequence[Image.Image]) -> Tensor:
+    def _image_features(self, images: Sequence[Image.Image]) -> Tensor:
         self.calls += 1
         return self._colours(images)
 
-    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+    def _embed_texts(self, texts: Sequence[str]) -> Tensor:
         self.calls += 1
-        return F.normalize(torch.stack([self._text(text) for text in texts]), dim=-1)
+        return torch.stack([self._text(text) for text in texts])
 
     def unknown_share(self, texts: Sequence[str]) -> float:
         return sum(not text.isascii() for text in texts) / len(texts) if len(self._names) == 4 else 0.0

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel, ChineseCLIPProcessor
 from koclip import config
 from koclip.align.lora import attach
 from koclip.align.save import publish_aligned
-from koclip.encoders.peers import open_encoder
+from koclip.encoders import load
 from koclip.evaluation.results import Measured, write_results
 from koclip.metrics import Metric
 from koclip.models.dual_encoder import from_scratch
@@ -72,9 +72,10 @@ def swapped(folder: Path, clip: str, text_encoder: str) -> Path:
 
 def adapted(folder: Path, clip: str, source: Path) -> tuple[Path, Any]:
     """Write the run of a CLIP whose own text tower got adapters; return its directory and the model with them."""
-    from koclip.encoders.inference import load
+    from koclip.encoders import load
 
-    model, processor = load(source, device="cpu")
+    encoder = load(source, device="cpu")
+    model, processor = encoder.model, encoder.processor
     settings = aligned(clip, "same", "lora")
     attach(model, settings.lora, new_text=False)
     with torch.no_grad():
@@ -104,7 +105,7 @@ def beside(folder: Path, settings: Any) -> Path:
     metrics = {name: Metric(value, (low, high), n) for name, (value, low, high, n) in METRICS.items()}
     source = dataclasses.asdict(SCENES.sources[0])
     model = folder / "model"
-    measured = Measured(str(model), open_encoder(str(model), "cpu").fingerprint())
+    measured = Measured(str(model), load(str(model), "cpu").fingerprint())
     write_results(folder / "results.json", measured, {"scenes": {"source": source}}, metrics, ENVIRONMENT)
     return model
 

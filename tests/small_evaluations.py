@@ -8,6 +8,7 @@ from PIL import Image
 
 from koclip.config import EvalSetConfig, SourceConfig
 from koclip.data.sources import Row
+from koclip.encoders import Encoder
 from koclip.evaluation.images import Images
 from koclip.evaluation.sets import EvalSet
 from koclip.text.classes import ClassName
@@ -15,26 +16,27 @@ from koclip.text.classes import ClassName
 HOSTILE = "<script>alert('$x$ | `y` [red]')</script>"
 
 
-class Seeing:
+class Seeing(Encoder):
     """Embeds a picture by its mean colour, and a text by a hash of its letters: some queries hit, others miss."""
 
-    name = "seeing"
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Identity(), None, "seeing")
 
-    def encode_images(self, images):
+    def _embed_images(self, images):
         colours = torch.stack([torch.tensor(list(image.resize((2, 2)).tobytes())).float() for image in images])
-        return torch.nn.functional.normalize(colours, dim=-1)
+        return colours
 
-    def encode_texts(self, texts):
+    def _embed_texts(self, texts):
         rows = [torch.rand(12, generator=torch.Generator().manual_seed(sum(map(ord, text)))) for text in texts]
-        return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
+        return torch.stack(rows)
 
-    image_features = encode_images
-
-    def fingerprint(self) -> str:
-        return "seeing"
+    _image_features = _embed_images
 
     def unknown_share(self, texts) -> float:
         return 0.0
+
+    def fingerprint(self) -> str:
+        return "seeing"
 
 
 def pictures(count: int) -> Images:

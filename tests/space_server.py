@@ -15,7 +15,7 @@ from align_runs import write_source
 from PIL import Image
 
 from koclip.config import IndexConfig
-from koclip.encoders.peers import open_encoder
+from koclip.encoders import load
 from koclip.search.build import build
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +41,7 @@ def running(folder: Path) -> Iterator[Space]:
         name = f"{number:02d} {HOSTILE}.png" if number < 2 else f"{number:02d}번 사진.png"
         Image.new("RGB", (60, 40), (8 * number, 255 - 8 * number, 60)).save(folder / "photos" / name)
     config = IndexConfig(model="tiny", images=str(folder / "photos"))
-    build(config, open_encoder(str(folder / "runs" / "tiny" / "model"), "cpu"), folder / "index")
+    build(config, load(str(folder / "runs" / "tiny" / "model"), "cpu"), folder / "index")
     with serving(folder, ROOT / "space" / "app.py", "--index", "index", "--device", "cpu") as space:
         yield space
 

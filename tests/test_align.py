@@ -127,9 +127,10 @@ def test_stock_transformers_loads_what_was_published(place: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     answers = json.loads(ran.stdout.splitlines()[-1])
     for family, folder in folders.items():
-        model, processor = koclip.load(folder, "cpu")
-        texts = koclip.embed_texts(model, processor, ["빨간 공", "파란 상자"])
-        picture = koclip.embed_images(model, processor, [Image.new("RGB", (40, 30), "red")])
+        encoder = koclip.load(folder, "cpu")
+        model = encoder.model
+        texts = encoder.encode_texts(["빨간 공", "파란 상자"])
+        picture = encoder.encode_images([Image.new("RGB", (40, 30), "red")])
         logits = (model.logit_scale.exp() * picture @ texts.T)[0].detach()
         torch.testing.assert_close(torch.tensor(answers[folder]["logits"]), logits, atol=2e-3, rtol=0)
         torch.testing.assert_close(torch.tensor(answers[folder]["pipeline"]), logits.softmax(0), atol=2e-3, rtol=0)
@@ -165,7 +166,8 @@ def test_an_adapter_straight_from_training_loads_by_itself(family: str, place: P
     model = aligned(place, family, "lora")
     base = json.loads((model / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert base == str(place / "source" if family == "clip" else model.with_name("adapter_base"))
-    merged, processor = koclip.load(model, "cpu")
+    encoder = koclip.load(model, "cpu")
+    merged, processor = encoder.model, encoder.processor
     inputs = processor(text=["빨간 공 1", "파란 상자 두 개 2"], padding=True, return_tensors="pt")
     texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
@@ -182,7 +184,8 @@ def test_a_text_longer_than_those_of_training_is_refused_or_cut_in_every_class(f
     """By stock transformers, whose pipeline never cuts, it is refused; by koclip it is cut."""
     method = dict(RUNS)[family] if family != "vit" else ""
     folder = aligned(place, family, method) if method else with_an_image_tower_alone(place)
-    model, processor = koclip.load(folder, "cpu")
+    encoder = koclip.load(folder, "cpu")
+    model, processor = encoder.model, encoder.processor
     tokenizer = processor.tokenizer
     assert tokenizer.model_max_length == 24
     long = "빨간 공 파란 상자 두 개 " * 20
@@ -199,7 +202,7 @@ def test_a_text_longer_than_those_of_training_is_refused_or_cut_in_every_class(f
     cut = tokenizers.encode(tokenizer, [long], return_tensors="pt")
     with torch.no_grad():
         expected = encode_texts(model, cut["input_ids"], cut["attention_mask"])
-    torch.testing.assert_close(koclip.embed_texts(model, processor, [long]), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder.encode_texts([long]), expected, atol=1e-5, rtol=0)
 
 
 def test_an_aligned_model_is_a_source_too(place: Path) -> None:
@@ -256,9 +259,7 @@ def test_the_anchor_holds_english_in_place(place: Path) -> None:
     free = run(place, "free", *both, "--data.sources", rows) / "model"
     held = run(place, "held", *both, "--data.sources", rows, "--distill.anchor", "10") / "model"
     texts = ["a red ball 3", "two blue boxes 5"]
-    before, after, anchored = (
-        koclip.embed_texts(*koclip.load(one, "cpu"), texts) for one in (place / "source", free, held)
-    )
+    before, after, anchored = (koclip.load(path, "cpu").encode_texts(texts) for path in (place / "source", free, held))
     assert (before * anchored).sum(1).mean() > (before * after).sum(1).mean() + 0.05
 
 

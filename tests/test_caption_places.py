@@ -23,6 +23,7 @@ from koclip.data.order import CaptionChooser, Shard
 from koclip.data.sources import Row, Skip, open_source, row_captions
 from koclip.data.survey import survey
 from koclip.data.transforms import digest_of
+from koclip.encoders import Encoder
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.images import Images
 from koclip.evaluation.sets import EvalSet, EvalSetConfig
@@ -114,21 +115,25 @@ def test_pairs_taught_are_those_with_both_places_usable(tokenizer, row: tuple[li
     assert found == expected or (not expected and len(found) == 1 and isinstance(found.pop(), str))
 
 
-class Placing:
+class Placing(Encoder):
     """An encoder that knows where each text and each picture lies: the place of its number."""
 
-    name = "placing"
-
     def __init__(self, places: dict[str, int]) -> None:
+        super().__init__(torch.nn.Identity(), None, "placing")
         self._places = places
         self.read: list[str] = []
 
-    def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
+    def _embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         return torch.eye(16)[[image.getpixel((0, 0))[0] for image in images]]
 
-    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+    def _embed_texts(self, texts: Sequence[str]) -> Tensor:
         self.read += texts
         return torch.eye(16)[[self._places.get(text, 15) for text in texts]]
+
+    _image_features = _embed_images
+
+    def unknown_share(self, texts: Sequence[str]) -> float:
+        return 0.0
 
     def fingerprint(self) -> str:
         return self.name
@@ -216,7 +221,7 @@ def test_an_index_keeps_captions_alone(tmp_path: Path, encoded) -> None:
     from koclip.search.build import build
 
     source = write(tmp_path / "rows.parquet", [GAPS, GAPS], encoded)
-    encoder = SimpleNamespace(fingerprint=lambda: "x", encode_images=lambda images: torch.eye(4)[: len(images)])
+    encoder = SimpleNamespace(fingerprint=lambda: "x", encode_images=lambda images, _: torch.eye(4)[: len(images)])
     build(IndexConfig(model="m", source=source, output_dir=str(tmp_path / "i")), encoder, tmp_path / "i")
     kept = Shards([tmp_path / "i" / SHARD.format(0)], "index")
     assert kept.entry(0).record["captions"] == {"ko": ["하나", "셋", "넷"], "en": ["one", "two", "three"]}

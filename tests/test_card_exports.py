@@ -15,7 +15,7 @@ from PIL import Image
 from runs_to_publish import pretrained
 
 from koclip.config import PublishConfig
-from koclip.encoders.inference import embed_images, embed_texts, load
+from koclip.encoders import load
 from koclip.publishing.card import render
 from koclip.publishing.card_inputs import gather
 from koclip.publishing.formats.onnx import export
@@ -98,7 +98,7 @@ def test_the_lines_for_transformers_js_run(run, tmp_path, kind):
     ran = subprocess.run(["node", "lines.mjs"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     texts, images = (torch.tensor(rows) for rows in json.loads(ran.stdout))
-    model, processor = load(run / "model", "cpu")
+    encoder = load(run / "model", "cpu")
     far = 1e-5 if kind == "fp32" else 0.1
-    assert (texts - embed_texts(model, processor, ["고양이 사진", "강아지 사진"])).abs().max() < far
-    assert (images - embed_images(model, processor, [tmp_path / "photo.png"])).abs().max() < far
+    assert (texts - encoder.encode_texts(["고양이 사진", "강아지 사진"])).abs().max() < far
+    assert (images - encoder.encode_images([tmp_path / "photo.png"])).abs().max() < far

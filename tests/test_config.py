@@ -182,7 +182,7 @@ def test_one_fault_is_told_as_it_is():
 
 def test_what_a_fault_leads_to_is_left_out():
     """The code runs on with a value that nothing behind it expects."""
-    from koclip.config.errors import all_faults
+    from koclip.config.checks import all_faults
 
     def look(values):
         with all_faults():

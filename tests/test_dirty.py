@@ -22,7 +22,7 @@ from koclip.data.loader import train_loader
 from koclip.data.order import Shard
 from koclip.data.sources import Row, open_source
 from koclip.data.transforms import Views, read
-from koclip.encoders.peers import open_encoder
+from koclip.encoders import load
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate
 from koclip.evaluation.run import counts
@@ -117,7 +117,7 @@ def test_evaluation_has_the_numbers_of_the_rows_that_can_be_used(
 ) -> None:
     """The same rows, cleaned, in a table of their own: each picture once, with all its captions."""
     write_source(tmp_path / "model")
-    embedder = Embedder(open_encoder(str(tmp_path / "model"), "cpu"), 16)
+    embedder = Embedder(load(str(tmp_path / "model"), "cpu"), 16)
     tasks = ["retrieval", "languages", "stress"]
     for config, good, bad in zip(data.sources, data.used, data.listed, strict=True):
         named = dataclasses.replace(config, name="dirty")
@@ -139,7 +139,7 @@ def test_evaluation_has_the_numbers_of_the_rows_that_can_be_used(
 def test_an_index_holds_or_lists_every_picture(folder: Path, data: dirty.Dirty, tmp_path: Path) -> None:
     """A picture without a caption can be found, too."""
     write_source(tmp_path / "model")
-    encoder = open_encoder(str(tmp_path / "model"), "cpu")
+    encoder = load(str(tmp_path / "model"), "cpu")
     for number, config in enumerate(data.sources):
         index_config = IndexConfig(model="tiny", source=config, approximate="no")
         count, left_out = build.build(index_config, encoder, tmp_path / str(number))

@@ -11,7 +11,7 @@ from tiny import tiny_dual_encoder, tiny_pieces
 from koclip import losses, training
 from koclip.config import DistillConfig, LossConfig, OptimConfig, Stage, TrainConfig
 from koclip.data.batches import Batch
-from koclip.losses.embeddings import Embeddings
+from koclip.losses.pairs import Embeddings
 
 TEXT = torch.tensor([[0.6, 0.8], [1.0, 0.0]])
 NORM = torch.tensor([5.0, 2.0])  # features (3, 4) and (2, 0)
@@ -47,25 +47,25 @@ def test_the_teacher_takes_the_place_of_images() -> None:
 
 
 def test_the_anchor_weighs_the_teacher_against_images() -> None:
-    made, teacher = random_embeddings(6), torch.randn(6, 8)
-    made = made._replace(text_norm=torch.ones(6))
+    pairs, teacher = random_embeddings(6), torch.randn(6, 8)
+    pairs = pairs._replace(text_norm=torch.ones(6))
     ids = torch.arange(6)[:, None].expand(6, 3)
     distill = DistillConfig(anchor=0.3, mse=1.0)
-    images = losses.build(LossConfig())(made, ids)
-    alone = losses.build(LossConfig(), distill, images=False)(made, ids, teacher)
-    both = losses.build(LossConfig(), distill)(made, ids, teacher)
+    images = losses.build(LossConfig())(pairs, ids)
+    alone = losses.build(LossConfig(), distill, images=False)(pairs, ids, teacher)
+    both = losses.build(LossConfig(), distill)(pairs, ids, teacher)
     torch.testing.assert_close(both.value, images.value + 0.3 * alone.value)
     assert both.accuracy == images.accuracy
 
 
 def test_equal_sentences_are_no_negatives_of_each_other() -> None:
     """Two captions of the same image have different sentences; two of the same sentence have one target."""
-    made, teacher = random_embeddings(4), torch.randn(4, 8)
+    pairs, teacher = random_embeddings(4), torch.randn(4, 8)
     build = losses.build(LossConfig(duplicates="masked"), only(contrastive=1.0), images=False)
     distinct = torch.tensor([[0, 0, 0], [1, 1, 1], [2, 2, 2], [3, 3, 3]])
     same_image, same_sentence = distinct.clone(), distinct.clone()
     same_image[1, 1], same_sentence[1, 2] = 0, 0
-    values = [build(made, ids, teacher).value.item() for ids in (distinct, same_image, same_sentence)]
+    values = [build(pairs, ids, teacher).value.item() for ids in (distinct, same_image, same_sentence)]
     assert values[0] == values[1]
     assert values[2] < values[0]
 

@@ -117,9 +117,10 @@ def test_sharded_logit_scale_is_clamped(two: dict[str, Any]) -> None:
 
 
 def test_sharded_weights_evaluate_resume_and_publish(folder: Path, two: dict[str, Any]) -> None:
-    model, processor = koclip.load(folder / "fsdp2" / "published" / "model", device="cpu")
+    encoder = koclip.load(folder / "fsdp2" / "published" / "model", device="cpu")
+    model = encoder.model
     assert model.logit_scale.shape == ()
-    texts: Tensor = koclip.embed_texts(model, processor, ["빨간 원", "파란 별"])
+    texts: Tensor = encoder.encode_texts(["빨간 원", "파란 별"])
     for found in two["fsdp2"]["texts"]:
         torch.testing.assert_close(found, texts, atol=1e-6, rtol=0)
 

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
 
 from koclip.config import ConfigError
-from koclip.encoders.base import TransformersEncoder
-from koclip.encoders.peers import open_encoder
+from koclip.encoders import load
+from koclip.encoders.transformers import TransformersEncoder
 
 TEXTS = ["별", "빨간 원 위에 있는 작은 파란 별 하나", "A red Circle", "고양이 2 마리"]
 PROJECTS = [kind for kind in KINDS if "SigLIP" not in kind]
@@ -73,19 +73,22 @@ def close(got: Tensor, wanted: Tensor) -> None:
 
 
 def test_embeddings_are_those_of_the_stock_call(kind: str, directory: Path) -> None:
-    encoder = open_encoder(str(directory), "cpu")
+    encoder = load(str(directory), "cpu")
     text_embeds, image_embeds = stock(kind, directory)
     texts, images = encoder.encode_texts(TEXTS), encoder.encode_images(pictures())
     close(texts, text_embeds)
     close(images, image_embeds)
     assert encoder.name == str(directory)
+    own = getattr(encoder.model, "logit_bias", None)  # of SigLIP
+    assert encoder.bias == (0.0 if own is None else own.item())
+    assert (own is not None) == kind.startswith("SigLIP")
     for made in (texts, images):
         torch.testing.assert_close(made.norm(dim=1), torch.ones(len(made)))
         assert (made @ made.T).fill_diagonal_(0).max() < 0.9999  # or a mix-up could not be seen
 
 
 def test_a_batch_embeds_as_its_members_do(kind: str, directory: Path) -> None:
-    encoder = open_encoder(str(directory), "cpu")
+    encoder = load(str(directory), "cpu")
     alone = torch.cat([encoder.encode_texts([text]) for text in TEXTS])
     close(encoder.encode_texts(TEXTS), alone)
     alone = torch.cat([encoder.encode_images([one]) for one in pictures()])
@@ -93,7 +96,7 @@ def test_a_batch_embeds_as_its_members_do(kind: str, directory: Path) -> None:
 
 
 def test_features_are_what_the_projection_reads(kind: str, directory: Path) -> None:
-    encoder = open_encoder(str(directory), "cpu")
+    encoder = load(str(directory), "cpu")
     model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
     features = encoder.image_features(pictures())
     assert not features.requires_grad
@@ -115,12 +118,12 @@ def test_features_are_the_normed_class_token(kind: str, directories: Callable[[s
     with torch.no_grad():
         tower = model.vision_model(**processor.image_processor(pictures(), return_tensors="pt"))
         wanted = model.vision_model.post_layernorm(tower.last_hidden_state[:, 0])
-    close(open_encoder(str(directories(kind)), "cpu").image_features(pictures()), wanted)
+    close(load(str(directories(kind)), "cpu").image_features(pictures()), wanted)
 
 
 def test_a_long_text_is_cut(kind: str, directory: Path) -> None:
     """To what the tower has positions for, even where the tokenizer knows no longest length."""
-    encoder = open_encoder(str(directory), "cpu")
+    encoder = load(str(directory), "cpu")
     got = encoder.encode_texts(["별 원 " * 200, "별 원 " * 300])
     assert got.isfinite().all()
     close(got[:1], got[1:])
@@ -128,7 +131,7 @@ def test_a_long_text_is_cut(kind: str, directory: Path) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("SigLIP")])
 def test_siglip_reads_lower_case(kind: str, directories: Callable[[str], Path]) -> None:
-    encoder = open_encoder(str(directories(kind)), "cpu")
+    encoder = load(str(directories(kind)), "cpu")
     upper, lower, other = encoder.encode_texts(["별 ABC", "별 abc", "별 abd"])
     assert torch.equal(upper, lower)
     assert not torch.allclose(lower, other)
@@ -148,7 +151,7 @@ def test_naflex_patches_are_those_the_checkpoint_names(directories: Callable[[st
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
 def test_pictures_of_any_mode(mode: str, kind: str, directory: Path) -> None:
-    encoder = open_encoder(str(directory), "cpu")
+    encoder = load(str(directory), "cpu")
     one = picture(0).convert("L").convert(mode)
     close(*encoder.encode_images([one, one.convert("RGB")]).split(1))
     clear, white = Image.new("RGBA", (40, 40), (255, 0, 0, 0)), Image.new("RGB", (40, 40), "white")
@@ -168,7 +171,7 @@ def test_modes_are_left_as_they_were(kind: str, directory: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_share_of_unknown_tokens(kind: str, directories: Callable[[str], Path]) -> None:
-    encoder = open_encoder(str(directories(kind)), "cpu")
+    encoder = load(str(directories(kind)), "cpu")
     assert encoder.unknown_share([]) == 0
     assert encoder.unknown_share(["고양이"]) == 0
     special = encoder.unknown_share(["<|endoftext|> 🙂"])
@@ -177,9 +180,7 @@ def test_the_share_of_unknown_tokens(kind: str, directories: Callable[[str], Pat
         assert encoder.unknown_share(["꿹 🙂 䨺"]) == 0
     else:
         assert special > 0
-        pieces = (
-            2 if isinstance(encoder._processor.tokenizer, transformers.BertTokenizer) else 4
-        )  # with the leading "▁"
+        pieces = 2 if isinstance(encoder.processor.tokenizer, transformers.BertTokenizer) else 4  # with the leading "▁"
         assert encoder.unknown_share(["꿹", "고"]) == 1 / pieces
         assert encoder.unknown_share(["꿹"] * 3) == encoder.unknown_share(["꿹"])
 
@@ -189,18 +190,18 @@ def change(file: Path, **settings: object) -> None:
 
 
 def test_fingerprints(kind: str, directory: Path, tmp_path: Path) -> None:
-    encoder = open_encoder(str(directory), "cpu")
+    encoder = load(str(directory), "cpu")
     first = encoder.fingerprint()
     encoder.encode_texts(["아주 긴 문장 " * 100])
     assert encoder.fingerprint() == first  # whatever it was called with
     shutil.copytree(directory, tmp_path / "elsewhere")
-    assert open_encoder(str(tmp_path / "elsewhere"), "cpu").fingerprint() == first
+    assert load(str(tmp_path / "elsewhere"), "cpu").fingerprint() == first
 
     model, processor = AutoModel.from_pretrained(directory), AutoProcessor.from_pretrained(directory)
     parameter = list(model.parameters())[-1]
     parameter.data.view(-1)[0] += 1e-3
     assert TransformersEncoder(model, processor).fingerprint() != first
-    parameter.data.view(-1)[0] = encoder._model.get_parameter(list(dict(model.named_parameters()))[-1]).view(-1)[0]
+    parameter.data.view(-1)[0] = encoder.model.get_parameter(list(dict(model.named_parameters()))[-1]).view(-1)[0]
     assert TransformersEncoder(model, processor).fingerprint() == first
     processor.image_processor.image_mean = [0.1, 0.2, 0.3]
     assert TransformersEncoder(model, processor).fingerprint() != first
@@ -212,7 +213,7 @@ def test_fingerprints(kind: str, directory: Path, tmp_path: Path) -> None:
 
 def refusal(spec: Path | str) -> str:
     with pytest.raises(ConfigError) as caught:
-        open_encoder(str(spec), "cpu")
+        load(str(spec), "cpu")
     assert str(caught.value).startswith("model")
     assert str(spec) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -282,7 +283,7 @@ def test_metaclip2_reads_the_first_end_token(directories: Callable[[str], Path])
     with torch.no_grad():
         hidden = model.text_model(**tokens).last_hidden_state[torch.arange(len(TEXTS)), ends]
         wanted = F.normalize(model.text_projection(hidden), dim=-1)
-    close(open_encoder(str(directory), "cpu").encode_texts(TEXTS), wanted)
+    close(load(str(directory), "cpu").encode_texts(TEXTS), wanted)
 
 
 def test_a_fingerprint_forgets_where_towers_came_from(tmp_path: Path) -> None:
@@ -296,5 +297,5 @@ def test_a_fingerprint_forgets_where_towers_came_from(tmp_path: Path) -> None:
             model = transformers.VisionTextDualEncoderModel.from_vision_text_pretrained(*parts)
         publish(tmp_path / name, model, joint_processor(bert_tokenizer()))
         assert parts[0] in (tmp_path / name / "config.json").read_text()
-        found.add(open_encoder(str(tmp_path / name), "cpu").fingerprint())
+        found.add(load(str(tmp_path / name), "cpu").fingerprint())
     assert len(found) == 1

@@ -13,8 +13,8 @@ import yaml
 from fake_encoder import CLASSES, write_colours
 from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 
+import koclip
 from koclip import config
-from koclip.encoders.peers import open_encoder
 from koclip.evaluation.run import processes
 from koclip.models.dual_encoder import from_scratch
 from koclip.models.save import publish
@@ -91,7 +91,7 @@ def places(folder: Path, name: str) -> list[str]:
 def test_every_task_leaves_numbers_with_intervals(alone: Path) -> None:
     results = json.loads((alone / "results.json").read_text(encoding="utf-8"))
     assert set(results) == {"model", "fingerprint", "data", "metrics", "environment"}
-    assert results["fingerprint"] == open_encoder(results["model"], "cpu").fingerprint()
+    assert results["fingerprint"] == koclip.load(results["model"], "cpu").fingerprint()
     tasks = {tuple(name.split("/")[:3]) for name in results["metrics"]}
     wanted = {
         ("photos", "ko", "text_to_image"),
@@ -154,25 +154,21 @@ def test_several_models_stand_side_by_side(folder: Path, alone: Path, capsys: py
 def test_kept_embeddings_make_the_second_evaluation_the_same(
     folder: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from koclip.encoders.base import TransformersEncoder
-
     def refuse(*args: object) -> None:
         raise AssertionError("it is kept")
 
     class Checked:
-        """Opens the model, which is tried once, and then refuses to embed."""
+        """Opens the model, which is tried at once, and then refuses to embed."""
 
-        def __call__(self, spec: str, device: object) -> object:
-            import koclip
-
-            encoder = TransformersEncoder(*koclip.load(spec, device), name=spec)
+        def load(self, spec: str, device: object) -> object:
+            encoder = koclip.load(spec, device)
             encoder.encode_images = encoder.encode_texts = encoder.image_features = refuse  # type: ignore[method-assign]
             return encoder
 
     spec = importlib.util.spec_from_file_location("evaluate_again", RECIPE)
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
-    monkeypatch.setattr(recipe, "open_encoder", Checked())
+    monkeypatch.setattr(recipe, "koclip", Checked())
     args = ["--config", str(folder / "suite.yaml"), "--model", str(folder / "run0" / "model")]
     args += ["--output_dir", str(folder / "again"), "--cache_dir", str(folder / "kept-alone")]
     recipe.main(config.parse(config.EvaluateConfig, args))

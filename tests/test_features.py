@@ -16,12 +16,12 @@ from PIL import Image
 from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 from torch import Tensor
 
-import koclip
 from koclip.config import ConfigError, DataConfig, SourceConfig
 from koclip.data.transforms import Views, centre_view, decode, digest_of
 from koclip.embeddings.fill import Piece, embed_shard
 from koclip.embeddings.sources import Cache, image_features, teacher_features
 from koclip.embeddings.store import Item, Shards
+from koclip.encoders.transformers import TransformersEncoder
 from koclip.models.dual_encoder import DualEncoder, encode_images, from_scratch, text_features
 
 ROWS = 20  # in shards of 8, 8 and 4
@@ -73,7 +73,7 @@ def test_the_first_view_is_what_evaluation_sees(pairs: SourceConfig, tmp_path: P
     views = Views(config, 32, centre_view(processor.image_processor))
     made = image_features(Accelerator(cpu=True), DualEncoder(model, processor), config, views, Cache(tmp_path / "f"))
     images = images_of(pairs)
-    embedded = koclip.embed_images(model, processor, [Image.open(io.BytesIO(image)) for image in images])
+    embedded = TransformersEncoder(model, processor).encode_images([Image.open(io.BytesIO(image)) for image in images])
     kept = torch.stack([made.embedding(digest_of(image)) for image in images])
     assert torch.nn.functional.cosine_similarity(kept, embedded).min() > 0.999  # PIL and torchvision round apart
     crops = torch.stack([made.embedding(digest_of(image), 1) for image in images])

@@ -13,7 +13,7 @@ from koclip import losses, training
 from koclip.config import LossConfig, OptimConfig, TrainConfig
 from koclip.data.batches import Batch
 from koclip.losses import Loss
-from koclip.losses.embeddings import Embeddings
+from koclip.losses.pairs import Embeddings
 from koclip.models.dual_encoder import DualEncoder
 from koclip.training import Trainer, grad_cache
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from koclip.config import ConfigError
 from koclip.publishing import data_cards
 from koclip.publishing.licences import ALLOWS, Part, Source, conclude, model_parts, read_parts
-from koclip.text.tables import read_table
+from koclip.text import read_table
 
 IDS = {id_: (terms, hub) for id_, terms, hub in read_table("licences.tsv")}
 FREE = sorted(id_ for id_, (terms, _) in IDS.items() if terms == "free")

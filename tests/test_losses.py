@@ -9,7 +9,7 @@ from torch import Tensor
 
 from koclip.config import LossConfig
 from koclip.losses import Loss, build, infonce, initial_bias, sigmoid
-from koclip.losses.embeddings import Embeddings
+from koclip.losses.pairs import Embeddings
 
 # With these texts the similarities of images (rows) and texts (columns) are the table itself.
 TABLE = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
@@ -24,7 +24,7 @@ def embeddings(table: Tensor = TABLE, scale: float = 1.0, bias: float | None = N
 def random_embeddings(count: int, seed: int = 0) -> Embeddings:
     generator = torch.Generator().manual_seed(seed)
     image, text = torch.nn.functional.normalize(torch.randn(2, count, 8, generator=generator), dim=-1)
-    leaves = [one.clone().requires_grad_() for one in (image, text, torch.tensor(9.0), torch.tensor(-4.0))]
+    leaves = [leaf.clone().requires_grad_() for leaf in (image, text, torch.tensor(9.0), torch.tensor(-4.0))]
     return Embeddings(*leaves)
 
 
@@ -71,12 +71,12 @@ def test_duplicates_worked_by_hand() -> None:
 @pytest.mark.parametrize("loss", [infonce, sigmoid])
 @pytest.mark.parametrize("mode", ["negatives", "masked", "positives"])
 def test_a_batch_of_one_caption_is_finite(loss: object, mode: str) -> None:
-    made = random_embeddings(4)
-    value = loss(made, torch.zeros(4, dtype=torch.long), mode).value  # type: ignore[operator]
+    pairs = random_embeddings(4)
+    value = loss(pairs, torch.zeros(4, dtype=torch.long), mode).value  # type: ignore[operator]
     value.backward()
     assert value.isfinite()
-    assert made.image.grad is not None
-    assert made.image.grad.isfinite().all()
+    assert pairs.image.grad is not None
+    assert pairs.image.grad.isfinite().all()
     if loss is infonce and mode == "masked":
         assert value.item() == 0  # every pair is alone
 
@@ -100,8 +100,8 @@ def test_infonce_has_the_stock_models_loss_and_gradients() -> None:
 
 @pytest.mark.parametrize("mode", ["negatives", "masked", "positives"])
 def test_sigmoid_equals_a_double_loop(mode: str) -> None:
-    made, captions = random_embeddings(6), torch.tensor([0, 1, 0, 2, 3, 1])
-    image, text, scale, bias = (one.detach().double() for one in made[:4])
+    pairs, captions = random_embeddings(6), torch.tensor([0, 1, 0, 2, 3, 1])
+    image, text, scale, bias = (leaf.detach().double() for leaf in pairs[:4])
     expected = 0.0
     for row in range(6):
         for column in range(6):
@@ -111,7 +111,7 @@ def test_sigmoid_equals_a_double_loop(mode: str) -> None:
             sign = 1 if row == column or (mode == "positives" and same) else -1
             logit = scale.item() * torch.dot(image[row], text[column]).item() + bias.item()
             expected += math.log1p(math.exp(-sign * logit)) / 6
-    assert sigmoid(made, captions, mode).value.item() == pytest.approx(expected, rel=1e-5)
+    assert sigmoid(pairs, captions, mode).value.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_sigmoid_needs_a_bias() -> None:
@@ -122,20 +122,22 @@ def test_sigmoid_needs_a_bias() -> None:
 @pytest.mark.parametrize("name", ["infonce", "sigmoid"])
 @pytest.mark.parametrize("mode", ["negatives", "masked", "positives"])
 def test_order_of_the_pairs_does_not_matter(name: str, mode: str) -> None:
-    loss = build(LossConfig(name=name, duplicates=mode))  # type: ignore[arg-type]
-    made, captions = random_embeddings(7), torch.tensor([0, 1, 0, 2, 3, 1, 4])
+    loss = build(LossConfig(name=name, duplicates=mode))
+    pairs, captions = random_embeddings(7), torch.tensor([0, 1, 0, 2, 3, 1, 4])
     order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
-    shuffled = made._replace(image=made.image[order], text=made.text[order])
-    torch.testing.assert_close(loss(made, captions), loss(shuffled, captions[order]))
+    shuffled = pairs._replace(image=pairs.image[order], text=pairs.text[order])
+    torch.testing.assert_close(loss(pairs, captions), loss(shuffled, captions[order]))
 
 
 @pytest.mark.parametrize("name", ["infonce", "sigmoid"])
 def test_gradients_reach_both_towers_the_scale_and_the_bias(name: str) -> None:
-    config = LossConfig(name=name)  # type: ignore[arg-type]
+    config = LossConfig(name=name)
     dual_encoder = tiny_dual_encoder(logit_bias=initial_bias(config))
     loss: Loss = build(config)(dual_encoder(**tiny_batch(4)), torch.arange(4))
     loss.value.backward()
-    still = [name for name, one in dual_encoder.named_parameters() if one.grad is None or one.grad.abs().max() == 0]
+    still = [
+        name for name, weight in dual_encoder.named_parameters() if weight.grad is None or weight.grad.abs().max() == 0
+    ]
     # A key's bias shifts all scores of a query alike.
     assert not [name for name in still if not name.endswith("k_proj.bias")]
     assert (dual_encoder.logit_bias is not None) == (name == "sigmoid")

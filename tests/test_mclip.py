@@ -14,7 +14,7 @@ from test_encoders import TEXTS, close, pictures, publish, refusal
 from test_peers import check_contract
 from torch.nn import functional as F
 
-from koclip.encoders.peers import open_encoder
+from koclip.encoders import load
 
 
 def mclip(directory: Path) -> Path:
@@ -43,7 +43,7 @@ def test_mclip_embeds_as_its_package(tmp_path: Path) -> None:
     """The sums of multilingual_clip/pt_multilingual_clip.py, normalised."""
     directory, images = mclip(tmp_path / "mclip"), saved("CLIP", tmp_path / "clip")
     state = torch.get_rng_state()
-    encoder = open_encoder(f"mclip:{directory}+{images}", "cpu")
+    encoder = load(f"mclip:{directory}+{images}", "cpu")
     assert torch.equal(torch.get_rng_state(), state)
     base = transformers.XLMRobertaModel(transformers.AutoConfig.from_pretrained(directory / "base")).eval()
     weights = load_file(directory / "model.safetensors")
@@ -56,7 +56,7 @@ def test_mclip_embeds_as_its_package(tmp_path: Path) -> None:
         embs = (embs * att.unsqueeze(2)).sum(dim=1) / att.sum(dim=1)[:, None]
         wanted = F.linear(embs, weights["LinearTransformation.weight"], weights["LinearTransformation.bias"])
     close(encoder.encode_texts(TEXTS), F.normalize(wanted, dim=-1))
-    alone = open_encoder(str(images), "cpu")
+    alone = load(str(images), "cpu")
     close(encoder.encode_images(pictures()), alone.encode_images(pictures()))
     assert encoder.scale == alone.scale
     check_contract(encoder, 32)
@@ -65,18 +65,18 @@ def test_mclip_embeds_as_its_package(tmp_path: Path) -> None:
 
 def test_mclip_fingerprints(tmp_path: Path) -> None:
     directory, images = mclip(tmp_path / "mclip"), saved("CLIP", tmp_path / "clip")
-    encoder = open_encoder(f"mclip:{directory}+{images}", "cpu")
+    encoder = load(f"mclip:{directory}+{images}", "cpu")
     first = encoder.fingerprint()
     encoder.encode_texts(["별 " * 100])
     assert encoder.fingerprint() == first
     shutil.copytree(directory, tmp_path / "copy")
-    assert open_encoder(f"mclip:{tmp_path}/copy+{images}", "cpu").fingerprint() == first
+    assert load(f"mclip:{tmp_path}/copy+{images}", "cpu").fingerprint() == first
     weights = load_file(directory / "model.safetensors")
     weights["LinearTransformation.bias"][3] += 1e-3
     save_file(weights, tmp_path / "copy" / "model.safetensors")
-    assert open_encoder(f"mclip:{tmp_path}/copy+{images}", "cpu").fingerprint() != first
+    assert load(f"mclip:{tmp_path}/copy+{images}", "cpu").fingerprint() != first
     other = saved("ChineseCLIP", tmp_path / "other")
-    assert open_encoder(f"mclip:{directory}+{other}", "cpu").fingerprint() != first
+    assert load(f"mclip:{directory}+{other}", "cpu").fingerprint() != first
 
 
 def test_mclip_refusals(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_mclip_refusals(tmp_path: Path) -> None:
     wider = saved("SigLIP", tmp_path / "wider")
     assert "got [(1, 32), (1, 24), (1, 32)], expected (1, D), (1, D)" in refusal(f"mclip:{directory}+{wider}")
     with pytest.raises(ValueError, match=r"config\.json lacks 'modelBase'"):
-        open_encoder(f"mclip:{images}+{images}", "cpu")
+        load(f"mclip:{images}+{images}", "cpu")
     weights = load_file(directory / "model.safetensors")
     for change, fault in (
         ({"LinearTransformation.bias": None}, "missing"),
@@ -95,8 +95,8 @@ def test_mclip_refusals(tmp_path: Path) -> None:
         changed: dict[str, Any] = {name: one for name, one in (weights | change).items() if one is not None}
         save_file(changed, directory / "model.safetensors")
         with pytest.raises(ValueError, match=f"{fault}.*expected those of an M-CLIP"):
-            open_encoder(f"mclip:{directory}+{images}", "cpu")
+            load(f"mclip:{directory}+{images}", "cpu")
     (directory / "model.safetensors").unlink()
     torch.save(weights, directory / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"cannot be loaded.*Expected config\.json.*model\.safetensors"):
-        open_encoder(f"mclip:{directory}+{images}", "cpu")
+        load(f"mclip:{directory}+{images}", "cpu")

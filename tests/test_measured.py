@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_config, tiny_tokenizer
 
 from koclip.config import ConfigError, PublishConfig
-from koclip.encoders.base import TransformersEncoder
-from koclip.encoders.inference import load
-from koclip.encoders.peers import open_encoder
+from koclip.encoders import load
+from koclip.encoders.transformers import TransformersEncoder
 from koclip.models.dual_encoder import from_scratch
 from koclip.models.save import publish
 from koclip.publishing.card import render, write_card
@@ -140,19 +139,20 @@ def test_what_publishing_adds_changes_no_fingerprint(run):
 def test_a_model_has_one_fingerprint_in_memory_and_on_disk(kind, tmp_path):
     if kind == "swapped":
         model = swapped(tmp_path / "run", "org/clip", "klue/roberta-small")
-        made = load(model, "cpu")
+        encoder = load(model, "cpu")
+        made = encoder.model, encoder.processor
     else:
         torch.manual_seed(0)
         sizes = {"preset": "timm:test_vit", "image_size": 32} if kind == "joint" else {}
         made = from_scratch(tiny_config(**sizes), tiny_tokenizer())
         model = tmp_path / "model"
         publish(model, *made, made[0].state_dict())
-    measured = open_encoder(str(model), "cpu").fingerprint()
+    measured = load(str(model), "cpu").fingerprint()
     assert TransformersEncoder(*made).fingerprint() == measured
     made[0].save_pretrained(tmp_path / "again", max_shard_size="50kB")  # in several files
     made[1].save_pretrained(tmp_path / "again")
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
-    assert open_encoder(str(tmp_path / "again"), "cpu").fingerprint() == measured
+    assert load(str(tmp_path / "again"), "cpu").fingerprint() == measured
 
 
 def test_what_int8_loses_is_told_of_graphs_of_these_weights_alone(run):

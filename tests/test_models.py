@@ -161,7 +161,7 @@ def test_other_image_towers_train_publish_and_load(
     assert not [name for name in trained if model.vision_model.get_parameter(name).grad is None]
 
     publish(tmp_path / "model", model, processor, dual_encoder.state_dict())
-    loaded, _ = koclip.load(tmp_path / "model", device="cpu")
+    loaded = koclip.load(tmp_path / "model", device="cpu").model
     pixels = torch.randn(2, 3, expected_size, expected_size)
     model.eval()
     with torch.no_grad():

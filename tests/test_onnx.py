@@ -32,15 +32,14 @@ def test_graphs_equal_the_model(kind: str, tmp_path: Path) -> None:
     found = export(model_dir, tmp_path)
     assert sorted(found) == ["text_model.onnx", "vision_model.onnx"]
     assert max(one.largest for one in found.values()) <= MOST
-    model, processor = koclip.load(model_dir, "cpu")
+    encoder = koclip.load(model_dir, "cpu")
+    model, processor = encoder.model, encoder.processor
     sessions = {name: onnxruntime.InferenceSession(str(tmp_path / "onnx" / name)) for name in found}
     for texts in (["별"], ["빨간 원 위의 파란 별", "a", ""], ["아주 " * 40]):
         encoded = tokenizers.encode(processor.tokenizer, texts, padding=True, return_tensors="np")
         inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
         (made,) = sessions["text_model.onnx"].run(["text_embeds"], inputs)
-        torch.testing.assert_close(
-            torch.from_numpy(made), koclip.embed_texts(model, processor, texts), atol=1e-5, rtol=0
-        )
+        torch.testing.assert_close(torch.from_numpy(made), encoder.encode_texts(texts), atol=1e-5, rtol=0)
     side = onnx.view_size(processor.image_processor)
     for count in (1, 3):
         pixels = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(count))
@@ -78,9 +77,10 @@ def test_ids_as_clients_send_them_are_texts_as_the_tokenizer_cuts_them(kind: str
     directory = tmp_path / "model"
     directory = ends_a_text(kind, directory) if kind not in KNOWN else saved(kind, directory)
     export(directory, tmp_path)
-    model, processor = koclip.load(directory, "cpu")
+    encoder = koclip.load(directory, "cpu")
+    processor = encoder.processor
     tokenizer, longest = processor.tokenizer, 40
-    expected = koclip.embed_texts(model, processor, LONG + SHORT)
+    expected = encoder.encode_texts(LONG + SHORT)
     cosines = expected[:3] @ expected[:3].T
     assert cosines.fill_diagonal_(0).max() < 0.999  # different texts
     whole = [tokenizer(text, verbose=False)["input_ids"] for text in LONG + SHORT]

@@ -88,7 +88,7 @@ def test_a_models_embeddings_of_a_table_are_koclips(tmp_path, write_table):
     assert [len(own) for own in pairs.captions] == [1] * 7
     loaded = koclip.load(str(tmp_path / "model"))
     text = pairs.captions[3][0]
-    torch.testing.assert_close(pairs.texts[text], koclip.embed_texts(*loaded, [text])[0])
+    torch.testing.assert_close(pairs.texts[text], loaded.encode_texts([text])[0])
     assert pairs.images.shape[0] == 7
 
 

@@ -18,8 +18,8 @@ from test_encoders import TEXTS, close, pictures, publish, refusal
 from test_inference import picture
 from torch.nn import functional as F
 
+from koclip.encoders import load
 from koclip.encoders.base import Encoder
-from koclip.encoders.peers import open_encoder
 
 
 def check_contract(encoder: Encoder, width: int) -> None:
@@ -46,7 +46,7 @@ def check_contract(encoder: Encoder, width: int) -> None:
 def test_a_missing_package_is_named(package: str, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=rf"{package} is not installed .*: pip install 'koclip\[peers\]'"):
-        open_encoder(f"{package}:{spec}", "cpu")
+        load(f"{package}:{spec}", "cpu")
 
 
 @pytest.mark.parametrize("rest", ["ViT-B-32", "ViT-B-32@weights.pt", "hf-hub:a/b@openai", "ViT-B-32@a/pytorch.bin"])
@@ -91,7 +91,7 @@ def test_open_clip_embeds_as_its_library(tower: str, tmp_path: Path) -> None:
 
     directory = open_clip_directory(tmp_path / "model", TOWERS[tower][0])
     name = f"local-dir:{directory}"
-    encoder = open_encoder(f"open_clip:{name}", "cpu")
+    encoder = load(f"open_clip:{name}", "cpu")
     model, preprocess = open_clip.create_model_from_pretrained(name)
     model.eval()
     with torch.no_grad():
@@ -110,13 +110,13 @@ def test_open_clip_embeds_as_its_library(tower: str, tmp_path: Path) -> None:
         features = visual.head(features) if len(visual.head) else visual.trunk.get_classifier()(features)
     close(F.normalize(features.detach(), dim=-1), images)
     assert encoder.encode_texts(["별"]).shape == (1, 24)
-    assert visual.state_dict().keys() == encoder._model.visual.state_dict().keys()  # the projection is still there
+    assert visual.state_dict().keys() == encoder.model.visual.state_dict().keys()  # the projection is still there
 
 
 def test_open_clip_takes_a_file(tmp_path: Path) -> None:
     directory = open_clip_directory(tmp_path / "model", VIT)
-    whole = open_encoder(f"open_clip:local-dir:{directory}", "cpu")
-    file = open_encoder(f"open_clip:tiny-peer@{directory / 'open_clip_model.safetensors'}", "cpu")
+    whole = load(f"open_clip:local-dir:{directory}", "cpu")
+    file = load(f"open_clip:tiny-peer@{directory / 'open_clip_model.safetensors'}", "cpu")
     close(file.encode_texts(TEXTS), whole.encode_texts(TEXTS))
     assert not torch.allclose(file.encode_images(pictures()), whole.encode_images(pictures()))  # its own mean and std
     assert "is not a known tag" in refusal("open_clip:tiny-peer@nowhere")
@@ -139,7 +139,7 @@ def test_open_clip_with_a_text_encoder_of_transformers(tmp_path: Path) -> None:
 
     tokenizer = xlmr_tokenizer()
     name = with_xlmr(tmp_path, tokenizer, len(tokenizer))
-    encoder = open_encoder(f"open_clip:{name}", "cpu")
+    encoder = load(f"open_clip:{name}", "cpu")
     model = open_clip.create_model_from_pretrained(name, return_transform=False).eval()
     with torch.no_grad():
         close(encoder.encode_texts(TEXTS), model.encode_text(open_clip.get_tokenizer(name)(TEXTS), normalize=True))
@@ -155,7 +155,7 @@ def test_open_clip_tells_nllb_the_language(tmp_path: Path) -> None:
     languages = ["kor_Hang", "eng_Latn"]
     tokenizer = transformers.NllbTokenizer(vocab=vocab, merges=[], extra_special_tokens=languages, src_lang="eng_Latn")
     name = with_xlmr(tmp_path, tokenizer, 2 * len(vocab))
-    encoder = open_encoder(f"open_clip:{name}", "cpu")
+    encoder = load(f"open_clip:{name}", "cpu")
     first = encoder.fingerprint()
     model, tokens = open_clip.create_model_from_pretrained(name, return_transform=False).eval(), []
     stock = open_clip.get_tokenizer(name)
@@ -177,7 +177,7 @@ def test_open_clip_takes_the_activation_of_the_tag(tmp_path: Path, monkeypatch: 
     directory = open_clip_directory(tmp_path / "model", VIT)
     tag = {"file": str(directory / "open_clip_model.safetensors"), "quick_gelu": True}
     monkeypatch.setitem(sys.modules["open_clip.pretrained"]._PRETRAINED, "tiny-peer", {"tiny": tag})
-    encoder = open_encoder("open_clip:tiny-peer@tiny", "cpu")
+    encoder = load("open_clip:tiny-peer@tiny", "cpu")
     model = open_clip.create_model("tiny-peer", tag["file"], force_quick_gelu=True).eval()
     tokens = open_clip.get_tokenizer("tiny-peer")(TEXTS)
     with torch.no_grad():
@@ -188,12 +188,12 @@ def test_open_clip_takes_the_activation_of_the_tag(tmp_path: Path, monkeypatch: 
 
 def test_open_clip_fingerprints(tmp_path: Path) -> None:
     directory = open_clip_directory(tmp_path / "model", VIT)
-    encoder = open_encoder(f"open_clip:local-dir:{directory}", "cpu")
+    encoder = load(f"open_clip:local-dir:{directory}", "cpu")
     first = encoder.fingerprint()
     encoder.encode_texts(TEXTS)
     assert encoder.fingerprint() == first
     shutil.copytree(directory, tmp_path / "copy")
-    assert open_encoder(f"open_clip:local-dir:{tmp_path}/copy", "cpu").fingerprint() == first
+    assert load(f"open_clip:local-dir:{tmp_path}/copy", "cpu").fingerprint() == first
     file = tmp_path / "copy" / "open_clip_config.json"
     settings = json.loads(file.read_text())
     for section, change in (
@@ -204,7 +204,7 @@ def test_open_clip_fingerprints(tmp_path: Path) -> None:
         ("model_cfg", {"text_cfg": settings["model_cfg"]["text_cfg"] | {"tokenizer_kwargs": {"clean": "whitespace"}}}),
     ):
         file.write_text(json.dumps(settings | {section: settings[section] | change}))
-        assert open_encoder(f"open_clip:local-dir:{tmp_path}/copy", "cpu").fingerprint() != first, change
+        assert load(f"open_clip:local-dir:{tmp_path}/copy", "cpu").fingerprint() != first, change
 
 
 def sentence_models(directory: Path) -> tuple[Path, Path]:
@@ -236,7 +236,7 @@ def test_sentence_transformers_embed_as_their_library(tmp_path: Path) -> None:
     import sentence_transformers as library
 
     texts, images = sentence_models(tmp_path)
-    encoder = open_encoder(f"sentence_transformers:{texts}+{images}", "cpu")
+    encoder = load(f"sentence_transformers:{texts}+{images}", "cpu")
     model = library.SentenceTransformer(str(texts), device="cpu")
     wanted = model.encode(TEXTS, normalize_embeddings=True, convert_to_tensor=True)
     close(encoder.encode_texts(TEXTS), wanted)
@@ -244,7 +244,7 @@ def test_sentence_transformers_embed_as_their_library(tmp_path: Path) -> None:
     close(
         encoder.encode_images(pictures()), model.encode(pictures(), normalize_embeddings=True, convert_to_tensor=True)
     )
-    clip = open_encoder(str(tmp_path / "clip"), "cpu")
+    clip = load(str(tmp_path / "clip"), "cpu")
     close(encoder.encode_images(pictures()), clip.encode_images(pictures()))
     close(encoder.image_features(pictures()), clip.image_features(pictures()))
     assert encoder.scale == clip.scale
@@ -254,23 +254,23 @@ def test_sentence_transformers_embed_as_their_library(tmp_path: Path) -> None:
 
 def test_sentence_transformers_fingerprints_and_refusals(tmp_path: Path) -> None:
     texts, images = sentence_models(tmp_path)
-    encoder = open_encoder(f"sentence_transformers:{texts}+{images}", "cpu")
+    encoder = load(f"sentence_transformers:{texts}+{images}", "cpu")
     first = encoder.fingerprint()
     encoder.encode_texts(TEXTS)
     assert encoder.fingerprint() == first
     shutil.copytree(tmp_path / "texts", tmp_path / "copy")
     spec = f"sentence_transformers:{tmp_path}/copy+{images}"
-    assert open_encoder(spec, "cpu").fingerprint() == first
+    assert load(spec, "cpu").fingerprint() == first
     pooling = tmp_path / "copy" / "1_Pooling" / "config.json"
     pooling.write_text(json.dumps(json.loads(pooling.read_text()) | {"pooling_mode": "max"}))
-    assert open_encoder(spec, "cpu").fingerprint() != first
+    assert load(spec, "cpu").fingerprint() != first
     weights = load_file(tmp_path / "copy" / "model.safetensors")
     dropped = {name: value for name, value in weights.items() if "layer.1.output.dense.weight" not in name}
     save_file(dropped, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="missing_keys"):
-        open_encoder(spec, "cpu")
+        load(spec, "cpu")
     with pytest.raises(ValueError, match=r"cannot be loaded.*Expected modules\.json"):
-        open_encoder(f"sentence_transformers:{tmp_path}/bert+{images}", "cpu")
+        load(f"sentence_transformers:{tmp_path}/bert+{images}", "cpu")
     with pytest.raises(ValueError, match="a BertModel: expected a CLIP for images"):
-        open_encoder(f"sentence_transformers:{texts}+{texts}", "cpu")
+        load(f"sentence_transformers:{texts}+{texts}", "cpu")
     assert "expected sentence_transformers:<text model>+<image model>" in refusal(f"sentence_transformers:{texts}")

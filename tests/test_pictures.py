@@ -1,4 +1,4 @@
-"""One way to open a picture: training, evaluation, features, index, Space and embed_images see the same pixels."""
+"""One way to open a picture: training, evaluation, features, index, Space and `encode_images` see the same pixels."""
 
 import io
 import struct
@@ -16,13 +16,13 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 from torchvision.transforms.v2.functional import to_pil_image
 
-import koclip
 from koclip.config import DataConfig, IndexConfig
 from koclip.data.batches import Assembler, Sample
 from koclip.data.corruptions import CORRUPTIONS, corrupt
 from koclip.data.sources import Row, Skip
 from koclip.data.transforms import ImageError, Views, decode
 from koclip.embeddings.sources import Images
+from koclip.encoders.transformers import TransformersEncoder
 from koclip.evaluation import images
 from koclip.models.dual_encoder import from_scratch
 from koclip.search import build
@@ -131,15 +131,15 @@ HEADS = {
 @pytest.fixture(scope="module")
 def model():
     _, processor = from_scratch(tiny_config(), tiny_tokenizer())
-    return tiny_dual_encoder().model.eval(), processor
+    return TransformersEncoder(tiny_dual_encoder().model.eval(), processor)
 
 
 class Watching(ColourEncoder):
     """Keeps the pictures that it is shown."""
 
-    def encode_images(self, images):
+    def _embed_images(self, images):
         self.seen = list(images)
-        return super().encode_images(images)
+        return super()._embed_images(images)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -165,7 +165,7 @@ def test_every_path_sees_the_same_pixels(head, model, tmp_path) -> None:
     build.build(IndexConfig(model="colours", images=str(file.parent)), encoder, tmp_path / "index")
     np.testing.assert_array_equal(np.asarray(encoder.seen[0]), right)
     given = [str(file), file, Image.open(file), Image.fromarray(right)]
-    made = koclip.embed_images(*model, given)
+    made = model.encode_images(given)
     torch.testing.assert_close(made, made[-1:].expand(4, -1), atol=1e-6, rtol=0)
 
 
@@ -178,7 +178,7 @@ def test_every_kind_is_turned_as_pil_turns_it(kind, orientation, model) -> None:
     data = encoded(drawn(), kind, exif=tags, **more)
     right = by_pil(data)
     np.testing.assert_array_equal(pixels(data), right)
-    made = koclip.embed_images(*model, [Image.open(io.BytesIO(data)), Image.fromarray(right)])
+    made = model.encode_images([Image.open(io.BytesIO(data)), Image.fromarray(right)])
     torch.testing.assert_close(made[:1], made[1:], atol=1e-6, rtol=0)
 
 
@@ -225,7 +225,7 @@ def test_a_picture_is_turned_once(model) -> None:
     tags[ORIENTATION] = 6
     opened = Image.open(io.BytesIO(encoded(drawn(), "PNG", exif=tags)))
     upright = ImageOps.exif_transpose(opened)  # what a careful caller gives
-    made = koclip.embed_images(*model, [opened, upright, opened.convert("RGB")])
+    made = model.encode_images([opened, upright, opened.convert("RGB")])
     torch.testing.assert_close(made, made[1:2].expand(3, -1), atol=1e-6, rtol=0)
     assert opened.size == (24, SIDE)  # the caller's own is left as it was
 
@@ -298,7 +298,7 @@ def test_deep_gray_values_are_scaled(name, model) -> None:
     data, right = SCALED[name]
     assert pixels(data)[0].tolist() == [[value] * 3 for value in right]
     opened = Image.open(io.BytesIO(data))
-    made = koclip.embed_images(*model, [opened, to_pil_image(decode(data, MAX_PIXELS))])
+    made = model.encode_images([opened, to_pil_image(decode(data, MAX_PIXELS))])
     torch.testing.assert_close(made[:1], made[1:], atol=1e-6, rtol=0)
 
 
@@ -308,14 +308,14 @@ def test_values_without_an_agreed_brightness_are_refused(name, model, tmp_path) 
         decode(REFUSED[name], MAX_PIXELS)
     (tmp_path / "a.tif").write_bytes(REFUSED[name])
     with pytest.raises(ImageError, match=r"a\.tif"):
-        koclip.embed_images(*model, [drawn(), tmp_path / "a.tif"])
+        model.encode_images([drawn(), tmp_path / "a.tif"])
 
 
 def test_a_pil_image_that_cannot_be_used_is_named_by_its_place(model) -> None:
     floats = Image.fromarray(np.array([[0, 300]], dtype=np.float32))
     for image in (floats, Image.new("RGB", (400, 1)), Image.open(io.BytesIO(encoded(drawn(), "PNG")[:200]))):
         with pytest.raises(ImageError, match=r"^images\[1\]: "):
-            koclip.embed_images(*model, [drawn(), image])
+            model.encode_images([drawn(), image])
 
 
 NARROW = """
@@ -329,6 +329,7 @@ from koclip.data.batches import Assembler
 from koclip.embeddings.sources import Images
 from koclip.data.sources import Row, Skip
 from koclip.data.transforms import Views
+from koclip.encoders.transformers import TransformersEncoder
 from koclip.models.dual_encoder import from_scratch
 from koclip.search import build
 from fake_encoder import ColourEncoder
@@ -338,6 +339,7 @@ folder = Path(sys.argv[1])
 model, (_, processor) = tiny_dual_encoder().model.eval(), from_scratch(tiny_config(), tiny_tokenizer())
 processor.image_processor.size = {"shortest_edge": 224}
 processor.image_processor.crop_size = {"height": 32, "width": 32}
+encoder = TransformersEncoder(model, processor)
 soft, hard = resource.getrlimit(resource.RLIMIT_AS)
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, hard))  # bytes
@@ -348,7 +350,7 @@ for path in sorted((folder / "photos").glob("narrow*")):
     print("listed" if Images(views, 10**8).piece([row], True).items[0].reason else "used")
     for image in (path, Image.open(path)):
         try:
-            print(koclip.embed_images(model, processor, [image]).shape)
+            print(encoder.encode_images([image]).shape)
         except ValueError as error:
             print(type(error).__name__)
 config = IndexConfig(model="c", images=str(folder / "photos"))

@@ -84,7 +84,7 @@ def test_the_probe_equals_scikit_learn_by_hand(
 
 def test_features_are_those_before_the_projection(tmp_path, encoded, colours: Callable[..., EvalSet]) -> None:
     class Split(ColourEncoder):
-        def encode_images(self, images):
+        def _embed_images(self, images):
             raise AssertionError("the probe reads image_features")
 
     sizes = itertools.count(4)

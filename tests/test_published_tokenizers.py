@@ -276,13 +276,13 @@ def test_any_text_has_the_ids_of_the_clean_text(name, published, parts) -> None:
 def test_stock_callers_get_koclips_embeddings_of_texts_that_are_not_clean(published) -> None:
     texts = dirty(strings(40))
     for name in ("clip", "klue"):
-        model, processor = koclip.load(published[name].folder, "cpu")
+        encoder = koclip.load(published[name].folder, "cpu")
         stock = AutoProcessor.from_pretrained(published[name].folder)
         inputs = stock(text=texts, padding=True, truncation=True, return_tensors="pt")
         wanted = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         with torch.no_grad():
             features = AutoModel.from_pretrained(published[name].folder).get_text_features(**wanted).pooler_output
-        cosines = torch.nn.functional.cosine_similarity(features, koclip.embed_texts(model, processor, texts))
+        cosines = torch.nn.functional.cosine_similarity(features, encoder.encode_texts(texts))
         torch.testing.assert_close(cosines, torch.ones(len(texts)), atol=1e-5, rtol=0)
 
 

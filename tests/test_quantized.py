@@ -15,8 +15,7 @@ from transformers import AutoProcessor
 
 from koclip import config
 from koclip.config import ConfigError, EvalSetConfig, PublishConfig, SourceConfig
-from koclip.encoders.base import TransformersEncoder
-from koclip.encoders.inference import load
+from koclip.encoders import load
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.sets import EvalSet
 from koclip.evaluation.tasks.retrieval import retrieval
@@ -77,7 +76,7 @@ def test_the_numbers_are_those_of_the_whole_matrix(model: Path, language: str) -
     (one,) = sets(model)
     assert len(one.images) == 60
     found = numbers(model)
-    embedder = Embedder(TransformersEncoder(*load(model, "cpu")), 1)
+    embedder = Embedder(load(model, "cpu"), 1)
     plain = retrieval(embedder, one, language, embedder.images(one.images))
     texts = list(dict.fromkeys(text for own in one.captions for text in own[language]))
     images, captions = embedded(model, one.images, texts, "_quantized")

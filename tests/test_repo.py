@@ -314,6 +314,12 @@ def test_the_slow_job_has_an_hour():
     assert sum(map(int, minutes)) <= 60
 
 
+def test_the_lowest_versions_are_tested_with_files_that_are_there():
+    names = re.findall(r"\w+\.py", re.search(r"^LOWEST_TESTS := (.*)$", makefile(), re.MULTILINE)[1])  # type: ignore[index]
+    assert len(names) >= 5
+    assert [name for name in names if not (ROOT / "tests" / f"test_{name}").exists()] == []
+
+
 def skip_reasons(tree: ast.Module) -> list[str]:
     """Return the reason of every call in a test file that may skip a test; "" where it gives none."""
     reasons = []

@@ -245,8 +245,8 @@ def test_file_names_need_not_be_utf_8(folder, tmp_path, small):
 
 def test_an_embedding_that_is_not_finite_is_named(folder, tmp_path, small):
     class Spoilt(ColourEncoder):
-        def encode_images(self, images):
-            made = super().encode_images(images)
+        def _embed_images(self, images):
+            made = super()._embed_images(images)
             if self.calls == 2:
                 made[1, 0] = torch.nan
             return made
@@ -266,10 +266,10 @@ def test_scenes_bring_their_captions(tmp_path):
 class Dying(ColourEncoder):
     """Dies after some batches."""
 
-    def encode_images(self, images):
+    def _embed_images(self, images):
         if self.calls == 7:
             raise KeyboardInterrupt
-        return super().encode_images(images)
+        return super()._embed_images(images)
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -301,9 +301,9 @@ from koclip.search import build
 from pathlib import Path
 
 class Slow(ColourEncoder):
-    def encode_images(self, images):
+    def _embed_images(self, images):
         time.sleep(float(sys.argv[3]))
-        return super().encode_images(images)
+        return super()._embed_images(images)
 
 build.ROWS = 8
 build.build(IndexConfig(model="colours", images=sys.argv[1], batch_size=3), Slow(), Path(sys.argv[2]))

@@ -34,11 +34,11 @@ def test_the_same_vectors(kind: str, tmp_path: Path) -> None:
         *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "config.json")
     }
     assert {name: (directory / name).read_bytes() for name in before} == before
-    model, processor = koclip.load(directory, "cpu")
+    encoder = koclip.load(directory, "cpu")
     other = sentence_transformers.SentenceTransformer(str(directory), device="cpu")
     made = other.encode(TEXTS, convert_to_tensor=True)
-    torch.testing.assert_close(made, koclip.embed_texts(model, processor, TEXTS), atol=1e-6, rtol=0)
+    torch.testing.assert_close(made, encoder.encode_texts(TEXTS), atol=1e-6, rtol=0)
     pictures = [Image.fromarray(scenes.draw(scenes.scene("test", 0, number), number)) for number in range(3)]
     made = other.encode(pictures, convert_to_tensor=True)
-    torch.testing.assert_close(made, koclip.embed_images(model, processor, pictures), atol=1e-6, rtol=0)
+    torch.testing.assert_close(made, encoder.encode_images(pictures), atol=1e-6, rtol=0)
     assert other.similarity_fn_name == "cosine"

@@ -20,8 +20,8 @@ import guard  # noqa: E402
 import texts  # noqa: E402
 
 from koclip.config import IndexConfig  # noqa: E402
-from koclip.encoders.base import TransformersEncoder  # noqa: E402
-from koclip.encoders.patches import NoPatchesError, patch_embeddings  # noqa: E402
+from koclip.encoders import NoPatchesError  # noqa: E402
+from koclip.encoders.transformers import TransformersEncoder, patch_embeddings  # noqa: E402
 from koclip.search import build, open_index  # noqa: E402
 
 

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from koclip.data.formats import scenes
+from koclip.text import read_table
 from koclip.text.korean.endings import restyle
 from koclip.text.korean.hangul import compose, keystrokes, letters, neighbours, spell, typed
 from koclip.text.korean.nouns import replace_nouns, split
 from koclip.text.korean.stress import STRESSES, share_changed
-from koclip.text.tables import read_table
 
 TABLES = Path(__file__).parent / "stress"
 SEEDED = {"moved_spaces", "typo", "two_typos", "english_nouns"}

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from fake_encoder import ENGLISH
+from fake_encoder import ENGLISH, ColourEncoder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runs_to_publish import pretrained
@@ -52,12 +52,10 @@ def photos(tmp_path: Path, encoded: Callable[..., bytes]) -> Callable[..., Sourc
     return write
 
 
-class Remembering:
+class Remembering(ColourEncoder):
     """Gives every picture a feature of its own: a probe of it knows what it was fitted on, and nothing else."""
 
-    name = "remembering"
-
-    def image_features(self, images: Sequence[Any]) -> torch.Tensor:
+    def _image_features(self, images: Sequence[Any]) -> torch.Tensor:
         numbers = [image.getpixel((0, 0))[0] + 256 * image.getpixel((0, 0))[1] for image in images]
         return torch.nn.functional.one_hot(torch.tensor(numbers), 1_000).float()
 

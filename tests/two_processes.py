@@ -20,15 +20,15 @@ from torch.distributed.tensor import DTensor
 from koclip import distributed, training
 from koclip.config import LossConfig, OptimConfig, PretrainConfig, TrainConfig
 from koclip.data.batches import Batch
-from koclip.encoders.inference import embed_texts
+from koclip.encoders.transformers import TransformersEncoder
 from koclip.losses import Loss
-from koclip.losses.embeddings import Embeddings
+from koclip.losses.pairs import Embeddings
 from koclip.models.dual_encoder import from_scratch
 from koclip.runs.directory import Run
 from koclip.training import grad_cache
 
 LOSSES = {
-    f"{name}/{mode}/{'tiled' if tile_rows else 'dense'}": LossConfig(name=name, duplicates=mode, tile_rows=tile_rows)  # type: ignore[arg-type]
+    f"{name}/{mode}/{'tiled' if tile_rows else 'dense'}": LossConfig(name=name, duplicates=mode, tile_rows=tile_rows)
     for name in ("infonce", "sigmoid")
     for mode in ("negatives", "masked", "positives")
     for tile_rows in (None, 1)
@@ -120,7 +120,7 @@ def grad_cached(accelerator: Accelerator) -> dict[str, object]:
     for name in ("infonce", "sigmoid"):
         found: dict[str, list[object]] = {"loss": [], "gradients": [], "weights": []}
         for backward in (at_once, cached):
-            trainer = prepare(accelerator, LossConfig(name=name), patch_dropout=0.3)  # type: ignore[arg-type]
+            trainer = prepare(accelerator, LossConfig(name=name), patch_dropout=0.3)
             torch.manual_seed(distributed.rank())
             syncs = count_syncs(trainer)
             for step in range(20):
@@ -233,7 +233,7 @@ def sharded(folder: Path) -> dict[str, object]:
     texts = []
     for one in (trainer, again):
         with one.evaluating() as model:
-            texts.append(embed_texts(model, processor, ["빨간 원", "파란 별"]))
+            texts.append(TransformersEncoder(model, processor).encode_texts(["빨간 원", "파란 별"]))
         step(one)  # training goes on after an evaluation
     stats = [last for _, last in training.steps(again, iter(pieces_of(0, (2,))), 0, 1, log_every=1)]
     again.num_pieces = 3

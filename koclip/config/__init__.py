@@ -4,18 +4,14 @@ A recipe's configuration is the dataclass that lists the sections it uses. `pars
 `--config FILE.yaml` and `--section.key value` overrides, and stops with one clear line on any mistake.
 """
 
-from koclip.config.alignment import AdapterConfig, AlignMethodConfig, DistillConfig, SwapConfig
 from koclip.config.changes import check_changes, check_data
+from koclip.config.checks import ConfigError, RunError, check, check_languages, check_pixels, locate
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
-from koclip.config.errors import ConfigError, RunError, check, check_pixels
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig
-from koclip.config.languages import check_languages
-from koclip.config.model import LossConfig, ModelConfig
+from koclip.config.model import AdapterConfig, ModelConfig, SwapConfig
 from koclip.config.parsing import dump, parse, run, to_dict
-from koclip.config.paths import locate
-from koclip.config.recipes import AlignConfig, PretrainConfig, Stage
-from koclip.config.tools import EvaluateConfig, IndexConfig, PublishConfig
-from koclip.config.training import OptimConfig, TrainConfig
+from koclip.config.recipes import AlignConfig, EvaluateConfig, IndexConfig, PretrainConfig, PublishConfig, Stage
+from koclip.config.training import AlignMethodConfig, DistillConfig, LossConfig, OptimConfig, TrainConfig
 
 __all__ = [
     "AdapterConfig",

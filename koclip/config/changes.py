@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from koclip.config.errors import ConfigError
+from koclip.config.checks import ConfigError
 
 # Where, how fast and how loudly a run goes, not what it computes. The number of readers of streamed data, which
 # decides on their order, is checked where they are opened.

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from koclip.config.errors import all_faults, check, check_pixels
-from koclip.config.languages import check_languages
+from koclip.config.checks import all_faults, check, check_languages, check_pixels
 
 _NO_NUL = "expected no NUL character: no file has one in its name"
 

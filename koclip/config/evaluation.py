@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from koclip.config.checks import all_faults, check, check_languages
 from koclip.config.data import SourceConfig
-from koclip.config.errors import all_faults, check
-from koclip.config.languages import check_languages
 
 LABELLED = ("linear_probe", "few_shot")  # tasks that need classes, which captions are not
 NAMED = ("zero_shot", "shift")  # tasks that read the names of classes

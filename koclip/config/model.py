@@ -1,9 +1,9 @@
-"""The dual encoder and its loss."""
+"""The dual encoder: from random weights, or a pretrained one with another text encoder or with adapters."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from koclip.config.errors import all_faults, check
+from koclip.config.checks import all_faults, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,22 +61,60 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The contrastive loss.
+class SwapConfig:
+    """The dual encoder to start from, and the text encoder it gets.
 
     Args:
-        name: `infonce` (CLIP) or `sigmoid` (SigLIP).
-        duplicates: What another pair of the batch with the very same caption or image counts as: `positives`,
-            `masked` (neither) or `negatives` (as in the CLIP paper).
-        tile_rows: Rows of the similarities (batch_size x global batch) that are in memory at a time; the result is the
-            same. Default: all of them while they are few, else as many as 4 MiB hold on a CPU, 256 MiB on a GPU, but 64
-            or more.
+        clip: Directory or Hub id of a CLIP, or of an image tower alone such as `google/vit-large-patch16-224`. Its
+            image space stays. Of a SigLIP the image tower alone is taken.
+        text_encoder: Directory or Hub id of a text encoder with its tokenizer; `auto:<directory or Hub id>` builds one
+            of that configuration from random weights, with the tokenizer there; `same` keeps the CLIP's own.
+            Default: CLIP's text transformer of the sizes below from random weights.
+        text_width: Width of a new text transformer; default: the source's.
+        text_layers: Depth of a new text transformer; default: the source's.
+        image_gradient_checkpointing: Recompute the image tower's activations in the backward pass.
+        text_gradient_checkpointing: The same for the text tower.
+        seed: Seed of the weights that are new.
     """
 
-    name: Literal["infonce", "sigmoid"] = "infonce"
-    duplicates: Literal["positives", "masked", "negatives"] = "positives"
-    tile_rows: int | None = None
+    clip: str = ""
+    text_encoder: str | None = None
+    text_width: int | None = None
+    text_layers: int | None = None
+    image_gradient_checkpointing: bool = False
+    text_gradient_checkpointing: bool = False
+    seed: int = 0
 
     @all_faults()
     def __post_init__(self) -> None:
-        check(self.tile_rows is None or self.tile_rows >= 1, "loss.tile_rows", self.tile_rows, "expected 1 or more")
+        named = "name the directory or Hub id of the CLIP (or image tower) whose image space stays"
+        check(bool(self.clip), "model.clip", self.clip, named)
+        for name in ("text_width", "text_layers"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"model.{name}", value, "expected 1 or more")
+            check(value is None or self.text_encoder is None, f"model.{name}", value, "model.text_encoder has its own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """LoRA (Hu et al. 2022) on the attention and MLP layers, for `align.method: lora`.
+
+    Args:
+        target: Which tower's layers: `text`, `image` or `both`. A new text projection is trained in any case.
+        rank: Rank of the update of a weight.
+        alpha: The update is scaled by alpha / rank.
+        dropout: Chance of dropping an input of the update.
+        dora: Learn magnitude and direction apart (DoRA, Liu et al. 2024).
+    """
+
+    target: Literal["text", "image", "both"] = "text"
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    dora: bool = False
+
+    @all_faults()
+    def __post_init__(self) -> None:
+        check(self.rank >= 1, "lora.rank", self.rank, "expected 1 or more")
+        check(self.alpha >= 1, "lora.alpha", self.alpha, "expected 1 or more")
+        check(0 <= self.dropout < 1, "lora.dropout", self.dropout, "expected 0 or more and less than 1")

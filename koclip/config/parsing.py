@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from koclip.config.errors import ConfigError, RunError, all_faults
+from koclip.config.checks import ConfigError, RunError, all_faults
 
 Config = TypeVar("Config")
 

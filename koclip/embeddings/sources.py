@@ -20,8 +20,7 @@ from koclip.data.transforms import ImageError, Views, decode, digest_of, read
 from koclip.embeddings import fill as filling
 from koclip.embeddings.fill import Piece, Work, fill
 from koclip.embeddings.store import Item, Shards, Store
-from koclip.encoders.base import by_length, in_batches
-from koclip.encoders.fingerprint import fingerprint
+from koclip.encoders.base import fingerprint, texts_in_batches
 from koclip.models import StockModel
 from koclip.models.dual_encoder import DualEncoder, encode_images, text_features
 from koclip.models.fast import speed_up
@@ -172,7 +171,7 @@ def teacher_features(
 
     def embed(piece: Piece) -> torch.Tensor:
         texts = cast(list[str], piece.inputs)
-        return in_batches(embed_batch, texts, filling.PIECE, "sentences", by_length(texts)).unsqueeze(1)
+        return texts_in_batches(embed_batch, texts, filling.PIECE).unsqueeze(1)
 
     tokenizers.forget_call_state(tokenizer)
     facts = {

@@ -1,187 +1,262 @@
-"""Encoders of images and texts behind one seam, so that one evaluation ranks any dual encoder by its own rules."""
+"""The `Encoder`: what every dual encoder offers, whatever library it comes from, and what its subclasses share.
+
+To embed with a new kind of model, add one file to this folder: a subclass of `Encoder` that defines the abstract
+methods below, and `FORM` and `open_spec`, which `koclip.load` looks for (`koclip.encoders.specs`).
+"""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torchvision.transforms.v2.functional import to_pil_image
 from tqdm.auto import tqdm
-from transformers import (
-    AltCLIPModel,
-    ChineseCLIPModel,
-    CLIPModel,
-    MetaClip2Model,
-    PreTrainedModel,
-    ProcessorMixin,
-    Siglip2Model,
-    SiglipModel,
-    VisionTextDualEncoderModel,
-)
+from xxhash import xxh3_128
 
 from koclip import distributed
-from koclip.data.transforms import to_rgb
-from koclip.encoders.fingerprint import fingerprint
-from koclip.encoders.patches import patch_embeddings
-from koclip.models.stock import longest_text
+from koclip.config import DataConfig, check_pixels
+from koclip.data.transforms import BROKEN, ImageError, decode, to_rgb
+from koclip.text.normalize import normalize
 
 Item = TypeVar("Item")
+Picture: TypeAlias = Image.Image | str | Path
 
-DUAL_ENCODERS = (
-    CLIPModel,
-    ChineseCLIPModel,
-    AltCLIPModel,
-    SiglipModel,
-    Siglip2Model,
-    MetaClip2Model,
-    VisionTextDualEncoderModel,
-)
-SIGLIP_TOKENS = 64  # SigLIP and SigLIP 2 were trained on texts padded to this length, without a mask
-_NO_LIMIT = 10**9  # tokens; a tokenizer without a longest length says 10^30
-_PROGRESS_FROM = 10  # batches; shorter work shows no bar
+_ANY_TEXT = "a picture"  # gives D for an empty list of texts
+_ANY_SIZE = (64, 64)  # pixels; of the image that gives D for an empty list of images
+_PROGRESS_FROM = 10  # batches; shorter work shows no progress bar
+# Settings of a configuration that do not change what is computed: the same tower in another class, folder or version.
+_NAMES = {"model_type", "architectures", "_name_or_path", "transformers_version", "dtype"}
 
 
-class Encoder(Protocol):
-    """Embeds one batch at a time. B images or texts, D wide, W wide before the projection."""
+class NoPatchesError(ValueError):
+    """The model has no embeddings of patches that can be compared with a text."""
 
-    name: str
+
+class Processor(NamedTuple):
+    """What prepares inputs, for models whose library has no single object for it. The names are those of HF."""
+
+    image_processor: Any
+    tokenizer: Any
+
+
+class Encoder(ABC):
+    """A dual encoder that embeds images and texts by its own rules. `koclip.load` opens one.
+
+    Letters in shapes: N images, M texts, B items in one batch, D embedding width, W width before the projection.
+
+    Args:
+        model: The network, or a `ModuleDict` of two networks. It stays on its device and in its mode.
+        processor: What prepares inputs: it has an `image_processor` and a `tokenizer`.
+        name: Where the model was loaded from.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any, name: str = "") -> None:
+        self.model: Any = model
+        self.processor: Any = processor
+        self.name = name
+
+    def encode_images(
+        self,
+        images: Sequence[Picture],
+        batch_size: int = 64,
+        max_image_pixels: int = DataConfig.max_image_pixels,
+        spread: bool = False,
+    ) -> torch.Tensor:
+        """Return unit-norm float32 embeddings (N, D) of N images, in order, on the CPU.
+
+        Args:
+            images: PIL images or file paths. They are turned upright by their orientation tag and decoded as in
+                training and evaluation (`koclip.data.transforms`).
+            batch_size: Images per forward pass.
+            max_image_pixels: Largest width x height of an image file.
+            spread: Share the batches among the processes of a distributed run; each gets all embeddings.
+
+        Raises:
+            OSError: a file cannot be read.
+            ImageError: an image cannot be used. The message names the image and the reason.
+        """
+        check_pixels("max_image_pixels", max_image_pixels)
+        return self._over_images(
+            lambda batch: unit(self._embed_images(batch)), images, batch_size, max_image_pixels, spread
+        )
+
+    def encode_texts(
+        self, texts: Sequence[str], batch_size: int = 256, raw: bool = False, spread: bool = False
+    ) -> torch.Tensor:
+        """Return unit-norm float32 embeddings (M, D) of M texts, in order, on the CPU.
+
+        Texts are cleaned as captions are in training: NFC, single spaces, no invisible characters
+        (`koclip.text.normalize`). Texts that are too long for the model are cut.
+
+        Args:
+            texts: M texts.
+            batch_size: Texts per forward pass. Texts of similar length share a batch.
+            raw: Give the texts to the model's tokenizer as they are. Evaluation does, because it also measures what a
+                model does with decomposed (NFD) text.
+            spread: Share the batches among the processes of a distributed run; each gets all embeddings.
+        """
+
+        def embed(batch: list[str]) -> torch.Tensor:
+            with evaluating(self.model):
+                return unit(self._embed_texts(batch))
+
+        texts = texts if raw else [normalize(text) for text in texts]
+        return texts_in_batches(embed, texts, batch_size, spread) if len(texts) else embed([_ANY_TEXT])[:0]
+
+    def image_features(
+        self,
+        images: Sequence[Picture],
+        batch_size: int = 64,
+        max_image_pixels: int = DataConfig.max_image_pixels,
+        spread: bool = False,
+    ) -> torch.Tensor:
+        """Return float32 features (N, W) of N images: what the projection reads. Linear probes train on them.
+
+        Arguments and errors are those of `encode_images`.
+        """
+        check_pixels("max_image_pixels", max_image_pixels)
+
+        def forward(batch: list[Image.Image]) -> torch.Tensor:
+            return self._image_features(batch).float().cpu()
+
+        return self._over_images(forward, images, batch_size, max_image_pixels, spread)
+
+    def similarity(self, images: Sequence[Picture] | torch.Tensor, texts: Sequence[str] | torch.Tensor) -> torch.Tensor:
+        """Return the logits (N, M) of N images and M texts, float32, on the CPU: scale * cosine + bias.
+
+        For a model trained with a softmax loss, the softmax over the texts gives the probability of each text for an
+        image (Radford et al. 2021, CLIP). For a model trained with a sigmoid loss, the sigmoid of a logit is the
+        probability that this image and this text belong together (Zhai et al. 2023, SigLIP).
+
+        Args:
+            images: Images as `encode_images` takes them, or their embeddings (N, D).
+            texts: Texts, or their embeddings (M, D).
+        """
+        image = images if isinstance(images, torch.Tensor) else self.encode_images(images)
+        text = texts if isinstance(texts, torch.Tensor) else self.encode_texts(texts)
+        return self.scale * (image.float().cpu() @ text.float().cpu().T) + self.bias
 
     @property
     def scale(self) -> float:
-        """What similarities are multiplied by before a softmax: the model's own logit scale."""
+        """The factor of cosines before a softmax or a sigmoid: exp of the model's logit scale."""
+        return float(self.model.logit_scale.detach().exp())
 
-    def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return unit-norm float32 embeddings (B, D), on the CPU."""
-
-    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return unit-norm float32 embeddings (B, D), on the CPU, by the model's own rules for text."""
-
-    def image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return float32 features (B, W) of the layer before the projection, on the CPU; linear probes read them."""
-
-    def unknown_share(self, texts: Sequence[str]) -> float:
-        """Return the share of tokens that are the tokenizer's unknown token, 0 to 1."""
-
-    def fingerprint(self) -> str:
-        """Return a hash of all that its embeddings depend on."""
-
-
-class TransformersEncoder:
-    """A dual encoder of transformers.
-
-    Args:
-        model: One of `DUAL_ENCODERS`; stays on the device and in the mode it is in.
-        processor: Its own.
-        name: Where it came from.
-    """
-
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, name: str = "") -> None:
-        self.name = name
-        self._model: Any = model
-        self._processor: Any = processor
-        self._is_siglip = model.config.model_type.startswith("siglip")
-
-    def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return unit-norm float32 embeddings (B, D), on the CPU."""
-        pixels = self._pixels(images)
-        with evaluating(self._model):
-            return unit(self._model.get_image_features(**pixels).pooler_output)
-
-    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return unit-norm float32 embeddings (B, D), on the CPU; for SigLIP lower-cased and padded to 64 tokens."""
-        tokenizer = self._processor.tokenizer
-        if self._is_siglip:
-            options = {"padding": "max_length", "truncation": True, "max_length": SIGLIP_TOKENS}
-            encoded = tokenizer(self._cased(texts), return_tensors="pt", **options)
-            wanted = ["input_ids"]
-        else:
-            encoded = encode(tokenizer, texts, self._model.text_model)
-            wanted = ["input_ids", "attention_mask"]
-        inputs = {name: encoded[name].to(self._model.device) for name in wanted}
-        with evaluating(self._model):
-            return unit(self._model.get_text_features(**inputs).pooler_output)
-
-    def image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return the image tower's pooled output (B, W), on the CPU: what the projection reads where there is one."""
-        pixels = self._pixels(images)
-        with evaluating(self._model):
-            features: torch.Tensor = self._model.vision_model(**pixels).pooler_output
-        return features.float().cpu()
-
-    def patches(self, image: Image.Image) -> torch.Tensor:
-        """Return the unit-norm embeddings (R, C, D) of an image's patches, as it is cut out for the tower.
-
-        Raises:
-            NoPatchesError: the image tower has none (`koclip.encoders.patches`).
-        """
-        pixels = self._pixels([image])
-        with evaluating(self._model):
-            return patch_embeddings(self._model, pixels["pixel_values"])[0]
+    @property
+    def bias(self) -> float:
+        """The bias of the sigmoid loss; 0.0 for a model that was trained without it."""
+        bias = getattr(self.model, "logit_bias", None)
+        return 0.0 if bias is None else float(bias.detach())
 
     @property
     def view(self) -> tuple[float, float] | None:
-        """Width and height of what is seen of an image, as shares of its shorter side; None: all of it, squashed."""
-        processor = self._processor.image_processor
-        if not getattr(processor, "do_center_crop", False) or not processor.size.get("shortest_edge"):
-            return None
-        shortest, crop = processor.size["shortest_edge"], processor.crop_size
-        return crop["width"] / shortest, crop["height"] / shortest
+        """Width and height of what the model sees of an image, as shares of its shorter side. None: all of it."""
+        return None
 
-    @property
-    def scale(self) -> float:
-        """What similarities are multiplied by before a softmax."""
-        return float(self._model.logit_scale.detach().exp())
+    def patches(self, image: Image.Image) -> torch.Tensor:
+        """Return the unit-norm embeddings (R, C, D) of an image's R x C patches, on the CPU.
+
+        Raises:
+            NoPatchesError: the model has none.
+        """
+        raise NoPatchesError(f"a {type(self.model).__name__} has no patches to compare with a text")
+
+    @abstractmethod
+    def unknown_share(self, texts: Sequence[str]) -> float:
+        """Return the share of tokens that are the tokenizer's unknown token, 0 to 1."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a hash of all that the embeddings depend on."""
+
+    @abstractmethod
+    def _embed_images(self, images: list[Image.Image]) -> torch.Tensor:
+        """Return embeddings (B, D) of one batch of RGB images; of any norm, on any device."""
+
+    @abstractmethod
+    def _embed_texts(self, texts: list[str]) -> torch.Tensor:
+        """Return embeddings (B, D) of one batch of texts; of any norm, on any device."""
+
+    @abstractmethod
+    def _image_features(self, images: list[Image.Image]) -> torch.Tensor:
+        """Return features (B, W) of one batch of RGB images, on any device."""
+
+    def _over_images(
+        self,
+        forward: Callable[[list[Image.Image]], torch.Tensor],
+        images: Sequence[Picture],
+        batch_size: int,
+        max_pixels: int,
+        spread: bool,
+    ) -> torch.Tensor:
+        """Run `forward` on every batch of images."""
+
+        def read_and_embed(places: list[int]) -> torch.Tensor:
+            batch = [_open(images[place], place, max_pixels) for place in places]
+            with evaluating(self.model):
+                return forward(batch)
+
+        if len(images):
+            return in_batches(read_and_embed, range(len(images)), batch_size, "images", spread)
+        with evaluating(self.model):
+            return forward([Image.new("RGB", _ANY_SIZE)])[:0]
+
+
+class TextSide(Protocol):
+    """A text model that embeds into the space of another model's images (`TwoModels`)."""
+
+    model: Any
+    tokenizer: Any
+
+    def embed(self, texts: list[str]) -> torch.Tensor:
+        """Return embeddings (B, D) of one batch of texts; of any norm, on any device."""
 
     def unknown_share(self, texts: Sequence[str]) -> float:
         """Return the share of tokens that are the tokenizer's unknown token, 0 to 1."""
-        return unknown_share(self._processor.tokenizer, self._cased(texts))
 
     def fingerprint(self) -> str:
-        """Return a hash of the weights, their configuration, the tokenizer and the image processor."""
-        rules = repr(self._processor.image_processor), tokenizer_rules(self._processor.tokenizer)
-        return fingerprint(self._model, self._model.config.model_type, *rules)
-
-    def _cased(self, texts: Sequence[str]) -> list[str]:
-        return [text.lower() if self._is_siglip else text for text in texts]
-
-    def _pixels(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-        # Not by the processor: SigLIP 2's puts its own patch size and number over those that the checkpoint saved.
-        inputs = self._processor.image_processor([to_rgb(image) for image in images], return_tensors="pt")
-        moved = {name: value.to(self._model.device) for name, value in inputs.items()}
-        return moved | {"pixel_values": moved["pixel_values"].to(self._model.dtype)}
+        """Return a hash of all that the embeddings depend on."""
 
 
-def encode(tokenizer: Any, texts: Sequence[str], text_tower: nn.Module) -> Any:
-    """Tokenize texts, padded to the longest and cut to what both the tokenizer and the tower's positions take."""
-    longest = longest_text(tokenizer, text_tower)
-    cut = {"truncation": True, "max_length": longest} if longest < _NO_LIMIT else {}
-    return tokenizer(list(texts), padding=True, return_attention_mask=True, return_tensors="pt", **cut)
+class TwoModels(Encoder):
+    """Texts by one model, images by another, in the images' space. The logit scale and bias are the image model's."""
 
+    def __init__(self, texts: TextSide, images: Encoder, name: str) -> None:
+        processor = Processor(images.processor.image_processor, texts.tokenizer)
+        super().__init__(nn.ModuleDict({"text": texts.model, "image": images.model}), processor, name)
+        self._texts, self._images = texts, images
 
-def unknown_share(tokenizer: Any, texts: Sequence[str]) -> float:
-    """Return the share of the tokens of `texts` that are the unknown token of a tokenizer of transformers.
+    @property
+    def scale(self) -> float:
+        """The factor of cosines before a softmax or a sigmoid: that of the image model."""
+        return self._images.scale
 
-    CLIP's unknown token is its end token, so a text that spells it out is split: it names no unknown token.
-    """
-    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    ids = [one for text in texts for one in tokenizer(text, **options)["input_ids"]]
-    return ids.count(tokenizer.unk_token_id) / max(1, len(ids))
+    @property
+    def bias(self) -> float:
+        """The bias of the sigmoid loss: that of the image model."""
+        return self._images.bias
 
+    def unknown_share(self, texts: Sequence[str]) -> float:
+        """Return the share of tokens that are the tokenizer's unknown token, 0 to 1."""
+        return self._texts.unknown_share(texts)
 
-def tokenizer_rules(tokenizer: Any) -> str:
-    """Return all that a tokenizer of transformers makes ids by, but for where it lies and what calls left in it."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        pieces = getattr(tokenizer, "sp_model", None)
-        rules: Any = [tokenizer.get_vocab(), pieces.serialized_model_proto().hex() if pieces else None]
-        rules.append(getattr(tokenizer, "do_lower_case", None))
-    else:
-        rules = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
-    sides = tokenizer.padding_side, tokenizer.truncation_side, tokenizer.model_max_length
-    return json.dumps([type(tokenizer).__name__, rules, sides, tokenizer.special_tokens_map], default=str)
+    def fingerprint(self) -> str:
+        """Return a hash of all that the embeddings depend on."""
+        return fingerprint(self._texts.fingerprint(), self._images.fingerprint())
+
+    def _embed_images(self, images: list[Image.Image]) -> torch.Tensor:
+        return self._images._embed_images(images)
+
+    def _embed_texts(self, texts: list[str]) -> torch.Tensor:
+        return self._texts.embed(texts)
+
+    def _image_features(self, images: list[Image.Image]) -> torch.Tensor:
+        return self._images._image_features(images)
 
 
 def in_batches(
@@ -189,43 +264,44 @@ def in_batches(
     items: Sequence[Item],
     batch_size: int,
     unit: str,
-    order: Sequence[int] | None = None,
     spread: bool = False,
 ) -> torch.Tensor:
     """Embed items batch by batch and return their rows (N, ...) in the items' order. There is at least one item.
 
     Args:
-        embed: Takes one batch.
-        items: N of them.
+        embed: Embeds one batch.
+        items: N items.
         batch_size: Items per batch.
-        unit: What the progress bar calls them.
-        order: The order in which they fill batches; default: their own.
-        spread: Share the batches among the processes. They are the same batches, so the rows are the same bits.
+        unit: What the progress bar calls the items.
+        spread: Share the batches among the processes. The batches are the same, so the rows are the same bits.
     """
-    order = range(len(items)) if order is None else order
-    batches = [order[start : start + batch_size] for start in range(0, len(items), batch_size)]
+    batches = [range(len(items))[start : start + batch_size] for start in range(0, len(items), batch_size)]
     rank, world_size = (distributed.rank(), distributed.world_size()) if spread else (0, 1)
     quiet = len(batches) < _PROGRESS_FROM or rank > 0
-    mine = len(batches[rank::world_size])
-    with tqdm(desc=f"embedding {unit}", total=mine, leave=False, disable=quiet) as bar:
+    own = len(batches[rank::world_size])
+    with tqdm(desc=f"embedding {unit}", total=own, leave=False, disable=quiet) as bar:
 
-        def embed_batch(batch: Sequence[int]) -> torch.Tensor:
-            made = embed([items[place] for place in batch])
+        def embed_batch(places: Sequence[int]) -> torch.Tensor:
+            rows = embed([items[place] for place in places])
             bar.update()
-            return made
+            return rows
 
-        rows = torch.cat(distributed.share(embed_batch, batches) if spread else [embed_batch(one) for one in batches])
+        parts = distributed.share(embed_batch, batches) if spread else [embed_batch(batch) for batch in batches]
+    return torch.cat(parts)
+
+
+def texts_in_batches(
+    embed: Callable[[list[str]], torch.Tensor], texts: Sequence[str], batch_size: int, spread: bool = False
+) -> torch.Tensor:
+    """Embed texts as `in_batches` does. They fill batches from short to long, so that batches hold little padding."""
+    order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+    rows = in_batches(embed, [texts[place] for place in order], batch_size, "texts", spread)
     return rows[torch.tensor(order).argsort()]
-
-
-def by_length(texts: Sequence[str]) -> list[int]:
-    """Return the places of texts from the shortest to the longest, so that batches hold little padding."""
-    return sorted(range(len(texts)), key=lambda place: len(texts[place]))
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, and back in the mode it was in: a frozen tower's is not the model's."""
+    """Put every module in evaluation mode, and back in its own mode afterwards, which may differ between towers."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -239,3 +315,42 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def unit(features: torch.Tensor) -> torch.Tensor:
     """Return features (B, D) in float32, of norm 1, on the CPU."""
     return F.normalize(features.float(), dim=-1).cpu()
+
+
+def fingerprint(*parts: nn.Module | str) -> str:
+    """Return a hash of modules and strings. Of a module it covers the weights and the settings that change results."""
+    digest = xxh3_128()
+    for part in parts:
+        if isinstance(part, str):
+            digest.update(part.encode())
+            continue
+        config: Any = getattr(part, "config", None)
+        if hasattr(config, "to_diff_dict"):
+            settings = {name: _unnamed(value) for name, value in config.to_diff_dict().items() if name not in _NAMES}
+            digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(part.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(cast(Any, tensor.detach().float().cpu().contiguous().numpy()))
+    return digest.hexdigest()
+
+
+def _unnamed(setting: Any) -> Any:
+    """Remove the names from a nested configuration. Its type stays: BERT and RoBERTa have equal names of weights."""
+    if not isinstance(setting, dict):
+        return setting
+    return {name: _unnamed(value) for name, value in setting.items() if name == "model_type" or name not in _NAMES}
+
+
+def _open(image: Picture, place: int, max_pixels: int) -> Image.Image:
+    """Return an image as RGB. Errors name it by its path or by its place in the list."""
+    if isinstance(image, Image.Image):
+        try:
+            return to_rgb(image)
+        except BROKEN as error:
+            raise ImageError(f"images[{place}]: {error}") from error
+    encoded = Path(image).read_bytes()
+    try:
+        picture: Image.Image = to_pil_image(decode(encoded, max_pixels, "max_image_pixels"))
+    except ImageError as error:
+        raise ImageError(f"{image}: {error}") from error
+    return picture

@@ -18,11 +18,24 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils.hub import cached_file
 
 from koclip.config import ConfigError, check
-from koclip.encoders.base import encode, evaluating, tokenizer_rules, unit, unknown_share
-from koclip.encoders.fingerprint import fingerprint
+from koclip.encoders import specs
+from koclip.encoders.base import TwoModels, fingerprint
+from koclip.encoders.sentence_transformers import two_paths
+from koclip.encoders.transformers import encode, tokenizer_rules, unknown_share
 from koclip.models.pretrained import UNREADABLE, unreadable
 
+FORM = "mclip:<text model>+<any of these, for images>"
 _EXPECTED = "config.json (modelBase, numDims, transformerDimensions), model.safetensors and the tokenizer of an M-CLIP"
+
+
+def open_spec(spec: str, device: torch.device) -> TwoModels:
+    """Open the two models that `FORM` describes.
+
+    Raises:
+        ConfigError: the spec is not of that form, or a model cannot be loaded.
+    """
+    texts, images = two_paths(spec, FORM)
+    return TwoModels(MClipTexts(texts, device), specs.open_spec(images, device), spec)
 
 
 class MClipTexts:
@@ -42,30 +55,29 @@ class MClipTexts:
             settings = json.loads(_file(path, "config.json").read_text())
             base = AutoConfig.from_pretrained(settings["modelBase"], trust_remote_code=False)
             weights = load_file(_file(path, "model.safetensors"))
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            self._model = _MClip(base, settings["transformerDimensions"], settings["numDims"])
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            self.model = _MClip(base, settings["transformerDimensions"], settings["numDims"])
         except KeyError as error:
             raise ConfigError(f"model: {path}, config.json lacks {error}. Expected {_EXPECTED}") from error
         except UNREADABLE as error:
             raise unreadable(path, "model", _EXPECTED, error) from error
-        _fill(path, self._model, weights)
-        self._model.eval().to(device)
+        _fill(path, self.model, weights)
+        self.model.eval().to(device)
         self._device = device
 
-    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return unit-norm float32 embeddings (B, D) of B texts, on the CPU."""
-        encoded = encode(self._tokenizer, texts, self._model.transformer)
+    def embed(self, texts: list[str]) -> torch.Tensor:
+        """Return embeddings (B, D) of B texts."""
+        encoded = encode(self.tokenizer, texts, self.model.transformer)
         inputs = {name: encoded[name].to(self._device) for name in ("input_ids", "attention_mask")}
-        with evaluating(self._model):
-            return unit(self._model(**inputs))
+        return self.model(**inputs)  # type: ignore[no-any-return]
 
     def unknown_share(self, texts: Sequence[str]) -> float:
         """Return the share of tokens that are the tokenizer's unknown token, 0 to 1."""
-        return unknown_share(self._tokenizer, texts)
+        return unknown_share(self.tokenizer, texts)
 
     def fingerprint(self) -> str:
         """Return a hash of the weights, the architecture and the tokenizer."""
-        return fingerprint(self._model.transformer, self._model, tokenizer_rules(self._tokenizer))
+        return fingerprint(self.model.transformer, self.model, tokenizer_rules(self.tokenizer))
 
 
 class _MClip(nn.Module):
@@ -86,19 +98,19 @@ class _MClip(nn.Module):
 
 
 def _file(path: str, name: str) -> Path:
-    found = cached_file(path, name)
-    assert found is not None  # it raises an OSError instead
-    return Path(found)
+    file = cached_file(path, name)
+    assert file is not None  # it raises an OSError instead
+    return Path(file)
 
 
 def _fill(path: str, model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     unused = ("transformer.pooler.", "transformer.embeddings.position_ids")  # the latter are a buffer of transformers 4
     weights = {name: value for name, value in weights.items() if not name.startswith(unused)}
-    wanted = model.state_dict()
+    own = model.state_dict()
     problems = {
-        "missing": sorted(wanted.keys() - weights.keys()),
-        "left over": sorted(weights.keys() - wanted.keys()),
-        "of other sizes": [one for one in wanted if one in weights and weights[one].shape != wanted[one].shape],
+        "missing": sorted(own.keys() - weights.keys()),
+        "left over": sorted(weights.keys() - own.keys()),
+        "of other sizes": [name for name in own if name in weights and weights[name].shape != own[name].shape],
     }
     problems = {fault: names for fault, names in problems.items() if names}
     check(not problems, f"model: the weights of {path}", problems, f"expected those of an M-CLIP: {_EXPECTED}")

@@ -1,6 +1,6 @@
 """The two sides of sentence-transformers: multilingual texts that were distilled into the space of a CLIP's images.
 
-As clip-ViT-B-32-multilingual-v1 and clip-ViT-B-32. They need the extra `peers`.
+Examples are clip-ViT-B-32-multilingual-v1 and clip-ViT-B-32. They need the extra `peers`.
 """
 
 import json
@@ -14,17 +14,28 @@ from PIL import Image
 from transformers.utils.hub import cached_file
 
 from koclip.config import ConfigError, check
-from koclip.data.transforms import to_rgb
-from koclip.encoders.base import (
-    DUAL_ENCODERS,
-    TransformersEncoder,
-    evaluating,
-    tokenizer_rules,
-    unit,
-    unknown_share,
-)
-from koclip.encoders.fingerprint import fingerprint
+from koclip.encoders.base import TwoModels, fingerprint
+from koclip.encoders.transformers import DUAL_ENCODERS, TransformersEncoder, tokenizer_rules, unknown_share
 from koclip.models.pretrained import read, refuse, unreadable
+
+FORM = "sentence_transformers:<text model>+<image model>"
+
+
+def open_spec(spec: str, device: torch.device) -> TwoModels:
+    """Open the two models that `FORM` describes.
+
+    Raises:
+        ConfigError: the spec is not of that form, a model cannot be loaded, or sentence-transformers is not installed.
+    """
+    texts, images = two_paths(spec, FORM)
+    return TwoModels(SentenceTexts(texts, device), SentenceImages(images, device), spec)
+
+
+def two_paths(spec: str, form: str) -> tuple[str, str]:
+    """Return the text model and the image model of a spec `<library>:<text model>+<image model>`."""
+    texts, _, images = spec.partition(":")[2].partition("+")
+    check(bool(texts and images), "model", spec, f"expected {form}")
+    return texts, images
 
 
 def package(name: str) -> Any:
@@ -48,24 +59,23 @@ class SentenceTexts:
     """
 
     def __init__(self, path: str, device: torch.device) -> None:
-        self._model = _sentence_transformer(path, device)
+        self.model = _sentence_transformer(path, device)
+        self.tokenizer = self.model.tokenizer
 
-    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return unit-norm float32 embeddings (B, D), on the CPU."""
-        return _sentences(self._model, list(texts))
+    def embed(self, texts: list[str]) -> torch.Tensor:
+        """Return embeddings (B, D)."""
+        return _encode(self.model, texts)
 
     def unknown_share(self, texts: Sequence[str]) -> float:
         """Return the share of tokens that are the tokenizer's unknown token, 0 to 1."""
-        return unknown_share(self._model.tokenizer, texts)
+        return unknown_share(self.tokenizer, texts)
 
     def fingerprint(self) -> str:
         """Return a hash of the weights, the modules with their settings, and the tokenizer."""
-        return fingerprint(
-            self._model[0].auto_model, self._model, repr(self._model), tokenizer_rules(self._model.tokenizer)
-        )
+        return fingerprint(self.model[0].auto_model, self.model, repr(self.model), tokenizer_rules(self.tokenizer))
 
 
-class SentenceImages:
+class SentenceImages(TransformersEncoder):
     """A CLIP of sentence-transformers, for its images.
 
     Args:
@@ -73,28 +83,21 @@ class SentenceImages:
         device: Where to put the model.
 
     Raises:
-        ConfigError: it is no CLIP.
+        ConfigError: it is not a CLIP.
     """
 
     def __init__(self, path: str, device: torch.device) -> None:
-        self._model = _sentence_transformer(path, device)
-        clip: Any = getattr(self._model[0], "auto_model", None)
+        self._sentence_model = _sentence_transformer(path, device)
+        clip: Any = getattr(self._sentence_model[0], "auto_model", None)
         check(isinstance(clip, DUAL_ENCODERS), "model", path, f"a {type(clip).__name__}: expected a CLIP for images")
-        self._clip = TransformersEncoder(clip, self._model[0].processor, path)
-        self.image_features = self._clip.image_features
-
-    @property
-    def scale(self) -> float:
-        """What similarities are multiplied by before a softmax: the CLIP's."""
-        return self._clip.scale
-
-    def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return unit-norm float32 embeddings (B, D), on the CPU."""
-        return _sentences(self._model, [to_rgb(image) for image in images])
+        super().__init__(clip, self._sentence_model[0].processor, path)
 
     def fingerprint(self) -> str:
         """Return a hash of the weights, the modules with their settings, and the image processor."""
-        return fingerprint(self._clip.fingerprint(), self._model, repr(self._model))
+        return fingerprint(super().fingerprint(), self._sentence_model, repr(self._sentence_model))
+
+    def _embed_images(self, images: list[Image.Image]) -> torch.Tensor:
+        return _encode(self._sentence_model, images)
 
 
 def _sentence_transformer(path: str, device: torch.device) -> Any:
@@ -107,12 +110,14 @@ def _sentence_transformer(path: str, device: torch.device) -> Any:
         model = library.SentenceTransformer(path, device=str(device), trust_remote_code=False, model_kwargs=options)
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
         raise unreadable(path, "model", expected, error) from error
-    # The library says nothing of weights that are missing, which it draws at random.
+    # The library does not report missing weights, which it draws at random.
     first, problems = read(path, "model", modules[0]["path"])
     refuse(path, "model", first, {fault: names for fault, names in problems.items() if fault != "unexpected_keys"})
     return model.eval()
 
 
-def _sentences(model: Any, items: list[Any]) -> torch.Tensor:
-    with evaluating(model):
-        return unit(model.encode(items, batch_size=len(items), convert_to_tensor=True, show_progress_bar=False))
+def _encode(model: Any, items: list[Any]) -> torch.Tensor:
+    embeddings: torch.Tensor = model.encode(
+        items, batch_size=len(items), convert_to_tensor=True, show_progress_bar=False
+    )
+    return embeddings

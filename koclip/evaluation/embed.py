@@ -12,7 +12,7 @@ from xxhash import xxh3_128_hexdigest
 from koclip import distributed
 from koclip.config import ConfigError
 from koclip.embeddings.store import Shard, write_shard
-from koclip.encoders.base import Encoder, by_length, in_batches
+from koclip.encoders import Encoder
 from koclip.evaluation.images import Images
 
 
@@ -50,13 +50,13 @@ class Embedder:
         """Return (N, D) unit-norm embeddings."""
 
         def embed() -> torch.Tensor:
-            order = by_length(texts)
-            return in_batches(self.encoder.encode_texts, texts, self._batch_size, "texts", order, self.spread)
+            # Raw: what a model does with decomposed text is measured, too.
+            return self.encoder.encode_texts(texts, self._batch_size, raw=True, spread=self.spread)
 
         return self._kept("texts", lambda: xxh3_128_hexdigest(repr(list(texts)).encode()), embed)
 
     def _of_images(self, embed: Callable[..., torch.Tensor], images: Images) -> torch.Tensor:
-        return in_batches(embed, images, self._batch_size, "images", spread=self.spread)
+        return embed(images, self._batch_size, spread=self.spread)
 
     @cached_property
     def fingerprint(self) -> str:

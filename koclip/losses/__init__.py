@@ -6,7 +6,8 @@ as DDP does, then gives exactly the gradient of the loss over the global batch.
 Letters in shape comments: B pairs per process, N pairs in the global batch, R rows of a tile, D embedding width.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -14,28 +15,39 @@ from koclip import distributed
 from koclip.config import DistillConfig, LossConfig, check
 from koclip.losses.contrastive import infonce, sigmoid
 from koclip.losses.distillation import distillation
-from koclip.losses.embeddings import Embeddings
-from koclip.losses.pairs import CAPTION, IMAGE, SENTENCE, Loss
-from koclip.losses.tiled import tiled
+from koclip.losses.pairs import CAPTION, IMAGE, SENTENCE, Embeddings, Loss
+from koclip.losses.tiled import InfoNCERows, Rows, SigmoidRows, tiled
 
-DENSE = {"infonce": infonce, "sigmoid": sigmoid}
-SIGMOID_BIAS = -10.0  # initial bias of the sigmoid loss (Zhai et al. 2023, section 3.2)
 TILE_SIZE = {"cpu": 2**20, "cuda": 2**26}  # similarities in memory at a time, but
 MIN_TILE_ROWS = 64  # rows at least: thinner products are slow
 
-__all__ = ["Loss", "LossFn", "build", "infonce", "initial_bias", "sigmoid", "tiled"]
+__all__ = ["CONTRASTIVE", "Contrastive", "Loss", "LossFn", "build", "infonce", "initial_bias", "sigmoid", "tiled"]
+
+
+class Contrastive(NamedTuple):
+    """A contrastive loss. An entry of `CONTRASTIVE` is all that a new loss needs, besides its file."""
+
+    dense: Callable[[Embeddings, torch.Tensor, str], Loss]  # embeddings, pair_ids, duplicates
+    rows: type[Rows] | None = None  # its tiled form; None: it needs all similarities at once
+    initial_bias: float | None = None  # initial value of a learned bias of the logits; None: it has no bias
+
+
+CONTRASTIVE = {
+    "infonce": Contrastive(infonce, InfoNCERows),
+    "sigmoid": Contrastive(sigmoid, SigmoidRows, initial_bias=-10.0),  # Zhai et al. 2023, section 3.2
+}
 
 
 class LossFn(Protocol):
     """The loss of B pairs of this process."""
 
     def __call__(self, embeddings: Embeddings, pair_ids: torch.Tensor, teacher: torch.Tensor | None = None) -> Loss:
-        """Return it.
+        """Return the loss.
 
         Args:
-            embeddings: What the model made of the pairs.
-            pair_ids: (B, 3) numbers that are equal for equal captions, images and teacher's sentences, in this order;
-                (B, 2) or (B,) where there is nothing to tell apart by the others.
+            embeddings: The pairs in the shared space.
+            pair_ids: (B, 3) numbers that are equal for equal captions, images and sentences of the teacher, in this
+                order. (B, 2) without a teacher, (B,) if images never repeat.
             teacher: (B, D) the teacher's features of the sentences, not normalised.
         """
 
@@ -45,32 +57,56 @@ def build(config: LossConfig, distill: DistillConfig | None = None, images: bool
 
     Args:
         config: The contrastive loss.
-        distill: What the teacher adds; None without a teacher.
-        images: Contrast texts with images. Without, the teacher's terms are all of the loss.
+        distill: Weights of the terms that compare with the teacher; None without a teacher.
+        images: Contrast texts with images. If false, the loss is only the teacher's terms.
 
     Raises:
-        ConfigError: there is no loss of that name.
+        ConfigError: no loss has that name, or it has no tiled form and `tile_rows` is set.
     """
-    check(config.name in DENSE, "loss.name", config.name, f"expected one of {', '.join(DENSE)}")
+    contrastive = _named(config)
+    tiles = config.tile_rows is None or contrastive.rows is not None
+    check(tiles, "loss.tile_rows", config.tile_rows, f"{config.name} has no tiled form; leave the key out")
 
     def loss(embeddings: Embeddings, pair_ids: torch.Tensor, teacher: torch.Tensor | None = None) -> Loss:
         ids = pair_ids.reshape(len(pair_ids), -1)
-        made = _contrast(config, embeddings, ids[:, [CAPTION, IMAGE]] if ids.shape[1] > 1 else ids) if images else None
+        contrast = _with_images(config, embeddings, ids) if images else None
         if distill is None:
-            assert made is not None
-            return made
+            assert contrast is not None
+            return contrast
         if teacher is None:
             raise ValueError("distillation needs the teacher's features: the batches have none")
         value, accuracy = _teach(config, distill, embeddings, ids, teacher)
-        return Loss(value, accuracy) if made is None else Loss(made.value + distill.anchor * value, made.accuracy)
+        if contrast is None:
+            return Loss(value, accuracy)
+        return Loss(contrast.value + distill.anchor * value, contrast.accuracy)
 
     return loss
+
+
+def initial_bias(config: LossConfig) -> float | None:
+    """Return the initial bias of the logits; None for losses without a bias.
+
+    Raises:
+        ConfigError: no loss has that name.
+    """
+    return _named(config).initial_bias
+
+
+def _named(config: LossConfig) -> Contrastive:
+    """Return the contrastive loss of a configuration's name."""
+    check(config.name in CONTRASTIVE, "loss.name", config.name, f"expected one of {', '.join(CONTRASTIVE)}")
+    return CONTRASTIVE[config.name]
+
+
+def _with_images(config: LossConfig, embeddings: Embeddings, ids: torch.Tensor) -> Loss:
+    """Return the contrastive loss between texts and images."""
+    return _contrast(config, embeddings, ids[:, [CAPTION, IMAGE]] if ids.shape[1] > 1 else ids)
 
 
 def _teach(
     config: LossConfig, distill: DistillConfig, embeddings: Embeddings, ids: torch.Tensor, teacher: torch.Tensor
 ) -> Loss:
-    """Return what the teacher adds, and the share of its sentences whose best text is theirs."""
+    """Return the teacher's terms, and the share of its sentences whose best text is their own."""
     value = distillation(embeddings, teacher, distill.cosine, distill.mse)
     in_place_of_images = embeddings._replace(image=torch.nn.functional.normalize(teacher, dim=-1))
     contrast = _contrast(config, in_place_of_images, ids[:, [CAPTION, SENTENCE]])
@@ -78,15 +114,10 @@ def _teach(
 
 
 def _contrast(config: LossConfig, embeddings: Embeddings, ids: torch.Tensor) -> Loss:
-    """Return the contrastive loss, dense while its similarities are few, else in tiles."""
-    rows = len(ids)
+    """Return the contrastive loss: dense if it has no tiled form or its similarities are few, else in tiles."""
+    contrastive, num_rows = CONTRASTIVE[config.name], len(ids)
     size = TILE_SIZE["cpu" if ids.device.type == "cpu" else "cuda"]
-    tile_rows = config.tile_rows or max(MIN_TILE_ROWS, size // (rows * distributed.world_size()))
-    if tile_rows >= rows:
-        return DENSE[config.name](embeddings, ids, config.duplicates)
-    return tiled(config.name, embeddings, ids, config.duplicates, tile_rows)
-
-
-def initial_bias(config: LossConfig) -> float | None:
-    """Return the bias that the loss starts from, None for losses without one."""
-    return SIGMOID_BIAS if config.name == "sigmoid" else None
+    tile_rows = config.tile_rows or max(MIN_TILE_ROWS, size // (num_rows * distributed.world_size()))
+    if contrastive.rows is None or tile_rows >= num_rows:
+        return contrastive.dense(embeddings, ids, config.duplicates)
+    return tiled(contrastive.rows, embeddings, ids, config.duplicates, tile_rows)

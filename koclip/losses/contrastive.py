@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from koclip import distributed
-from koclip.losses.embeddings import Embeddings
-from koclip.losses.pairs import Loss, Pairs, accuracy
+from koclip.losses.pairs import Embeddings, Loss, Pairs, accuracy
 
 
 def infonce(embeddings: Embeddings, pair_ids: torch.Tensor, duplicates: str = "negatives") -> Loss:
@@ -61,5 +60,5 @@ def with_bias(embeddings: Embeddings) -> tuple[torch.Tensor, torch.Tensor, torch
     """
     image, text, scale, bias = embeddings[:4]
     if bias is None:
-        raise ValueError("the sigmoid loss needs a bias: build the DualEncoder with losses.initial_bias(config)")
+        raise ValueError("the sigmoid loss needs a bias: build DualEncoder with losses.initial_bias(config)")
     return image, text, scale, bias

@@ -1,13 +1,13 @@
-"""A teacher's features as targets: what the text tower of the source CLIP makes of a sentence's English counterpart.
+"""A teacher's features as targets: the source CLIP's text features of the English translation of a sentence.
 
-As in M-CLIP (Carlsson et al. 2022) and AltCLIP (Chen et al. 2022), which regress on the features; a third way is the
-contrastive loss with the teacher's embeddings in the place of images.
+M-CLIP (Carlsson et al. 2022) and AltCLIP (Chen et al. 2022) regress on these features. A third way is the contrastive
+loss with the teacher's embeddings in the place of images (`losses.build`).
 """
 
 import torch
 import torch.nn.functional as F
 
-from koclip.losses.embeddings import Embeddings
+from koclip.losses.pairs import Embeddings
 
 
 def distillation(embeddings: Embeddings, teacher: torch.Tensor, cosine: float, mse: float) -> torch.Tensor:

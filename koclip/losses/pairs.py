@@ -1,4 +1,4 @@
-"""Which pairs of a batch belong together, and what every loss returns."""
+"""What a loss is computed from, which pairs of a batch belong together, and what every loss returns."""
 
 from typing import NamedTuple
 
@@ -11,8 +11,18 @@ CAPTION, IMAGE, SENTENCE = range(3)  # columns of pair_ids
 DUPLICATES = ("positives", "masked", "negatives")
 
 
+class Embeddings(NamedTuple):
+    """A batch in the shared space."""
+
+    image: torch.Tensor  # (B, D) unit norm; (B, 0) in batches without images
+    text: torch.Tensor  # (B, D) unit norm
+    logit_scale: torch.Tensor  # () already exponentiated: the inverse temperature
+    logit_bias: torch.Tensor | None = None  # () added to the logits, of losses that start from a bias
+    text_norm: torch.Tensor | None = None  # (B,) of the text features before normalisation
+
+
 class Loss(NamedTuple):
-    """What a loss returns: the scalar to minimise and the share of images whose best text is theirs."""
+    """What a loss returns: the scalar to minimise, and the share of images whose best text is one of their own."""
 
     value: torch.Tensor  # ()
     accuracy: torch.Tensor  # () no gradient
@@ -21,15 +31,15 @@ class Loss(NamedTuple):
 class Pairs:
     """Which of the N texts belong to which of the B images of this process.
 
-    Two pairs are equal if one of their numbers is: the same caption, or the same image. (That is symmetric but not
-    transitive: A may have B's caption and B C's image.)
+    Two pairs are equal if they have the same caption or the same image, that is, an equal number in one column. (This
+    relation is symmetric but not transitive: A and B may share a caption, and B and C an image.)
 
     Args:
         pair_ids: (B, C) numbers of this process's pairs, or (B,).
         duplicates: What equal pairs count as: `positives`, `masked` or `negatives`.
 
     Raises:
-        ConfigError: `duplicates` is none of these.
+        ConfigError: `duplicates` has another value.
     """
 
     def __init__(self, pair_ids: torch.Tensor, duplicates: str) -> None:

@@ -1,40 +1,58 @@
 """The contrastive losses in tiles: equal to the dense ones, in memory linear in the number of pairs."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from koclip import distributed
-from koclip.config import check
 from koclip.losses.contrastive import with_bias
-from koclip.losses.embeddings import Embeddings
-from koclip.losses.pairs import Loss, Pairs, accuracy
+from koclip.losses.pairs import Embeddings, Loss, Pairs, accuracy
 
 
-def tiled(name: str, embeddings: Embeddings, pair_ids: torch.Tensor, duplicates: str, tile_rows: int) -> Loss:
-    """Return `infonce` or `sigmoid` with memory linear in N: `tile_rows` rows of similarities exist at a time.
+class Rows(Protocol):
+    """A loss that is computed from a few rows of the similarities at a time.
 
-    A tile is computed again in the backward pass, of which only the embeddings and a few numbers per pair are kept.
-    InfoNCE needs each similarity once, not once per direction: the sum over a column is carried along from tile to
-    tile and over the processes (an online softmax, Milakov and Gimelshein 2018).
+    `add` sees every tile once, `value` is called after the last one, then `gradient` sees every tile again.
+    """
+
+    has_bias: bool
+    accuracy: torch.Tensor  # () number of images whose best text is one of their own, over the rows seen
+
+    def __init__(self, pairs: Pairs) -> None:
+        """Start without any rows."""
+
+    def add(self, rows: slice, logits: torch.Tensor) -> None:
+        """Take the logits (R, N) of some rows into account. They may be overwritten."""
+
+    def value(self) -> torch.Tensor:
+        """Return the loss of this process's rows, ()."""
+
+    def gradient(self, rows: slice, logits: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of B times the loss with respect to the logits, (R, N). It may overwrite them."""
+
+
+def tiled(
+    objective: type[Rows], embeddings: Embeddings, pair_ids: torch.Tensor, duplicates: str, tile_rows: int
+) -> Loss:
+    """Return a contrastive loss with memory linear in N: `tile_rows` rows of similarities exist at a time.
+
+    The backward pass computes each tile again, so that only the embeddings and a few numbers per pair are kept.
+    InfoNCE needs each similarity once, not once per direction: the sum over a column is carried from tile to tile and
+    over the processes (an online softmax, Milakov and Gimelshein 2018).
 
     The value is this process's share: the mean over processes is the loss. The gradients are those of the dense loss
-    if all processes scale theirs alike.
-
-    Raises:
-        ConfigError: `name` is another loss.
+    if all processes scale their shares alike.
     """
-    check(name in _ROWS, "loss.name", name, f"expected one of those that have a tiled form: {', '.join(_ROWS)}")
-    objective = _ROWS[name](Pairs(pair_ids, duplicates))
-    image, text, scale, bias = with_bias(embeddings) if objective.has_bias else (*embeddings[:3], None)
-    value = _Tiled.apply(image, distributed.gather(text), scale, bias, objective, tile_rows)
-    return Loss(value, objective.accuracy / len(pair_ids))
+    rows = objective(Pairs(pair_ids, duplicates))
+    image, text, scale, bias = with_bias(embeddings) if rows.has_bias else (*embeddings[:3], None)
+    value = _Tiled.apply(image, distributed.gather(text), scale, bias, rows, tile_rows)
+    return Loss(value, rows.accuracy / len(pair_ids))
 
 
-class _InfoNCERows:
-    """InfoNCE of tiles of rows: log-sums over rows and columns first, gradients of the logits when these are known."""
+class InfoNCERows:
+    """InfoNCE in tiles of rows: first the log-sums over rows and columns, then the gradients of the logits."""
 
     has_bias = False
 
@@ -43,11 +61,12 @@ class _InfoNCERows:
         self.pairs, self.accuracy = pairs, torch.zeros((), device=device)
         counts = pairs.counts()
         self._mine, self._everyone = 1 / counts[pairs.mine], 1 / counts  # a row's and a column's weight of each match
-        # Made once and written in place: small results kept between large tiles would fragment the heap.
+        # Allocated once and written in place: small results kept between large tiles would fragment the heap.
         self._matched, self._row_sums = torch.empty(2, len(pairs.ids), device=device)  # (B,) each
         self._columns = torch.full(pairs.places.shape, float("-inf"), device=device)  # (N,)
 
     def add(self, rows: slice, logits: torch.Tensor) -> None:
+        """Add to the sums over rows and columns."""
         right, equal, ignored = self.pairs.targets(rows)
         self._matched[rows] = (self._weights(rows, right) * logits).sum(dim=1)
         if ignored is not None:
@@ -57,11 +76,13 @@ class _InfoNCERows:
         self.accuracy += accuracy(logits, equal).sum()
 
     def value(self) -> torch.Tensor:
+        """Finish the sums over columns, and return the loss, ()."""
         self._columns = distributed.logsumexp(self._columns)
         value: torch.Tensor = (self._row_sums + self._columns[self.pairs.mine]) / 2 - self._matched
         return value.mean()
 
     def gradient(self, rows: slice, logits: torch.Tensor) -> torch.Tensor:
+        """Return the mean of both softmaxes less the targets, (R, N)."""
         right, _, ignored = self.pairs.targets(rows)
         if ignored is not None:
             logits.masked_fill_(ignored, float("-inf"))
@@ -75,8 +96,8 @@ class _InfoNCERows:
         return right * (self._mine[rows, None] + self._everyone) / 2
 
 
-class _SigmoidRows:
-    """The sigmoid loss of tiles of rows."""
+class SigmoidRows:
+    """The sigmoid loss in tiles of rows."""
 
     has_bias = True
 
@@ -85,21 +106,21 @@ class _SigmoidRows:
         self._total = torch.zeros((), device=pairs.places.device)
 
     def add(self, rows: slice, logits: torch.Tensor) -> None:
+        """Add to the sum over all pairs."""
         right, equal, ignored = self.pairs.targets(rows)
         terms = -F.logsigmoid(torch.where(right, logits, -logits))
         self._total += (terms if ignored is None else terms.masked_fill_(ignored, 0)).sum()
         self.accuracy += accuracy(logits, equal).sum()
 
     def value(self) -> torch.Tensor:
+        """Return the loss, ()."""
         return self._total / len(self.pairs.ids)
 
     def gradient(self, rows: slice, logits: torch.Tensor) -> torch.Tensor:
+        """Return the sigmoid less the targets, (R, N)."""
         right, _, ignored = self.pairs.targets(rows)
         gradient = logits.sigmoid_().sub_(right.to(logits.dtype))
         return gradient if ignored is None else gradient.masked_fill_(ignored, 0)
-
-
-_ROWS: dict[str, type[_InfoNCERows] | type[_SigmoidRows]] = {"infonce": _InfoNCERows, "sigmoid": _SigmoidRows}
 
 
 class _Tiled(torch.autograd.Function):
@@ -112,7 +133,7 @@ class _Tiled(torch.autograd.Function):
         texts: torch.Tensor,  # (N, D)
         scale: torch.Tensor,  # ()
         bias: torch.Tensor | None,  # ()
-        objective: _InfoNCERows | _SigmoidRows,
+        objective: Rows,
         tile_rows: int,
     ) -> torch.Tensor:
         ctx.save_for_backward(image, texts, scale, bias)

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from koclip.config import ConfigError, ModelConfig, check
-from koclip.losses.embeddings import Embeddings
+from koclip.losses.pairs import Embeddings
 from koclip.models import StockModel
 from koclip.models.image_towers import tower_config
 from koclip.models.initialize import initialize

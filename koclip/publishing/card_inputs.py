@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 
 from koclip import storage
 from koclip.config import ConfigError, PublishConfig, SourceConfig, check
-from koclip.encoders.peers import open_encoder
+from koclip.encoders import load
 from koclip.evaluation.results import Record, records_of
 from koclip.evaluation.tasks import SPECS
 from koclip.metrics import Metric
@@ -161,7 +161,7 @@ def _read_results(cfg: PublishConfig, run: Path) -> dict[str, Any]:
 
 def _check_measured(cfg: PublishConfig, results: Mapping[str, Any]) -> None:
     """Make sure that numbers are of the very model that is published, wherever it lay when it was measured."""
-    own = open_encoder(cfg.model, "cpu").fingerprint()
+    own = load(cfg.model, "cpu").fingerprint()
     other = f"the numbers are of {results['model']}, which is another model or has changed since"
     expected = f"expected {own}, that of {cfg.model}: {other}; {_measure_again(cfg)}"
     check(results["fingerprint"] == own, "results: fingerprint", results["fingerprint"], expected)

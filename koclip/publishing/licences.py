@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from koclip.config import check
-from koclip.text.tables import read_table
+from koclip.text import read_table
 
 OTHER, NONE, UNSTATED = "other", "none", "unstated"
 # Of what a part may be used for: the key of a data card, and its words in a table.

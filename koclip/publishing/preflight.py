@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from koclip.config import ConfigError
-from koclip.encoders.inference import embed_images, embed_texts, load
+from koclip.encoders import load
 from koclip.evaluation.report.table import console
 from koclip.publishing.checks import Check, check_files
 from koclip.publishing.formats.onnx import EXACT, FOLDER, INT8, MOST, RESULTS, SIDES, run, session
 from koclip.text import tokenizers
 
 _CLEAN_LOAD = Path(__file__).with_name("clean_load.py")
-# From short to long, as `embed_texts` fills its batch: then the sums are the same, to the last bit.
+# From short to long, as `encode_texts` fills its batch: then the sums are the same, to the last bit.
 TEXTS = ("고양이", "빨간 자전거", "a photo of a dog", "창가에 앉아 밖을 보는 고양이 사진")
 _COMPOSED = ("고양이가 창가에 앉아 있다", "꽃밭 위의 벌", "각", "값싼 닭고기", "café déjà vu")
 _AGAIN = "save the model again with koclip; if it was changed by hand, undo that"
@@ -90,10 +90,10 @@ def _load_checks(directory: Path, folder: Path) -> list[Check]:
     answer = json.loads(ran.stdout.splitlines()[-1])
     problems = [f"{kind}: {', '.join(names[:5])}" for kind, names in answer["problems"].items()]
     try:
-        model, processor = load(directory, device="cpu")
+        encoder = load(directory, device="cpu")
     except ConfigError as error:
         return [Check(loads, [*problems, str(error)], _AGAIN)]
-    ours = {"image": embed_images(model, processor, pictures), "text": embed_texts(model, processor, TEXTS)}
+    ours = {"image": encoder.encode_images(pictures), "text": encoder.encode_texts(TEXTS)}
     stock = load_file(folder / "embeddings.safetensors")
     differences = {name: _difference(ours[name], stock[name]) for name in ours}
     unequal = [f"{name} embeddings differ by {value:.2g}" for name, value in differences.items() if value != 0]
@@ -105,7 +105,7 @@ def _load_checks(directory: Path, folder: Path) -> list[Check]:
             [f"{text!r} has other ids decomposed" for text in answer["unequal"]],
             "load the tokenizer with koclip.text.tokenizers.load, which composes, and save it again",
         ),
-        *_graphs(directory, processor, pictures, ours),
+        *_graphs(directory, encoder.processor, pictures, ours),
     ]
 
 

@@ -23,7 +23,7 @@ from koclip.data.sources import MapSource, Row, Skip, StreamSource, open_source
 from koclip.data.transforms import ImageError, decode, digest_of, read
 from koclip.embeddings.fill import Piece, embed_shard
 from koclip.embeddings.store import NO_FILE, SHARD, Entry, Item, Shard, Shards, Store
-from koclip.encoders.base import Encoder
+from koclip.encoders import Encoder
 from koclip.search import approximate
 from koclip.text.normalize import usable
 
@@ -168,7 +168,7 @@ def _embedding(encoder: Encoder) -> Any:
     """Return what embeds a piece."""
 
     def embed(piece: Piece) -> torch.Tensor:
-        embeddings = encoder.encode_images(piece.inputs)  # (n, D)
+        embeddings = encoder.encode_images(piece.inputs, len(piece.inputs))  # (n, D)
         finite = embeddings.isfinite().all(dim=1).tolist()
         keys = [entry.record["key"] for entry, fine in zip(piece.entries, finite, strict=True) if not fine]
         expected = "expected finite values: check the model, or take the picture out"

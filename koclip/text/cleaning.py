@@ -3,8 +3,7 @@
 from tokenizers import Regex, decoders, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from koclip.text.characters import BARE, FILLERS, INVISIBLE, SPACES, SPECIAL
-from koclip.text.normalize import normalize
+from koclip.text.normalize import BARE, FILLERS, INVISIBLE, SPACES, SPECIAL, normalize
 
 _KEPT = (
     *("model_max_length", "padding_side", "truncation_side", "model_input_names", "extra_special_tokens"),

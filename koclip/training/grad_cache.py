@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from koclip.data.batches import Batch
 from koclip.losses import Loss, LossFn
-from koclip.losses.embeddings import Embeddings
+from koclip.losses.pairs import Embeddings
 from koclip.models.dual_encoder import DualEncoder
 from koclip.training import rng
 

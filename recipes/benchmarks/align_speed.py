@@ -52,7 +52,7 @@ from koclip.data.loader import train_loader
 from koclip.data.order import Shard
 from koclip.data.transforms import Views, centre_view, digest_of, view_size
 from koclip.embeddings.sources import Cache, image_features
-from koclip.encoders.inference import embed_texts
+from koclip.encoders.transformers import TransformersEncoder
 from koclip.metrics import first_ranks, share
 from koclip.models import StockModel
 from koclip.models.dual_encoder import DualEncoder, from_scratch
@@ -215,7 +215,10 @@ def compare(options: argparse.Namespace, folder: Path) -> tuple[Turns, str]:
     images = torch.stack([ours.features.embedding(digest_of(file.read_bytes())) for file in pairs.files])
     with torch.no_grad():
         theirs = torch.cat([model.eval().encode_text(part, True) for part in tokenize(pairs.captions).split(64)])
-    found = {"koclip": embed_texts(ours.model, ours.processor, pairs.captions), "open_clip": theirs}
+    found = {
+        "koclip": TransformersEncoder(ours.model, ours.processor).encode_texts(pairs.captions),
+        "open_clip": theirs,
+    }
     lines = [f"R@10 of {name}: {recall_at_10(texts, images, pairs.captions)}" for name, texts in found.items()]
     return turns, "\n".join([f"first loss: koclip {losses[0]:.6f}, open_clip {losses[1]:.6f}", *lines])
 

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from koclip import losses
 from koclip.config import LossConfig
-from koclip.losses.embeddings import Embeddings
+from koclip.losses.pairs import Embeddings
 
 WIDTH = 512
 WAYS = ("dense", "open_clip", "tiled")
@@ -59,7 +59,7 @@ def loss_of(way: str, name: str, count: int) -> Callable[[Embeddings], Tensor]:
             made.image, made.text, made.logit_scale, *([made.logit_bias] if name == "sigmoid" else [])
         )
     tile_rows = count if way == "dense" else None
-    loss = losses.build(LossConfig(name=name, duplicates="negatives", tile_rows=tile_rows))  # type: ignore[arg-type]
+    loss = losses.build(LossConfig(name=name, duplicates="negatives", tile_rows=tile_rows))
     return lambda made: loss(made, torch.arange(count)).value
 
 

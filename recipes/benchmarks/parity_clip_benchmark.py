@@ -26,7 +26,7 @@ from torch import Tensor
 import koclip
 from koclip.config import EvalSetConfig, SourceConfig
 from koclip.data.sources import Row
-from koclip.encoders.base import TransformersEncoder
+from koclip.encoders import Encoder
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.images import Images
 from koclip.evaluation.sets import EvalSet, open_set
@@ -41,23 +41,22 @@ TEMPLATES = ["{label} 사진", "{label:을/를} 찍은 사진", "{label:이/가}
 Numbers = dict[str, float]
 
 
-class Given:
+class Given(Encoder):
     """An encoder whose texts have given embeddings; the images' are handed to the evaluation as they are."""
 
-    name = "given"
-
     def __init__(self, texts: dict[str, Tensor]) -> None:
+        super().__init__(torch.nn.Identity(), None, "given")
         self._texts = texts
 
-    def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return unit-norm embeddings (B, D)."""
-        return F.normalize(torch.stack([self._texts[text] for text in texts]), dim=-1)
+    def _embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return embeddings (B, D)."""
+        return torch.stack([self._texts[text] for text in texts])
 
-    def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
+    def _embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Refuse: there are no images."""
         raise NotImplementedError("made-up embeddings have no images")
 
-    image_features = encode_images
+    _image_features = _embed_images
 
     def unknown_share(self, texts: Sequence[str]) -> float:
         """Return 0: every text is known."""
@@ -135,7 +134,7 @@ def real_pairs(model: str, data: str, column: str, max_images: int) -> Pairs:
     """Return a model's embeddings of a table's images and captions, made by koclip."""
     source = SourceConfig(path=data, captions={"ko": column})
     one = open_set(EvalSetConfig(source=source, max_images=max_images))
-    embedder = Embedder(TransformersEncoder(*koclip.load(model)), batch_size=64)
+    embedder = Embedder(koclip.load(model), batch_size=64)
     captions = one.texts("ko")
     texts = list(dict.fromkeys(text for own in captions for text in own))
     embedded = embedder.texts(texts)

@@ -13,8 +13,8 @@ from transformers import AutoProcessor, ProcessorMixin
 
 from koclip.config import ConfigError, EvalSetConfig, SourceConfig, check
 from koclip.data.transforms import PIXEL_LIMIT, PixelLimit
+from koclip.encoders import load
 from koclip.encoders.base import in_batches
-from koclip.encoders.peers import open_encoder
 from koclip.evaluation.images import Images
 from koclip.evaluation.report.table import cell, console, sections
 from koclip.evaluation.results import Measured, Record, records_of, write_results
@@ -129,7 +129,7 @@ def measure(directory: Path, sets: Sequence[EvalSet], model: str) -> Losses:
     # No path and no command: this file is published.
     data = {one.name: counts(one) for one in sets}
     environment = {name: value for name, value in surroundings().items() if name != "command"}
-    measured = Measured(model, open_encoder(str(directory), "cpu").fingerprint())
+    measured = Measured(model, load(str(directory), "cpu").fingerprint())
     write_results(directory / FOLDER / RESULTS, measured, data, metrics, environment)
     return _losses(directory / FOLDER)
 

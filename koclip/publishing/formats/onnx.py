@@ -24,8 +24,8 @@ from transformers import ProcessorMixin
 from koclip.config import ConfigError, RunError
 from koclip.data.formats import scenes
 from koclip.data.transforms import view_size
-from koclip.encoders.base import encode
-from koclip.encoders.inference import load
+from koclip.encoders import load
+from koclip.encoders.transformers import encode
 from koclip.models import StockModel
 from koclip.models.dual_encoder import encode_images, encode_texts
 from koclip.models.stock import longest_text
@@ -105,7 +105,8 @@ def export(directory: str | Path, output: Path, int8: bool = False) -> dict[str,
         RunError: a graph in fp32 differs from the model by more than 1e-4, or one in int8 is not finite.
     """
     quantize = _quantizer()
-    model, processor = load(directory, "cpu")
+    encoder = load(directory, "cpu")
+    model, processor = encoder.model, encoder.processor
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:  # those of other weights, and what was not asked for this time

@@ -13,9 +13,9 @@ import functools
 import re
 from typing import Literal, NamedTuple
 
+from koclip.text import read_table
 from koclip.text.korean.hangul import coda, compose, letters, with_coda
 from koclip.text.korean.particles import particle
-from koclip.text.tables import read_table
 
 Style = Literal["plain", "polite", "formal"]
 

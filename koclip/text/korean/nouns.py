@@ -10,9 +10,9 @@ import functools
 import re
 from collections.abc import Callable, Collection
 
+from koclip.text import read_table
 from koclip.text.korean.hangul import coda, is_syllable
 from koclip.text.korean.particles import particle
-from koclip.text.tables import read_table
 
 _WORD = re.compile(r"[^\W_]+")
 _PLACES = ("에게서", "에게", "께서", "에서", "으로", "로", "에", "과", "와")  # 는 and 의 can follow them: 에서는, 와의

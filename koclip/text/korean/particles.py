@@ -15,8 +15,8 @@ import re
 import string
 import unicodedata
 
+from koclip.text import read_table
 from koclip.text.korean.hangul import CODAS, coda, is_syllable
-from koclip.text.tables import read_table
 
 # after a final consonant / after a vowel
 _PAIRS = (

@@ -14,8 +14,8 @@ import functools
 import itertools
 import re
 
+from koclip.text import read_table
 from koclip.text.korean.hangul import ONSETS, PAIRS, VOWELS, letters
-from koclip.text.tables import read_table
 
 _ONSETS_IN_LATIN = (
     *("g", "kk", "n", "d", "tt", "r", "m", "b", "pp", "s"),

@@ -1,10 +1,78 @@
-"""Codes of languages as BCP 47 has them: `ko`, `en`, `zh-Hant`, `pt-BR` (RFC 5646; primary codes of ISO 639-1)."""
+"""The errors that end a run with one line, and what sections check: values, codes of languages, names of files."""
 
+import os
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from pathlib import Path
 
-from koclip.config.errors import check
+MOST_PIXELS = 178_956_970  # of a picture that PIL decodes
 
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run. The message names the key, what was got and the fix."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on. The message says why, what is kept and what to do."""
+
+
+# What code raises that runs on with a value it does not expect. A `ConfigError` is a `ValueError`.
+_CONSEQUENCES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)  # inside `all_faults`
+
+
+def check(condition: bool, key: str, got: object, fix: str) -> None:
+    """Raise a `ConfigError` naming `key` unless `condition` holds; inside `all_faults`, note it and go on."""
+    if condition:
+        return
+    fault, collected = f"{key}: got {got!r}, {fix}", _collected.get()
+    if collected is None:
+        raise ConfigError(fault)
+    collected.append(fault)
+
+
+@contextmanager
+def all_faults() -> Iterator[None]:
+    """Raise one `ConfigError` with every fault that `check` finds in the block, instead of the first alone.
+
+    A block inside another one leaves its faults to that one. What an error says that comes after a fault is left out:
+    the code ran on with a value that it does not expect.
+    """
+    outer = _collected.get()
+    faults: list[str] = []
+    token = _collected.set(faults)
+    try:
+        yield
+    except _CONSEQUENCES as error:
+        if not faults:
+            raise
+        if isinstance(error, ConfigError):  # raised by hand, which is a fault too
+            faults.append(str(error))
+    finally:
+        _collected.reset(token)
+    if outer is not None:
+        outer += faults
+    elif faults:
+        raise ConfigError(_listed(list(dict.fromkeys(faults))))
+
+
+def _listed(faults: list[str]) -> str:
+    if len(faults) == 1:
+        return faults[0]
+    return f"{len(faults)} faults: " + "; ".join(f"({number}) {fault}" for number, fault in enumerate(faults, 1))
+
+
+def check_pixels(key: str, pixels: int) -> None:
+    """Raise a `ConfigError` naming `key` unless it can be the largest width x height of a picture."""
+    check(1 <= pixels <= MOST_PIXELS, key, pixels, f"expected 1 to {MOST_PIXELS}, the most that PIL decodes")
+
+
+# Codes of languages of BCP 47: `ko`, `en`, `zh-Hant`, `pt-BR` (RFC 5646; primary codes of ISO 639-1).
 # ISO 639-1 with the codes of ISO 639-2/T and, behind a slash, /B: BCP 47 takes the shortest of a language.
 _SHORTEST = """
 aa aar, ab abk, ae ave, af afr, ak aka, am amh, an arg, ar ara, as asm, av ava, ay aym, az aze, ba bak, be bel, bg bul,
@@ -70,3 +138,43 @@ def _likely(language: str) -> str:
     shaped = [part.upper() if len(part) == 2 else part.title() if len(part) == 4 else part for part in others]
     tag = "-".join([meant, *shaped])
     return tag if _is_code(tag) else meant if _is_code(meant) else ""
+
+
+def locate(path: str | Path) -> Path:
+    """Return the path of what is there under this name, in any Unicode form; the path itself where there is nothing.
+
+    Of several forms of one name the one that is written comes first, then NFC, then NFD.
+    """
+    path = Path(path)
+    if str(path).isascii() or os.path.lexists(path):
+        return path
+    place = Path(path.anchor)
+    for name in path.parts[1:] if path.anchor else path.parts:
+        spelling = _spelling(place, name)
+        if spelling is None:
+            return path
+        place /= spelling
+    return place
+
+
+def _spelling(folder: Path, name: str) -> str | None:
+    """Return how a folder writes a name, None if it has no such entry or several, none of them in a common form."""
+    for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
+        if os.path.lexists(folder / form):
+            return form
+    if name.isascii():
+        return None
+    try:
+        spellings = _listing(str(folder), folder.stat().st_mtime_ns)[unicodedata.normalize("NFC", name)]
+    except (OSError, KeyError, ValueError):
+        return None
+    return spellings[0] if len(spellings) == 1 else None
+
+
+@lru_cache(maxsize=64)
+def _listing(folder: str, changed: int) -> dict[str, list[str]]:
+    """Return the entries of a folder by their name in NFC; `changed` is the time of its last change."""
+    entries = defaultdict(list)
+    for entry in Path(folder).iterdir():
+        entries[unicodedata.normalize("NFC", entry.name)].append(entry.name)
+    return dict(entries)
