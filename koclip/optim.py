@@ -14,9 +14,9 @@ def adamw(model: nn.Module, config: OptimConfig, rates: Mapping[str, float] | No
     """Return AdamW; norms, biases and scalars have no weight decay (Radford et al. 2021, section 2.5).
 
     Args:
-        model: Those of its parameters that require a gradient are trained.
-        config: Learning rate, decay and moments.
-        rates: Learning rates of parameters by name, as shares of `config.lr`; of all others it is 1.
+        model: The model; parameters that require a gradient are trained.
+        config: Learning rate, weight decay and decay of the moments.
+        rates: Learning rate of a parameter relative to `config.lr`, by name. Default: 1.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -25,7 +25,7 @@ def adamw(model: nn.Module, config: OptimConfig, rates: Mapping[str, float] | No
             groups.setdefault(((rates or {}).get(name, 1.0), decay), []).append(parameter)
     settings = [
         {"params": parameters, "lr": config.lr * rate, "weight_decay": decay}
-        for (rate, decay), parameters in sorted(groups.items(), key=lambda one: one[0], reverse=True)
+        for (rate, decay), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
     return AdamW(settings, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
@@ -33,7 +33,7 @@ def adamw(model: nn.Module, config: OptimConfig, rates: Mapping[str, float] | No
 def warmup_cosine(optimizer: Optimizer, config: OptimConfig, num_steps: int, start: int = 0) -> LambdaLR:
     """Return a schedule that rises linearly for `warmup_steps` and falls along a cosine until `num_steps`.
 
-    It begins behind step `start`, where `set_step` puts it.
+    It starts after `start` steps; those steps count neither for the warm-up nor for the cosine.
     """
     num_steps -= start
 
@@ -50,7 +50,7 @@ def warmup_cosine(optimizer: Optimizer, config: OptimConfig, num_steps: int, sta
 
 
 def set_step(schedule: LambdaLR, step: int) -> None:
-    """Put a schedule, and its optimizer's learning rates, where they are after `step` steps."""
+    """Set a schedule and the learning rates of its optimizer to their values after `step` steps."""
     schedule.last_epoch = step
     rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):

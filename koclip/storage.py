@@ -1,5 +1,6 @@
 """How bytes reach the disk: JSON lines, files replaced at once, checksums, and the environment of a number."""
 
+import ctypes
 import json
 import os
 import platform
@@ -13,11 +14,11 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import torch
 import xxhash
 
 SEAL = "checksums.json"  # written last, of every other file
 _BLOCK = 2**20  # bytes read at a time
+_HERE, _EXCHANGE = -100, 2  # of renameat2: paths from the working directory, and RENAME_EXCHANGE
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "koclip")
 
 
@@ -25,11 +26,7 @@ _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "k
 def atomic(path: Path, shared: bool = False) -> Iterator[Path]:
     """Yield a path to write a file or a directory at. It takes the place of `path` when the block ends.
 
-    The content is on disk before its name is, so that a reader, or a power cut, finds the old content or the new one.
     If the block raises, nothing is left behind. What a killed process leaves is removed by the next write.
-
-    One file replaces another in one step. No call swaps two directories: the old one is first renamed to
-    `replaced-<name>`. A process that is killed right then leaves no `path`, but the old directory is whole beside it.
 
     Args:
         path: The file or directory to write.
@@ -37,21 +34,41 @@ def atomic(path: Path, shared: bool = False) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"writing-{uuid4().hex}-{path.name}" if shared else f"writing-{path.name}")
-    replaced = path.with_name(f"replaced-{path.name}")
     _remove(partial)
     try:
         yield partial
-        for file in [*partial.rglob("*"), partial] if partial.is_dir() else [partial]:
-            sync(file)
+        put(partial, path)
     except BaseException:
         _remove(partial)
         raise
+
+
+def put(partial: Path, path: Path) -> None:
+    """Give a complete file or directory its name, in the place of what had this name.
+
+    The content is on disk before its name is, so that a reader, or a power cut, finds the old content or the new one.
+    Both have to be on one file system. Where that cannot swap two directories, the old one is first renamed to
+    `replaced-<name>`: a process that is killed right then leaves no `path`, but the old directory is complete.
+    """
+    for file in [*partial.rglob("*"), partial] if partial.is_dir() else [partial]:
+        sync(file)
+    replaced = path.with_name(f"replaced-{path.name}")
     if path.is_dir():
+        if _swap(partial, path):
+            sync(path.parent)
+            _remove(partial)  # the old content
+            return
         _remove(replaced)
         path.rename(replaced)
     partial.replace(path)
     sync(path.parent)
     _remove(replaced)
+
+
+def _swap(first: Path, second: Path) -> bool:
+    """Swap two paths in one step; return whether this system can (Linux can, on most file systems)."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return rename is not None and rename(_HERE, bytes(first), _HERE, bytes(second), _EXCHANGE) == 0
 
 
 def _remove(path: Path) -> None:
@@ -91,14 +108,11 @@ def replace_text(file: Path, text: str) -> None:
 
 
 def seal(directory: Path) -> None:
-    """Write the size and checksum of every file in `directory`, and sync all of it to disk."""
+    """Write the size and checksum of every file in `directory`."""
     sums = {}
     for file in sorted(path for path in directory.rglob("*") if path.is_file()):
-        sync(file)
         sums[file.relative_to(directory).as_posix()] = {"bytes": file.stat().st_size, "xxh3_128": _checksum(file)}
     (directory / SEAL).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
-    sync(directory / SEAL)
-    sync(directory)
 
 
 def damage(directory: Path) -> str | None:
@@ -135,6 +149,8 @@ def _checksum(file: Path) -> str:
 
 def environment(num_processes: int = 1) -> dict[str, Any]:
     """Return what a number depends on: versions, hardware, the commit of the code."""
+    import torch  # takes seconds, and nothing else here needs it
+
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {

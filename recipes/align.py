@@ -59,7 +59,7 @@ def main(cfg: config.AlignConfig) -> None:
         )
         known = known._replace(teacher=made)
     encoder = text_encoder(cfg.model, clip)
-    tokenizer = run.tokenizer(cfg.text_tokenizer, training_captions(cfg.data), encoder and encoder.config)
+    tokenizer = run.tokenizer(cfg.text_tokenizer, training_captions(cfg.data), encoder.config if encoder else None)
     surveys = training.survey(cfg.data, tokenizer)
     run.check_data(surveys)
     lengths = [one.lengths for one in surveys]
@@ -82,6 +82,7 @@ def main(cfg: config.AlignConfig) -> None:
         if trainer is None:
             return
 
+    assert trainer is not None
     model_dir = run.save_model(trainer, processor, partial(publish_aligned, config=cfg, source=source))
     if accelerator.is_main_process:
         saved = koclip.load(model_dir)

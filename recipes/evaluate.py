@@ -23,7 +23,8 @@ def main(cfg: config.EvaluateConfig) -> None:
     accelerator = processes(cfg)
     eval_sets = open_all(cfg, PixelLimit(cfg.max_image_pixels, "max_image_pixels"))
     run = start(cfg, eval_sets)
-    models, warnings = [], {}
+    models: list[Evaluated] = []
+    warnings: dict[str, None] = {}
     for spec, folder in folders_of(run, cfg.all_models).items():
         began = time.monotonic()
         encoder = koclip.load(spec, cfg.device or accelerator.device)

@@ -236,15 +236,16 @@ def covered(image: Image.Image, view: tuple[float, float] | None) -> list[Image.
     left, top, right, bottom = seen(image, view)
     wide, high = (right - left) / _PLACES, (bottom - top) / _PLACES
     mean = tuple(round(value) for value in np.asarray(image).mean(axis=(0, 1)))
-    made = []
+    images = []
     for row in range(_PLACES):
         for column in range(_PLACES):
-            one = image.copy()
+            covered = image.copy()
             x, y = left + (column - 0.5) * wide, top + (row - 0.5) * high
-            place = max(0, x), max(0, y), min(image.width, x + 2 * wide), min(image.height, y + 2 * high)
-            one.paste(mean, tuple(round(value) for value in place))
-            made.append(one)
-    return made
+            right_edge, bottom_edge = min(image.width, x + 2 * wide), min(image.height, y + 2 * high)
+            place = round(max(0, x)), round(max(0, y)), round(right_edge), round(bottom_edge)
+            covered.paste(mean, place)
+            images.append(covered)
+    return images
 
 
 def overlay(image: Image.Image, scores: np.ndarray[Any, Any], view: tuple[float, float] | None) -> Image.Image:

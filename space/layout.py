@@ -45,7 +45,8 @@ def blocks(answers: Answers, name: str, examples: dict[str, list[list[Any]]]) ->
         examples: Inputs by tab; every row works when it is clicked.
     """
     texts = Texts()
-    with gr.Blocks(title="koclip", analytics_enabled=False) as page:
+    page = gr.Blocks(title="koclip", analytics_enabled=False)
+    with page:
         with gr.Row(elem_id="top"):
             with gr.Column(scale=4, min_width=260):
                 heading = gr.Markdown(_heading("ko", name))
@@ -64,8 +65,8 @@ def blocks(answers: Answers, name: str, examples: dict[str, list[list[Any]]]) ->
         def switch(code: str, *rows: list[list[Any]]) -> list[Any]:
             return [_heading(code, name), *texts.updates(code, list(rows))]
 
-        taken, told = [language, *texts.tables], [heading, *texts.components]
-        language.change(switch, taken, told, api_visibility="private", show_progress="hidden")
+        inputs, outputs = [language, *texts.tables], [heading, *texts.components]
+        language.change(switch, inputs, outputs, api_visibility="private", show_progress="hidden")
     page.queue(max_size=512, default_concurrency_limit=_QUEUED_AT_ONCE)
     return page
 
@@ -191,8 +192,7 @@ def _heatmap_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: l
         with gr.Column(min_width=300):
             image = picture_box(texts, "image")
             query = text_box(texts, "heat_query", "query_hint", info=False)
-            told = {"label": say("way", "ko"), "info": say("way_hint", "ko")}
-            way = gr.Radio(ways("ko"), value=WAYS[0], elem_id="way", **told)
+            way = gr.Radio(ways("ko"), value=WAYS[0], elem_id="way", label=say("way", "ko"), info=say("way_hint", "ko"))
             texts(way, label="way", info="way_hint")
             button = texts(gr.Button(say("heatmap", "ko"), variant="primary"), value="heatmap")
         with gr.Column(min_width=300):

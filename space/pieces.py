@@ -1,10 +1,10 @@
-"""The pieces the Space is laid out of: pictures that are only uploaded, texts that change their language, errors."""
+"""Components of the Space: images that are only uploaded, texts that follow the language, short errors."""
 
 import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 from answers import WAYS, Hit
@@ -13,6 +13,7 @@ from gradio.blocks import Block
 from guard import MAX_TEXT, read_picture
 from texts import RefusedError, say
 
+Component = TypeVar("Component")
 _log = logging.getLogger("koclip.space")
 
 
@@ -34,7 +35,8 @@ async def _move_without_fetching(self: Block, path: str | Path | None) -> str | 
     return str(path) if "://" in str(path) else await _move(self, path)
 
 
-Block.async_move_resource_to_block_cache = _move_without_fetching
+# gradio has no setting for it, so its method is replaced; the same holds for the parser below.
+Block.async_move_resource_to_block_cache = _move_without_fetching  # type: ignore[assignment,method-assign]
 
 
 class OneFile(route_utils.GradioMultiPartParser):
@@ -44,44 +46,47 @@ class OneFile(route_utils.GradioMultiPartParser):
         super().__init__(*args, **{**options, "max_files": 1})
 
 
-route_utils.GradioMultiPartParser = OneFile
+route_utils.GradioMultiPartParser = OneFile  # type: ignore[misc]
 
 
 class Texts:
-    """Remembers which component says what, so that all of them can change their language."""
+    """The texts of each component, so that all of them can change their language."""
 
     def __init__(self) -> None:
-        self._told: list[tuple[Any, dict[str, str]]] = []
+        self._keys: list[tuple[Any, dict[str, str]]] = []
 
-    def __call__(self, component: Any, **keys: str) -> Any:
+    def __call__(self, component: Component, **keys: str) -> Component:
         """Let `keys` (property -> text) of a component follow the language; return the component."""
-        self._told.append((component, keys))
+        self._keys.append((component, keys))
         return component
 
     @property
     def components(self) -> list[Any]:
         """The components."""
-        return [component for component, _ in self._told]
+        return [component for component, _ in self._keys]
 
     @property
     def tables(self) -> list[gr.Dataframe]:
-        """Those of them that are tables: their headers come with what is in them."""
+        """The components that are tables: gradio updates headers together with rows."""
         return [component for component in self.components if isinstance(component, gr.Dataframe)]
 
     def updates(self, language: str, rows: list[list[list[Any]]]) -> list[dict[str, Any]]:
-        """Return what the components must be told in a language; `rows` of the tables."""
-        left = iter(rows)
-        updates = [gr.update(**{name: say(key, language) for name, key in keys.items()}) for _, keys in self._told]
+        """Return the updates of all components for a language; `rows` are those of the tables."""
+        remaining = iter(rows)
+        updates: list[dict[str, Any]] = []
+        for _, keys in self._keys:
+            said: dict[str, Any] = {name: say(key, language) for name, key in keys.items()}
+            updates.append(gr.update(**said))
         for update, component in zip(updates, self.components, strict=True):
             if component.elem_id == "way":
                 update["choices"] = ways(language)
             elif isinstance(component, gr.Dataframe):
-                update["value"] = {"headers": headers(language), "data": next(left)}
+                update["value"] = {"headers": headers(language), "data": next(remaining)}
         return updates
 
 
 def ways(language: str) -> list[tuple[str, str]]:
-    """Return the ways of showing where an answer lies, as a radio takes them."""
+    """Return the ways of showing what an answer looks at, as (label, value) pairs of a radio."""
     return [(say(f"way_{way}", language), way) for way in WAYS]
 
 
@@ -91,14 +96,20 @@ def headers(language: str) -> list[str]:
 
 
 def picture_box(texts: Texts, key: str) -> Picture:
-    """Return where a picture is uploaded."""
-    said = {"label": say(key, "ko"), "placeholder": say("drop", "ko")}
-    image = Picture(**said, type="filepath", sources=["upload", "clipboard"], height=280, buttons=[])
+    """Return a box to upload an image to."""
+    image = Picture(
+        label=say(key, "ko"),
+        placeholder=say("drop", "ko"),
+        type="filepath",
+        sources=["upload", "clipboard"],
+        height=280,
+        buttons=[],
+    )
     return texts(image, label=key, placeholder="drop")
 
 
 def gallery_box(texts: Texts, key: str) -> gr.Gallery:
-    """Return where pictures are shown."""
+    """Return a gallery to show images in."""
     gallery = gr.Gallery(
         label=say(key, "ko"), columns=4, height="auto", object_fit="contain", buttons=[], elem_classes="gallery"
     )
@@ -106,11 +117,11 @@ def gallery_box(texts: Texts, key: str) -> gr.Gallery:
 
 
 def text_box(texts: Texts, key: str, hint: str, most: int = MAX_TEXT, info: bool = True, **options: Any) -> gr.Textbox:
-    """Return where a text of up to `most` characters is written."""
-    told = {"label": key, ("info" if info else "placeholder"): hint}
-    said = {name: say(text, "ko") for name, text in told.items()}
-    # One more than is taken, so that who writes too much is told instead of cut short.
-    return texts(gr.Textbox(**said, max_lines=8, max_length=most + 1, **options), **told)
+    """Return a box for a text of up to `most` characters."""
+    keys = {"label": key, ("info" if info else "placeholder"): hint}
+    said: dict[str, Any] = {name: say(text, "ko") for name, text in keys.items()}
+    # One more than is accepted, so that a text that is too long gives an error and is not cut silently.
+    return texts(gr.Textbox(**said, max_lines=8, max_length=most + 1, **options), **keys)
 
 
 def add_examples(
@@ -121,18 +132,18 @@ def add_examples(
     visible = [component for component in shown if isinstance(component, Picture | gr.Textbox)]
     samples = [row[: len(visible)] for row in rows]
     label = say("examples", "ko")
-    made = gr.Dataset(
+    dataset = gr.Dataset(
         components=visible, samples=samples, label=label, type="index", elem_classes="examples", show_label=True
     )
-    texts(made, label="examples")
-    chosen = made.click(
-        lambda row: rows[row] if len(shown) > 1 else rows[row][0], made, shown, api_visibility="private"
+    texts(dataset, label="examples")
+    chosen = dataset.click(
+        lambda row: rows[row] if len(shown) > 1 else rows[row][0], dataset, shown, api_visibility="private"
     )
     chosen.success(fn, inputs, outputs, api_visibility="private", concurrency_id="model")
 
 
 def opened(path: str | None, language: str) -> Any:
-    """Return an uploaded picture; tell who sent one that moves that it is not seen moving."""
+    """Return an uploaded image; of an animation it is the first frame, and a notice says so."""
     if path is None:
         raise RefusedError("no_image")
     if "://" in path:
@@ -144,12 +155,12 @@ def opened(path: str | None, language: str) -> Any:
 
 
 def captioned(hits: list[Hit]) -> list[Any]:
-    """Return what a gallery shows of some hits."""
+    """Return (image, caption) pairs for a gallery."""
     return [(hit.picture, f"{hit.score:.2f} {hit.caption}") for hit in hits if hit.picture is not None]
 
 
 def answering(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn what goes wrong in a call into a short message in its language, the last argument."""
+    """Turn the errors of a function into short messages in the language that is its last argument."""
 
     @functools.wraps(fn)
     def answered(*args: Any) -> Any:
@@ -157,7 +168,7 @@ def answering(fn: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return fn(*args)
         except RefusedError as error:
-            raise gr.Error(error.told(language), title="koclip", print_exception=False) from None
+            raise gr.Error(error.message(language), title="koclip", print_exception=False) from None
         except Exception:
             _log.exception("%s failed", fn.__name__)
             raise gr.Error(say("internal", language), title="koclip", print_exception=False) from None

@@ -116,13 +116,13 @@ _TEXTS = {
 
 
 class RefusedError(ValueError):
-    """Something that was asked and is not done; `told(language)` says why."""
+    """Something that was asked and is not done; `message(language)` says why."""
 
     def __init__(self, key: str, **values: object) -> None:
         super().__init__(key)
         self.key, self.values = key, values
 
-    def told(self, language: str) -> str:
+    def message(self, language: str) -> str:
         """Return the reason in a language."""
         return say(self.key, language, **self.values)
 

@@ -13,7 +13,7 @@ from huggingface_hub import DatasetCardData
 from huggingface_hub.utils import validate_repo_id
 
 from koclip.data.formats import scenes
-from koclip.publishing import data_cards
+from koclip.publishing.licences import read_data_card
 
 ROOT = Path(__file__).parents[1]
 CARDS = sorted(path for path in (ROOT / "data_cards").glob("*.md") if path.name != "README.md")
@@ -49,7 +49,7 @@ def test_a_card_is_complete(card):
     assert facts["id"] == card.stem
     row = re.search(rf"^\|.*\]\({card.name}\).*$", (ROOT / "data_cards" / "README.md").read_text("utf-8"), re.MULTILINE)
     assert row, "not in the index"
-    passed_on = {part.redistribution for part in data_cards.read(card).licenses}
+    passed_on = {part.redistribution for part in read_data_card(card).licenses}
     answer = "**no**" if False in passed_on else "not stated" if None in passed_on else "yes"
     assert row[0].split("|")[4].strip().startswith(answer)
     for config in facts["used_by"]:

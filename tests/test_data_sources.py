@@ -17,11 +17,13 @@ from sources_on_disk import (
     parquet,
     tsv_file,
     webdataset,
+    write_images,
 )
 
 from koclip.config import SourceConfig
+from koclip.data import formats
 from koclip.data.formats import dig
-from koclip.data.sources import StreamSource, open_source
+from koclip.data.sources import SourceError, StreamSource, open_source
 from koclip.data.transforms import decode
 
 
@@ -139,3 +141,51 @@ def test_shared_flickr(shared_data) -> None:
     first = source.rows([0])[0]
     assert {language: len(texts) for language, texts in first.captions.items()} == {"ko": 5, "en": 5}
     assert decode(first.image, 10**8).shape == (3, 128, 128)
+
+
+TOY = """
+from koclip.data.formats import Format
+from koclip.data.formats.files import files_of
+from koclip.data.formats.text_files import open_records
+
+
+def _records(file, task):
+    for line in open(file, encoding="utf-8"):
+        image, caption = line.rstrip("\\n").split("|")
+        yield {"image": image, "text": caption}
+
+
+def _open(config, seed):
+    files = files_of(config, "toy")
+    return open_records(config, _records, files, [""] * len(files))
+
+
+FORMATS = {"toy": Format(_open, (".toy",))}
+"""
+
+
+@pytest.fixture
+def toy_format(tmp_path, monkeypatch):
+    """A new format: one file among the others."""
+    (tmp_path / "formats").mkdir()
+    (tmp_path / "formats" / "toy_lines.py").write_text(TOY)
+    monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(tmp_path / "formats")])
+    for cached in (formats.formats, formats.formats_by_suffix):
+        cached.cache_clear()
+    yield
+    monkeypatch.undo()
+    for cached in (formats.formats, formats.formats_by_suffix):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_new_format_is_one_file(toy_format, tmp_path, records, streaming) -> None:
+    rows = write_images(tmp_path / "pictures", records)
+    lines = "".join(f"{row['image']}|{row['caption_en']}\n" for row in rows)
+    (tmp_path / "rows.toy").write_text(lines, encoding="utf-8")
+    config = SourceConfig(path=str(tmp_path / "rows.toy"), captions={"en": "text"}, streaming=streaming)
+    read = all_rows(open_source(config))
+    assert [colour(row) for row in read] == list(COLOURS.values())
+    assert [row.captions for row in read] == [{"en": [row["caption_en"]]} for row in rows]
+    with pytest.raises(SourceError, match=r"data\.sources\[\]\.format: .*'csv'.*'toy'"):
+        open_source(SourceConfig(path="rows.tox", format="tox"))

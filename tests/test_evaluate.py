@@ -180,7 +180,7 @@ def test_kept_embeddings_make_the_second_evaluation_the_same(
     ("args", "word"),
     [
         ([], "model: got None, name a directory or Hub id: --model runs/<run>/model"),
-        (["--models", "a", "a"], "name each model once"),
+        (["--models", "a", "a"], "models: got ['a', 'a']"),
         (["--model", "nowhere"], "nowhere"),
     ],
 )

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from koclip.config import ConfigError
-from koclip.publishing import data_cards
-from koclip.publishing.licences import ALLOWS, Part, Source, conclude, model_parts, read_parts
+from koclip.publishing.licences import ALLOWS, Part, Source, conclude, model_parts, read_data_card, read_parts
 from koclip.text import read_table
 
 IDS = {id_: (terms, hub) for id_, terms, hub in read_table("licences.tsv")}
@@ -171,7 +170,7 @@ def test_a_part_that_is_written_wrongly_is_refused(changes, fault, tmp_path):
     part = {key: value for key, value in {**RIGHT, **changes}.items() if value is not None or key in ALLOWS}
     file = card(tmp_path, f"licenses: [{RIGHT}, {part}]".replace("None", "null"))
     with pytest.raises(ConfigError, match=rf"card.md: licenses\[1\]{fault}"):
-        data_cards.read(file)
+        read_data_card(file)
 
 
 @pytest.mark.parametrize(
@@ -193,13 +192,13 @@ def test_a_part_that_is_written_wrongly_is_refused(changes, fault, tmp_path):
 )
 def test_a_card_that_is_written_wrongly_is_refused(front, fault, tmp_path):
     with pytest.raises(ConfigError, match=f"card.md: .*{fault}"):
-        data_cards.read(card(tmp_path, front))
+        read_data_card(card(tmp_path, front))
 
 
 def test_all_faults_of_a_card_are_named_at_once(tmp_path):
     (tmp_path / "card.md").write_text("---\nlicense: mit\nlanguages: ko\nrows: 10\n---\n", encoding="utf-8")
     with pytest.raises(ConfigError) as refused:
-        data_cards.read(tmp_path / "card.md")
+        read_data_card(tmp_path / "card.md")
     faults = [fault.split(": ")[1] for fault in str(refused.value).split("; ") if "card.md: " in fault]
     assert faults == ["license", "source", "languages", "rows", "**Limits.**", "**Harms.**"]
 
@@ -207,12 +206,12 @@ def test_all_faults_of_a_card_are_named_at_once(tmp_path):
 def test_a_card_that_is_no_utf8_is_refused(tmp_path):
     (tmp_path / "card.md").write_bytes("---\nsource: 출처\n---\n".encode("cp949"))
     with pytest.raises(ConfigError, match=r"card\.md: its front matter cannot be read"):
-        data_cards.read(tmp_path / "card.md")
+        read_data_card(tmp_path / "card.md")
 
 
 def test_the_answers_that_an_id_gives_may_be_repeated(tmp_path):
     stated = "commercial: true, redistribution: true, share_alike: false"
-    (part,) = data_cards.read(card(tmp_path, f"licenses: [{{part: a, id: MIT, source: b, {stated}}}]")).licenses
+    (part,) = read_data_card(card(tmp_path, f"licenses: [{{part: a, id: MIT, source: b, {stated}}}]")).licenses
     assert part == Part("a", "mit", "b", "", True, True, False)
 
 

@@ -232,10 +232,10 @@ def test_embeddings_that_differ_are_found(model, monkeypatch):
     load = preflight.load
 
     def other(path, device):
-        loaded, processor = load(path, device)
+        encoder = load(path, device)
         with torch.no_grad():
-            loaded.text_projection.weight[0, 0] += 1e-4
-        return loaded, processor
+            encoder.model.text_projection.weight[0, 0] += 1e-4
+        return encoder
 
     monkeypatch.setattr(preflight, "load", other)
     torch.set_num_threads(1)

@@ -207,7 +207,10 @@ def test_what_cannot_be_read_is_named_with_a_remedy_that_works(change: dict[str,
     ("args", "words"),
     [
         (["--int8_sets", SCENES], "expected --onnx int8"),
-        (["--onnx", "int8", "--int8_sets", "[{source: {path: a}}, {source: {path: b/a.csv}}]"], "a name of its own"),
+        (
+            ["--onnx", "int8", "--int8_sets", "[{source: {path: a}}, {source: {path: b/a.csv}}]"],
+            "int8_sets[].source.name: got ['a', 'a']",
+        ),
         (["--onnx", "int8", "--int8_sets", "[{tasks: [stress], source: {path: a}}]"], "expected retrieval"),
     ],
 )

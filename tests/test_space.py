@@ -141,7 +141,7 @@ def test_what_cannot_be_done_is_refused_in_both_languages(made, call, key):
     with pytest.raises(texts.RefusedError) as caught:
         call(made)
     assert caught.value.key == key
-    korean, english = caught.value.told("ko"), caught.value.told("en")
+    korean, english = caught.value.message("ko"), caught.value.message("en")
     assert re.search("[가-힣]", korean)
     assert english.isascii()
     assert len(korean) < 120

@@ -1,7 +1,7 @@
-"""Every knob of koclip, once: frozen dataclasses, one per room, and the parser that fills them.
+"""Every setting of koclip, in frozen dataclasses, and the parser that fills them.
 
-A recipe's configuration is the dataclass that lists the sections it uses. `parse()` builds it from
-`--config FILE.yaml` and `--section.key value` overrides, and stops with one clear line on any mistake.
+A recipe's configuration is a dataclass that lists the sections it uses. `parse()` builds it from `--config FILE.yaml`
+and `--section.key value` overrides. A mistake ends the program with one line on stderr.
 """
 
 from koclip.config.changes import check_changes, check_data

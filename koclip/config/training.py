@@ -39,7 +39,7 @@ class OptimConfig:
         beta2: Decay of the second moment.
         eps: Term that keeps the denominator above zero.
         weight_decay: Decoupled decay; norms, biases and the logit scale have none.
-        max_grad_norm: Gradients are clipped to this norm; 0 turns clipping off (the norm is logged either way).
+        max_grad_norm: Clip gradients to this norm. 0: no clipping; the norm is logged in any case.
     """
 
     lr: float = 1e-3
@@ -67,22 +67,22 @@ class TrainConfig:
         num_steps: Optimizer steps.
         batch_size: Pairs per process and step; the loss sees batch_size x num_processes pairs.
         micro_batch_size: Pairs in the model at a time. The gradient is still that of the whole batch (GradCache), for
-            about a third more work. Default: all of them.
-        num_processes: Processes this run must have; the run stops if it was launched with another number.
-            Default: any number.
+            about a third more work. Default: the whole batch.
+        num_processes: Stop if the run was launched with another number of processes. Default: any number.
         precision: `fp32`, `bf16` or `fp16` (autocast; weights stay fp32).
         compile: Compile the model with torch.compile.
-        ema_decay: Decay of an exponential moving average of the weights; 0 turns it off. Evaluation and the
-            published model use the average when it is on.
-        log_every: Steps between two lines of metrics.jsonl, each with the `seconds` that the run has taken.
-        eval_every: Steps between two evaluations; 0 evaluates at the end only.
-        save_every: Steps between two checkpoints; 0 saves at the end only.
-        keep_checkpoints: Newest checkpoints kept.
-        max_bad_steps: The run stops after so many steps in a row without a finite loss and gradient. Such steps never
-            change the model; they are listed in events.jsonl.
-        spike_sigmas: A loss so many standard deviations above its running mean is listed too; 0 turns it off.
-        num_threads: CPU threads per process; 0 leaves PyTorch's choice.
-        tracker: Where metrics go besides metrics.jsonl.
+        ema_decay: Decay of an exponential moving average of the weights. 0: no average. If there is an average, it is
+            what is evaluated and published.
+        log_every: Steps between two lines of metrics.jsonl. Their `seconds` are the wall-clock time of the run so far.
+        eval_every: Steps between two evaluations. 0: only at the end.
+        save_every: Steps between two checkpoints. 0: only at the end.
+        keep_checkpoints: Number of checkpoints to keep, the newest.
+        max_bad_steps: Stop after this many steps in a row whose loss or gradient is not finite. Such steps do not
+            change the model; events.jsonl lists them.
+        spike_sigmas: events.jsonl also lists losses more than this many standard deviations above the running mean. 0:
+            lists none.
+        num_threads: CPU threads per process. 0: PyTorch's default.
+        tracker: Where metrics are written in addition to metrics.jsonl.
         seed: Seed of dropout.
     """
 
@@ -119,23 +119,23 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlignMethodConfig:
-    """What is trained, and when.
+    """The method: what is trained, in which stages.
 
     Args:
-        method: `frozen_image` trains the text tower against the image tower as it is (LiT, Zhai et al. 2022). `lora`
-            trains adapters, and the text projection. `full` trains both towers. `distill` needs no images: the source's
-            own text tower teaches the new one. `two_stage` distils first and contrasts with frozen images then.
-        first_steps: Steps of the first stage: of the distillation in `two_stage`; in `full`, with the image tower
-            frozen, before it is trained too.
-        second_lr: Peak learning rate of the second stage; default: optim.lr.
-        image_layers: Layers of the image tower that `full` trains, the top ones; default: all, embeddings included.
-        layer_decay: Learning rate of a layer as a share of that of the layer above it, in `full`, in both towers.
-        wise_ft: Share of the trained weights in the published model, the rest is the source's (WiSE-FT, Wortsman et al.
-            2022). Weights that the source does not have stay as they were trained.
-        cache: Keep the embeddings of a frozen image tower, so that no image is decoded or encoded twice.
-        cache_dir: Where they are kept, and the teacher's features; default: features/ in the run directory. Runs of the
-            same source and data may share it.
-        cache_dtype: `fp16` halves the disk and rounds to three digits, `fp32` keeps all.
+        method: `frozen_image`: train the text tower against the frozen image tower (LiT, Zhai et al. 2022). `lora`:
+            train adapters and the text projection. `full`: train both towers. `distill`: without images, the source's
+            text tower teaches the new text tower. `two_stage`: `distill` for `first_steps`, then `frozen_image`.
+        first_steps: Steps of the first stage. `two_stage`: steps of `distill`. `full`: steps with a frozen image tower.
+        second_lr: Peak learning rate of the second stage. Default: optim.lr.
+        image_layers: `full` trains only this many layers of the image tower, from the top. Default: all layers and the
+            embeddings.
+        layer_decay: In `full`, the learning rate of a layer relative to the layer above it, in both towers.
+        wise_ft: Share of the trained weights in the published model; the rest are the source's weights (WiSE-FT,
+            Wortsman et al. 2022). Weights that the source does not have are not mixed.
+        cache: Cache the embeddings of a frozen image tower, so that each image is decoded and encoded once.
+        cache_dir: Directory of that cache and of the teacher's features. Default: features/ in the run directory. Runs
+            with the same source and data may share it.
+        cache_dtype: `fp32`, or `fp16`, which needs half the disk and keeps three digits.
     """
 
     method: Literal["frozen_image", "lora", "full", "distill", "two_stage"] = "frozen_image"
@@ -154,7 +154,7 @@ class AlignMethodConfig:
         check(self.first_steps >= 0, "align.first_steps", self.first_steps, "expected 0 or more")
         check(staged or not self.first_steps, "align.first_steps", self.first_steps, f"{self.method} has one stage")
         needed = self.method != "two_stage" or self.first_steps > 0
-        check(needed, "align.first_steps", self.first_steps, "two_stage needs the steps of its distillation")
+        check(needed, "align.first_steps", self.first_steps, "two_stage needs the number of steps of distill")
         check(self.second_lr is None or self.second_lr > 0, "align.second_lr", self.second_lr, "expected more than 0")
         check(
             self.image_layers is None or self.image_layers >= 1,
@@ -170,27 +170,28 @@ class AlignMethodConfig:
                 self.method == "full" or value == default,
                 f"align.{name}",
                 value,
-                f"only full takes it, not {self.method}",
+                f"only method full has this setting, not {self.method}",
             )
         whole = self.method != "lora" or self.wise_ft == 1
-        check(whole, "align.wise_ft", self.wise_ft, "adapters are scaled by lora.alpha instead")
+        check(whole, "align.wise_ft", self.wise_ft, "expected 1 with method lora, which has lora.alpha")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """The source's text tower as a teacher, on sentences in its language that correspond to the captions.
+    """The source's text tower as a teacher, on translations of the captions in its language.
 
-    A row's captions correspond to each other by their places where both languages have equally many, empty ones
-    included; a caption whose counterpart is empty is not taught. Where they have unequal numbers, any of the row's is
-    taken. Both are counted when training starts. Captions in the teacher's language are taught too.
+    If a row has equally many captions in both languages, caption i corresponds to caption i (empty captions count); a
+    caption whose translation is empty is not taught. If the numbers differ, any caption of the row is used as the
+    translation. The numbers of both cases are printed when training starts. Captions in the teacher's language are
+    taught as well.
 
     Args:
         language: The teacher's language.
-        contrastive: Weight of the contrastive loss with the teacher's embeddings in the place of images.
+        contrastive: Weight of the contrastive loss between texts and the teacher's embeddings.
         cosine: Weight of 1 - cosine similarity to the teacher's embedding.
         mse: Weight of the mean squared error to the teacher's features, before normalisation (as in M-CLIP).
-        anchor: Weight of these three next to the contrastive loss with images, in every method that sees images; it
-            holds retrieval in the teacher's language in place. 0: no teacher there.
+        anchor: Weight of the three terms above in the methods with images, next to the contrastive loss with images. It
+            preserves retrieval in the teacher's language. 0: no teacher in these methods.
     """
 
     language: str = "en"

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from xxhash import xxh3_128_hexdigest
+from xxhash import xxh3_64_hexdigest, xxh3_128_hexdigest
 
 from koclip import storage
 from koclip.config import ConfigError, check
@@ -131,7 +131,7 @@ class Shard:
                 place: (key, reason) for place, key, reason in notes["left_out"]
             }
             self._gaps = np.array(sorted(self._left_out), dtype=np.int64)
-            self._checksum = notes["checksum"]
+            self.checksum: str = notes["checksum"]
             if len(self.digests) and len(self.embeddings) != len(self.digests) - len(self._left_out):
                 raise ValueError("its parts do not fit together")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -174,7 +174,7 @@ class Shard:
         Raises:
             ConfigError: it is not as it was written.
         """
-        if self._checksum != _checksum(self._tensors["digests"], self.embeddings):
+        if self.checksum != _checksum(self._tensors["digests"], self.embeddings):
             raise self._broken("it does not have the checksum it was written with")
 
     def check(self, items: Sequence[Item]) -> None:
@@ -279,6 +279,11 @@ class Shards:
         ]
         return torch.cat(parts) if parts else torch.zeros(0, self.width)
 
+    @property
+    def checksum(self) -> str:
+        """A hash of all embeddings and of the items' digests."""
+        return xxh3_64_hexdigest(" ".join(shard.checksum for shard in self._shards).encode())
+
     @cached_property
     def _by_digest(self) -> tuple[npt.NDArray[np.bytes_], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return the digests, sorted; each one's place among all items; and where each shard's items begin."""
@@ -295,13 +300,13 @@ class Shards:
         """
         digests, order, starts = self._by_digest
         wanted = np.frombuffer(digest, dtype="S16")[0]
-        found = int(np.searchsorted(digests, wanted))
-        if found == len(digests) or digests[found] != wanted:
+        index = int(np.searchsorted(digests, wanted))
+        if index == len(digests) or digests[index] != wanted:
             raise ConfigError(
                 f"{self._key}: the data changed while the run was going on: one of its images or sentences is not in "
                 "the cache; start again with another directory"
             )
-        place = int(order[found])
+        place = int(order[index])
         number = int(np.searchsorted(starts, place, side="right")) - 1
         shard, place = self._shards[number], place - int(starts[number])
         if reason := shard.reason(place):

@@ -18,8 +18,7 @@ from koclip.evaluation.results import Record, records_of
 from koclip.evaluation.tasks import SPECS
 from koclip.metrics import Metric
 from koclip.models.pretrained import is_hub_id, read_processor
-from koclip.publishing import data_cards
-from koclip.publishing.licences import UNSTATED, Part, Source, model_parts
+from koclip.publishing.licences import UNSTATED, Part, Source, front_matter, model_parts, read_data_card
 from koclip.text.normalize import normalize
 
 _EVALUATION = "evaluation"
@@ -189,7 +188,7 @@ def _find_card(name: str, path: str | None, cards: Path) -> Path:
     """Return the data card of that name, else the one that lists the file that was read: a part has no card alone."""
     file = cards / f"{name}.md"
     others = () if file.is_file() or path is None else sorted(cards.glob("*.md"))
-    file = next((one for one in others if path in (data_cards.split(one)[0].get("files") or {})), file)
+    file = next((one for one in others if path in (front_matter(one)[0].get("files") or {})), file)
     write = "write it, as data_cards/README.md says, or name the directory: --data_cards"
     listing = f", nor one that lists {path}" if path else ""
     check(file.is_file(), f"the data card of {name}", str(file), f"no such file{listing}; {write}")
@@ -200,7 +199,7 @@ def _data_set(
     name: str, role: str, cards: Path, path: str | None, hub_id: str | None = None, revision: str | None = None
 ) -> DataSet:
     file = _find_card(name, path, cards)
-    card = data_cards.read(file)
+    card = read_data_card(file)
     checksums = [f"{Path(path).name} sha256 {digest[:12]}" for path, digest in card.files.items()]
     revision = revision or (card.revision if path == (card.hub or path) else None)
     versions = [f"revision {revision}"] if revision else checksums

@@ -1,21 +1,29 @@
-"""The licence that a model's sources leave it: the strictest of its towers and its training data.
+"""Data cards, the terms that they state, and the licence that a model's sources leave it.
 
-It follows from fields alone: a licence's id in `assets/licences.tsv`, and what a data card states. No sentence is read.
+A data card says what a data set is, where it comes from, and on which terms each part of it may be used. It is a
+Markdown file with a YAML front matter; data_cards/README.md describes its keys. A model's licence is the strictest of
+its towers and its training data. It follows from fields alone: a licence's id in `assets/licences.tsv`, and the fields
+of a data card. No sentence is interpreted.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from koclip.config import check
+import yaml
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+from koclip.config import ConfigError, check
 from koclip.text import read_table
 
 OTHER, NONE, UNSTATED = "other", "none", "unstated"
-# Of what a part may be used for: the key of a data card, and its words in a table.
+# The uses that a licence allows or not: the key in a data card, and the words in a table.
 ALLOWS = {"commercial": "commercial use", "redistribution": "passing on", "share_alike": "share-alike"}
-_KEYS = {"part", "id", "source", "words", *ALLOWS}
+_PART_KEYS = {"part", "id", "source", "words", *ALLOWS}
 # By the terms in assets/licences.tsv: commercial, redistribution, share_alike.
 _TERMS: dict[str, tuple[bool | None, bool | None, bool | None]] = {
     "free": (True, True, False),
@@ -27,20 +35,25 @@ _TERMS: dict[str, tuple[bool | None, bool | None, bool | None]] = {
 _NON_COMMERCIAL = ("non-commercial-sources", "some of its sources may not be used commercially")
 _NONE_STATED = ("unstated-sources", "some of its sources state no licence, so nobody can grant you one")
 _OWN = ("terms-of-sources", "some of its sources have terms of their own, which hold for it too")
+_LICENCES_FORM = (
+    "expected `licenses`, a list of parts, each with part, id (an id of SPDX or the Hub, other or none), source, "
+    "words, commercial, redistribution, share_alike: nothing follows from a sentence. data_cards/README.md shows it"
+)
+_LOCAL_LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)[^)]+\)")  # leads nowhere outside of the repository
 
 
 @dataclass(frozen=True)
 class Part:
-    """The terms of one part of a source, as captions, photos or weights. Of the three answers None means: not stated.
+    """The terms of one part of a source, such as captions, photos or weights. None: not stated.
 
     Args:
-        part: What it is.
+        part: Name of the part.
         id: The licence's id, in lower case; `other` if it has none, `none` if no licence is stated.
-        source: Where this is said.
-        words: The terms as they are written, where an id does not say them.
+        source: Where the licence is stated.
+        words: The terms in their own words, where the id does not say them.
         commercial: Whether commercial use is allowed.
         redistribution: Whether it may be passed on.
-        share_alike: Whether what is made of it must be passed on under the same licence.
+        share_alike: Whether derived works must be passed on under the same licence.
     """
 
     part: str
@@ -53,18 +66,18 @@ class Part:
 
     @property
     def is_known(self) -> bool:
-        """Whether the licence's id says all."""
+        """Whether the licence's id states all terms."""
         return _known().get(self.id, _TERMS["own"]) != _TERMS["own"]
 
     @property
     def licence(self) -> str:
-        """The id, and the words where it does not say all."""
+        """The id, and the words where the id does not state all terms."""
         name = "no licence stated" if self.id == NONE else self.id
         return f"{name} (“{self.words}”)" if self.words else name
 
     @property
     def answers(self) -> list[str]:
-        """What it may be used for, in the order of `ALLOWS`: yes, no, not stated."""
+        """The permitted uses, in the order of `ALLOWS`: yes, no, not stated."""
         return [{True: "yes", False: "no", None: "not stated"}[getattr(self, key)] for key in ALLOWS]
 
 
@@ -79,7 +92,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Licence:
-    """What the model's metadata say, and one sentence on why. `name` is given where `id` is `other`."""
+    """The licence in the model's metadata, and one sentence on why. `name` is set where `id` is `other`."""
 
     id: str
     name: str | None
@@ -87,10 +100,10 @@ class Licence:
 
 
 def read_parts(values: Any) -> tuple[list[Part], list[str]]:
-    """Read the `licenses` of a data card; return its parts, and what is wrong with them, nothing if all is well."""
+    """Read the `licenses` of a data card; return its parts, and the faults if there are any."""
     if not isinstance(values, list) or not values:
         return [], [f"licenses: got {values!r}, expected a list of parts, one or more"]
-    faults = [f"licenses[{place}]{fault}" for place, part in enumerate(values) for fault in _faults(part)]
+    faults = [f"licenses[{place}]{fault}" for place, part in enumerate(values) for fault in _part_faults(part)]
     if faults:
         return [], faults
     parts = [_part(part) for part in values]
@@ -98,12 +111,12 @@ def read_parts(values: Any) -> tuple[list[Part], list[str]]:
     return parts, [] if len(set(names)) == len(names) else [f"licenses: got the parts {names}, expected each once"]
 
 
-def _faults(values: Any) -> Iterator[str]:
+def _part_faults(values: Any) -> Iterator[str]:
     if not isinstance(values, dict):
         yield f": got {values!r}, expected a mapping with part, id, source and what else is stated"
         return
-    for key in sorted(set(map(str, values)) - _KEYS):
-        yield f".{key}: no such key; expected {', '.join(sorted(_KEYS))}"
+    for key in sorted(set(map(str, values)) - _PART_KEYS):
+        yield f".{key}: no such key; expected {', '.join(sorted(_PART_KEYS))}"
     for key in ("part", "id", "source"):
         if not _is_text(values.get(key)):
             yield f".{key}: got {values.get(key)!r}, expected some words"
@@ -118,7 +131,7 @@ def _faults(values: Any) -> Iterator[str]:
 
 
 def _contradictions(values: Mapping[str, Any], id_: str) -> Iterator[str]:
-    """Yield what a part says against its licence's id."""
+    """Yield the fields of a part that contradict its licence's id."""
     own = f"a part with terms of its own is `id: {OTHER}` with its `words`"
     if id_ not in (*_known(), OTHER, NONE):
         near = difflib.get_close_matches(id_, _known(), 3)
@@ -153,9 +166,9 @@ def model_parts(stated: str | Sequence[str] | None, source: str, words: str = ""
     """Return the terms of a model's weights.
 
     Args:
-        stated: What is said of its licence: an id, or several, all of which hold; words; or nothing.
-        source: Who says it.
-        words: What is said of a licence that is called `other`.
+        stated: The stated licence: an id, or several, all of which hold; words; or None.
+        source: Who states it.
+        words: The terms of a licence that is called `other`.
     """
     several = [stated] if isinstance(stated, str) else list(stated or [UNSTATED])
     parts = []
@@ -167,7 +180,7 @@ def model_parts(stated: str | Sequence[str] | None, source: str, words: str = ""
 
 
 def conclude(sources: Sequence[Source], wish: str) -> Licence:
-    """Return the licence of a model made of `sources`.
+    """Return the licence of a model with these sources.
 
     Args:
         sources: Its towers and its training data.
@@ -198,16 +211,143 @@ def conclude(sources: Sequence[Source], wish: str) -> Licence:
     return Licence(OTHER, id_, f"{_names(bound)} must be passed on under {id_}")
 
 
-def _names(names: Sequence[str]) -> str:
-    return ", ".join(dict.fromkeys(names))
-
-
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_text(item) for item in value)
+
+
+def _maps_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_text(item) for pair in value.items() for item in pair)
+
+
+def _counts(value: Any) -> bool:
+    number = (int, str)
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(_is_text(key) and isinstance(value[key], number) for key in value)
+    )
+
+
+# By key, `licenses` excepted: whether a card needs it, the check of its value, and what is expected.
+_CARD_KEYS: dict[str, tuple[bool, Callable[[Any], bool], str]] = {
+    "id": (False, _is_text, "the file's stem"),
+    "source": (True, _is_text, "who made the data, and where they come from"),
+    "languages": (True, lambda value: _are_texts(value) and bool(value), "a list of codes, as [ko, en]"),
+    "rows": (True, _counts, "the number of rows by split"),
+    "files": (False, _maps_texts, "the sha256 of every file by its path, {} if there are none"),
+    "columns": (False, _maps_texts, "what each column holds"),
+    "used_by": (False, _are_texts, "a list of configurations"),
+    "hub": (False, _is_text, "the data set's id on the Hub"),
+    "revision": (False, _is_text, "a commit on the Hub"),
+    "unverified": (False, _maps_texts, "for every key that nobody could read at its source, where its value is from"),
+}
+
+
+@dataclass(frozen=True)
+class DataCard:
+    """The content of a data card; data_cards/README.md describes the keys. `files` may be empty, `hub` None."""
+
+    source: str
+    licenses: tuple[Part, ...]
+    languages: list[str]
+    rows: dict[str, int | str]
+    files: dict[str, str]
+    hub: str | None
+    revision: str | None
+    is_unverified: bool
+    limits: str
+    harms: str
+
+
+def read_data_card(file: Path) -> DataCard:
+    """Read a data card and check it.
+
+    Raises:
+        ConfigError: a value is missing, unknown or of a wrong type; the message names all faults.
+    """
+    values, prose = front_matter(file)
+    parts, part_faults = read_parts(values["licenses"]) if "licenses" in values else ([], [])
+    paragraphs = {name: _paragraph(prose, name) for name in ("Limits", "Harms")}
+    faults = [*_card_faults(values, file), *part_faults]
+    faults += [f"**{name}.**: got no paragraph that begins so" for name, text in paragraphs.items() if not text]
+    if faults:
+        raise ConfigError("; ".join(f"{file}: {fault}" for fault in faults))
+    return DataCard(
+        source=values["source"],
+        licenses=tuple(parts),
+        languages=values["languages"],
+        rows=values["rows"],
+        files=values.get("files", {}),
+        hub=values.get("hub"),
+        revision=values.get("revision"),
+        is_unverified=bool(values.get("unverified")),
+        limits=paragraphs["Limits"],
+        harms=paragraphs["Harms"],
+    )
+
+
+def front_matter(file: Path) -> tuple[dict[str, Any], str]:
+    """Return the YAML front matter of a card, {} if it has none, and its text.
+
+    `huggingface_hub.DatasetCard` takes the last of two equal keys and leaves out null values, so its errors would be
+    silent here.
+
+    Raises:
+        ConfigError: the file is not UTF-8; or the front matter is not YAML, or has a key twice.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        block = REGEX_YAML_BLOCK.search(text)  # the Hub's own
+        values = yaml.load(block[2], _Loader) if block else {}  # a SafeLoader
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: its front matter cannot be read: {' '.join(str(error).split())}") from error
+    return values if isinstance(values, dict) else {}, text[block.end() :] if block else text
+
+
+def _card_faults(values: Mapping[str, Any], file: Path) -> Iterator[str]:
+    """Yield the faults of a front matter, those of its `licenses` excepted."""
+    if "license" in values:
+        yield f"license: got {values['license']!r}, {_LICENCES_FORM}"
+    elif "licenses" not in values:
+        yield f"licenses: got None, {_LICENCES_FORM}"
+    for key in sorted(set(map(str, values)) - {*_CARD_KEYS, "license", "licenses"}):
+        yield f"{key}: no such key; expected {', '.join(_CARD_KEYS)}, licenses"
+    for key, (needed, is_right, expected) in _CARD_KEYS.items():
+        if (needed or key in values) and not is_right(values.get(key)):
+            yield f"{key}: got {values.get(key)!r}, expected {expected}"
+    if values.get("id", file.stem) != file.stem:
+        yield f"id: got {values['id']!r}, expected {file.stem}, as the file is called"
+    if "licenses" in (values.get("unverified") or {}):
+        yield "unverified.licenses: expected no such key: a part whose terms are not verified is `id: other`"
+
+
+def _paragraph(prose: str, name: str) -> str:
+    """Return the paragraph that begins with `name` in bold, as one line; "" if there is none."""
+    match = re.search(rf"\*\*{name}\.\*\* (.+?)(?:\n\n|\Z)", prose, re.DOTALL)
+    return " ".join(_LOCAL_LINK.sub(r"\1", match[1]).split()) if match else ""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is twice in a mapping; YAML takes the last one silently."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for index, key in enumerate(keys) if key in keys[:index]]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(names))
+
+
 def _id(text: str) -> str:
-    """Return a text as an id is spelt: SPDX's are the same in any case, and people write CC BY 4.0 for CC-BY-4.0."""
+    """Return a text in the spelling of an id: SPDX ignores case, and people write CC BY 4.0 for CC-BY-4.0."""
     return "-".join(text.lower().split())
 
 

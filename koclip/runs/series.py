@@ -79,16 +79,13 @@ class Series:
         try:
             write(partial)
             storage.seal(partial)
+            storage.put(partial, final)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise RunError(
                 f"{final} could not be written: {error}. The checkpoints before it are intact; make room or choose "
                 "another disk, then go on with --resume auto"
             ) from error
-        if final.exists():
-            shutil.rmtree(self._move(final, "deleting"))
-        partial.rename(final)
-        storage.sync(self.folder)
         for old in sorted(self.folder.glob("step-*"))[:-keep]:
             shutil.rmtree(self._move(old, "deleting"))
 

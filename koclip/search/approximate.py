@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from koclip import storage
 from koclip.config import ConfigError, check
 
-FILE = "approximate.faiss"
+FILE = "approximate-{}.faiss"  # with a hash of the embeddings
 MOST = 1_000  # results that are asked of it; for more all images are looked at
 FACTOR = 4  # candidates per result
 PROBED = 64  # lists looked at; measured by recipes/benchmarks/search.py
@@ -84,15 +84,12 @@ def build(rows: Sequence[torch.Tensor], width: int, path: Path) -> None:
         library.write_index(index, str(partial))
 
 
-def open_quick(directory: Path) -> Quick | None:
-    """Open the approximate index of a directory, memory-mapped; None if it has none.
+def open_quick(path: Path) -> Quick:
+    """Open an approximate index, memory-mapped.
 
     Raises:
         ConfigError: it is broken, or faiss is not installed.
     """
-    path = directory / FILE
-    if not path.exists():
-        return None
     library = faiss()
     try:
         return Quick(library.read_index(str(path), library.IO_FLAG_MMAP_IFC))

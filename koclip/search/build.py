@@ -1,5 +1,7 @@
 """Build an index: embed images shard by shard, go on where a killed run stopped, and embed anew what has changed.
 
+`embeddings.json` names the files that are the index: it is replaced in one step when all of them are there.
+
 A file is taken for the same, and is not read, where its size and both of its times are (`koclip.data.formats.files`).
 Else a hash of its bytes decides, and so it does for images that are in a table.
 """
@@ -87,46 +89,59 @@ def build(config: IndexConfig, encoder: Encoder, directory: Path) -> tuple[int, 
     if store.facts() is None and any(not path.name.startswith("writing-") for path in directory.glob("*")):
         raise ConfigError(f"output_dir: {directory} holds other files; name an empty or a new directory")
     store.claim(facts, unchecked=["model"])  # the same weights may be at another path
-    paths = _embed(config, encoder, collection, (store, facts))
+    paths, changed = _embed(config, encoder, collection, store)
     shards = Shards(paths, store.key)
     check(len(shards) > 0, "images", config.images, f"none can be used; the first: {shards.left_out[:1]}")
-    quick = directory / approximate.FILE
+    quick = directory / approximate.FILE.format(shards.checksum)
     large = config.approximate == "auto" and len(shards) >= config.approximate_from
-    if (large or config.approximate == "yes") and not quick.exists():
+    if (large or config.approximate == "yes") and (changed or not quick.exists()):
         approximate.build(shards.rows, shards.width, quick)
-    store.write_facts({**facts, "num_images": len(shards), "num_shards": len(paths)})
+    names, quick_name = [path.name for path in paths], quick.name if quick.exists() else None
+    finished = {**facts, "num_images": len(shards), "shards": names, "approximate": quick_name}
+    store.write_facts(finished)  # from now on, this is the index
+    for path in [*directory.glob("shard-*"), *directory.glob("approximate-*"), *directory.glob("writing-*")]:
+        if path.name not in (*names, quick_name):
+            path.unlink()
     left_out = [Skip(key, reason, collection.name) for key, reason in shards.left_out]
     return len(shards), [*left_out, *collection.source.left_out]
 
 
-def _embed(
-    config: IndexConfig, encoder: Encoder, collection: Collection, target: tuple[Store, dict[str, Any]]
-) -> list[Path]:
-    """Write the shards that are missing or of other rows than now; return all of them.
+def _embed(config: IndexConfig, encoder: Encoder, collection: Collection, store: Store) -> tuple[list[Path], bool]:
+    """Write the shards that are missing or of other rows than now; return all that are used, and whether one is new.
+
+    A shard takes another name than the one it takes the place of, which an index that is complete still needs.
 
     Raises:
         ConfigError: a shard is of more or fewer rows than belong into it now.
     """
-    store, facts = target
-    paths: list[Path] = []
-    stored = {path: Shard(path, store.key) for path in sorted(store.path.glob(SHARD.replace("{:06}", "*")))}
+    used: list[Path] = []
+    stored: dict[int, list[Shard]] = {}  # by number, the newest first
+    for path in sorted(store.path.glob("shard-*.safetensors"), key=_revision, reverse=True):
+        stored.setdefault(_revision(path)[0], []).append(Shard(path, store.key))
+    changed = False
     with tqdm(desc="embedding images", total=collection.num_images or None, unit=" images") as bar:
         for number, rows in enumerate(collection.shards()):
-            path = store.path / SHARD.format(number)
-            paths.append(path)
-            shard = stored.pop(path, None)
-            if shard and shard.num_items != len(rows):
-                raise _resized(shard, len(rows))
-            if shard and not _stale(shard, rows):
+            shards = stored.pop(number, [])
+            if shards and shards[0].num_items != len(rows):
+                raise _resized(shards[0], len(rows))
+            current = next((shard.path for shard in shards if not _stale(shard, rows)), None)
+            if current:
                 bar.update(len(rows))
-                continue
-            if "num_images" in (store.facts() or {}):
-                store.write_facts(facts)  # it is not finished any more
-            (store.path / approximate.FILE).unlink(missing_ok=True)  # of other rows
-            embed_shard(path, _pieces(rows, config, bar), _embedding(encoder), torch.bfloat16)
-    for shard in list(stored.values())[:1]:
-        raise _resized(shard, 0)
-    return paths
+            else:
+                name = SHARD.format(number) if not shards else f"shard-{number:06}-{_revision(shards[0].path)[1] + 1}"
+                current = (store.path / name).with_suffix(".safetensors")
+                embed_shard(current, _pieces(rows, config, bar), _embedding(encoder), torch.bfloat16)
+                changed = True
+            used.append(current)
+    for shards in list(stored.values())[:1]:
+        raise _resized(shards[0], 0)
+    return used, changed
+
+
+def _revision(path: Path) -> tuple[int, int]:
+    """Return a shard's number, and how often it has been replaced."""
+    number, *revision = path.stem.removeprefix("shard-").split("-")
+    return int(number), int(revision[0]) if revision else 0
 
 
 def _facts(config: IndexConfig, collection: Collection, encoder: Encoder) -> dict[str, Any]:

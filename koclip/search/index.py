@@ -1,7 +1,7 @@
 """Find the images of an index that are nearest to a query: by looking at all of them, or at the likely ones."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from koclip.config import ConfigError, check
-from koclip.embeddings.store import FACTS, SHARD, Entry, Shards, Store
+from koclip.embeddings.store import FACTS, Entry, Shards, Store
 from koclip.search import approximate
 
 _QUERIES = 16  # scored at once: 4 bytes per image and query
@@ -45,7 +45,7 @@ class ImageIndex:
     def __init__(self, shards: Shards, facts: dict[str, Any], quick: approximate.Quick | None = None) -> None:
         expected = f"expected {len(shards)}: delete that file, and run the command that makes the index again"
         made_of = len(shards) if quick is None else len(quick)
-        check(made_of == len(shards), f"index: {approximate.FILE}, images", made_of, expected)
+        check(made_of == len(shards), "index: approximate index, images", made_of, expected)
         self.facts = facts
         self._shards, self._quick = shards, quick
 
@@ -74,8 +74,7 @@ class ImageIndex:
         if self._quick is None or k > approximate.MOST:
             return self.exact(queries, k)
         self._check(queries, k)
-        found = [self._rescore(query, self._likely(query, k), k) for query in queries.float()]
-        return Found(torch.stack([one.scores for one in found]), torch.stack([one.places for one in found]))
+        return _stacked([self._rescore(query, self._likely(query, k), k) for query in queries.float()])
 
     def exact(self, queries: torch.Tensor, k: int) -> Found:
         """Return the same by looking at all: the k best fp32 scores of the stored rows; of equal ones the first.
@@ -85,12 +84,12 @@ class ImageIndex:
         """
         self._check(queries, k)
         k = min(k, len(self))
-        found: list[Found] = []
+        results: list[Found] = []
         for part in queries.float().split(_QUERIES):
             for rough, query in zip(self._scan(part.bfloat16()), part, strict=True):
                 least = rough.topk(k).values[-1] - 2 * _MARGIN
-                found.append(self._rescore(query, (rough >= least).nonzero()[:, 0], k))
-        return Found(torch.stack([one.scores for one in found]), torch.stack([one.places for one in found]))
+                results.append(self._rescore(query, (rough >= least).nonzero()[:, 0], k))
+        return _stacked(results)
 
     def _scan(self, queries: torch.Tensor) -> torch.Tensor:
         """Return the scores (Q, N) of bf16 queries (Q, D), a part of the shards by each thread."""
@@ -131,6 +130,12 @@ class ImageIndex:
         check(k >= 1, "k", k, "expected 1 or more")
 
 
+def _stacked(results: Sequence[Found]) -> Found:
+    """Return the results of several queries as one."""
+    scores, places = zip(*results, strict=True)
+    return Found(torch.stack(scores), torch.stack(places))
+
+
 @contextmanager
 def _single_threads() -> Iterator[tuple[ThreadPoolExecutor, int]]:
     """Yield threads that compute alone, and their number: that of torch's.
@@ -161,9 +166,10 @@ def open_index(directory: str | Path) -> ImageIndex:
     num_images = facts.get("num_images")
     again = "the command that makes it goes on where it stopped: run it again"
     check(isinstance(num_images, int), "index", str(directory), f"it is not finished; {again}")
-    paths = [directory / SHARD.format(number) for number in range(int(facts.get("num_shards", 0)))]
-    missing = [path.name for path in paths if not path.exists()]
-    check(not missing, f"index: {directory}, missing shards", missing[:3], again)
+    paths = [directory / name for name in facts["shards"]]
+    quick = directory / facts["approximate"] if facts["approximate"] else None
+    missing = [path.name for path in [*paths, *([quick] if quick else [])] if not path.exists()]
+    check(not missing, f"index: {directory}, missing files", missing[:3], again)
     shards = Shards(paths, "index")
     check(len(shards) == num_images, f"index: {directory}, images", len(shards), f"expected {num_images}; {again}")
-    return ImageIndex(shards, facts, approximate.open_quick(directory))
+    return ImageIndex(shards, facts, approximate.open_quick(quick) if quick else None)

@@ -37,11 +37,12 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from clip_shapes import build_clip
 from pairs import CONTEXT, FLICKR8K_KO, some_pairs
 from ratios import hardware, spread
 from torch import Tensor
 from tqdm import tqdm
-from transformers import BertTokenizer, RobertaConfig, RobertaModel
+from transformers import BertTokenizer, CLIPModel, RobertaConfig, RobertaModel
 
 from koclip import training
 from koclip.align.build import adapt
@@ -54,8 +55,7 @@ from koclip.data.transforms import Views, centre_view, digest_of, view_size
 from koclip.embeddings.sources import Cache, image_features
 from koclip.encoders.transformers import TransformersEncoder
 from koclip.metrics import first_ranks, share
-from koclip.models import StockModel
-from koclip.models.dual_encoder import DualEncoder, from_scratch
+from koclip.models.dual_encoder import DualEncoder
 from koclip.models.pretrained import load_text_encoder
 from koclip.text.tokenizers import load, train_bpe
 
@@ -67,7 +67,7 @@ CHECKED = 16  # pairs whose loss is compared
 class Start(NamedTuple):
     """What both start from."""
 
-    clip: StockModel
+    clip: CLIPModel
     image_processor: Any
     encoder: Path  # directory of a text encoder and its tokenizer
 
@@ -97,7 +97,7 @@ def timed(turn: Callable[[], object]) -> Seconds:
 def starting_point(options: argparse.Namespace, captions: Sequence[str], folder: Path) -> Start:
     """Make a CLIP, whose own text tower is small and not used, and a text encoder, both of random weights."""
     sizes = ModelConfig(preset=options.image_tower, text_width=64, text_layers=1, temperature=0.01)
-    clip, processor = from_scratch(sizes, train_bpe(captions, 600, CONTEXT))
+    clip, processor = build_clip(sizes, train_bpe(captions, 600, CONTEXT))
     tokenizer = BertTokenizer(options.vocab, do_lower_case=False)
     text = RobertaConfig(
         vocab_size=len(tokenizer),
@@ -179,7 +179,8 @@ def first_losses(ours: Koclip, model: Any, images: Any) -> tuple[float, float]:
 
     batch = ours.first_batch()
     encoder = ours.trainer.dual_encoder.eval()
-    embeddings = DualEncoder.forward(encoder, **batch.inputs)  # accelerate runs `encoder(...)` in the run's precision
+    inputs = batch.pixel_values, batch.input_ids, batch.attention_mask
+    embeddings = DualEncoder.forward(encoder, *inputs)  # accelerate runs `encoder(...)` in the run's precision
     our_loss = ours.trainer.loss(embeddings, *batch.targets).value
     return our_loss.item(), clip_loss(model.eval(), *as_pairs(batch, images)).item()
 

@@ -45,7 +45,7 @@ def jpegs(count: int, size: tuple[int, int], photos: Sequence[Image.Image]) -> l
         mosaic = Image.new("RGB", size)
         for left in range(0, size[0], 128):
             for top in range(0, size[1], 128):
-                mosaic.paste(photos[rng.integers(len(photos))] if photos else drawn(rng), (left, top))
+                mosaic.paste(photos[int(rng.integers(len(photos)))] if photos else drawn(rng), (left, top))
         buffer = io.BytesIO()
         mosaic.save(buffer, "JPEG", quality=90)
         made.append(buffer.getvalue())

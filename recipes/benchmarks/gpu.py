@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
+from clip_shapes import integer, towers
 from grad_cache import noise
 from pairs import CONTEXT
 from ratios import spread
@@ -64,15 +65,20 @@ def open_clip_step(
 def flops(model: CLIPModel, batch: Sequence[Batch]) -> float:
     """Return the floating point operations of a training step: two per weight and token, and those of attention."""
     total = 0.0
-    vision, text = model.config.vision_config, model.config.text_config
-    patches = (vision.image_size // vision.patch_size) ** 2 + 1
+    vision, text = towers(model.config)
+    patch_size = integer(vision.patch_size)
+    patches = (integer(vision.image_size) // patch_size) ** 2 + 1
     for piece in batch:
         pairs, length = piece.input_ids.shape
-        for tower, tokens in ((vision, patches), (text, length)):
-            weights = 12 * tower.hidden_size**2 * tower.num_hidden_layers
-            attention = 2 * tokens * tower.hidden_size * tower.num_hidden_layers
+        sizes = (
+            (vision.hidden_size, vision.num_hidden_layers, patches),
+            (text.hidden_size, text.num_hidden_layers, length),
+        )
+        for width, layers, tokens in sizes:
+            weights = 12 * width**2 * layers
+            attention = 2 * tokens * width * layers
             total += pairs * tokens * 2 * (weights + attention)
-        total += pairs * patches * 2 * 3 * vision.patch_size**2 * vision.hidden_size
+        total += pairs * patches * 2 * 3 * patch_size**2 * vision.hidden_size
     return 3 * total
 
 

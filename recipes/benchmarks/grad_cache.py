@@ -30,6 +30,8 @@ from importlib.util import find_spec
 
 import numpy as np
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from clip_shapes import build_clip, integer, towers
 from pairs import CONTEXT
 from ratios import hardware, spread
 from torch import Tensor
@@ -39,7 +41,7 @@ from transformers import CLIPModel, CLIPProcessor
 from koclip import training
 from koclip.config import LossConfig, ModelConfig, OptimConfig, TrainConfig
 from koclip.data.batches import Batch
-from koclip.models.dual_encoder import DualEncoder, from_scratch
+from koclip.models.dual_encoder import DualEncoder
 from koclip.text.tokenizers import train_bpe
 
 MODEL = ModelConfig(preset="small", image_size=64)
@@ -50,25 +52,25 @@ WORDS = [f"{first}{second}" for first in "가나다라마바사" for second in "
 
 def build() -> tuple[CLIPModel, CLIPProcessor]:
     """Return the model that all ways train."""
-    return from_scratch(MODEL, train_bpe(WORDS, vocab_size=600, max_tokens=CONTEXT))  # type: ignore[return-value]
+    return build_clip(MODEL, train_bpe(WORDS, vocab_size=600, max_tokens=CONTEXT))
 
 
 def noise(model: CLIPModel, count: int, size: int) -> Iterator[Batch]:
     """Yield `count` pairs of noise in pieces; captions are as long as COCO's, and a piece's are of similar length."""
     rng = np.random.default_rng(0)
-    text = model.config.text_config
+    vision, text = towers(model.config)
+    side = integer(vision.image_size)
     lengths = np.sort(np.rint(rng.lognormal(np.log(12.7), 0.23, count)).astype(int).clip(4, CONTEXT))
     starts = range(0, count, size)
     for start in rng.permutation(starts):
         part = lengths[start : start + size]
         ids = torch.from_numpy(rng.integers(300, text.vocab_size - 2, (len(part), part.max())))
         places = torch.arange(part.max()), torch.from_numpy(part)[:, None] - 1
-        ids[:, 0] = text.bos_token_id
-        ids = ids.masked_fill(places[0] == places[1], text.eos_token_id)
-        ids = ids.masked_fill(places[0] > places[1], text.pad_token_id)
-        side = model.config.vision_config.image_size
+        ids[:, 0] = integer(text.bos_token_id)
+        ids = ids.masked_fill(places[0] == places[1], integer(text.eos_token_id))
+        ids = ids.masked_fill(places[0] > places[1], integer(text.pad_token_id))
         yield Batch(
-            pixel_values=torch.from_numpy(rng.integers(0, 256, (len(part), 3, side, side), dtype=np.uint8)),
+            pixel_values=torch.from_numpy(rng.integers(0, 256, (len(part), 3, side, side), dtype=np.dtype(np.uint8))),
             input_ids=ids,
             attention_mask=(places[0] <= places[1]).long(),
             pair_ids=torch.arange(start, start + len(part)),
@@ -84,17 +86,24 @@ def koclip_step(count: int, micro_batch_size: int | None, size: int) -> dict[str
     train = TrainConfig(num_steps=1, batch_size=count, micro_batch_size=micro_batch_size, tracker="none")
     dual_encoder = DualEncoder(model, processor)
     trainer = training.prepare(training.start(train), dual_encoder, LossConfig(), OPTIM, train)
-    found: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
 
     def keep(*_: object) -> None:
-        found.update((name, one.grad) for name, one in dual_encoder.named_parameters())
+        gradients.update(gradients_of(dual_encoder))
 
-    trainer.optimizer.optimizer.register_step_pre_hook(keep)
-    made: Iterator[Batch] = noise(model, count, size)
+    optimizer = trainer.optimizer
+    assert isinstance(optimizer, AcceleratedOptimizer)
+    optimizer.optimizer.register_step_pre_hook(keep)
+    batches: Iterator[Batch] = noise(model, count, size)
     if micro_batch_size is None:
-        made = iter([joined(list(made), model.config.text_config.pad_token_id)])
-    list(training.steps(trainer, made, 0, 1, 1))
-    return found
+        batches = iter([joined(list(batches), integer(towers(model.config).text.pad_token_id))])
+    list(training.steps(trainer, batches, 0, 1, 1))
+    return gradients
+
+
+def gradients_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return the gradients that a model's parameters have."""
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def joined(batches: Sequence[Batch], pad: int) -> Batch:
@@ -105,7 +114,7 @@ def joined(batches: Sequence[Batch], pad: int) -> Batch:
         return torch.nn.functional.pad(ids, (0, longest - ids.shape[1]), value=value)
 
     return Batch(
-        pixel_values=torch.cat([batch.pixel_values for batch in batches]),
+        pixel_values=torch.cat([batch.pixel_values for batch in batches if batch.pixel_values is not None]),
         input_ids=torch.cat([wide(batch.input_ids, pad) for batch in batches]),
         attention_mask=torch.cat([wide(batch.attention_mask, 0) for batch in batches]),
         pair_ids=torch.cat([batch.pair_ids for batch in batches]),
@@ -122,12 +131,12 @@ def open_clip_step(count: int, size: int, accum_freq: int) -> dict[str, Tensor]:
     model, processor = build()
     torch.manual_seed(0)
     peer = OpenClip(model.config, OPTIM, 1, accum_freq=accum_freq)
-    made = list(noise(model, count, size))
+    batches = list(noise(model, count, size))
     if accum_freq == 1:
-        made = [joined(made, model.config.text_config.pad_token_id)]
+        batches = [joined(batches, integer(towers(model.config).text.pad_token_id))]
     del model
-    peer.train([as_pairs(batch, processor.image_processor) for batch in made])
-    return {name: one.grad for name, one in peer.model.named_parameters() if one.grad is not None}
+    peer.train([as_pairs(batch, processor.image_processor) for batch in batches])
+    return gradients_of(peer.model)
 
 
 def step(method: str, count: int, size: int) -> dict[str, Tensor]:
@@ -142,7 +151,7 @@ def step(method: str, count: int, size: int) -> dict[str, Tensor]:
 
 
 def worker(method: str, options: argparse.Namespace) -> None:
-    """Measure one way in this process and print what was found as JSON."""
+    """Measure one way in this process and print the result as JSON."""
     if method.startswith("open_clip"):
         import open_clip_peer  # noqa: F401 - its imports are not what is measured
     torch.set_num_threads(options.threads)
@@ -162,19 +171,21 @@ def run(method: str, options: argparse.Namespace) -> dict[str, float]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{method} failed:\n{done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measured
 
 
 def gradient_error(method: str, plain: str, options: argparse.Namespace) -> str:
     """Return how a way's gradients compare with those of the same batch at once, as cells of a table."""
     sizes = options.check_batch_size, options.micro_batch_size
-    wanted, got = step(plain, *sizes), step(method, *sizes)
-    scale = next(name for name in wanted if name.endswith("logit_scale"))
-    ratio = (got.pop(scale) / wanted.pop(scale)).item()
-    both = [torch.cat([found[name].flatten().double() for name in wanted]) for found in (wanted, got)]
-    cosine = torch.nn.functional.cosine_similarity(*both, dim=0).item()
-    return f"{ratio:.6f} | {cosine:.8f} | {(both[1].norm() / both[0].norm()).item():.6f}"
+    expected, actual = step(plain, *sizes), step(method, *sizes)
+    scale = next(name for name in expected if name.endswith("logit_scale"))
+    ratio = (actual.pop(scale) / expected.pop(scale)).item()
+    whole, pieces = (
+        torch.cat([gradients[name].flatten().double() for name in expected]) for gradients in (expected, actual)
+    )
+    cosine = torch.nn.functional.cosine_similarity(whole, pieces, dim=0).item()
+    return f"{ratio:.6f} | {cosine:.8f} | {(pieces.norm() / whole.norm()).item():.6f}"
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -185,19 +196,19 @@ def main(args: Sequence[str] | None = None) -> None:
         worker(options.method, options)
         return
     methods = [name for name in METHODS if name != "open_clip" or find_spec("open_clip")]
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
     for name in tqdm([name for _ in range(options.rounds) for name in methods], "steps"):
-        found[name].append(run(name, options))
-    seconds = {name: [one["seconds"] for one in rounds] for name, rounds in found.items()}
+        measured[name].append(run(name, options))
+    seconds = {name: [step["seconds"] for step in steps] for name, steps in measured.items()}
     clock = "CPU time" if options.cpu_time else "wall time"
     print(f"{hardware()}; torch {torch.__version__}; {options.threads} thread(s), {clock}, {options.rounds} round(s)")
     print(f"one step of {options.batch_size} pairs in pieces of {options.micro_batch_size}\n")
     print(
         "| way | peak memory | x one piece | s | faster than plain | faster than open_clip |\n|---|---|---|---|---|---|"
     )
-    least = statistics.median(one["megabytes"] for one in found["one piece"])
+    least = statistics.median(step["megabytes"] for step in measured["one piece"])
     for name in methods:
-        memory = statistics.median(one["megabytes"] for one in found[name])
+        memory = statistics.median(step["megabytes"] for step in measured[name])
         compared = [spread(seconds[name], seconds[peer]) if peer in seconds else "-" for peer in ("plain", "open_clip")]
         cells = [f"{memory:,.0f} MB", f"{memory / least:.2f}", f"{statistics.median(seconds[name]):.1f}", *compared]
         print(f"| {name} | " + " | ".join(cells if name != "one piece" else [*cells[:3], "-", "-"]) + " |")

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
+from clip_shapes import integer, towers
 from open_clip_weights import to_open_clip
 from pairs import normalized, padded
 from PIL import Image
@@ -91,17 +92,29 @@ class Photos(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self._transform(Image.open(self._files[index])), self._tokenize([self._captions[index]])[0]
 
-    def loader(self, batch_size: int) -> DataLoader[Any]:
+    def loader(self, batch_size: int) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return the loader of `get_csv_dataset`."""
-        made: Any = DataLoader(self, batch_size, shuffle=True, drop_last=True)
-        made.num_samples, made.num_batches = len(self), len(made)
-        return made
+        return _CountedLoader(self, batch_size, shuffle=True, drop_last=True)
+
+
+class _CountedLoader(DataLoader[tuple[Tensor, Tensor]]):
+    """A loader with the two counts that open_clip asks for."""
+
+    @property
+    def num_samples(self) -> int:
+        """The data set's, as `get_csv_dataset` sets it."""
+        return len(cast(Photos, self.dataset))
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of an epoch."""
+        return len(self)
 
 
 def build(shape: CLIPConfig) -> torch.nn.Module:
     """Return an `open_clip.CLIP` with the sizes of a `CLIPModel`'s config and random weights."""
-    text = shape.text_config
-    return open_clip.CLIP(
+    text = towers(shape).text
+    model: torch.nn.Module = open_clip.CLIP(
         embed_dim=shape.projection_dim,
         vision_cfg=_vision_cfg(shape),
         text_cfg={
@@ -114,6 +127,7 @@ def build(shape: CLIPConfig) -> torch.nn.Module:
         quick_gelu=True,
         output_dict=True,
     )
+    return model
 
 
 def locked(clip: CLIPModel, encoder: Path, projection: Tensor) -> torch.nn.Module:
@@ -127,7 +141,7 @@ def locked(clip: CLIPModel, encoder: Path, projection: Tensor) -> torch.nn.Modul
         projection: (D, width) makes a text's embedding of its first token.
     """
     shape = clip.config
-    model = open_clip.CustomTextCLIP(
+    model: Any = open_clip.CustomTextCLIP(
         embed_dim=shape.projection_dim,
         vision_cfg=_vision_cfg(shape),
         text_cfg={
@@ -147,17 +161,18 @@ def locked(clip: CLIPModel, encoder: Path, projection: Tensor) -> torch.nn.Modul
         model.logit_scale.copy_(clip.logit_scale)
     model.lock_image_tower()
     model.logit_scale.requires_grad_(False)
-    return model
+    trained: torch.nn.Module = model
+    return trained
 
 
 def _vision_cfg(shape: CLIPConfig) -> dict[str, int]:
-    vision = shape.vision_config
+    vision = towers(shape).vision
     return {
         "layers": vision.num_hidden_layers,
         "width": vision.hidden_size,
         "head_width": vision.hidden_size // vision.num_attention_heads,
-        "patch_size": vision.patch_size,
-        "image_size": vision.image_size,
+        "patch_size": integer(vision.patch_size),
+        "image_size": integer(vision.image_size),
     }
 
 

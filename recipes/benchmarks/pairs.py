@@ -79,6 +79,7 @@ def record(
 
 def normalized(batch: Batch, images: CLIPImageProcessor) -> Tensor:
     """Return the pixels as other training loops take them: (B, 3, H, W) float32, normalised."""
+    assert batch.pixel_values is not None
     pixels: Tensor = normalize(batch.pixel_values.float() / 255, images.image_mean, images.image_std)
     return pixels
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from clip_shapes import build_clip
 from open_clip_weights import to_open_clip
 from pairs import CONTEXT, real_pairs, record
 
@@ -24,7 +25,7 @@ from koclip import training
 from koclip.config import DataConfig, LossConfig, ModelConfig, OptimConfig, SourceConfig, TrainConfig
 from koclip.data.batches import Batch
 from koclip.data.loader import training_captions
-from koclip.models.dual_encoder import DualEncoder, from_scratch
+from koclip.models.dual_encoder import DualEncoder
 from koclip.text.tokenizers import train_bpe
 
 TOLERANCE = 1e-4
@@ -41,7 +42,7 @@ class Curves(NamedTuple):
     @property
     def difference(self) -> float:
         """The largest difference of any step."""
-        return max(abs(ours - theirs) for ours, theirs in zip(*self, strict=True))
+        return max(abs(ours - peer) for ours, peer in zip(*self, strict=True))
 
 
 def compare(source: SourceConfig, num_steps: int, batch_size: int, model: ModelConfig = MODEL) -> Curves:
@@ -51,7 +52,7 @@ def compare(source: SourceConfig, num_steps: int, batch_size: int, model: ModelC
     optim = OptimConfig(lr=5e-4, warmup_steps=max(1, num_steps // 5))
     data = DataConfig(sources=[source])
     tokenizer = train_bpe(training_captions(data), vocab_size=4_096, max_tokens=CONTEXT)
-    clip, processor = from_scratch(model, tokenizer)
+    clip, processor = build_clip(model, tokenizer)
     recorded = record(data, tokenizer, processor.image_processor.crop_size["height"], batch_size, NUM_BATCHES)
     batches = [recorded[step % NUM_BATCHES] for step in range(num_steps)]
 

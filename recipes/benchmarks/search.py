@@ -33,6 +33,7 @@ from koclip.embeddings.store import SHARD, Entry, Item, Shards, Store, write_sha
 from koclip.search import approximate, open_index
 from koclip.search.build import ROWS
 
+QUICK = "approximate.faiss"
 _SUBSPACE = 64
 _K = 10
 
@@ -62,7 +63,8 @@ def make(folder: Path, count: int, width: int) -> None:
         items = [Item(key, bytes(16)) for key in keys]
         entries = [Entry({"key": key}) for key in keys]
         write_shard(folder / SHARD.format(number), rows.to(torch.bfloat16).unsqueeze(1), items, entries)
-    Store(folder, "index").write_facts({"num_images": count, "num_shards": len(starts)})
+    names = [SHARD.format(number) for number in range(len(starts))]
+    Store(folder, "index").write_facts({"num_images": count, "shards": names, "approximate": None})
 
 
 def held() -> float:
@@ -77,8 +79,8 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     before = held()
     index = open_index(folder)
     if args.way == "approximate":
-        index._quick = approximate.open_quick(folder)
-        index._quick._index.nprobe = args.probed  # type: ignore[union-attr]
+        index._quick = approximate.open_quick(folder / QUICK)
+        index._quick._index.nprobe = args.probed
     search = index.exact if args.way == "exact" else index.search
     centres = centres_of(len(index), index.width)
     queries = draw(centres, args.queries, seed=0, distance=2.0 if args.kind == "far" else 1.0)
@@ -129,8 +131,8 @@ def report(args: argparse.Namespace, folder: Path) -> None:
     began = time.perf_counter()
     approximate.faiss().omp_set_num_threads(args.threads)
     shards = Shards([folder / SHARD.format(number) for number in range(-(-args.rows // ROWS))], "index")
-    approximate.build(shards.rows, shards.width, folder / approximate.FILE)
-    size = (folder / approximate.FILE).stat().st_size / 2**20
+    approximate.build(shards.rows, shards.width, folder / QUICK)
+    size = (folder / QUICK).stat().st_size / 2**20
     print(f"approximate index made in {(time.perf_counter() - began) / 60:.1f} minutes, {size:,.0f} MB")
     for probed in (16, 32, 64, 128):
         for kind in ("near", "far"):

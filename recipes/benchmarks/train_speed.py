@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 import transformers
+from clip_shapes import build_clip
 from pairs import CONTEXT, normalized, padded, real_pairs, record, stand_ins
 from ratios import hardware, spread
 from transformers import CLIPModel, CLIPProcessor, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -40,7 +41,7 @@ from koclip import training
 from koclip.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from koclip.data.batches import Batch
 from koclip.data.loader import training_captions
-from koclip.models.dual_encoder import DualEncoder, from_scratch
+from koclip.models.dual_encoder import DualEncoder
 from koclip.text.tokenizers import train_bpe
 
 MODEL = ModelConfig(preset="vit_b32", image_width=384, image_layers=6, text_width=256, text_layers=6)
@@ -142,7 +143,7 @@ def measure(options: argparse.Namespace, model_config: ModelConfig, folder: Path
     size = options.batch_size * options.batches
     data = DataConfig(sources=[real_pairs(options.data) or stand_ins(folder, 4 * size)])
     tokenizer = train_bpe(training_captions(data), vocab_size=49_152, max_tokens=CONTEXT)
-    model, processor = from_scratch(model_config, tokenizer)
+    model, processor = build_clip(model_config, tokenizer)
     image_size = processor.image_processor.crop_size["height"]
     batches = record(data, tokenizer, image_size, options.batch_size, options.batches)
     train = TrainConfig(
