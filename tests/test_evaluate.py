@@ -17,7 +17,7 @@ import koclip
 from koclip import config
 from koclip.evaluation.run import processes
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "evaluate.py"
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in (0, 1):
         dual_encoder = tiny_dual_encoder(seed=seed)
         _, processor = from_scratch(tiny_config(), tiny_tokenizer())
-        publish(folder / f"run{seed}" / "model", dual_encoder.model, processor, dual_encoder.state_dict())
+        save_stock_model(folder / f"run{seed}" / "model", dual_encoder.model, processor, dual_encoder.state_dict())
     (folder / "classes.yaml").write_text(CLASSES, encoding="utf-8")
     colours = str(write_colours(folder / "colours.parquet", encoded, 48))
     labelled = {"path": colours, "label": "key", "captions": {}}
