@@ -32,10 +32,11 @@ _KEY = "align.cache_dir"
 
 
 class Cache(NamedTuple):
-    """Where embeddings are kept, and in which type: `fp16` or `fp32`."""
+    """Where embeddings are kept, in which type (`fp16` or `fp32`), and whether faster layers compute them."""
 
     directory: Path
     dtype: str = "fp16"
+    fast: bool = True
 
 
 class Images:
@@ -114,7 +115,8 @@ def image_features(
         ConfigError: the directory holds embeddings of another tower, of other views or of other images.
     """
     model = encoder.model
-    speed_up(model, accelerator.device)
+    if cache.fast:
+        speed_up(model, accelerator.device)
     encoder.to(accelerator.device).eval()
 
     def embed(piece: Piece) -> torch.Tensor:
@@ -161,7 +163,8 @@ def teacher_features(
         ConfigError: the directory holds features of another teacher or of other sentences.
     """
     model, tokenizer = teacher
-    speed_up(model, accelerator.device)
+    if cache.fast:
+        speed_up(model, accelerator.device)
     model.to(accelerator.device).eval()
 
     def embed_batch(texts: list[str]) -> torch.Tensor:

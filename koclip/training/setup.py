@@ -70,7 +70,8 @@ def prepare(
     stage = stage or Stage("train", 0, train.num_steps, optim.lr, images=True, taught=False, trains_image=True)
     if _sharded(accelerator, train, stage):
         model.lift_scalars()
-    speed_up(model.model, accelerator.device)
+    if train.fast:
+        speed_up(model.model, accelerator.device)
     model.to(accelerator.device)
     ema = ema_of(model, train.ema_decay) if train.ema_decay else None
     optim = dataclasses.replace(optim, lr=stage.lr)
