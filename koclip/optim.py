@@ -1,4 +1,4 @@
-"""AdamW's parameter groups and the learning-rate schedule."""
+"""AdamW's parameter groups, learning rates by depth, and the learning-rate schedule."""
 
 import math
 from collections.abc import Mapping
@@ -8,6 +8,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from koclip.config import OptimConfig
+from koclip.models.dual_encoder import DualEncoder
+from koclip.models.stock import layout_of
 
 
 def adamw(model: nn.Module, config: OptimConfig, rates: Mapping[str, float] | None = None) -> AdamW:
@@ -56,3 +58,32 @@ def set_step(schedule: LambdaLR, step: int) -> None:
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     schedule._last_lr = rates
+
+
+def depth(tower: nn.Module) -> dict[str, int]:
+    """Return how deep below a tower's output each parameter is: 0 above its layers, 1 in the top one, and so on.
+
+    Its layers are the longest list of modules in it; embeddings are below the lowest.
+    """
+    lists = {name: part for name, part in tower.named_modules() if isinstance(part, nn.ModuleList | nn.Sequential)}
+    if not lists:
+        return {name: 0 for name, _ in tower.named_parameters()}
+    prefix = max(lists, key=lambda name: len(list(lists[name].children())))
+    count = len(list(lists[prefix].children()))
+    depths, below = {}, True
+    for name, _ in tower.named_parameters():
+        inside = name.startswith(f"{prefix}.")
+        below = below and not inside
+        number = int(name[len(prefix) + 1 :].split(".")[0]) if inside else 0
+        depths[name] = count - number if inside else (count + 1 if below else 0)
+    return depths
+
+
+def layer_rates(encoder: DualEncoder, decay: float) -> dict[str, float]:
+    """Return each parameter's learning rate as a share of the peak: decay ** depth, in both towers (as in BEiT)."""
+    rates: dict[str, float] = {}
+    layout = layout_of(encoder.model)
+    for side in (layout.image_tower, layout.text_tower):
+        depths = depth(encoder.model.get_submodule(side))
+        rates |= {f"model.{side}.{name}": decay**below for name, below in depths.items()}
+    return rates

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -74,10 +75,11 @@ def align(*args: str, reported: bool = False) -> None:
     spec = importlib.util.spec_from_file_location("align", RECIPE)
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
-    if not reported:
-        recipe.report = lambda *_: None
     AcceleratorState._reset_state(reset_partial_state=True)
-    recipe.main(config.parse(config.AlignConfig, list(args)))
+    with pytest.MonkeyPatch.context() as patch:
+        if not reported:
+            patch.setattr("koclip.runs.session.report", lambda *_: None)
+        recipe.main(config.parse(config.AlignConfig, list(args)))
 
 
 def write_encoder(folder: Path, kind: str, vocab_size: int, **settings: object) -> None:

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, ChineseCLIPProcessor
 
 from koclip import config
 from koclip.align.lora import attach
-from koclip.align.save import publish_aligned
+from koclip.align.save import AlignedModelWriter
 from koclip.encoders import load
 from koclip.evaluation.report.finish import Measured, write_results
 from koclip.metrics import Metric
@@ -83,7 +83,7 @@ def adapted(folder: Path, clip: str, source: Path) -> tuple[Path, Any]:
             parameter.add_(0.05)
     trained = copy.deepcopy(model).eval()
     weights = {f"model.{name}": value for name, value in model.state_dict().items()}
-    publish_aligned(folder / "model", model, processor, weights, settings, {})
+    AlignedModelWriter(settings, model)(folder / "model", model, processor, weights)
     return beside(folder, settings), trained
 
 

@@ -4,16 +4,18 @@ A recipe's configuration is a dataclass that lists the sections it uses. `parse(
 and `--section.key value` overrides. A mistake ends the program with one line on stderr.
 """
 
+from koclip.config.alignment import METHODS, AlignMethodConfig, DistillConfig, Stage
 from koclip.config.changes import check_changes, check_data
-from koclip.config.checks import ConfigError, RunError, check, check_languages, check_pixels, locate
+from koclip.config.checks import ConfigError, RunError, Stopped, check, check_languages, check_pixels, locate
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig, Task
 from koclip.config.model import AdapterConfig, ModelConfig, SwapConfig
 from koclip.config.parsing import dump, parse, run, to_dict
-from koclip.config.recipes import AlignConfig, EvaluateConfig, IndexConfig, PretrainConfig, PublishConfig, Stage
-from koclip.config.training import AlignMethodConfig, DistillConfig, LossConfig, OptimConfig, TrainConfig
+from koclip.config.recipes import AlignConfig, EvaluateConfig, IndexConfig, PretrainConfig, PublishConfig
+from koclip.config.training import LossConfig, OptimConfig, TrainConfig
 
 __all__ = [
+    "METHODS",
     "AdapterConfig",
     "AlignConfig",
     "AlignMethodConfig",
@@ -33,6 +35,7 @@ __all__ = [
     "RunError",
     "SourceConfig",
     "Stage",
+    "Stopped",
     "SwapConfig",
     "Task",
     "TokenizerConfig",

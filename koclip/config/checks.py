@@ -21,6 +21,10 @@ class RunError(RuntimeError):
     """A run that cannot continue. The message says why, what is saved and what to do."""
 
 
+class Stopped(Exception):  # noqa: N818 - no error
+    """The run was asked to stop and has saved a checkpoint. The message says how to continue."""
+
+
 # Errors that a wrong value can cause in the code after a failed check. A `ConfigError` is a `ValueError`.
 _CONSEQUENCES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)  # inside `all_faults`

@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -13,7 +14,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from koclip import storage
-from koclip.config.checks import ConfigError, RunError, all_faults
+from koclip.config.checks import ConfigError, RunError, Stopped, all_faults
 
 Config = TypeVar("Config")
 
@@ -83,11 +84,13 @@ def _explain(message: str, code: int = 2) -> NoReturn:
 def run(main: Callable[[Config], None], schema: type[Config], default: Path | None = None) -> None:
     """Parse the command line and run a recipe.
 
-    A mistake in the configuration or its data prints one line and exits with code 2; a run that cannot continue, 1.
+    A mistake in the configuration or its data prints one line and exits with code 2; a run that cannot continue, 1. A
+    run that was asked to stop has said so and exits with 0.
     """
     config = parse(schema, default=default)
     try:
-        main(config)
+        with suppress(Stopped):
+            main(config)
     except ConfigError as error:
         _explain(str(error))
     except RunError as error:

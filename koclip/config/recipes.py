@@ -3,13 +3,14 @@
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
+from koclip.config.alignment import METHODS, AlignMethodConfig, DistillConfig, Stage
 from koclip.config.checks import all_faults, check, check_pixels
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig
 from koclip.config.model import AdapterConfig, ModelConfig, SwapConfig
-from koclip.config.training import AlignMethodConfig, DistillConfig, LossConfig, OptimConfig, TrainConfig
+from koclip.config.training import LossConfig, OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +38,12 @@ class PretrainConfig:
 
     @all_faults()
     def __post_init__(self) -> None:
-        _check_run(self, self.train.num_steps)
+        _check_run(self)
 
-
-class Stage(NamedTuple):
-    """A part of a run with its own optimizer."""
-
-    name: str
-    start: int  # steps done before it
-    end: int
-    lr: float
-    images: bool  # texts are contrasted with images
-    taught: bool  # the teacher's features are part of the loss
-    trains_image: bool
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The only stage: all steps, both towers, no teacher."""
+        return (Stage("training", 0, self.train.num_steps, self.optim.lr, trains_image=True),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,27 +76,21 @@ class AlignConfig:
     def __post_init__(self) -> None:
         first, steps = self.align.first_steps, self.train.num_steps
         check(first < steps, "align.first_steps", first, f"expected fewer than train.num_steps ({steps})")
-        _check_run(self, min(stage.end - stage.start for stage in self.stages))
+        _check_run(self)
         cached = self.align.cache and any(stage.images and not stage.trains_image for stage in self.stages)
         kept = self.data.num_crops >= 1 or not cached
-        check(
-            kept,
-            "data.num_crops",
-            self.data.num_crops,
-            "expected 1 or more, because align.cache stores the embeddings of fixed crops",
-        )
-        missing = [
-            source.short_name
-            for source in self.data.sources
-            if self.taught and self.distill.language not in source.captions
-        ]
-        check(not missing, "data.sources[].captions", missing, f"the teacher needs captions in {self.distill.language}")
+        fix = "expected 1 or more, because align.cache stores the embeddings of fixed crops"
+        check(kept, "data.num_crops", self.data.num_crops, fix)
+        language = self.distill.language if self.taught else None
+        missing = [source.short_name for source in self.data.sources if language and language not in source.captions]
+        check(not missing, "data.sources[].captions", missing, f"the teacher needs captions in {language}")
         random_text = self.model.text_encoder is None or self.model.text_encoder.startswith("auto:")
-        wanted = "a pretrained encoder or `same`: adapters cannot repair frozen random weights"
-        adapted = self.align.method == "lora" and random_text
-        check(not adapted, "model.text_encoder", self.model.text_encoder, f"lora expects {wanted}")
-        nothing = self.model.text_encoder == "same" and self.align.method == "distill"
-        check(not nothing, "model.text_encoder", "same", "a text tower cannot be distilled from itself")
+        adapted = METHODS[self.align.method].adapters and random_text
+        fix = "a pretrained encoder or `same`: adapters cannot repair frozen random weights"
+        check(not adapted, "model.text_encoder", self.model.text_encoder, f"{self.align.method} expects {fix}")
+        same = self.model.text_encoder == "same"
+        distilled = same and not any(stage.images for stage in self.stages)
+        check(not distilled, "model.text_encoder", "same", "a text tower cannot be distilled from itself")
 
     @property
     def text_tokenizer(self) -> TokenizerConfig:
@@ -113,31 +101,37 @@ class AlignConfig:
 
     @property
     def taught(self) -> bool:
-        """Whether a stage needs the teacher's features."""
-        return any(stage.taught for stage in self.stages)
+        """Whether any stage needs the teacher's features."""
+        return any(stage.distill for stage in self.stages)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The stages of `align.method`."""
-        method, first, end = self.align.method, self.align.first_steps, self.train.num_steps
-        anchored, lr = self.distill.anchor > 0, self.optim.lr
-        second_lr = self.align.second_lr or lr
-        if method == "distill":
-            return (Stage("distill", 0, end, lr, images=False, taught=True, trains_image=False),)
-        last_lr = second_lr if first else lr
-        trains_image = method == "full" or (method == "lora" and self.lora.target != "text")
-        last = Stage(method, first, end, last_lr, images=True, taught=anchored, trains_image=trains_image)
-        if method == "two_stage":
-            distill = Stage("distill", 0, first, lr, images=False, taught=True, trains_image=False)
-            return distill, last._replace(name="frozen_image")
-        if first:
-            return Stage("frozen_image", 0, first, lr, images=True, taught=anchored, trains_image=False), last
-        return (last,)
+        """The stages of `align.method`, with their steps, learning rates and teacher."""
+        method = METHODS[self.align.method]
+        plans = method.stages if self.align.first_steps or not method.stages[0].optional else method.stages[1:]
+        bounds = [0, *([self.align.first_steps] if len(plans) > 1 else []), self.train.num_steps]
+        image_adapters = method.adapters and self.lora.target != "text"
+        stages = []
+        for number, plan in enumerate(plans):
+            lr = (self.align.second_lr if number else None) or self.optim.lr
+            stages.append(
+                Stage(
+                    plan.name,
+                    start=bounds[number],
+                    end=bounds[number + 1],
+                    lr=lr,
+                    images=plan.images,
+                    distill=self.distill if plan.distills or self.distill.anchor else None,
+                    trains_image=plan.trains_image or image_adapters,
+                    layer_decay=self.align.layer_decay,
+                )
+            )
+        return tuple(stages)
 
 
-def _check_run(config: PretrainConfig | AlignConfig, num_steps: int) -> None:
-    """Check what the sections of a training recipe must agree on; `num_steps` is the length of its shortest stage."""
-    warmup = config.optim.warmup_steps
+def _check_run(config: PretrainConfig | AlignConfig) -> None:
+    """Check what every training recipe's sections must agree on."""
+    warmup, num_steps = config.optim.warmup_steps, min(stage.end - stage.start for stage in config.stages)
     check(
         warmup < num_steps,
         "optim.warmup_steps",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from koclip.config.checks import all_faults, check, check_languages
+from koclip.config.checks import all_faults, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,96 +118,3 @@ class TrainConfig:
         check(self.keep_checkpoints >= 1, "train.keep_checkpoints", self.keep_checkpoints, "expected 1 or more")
         check(self.max_bad_steps >= 1, "train.max_bad_steps", self.max_bad_steps, "expected 1 or more")
         check(self.spike_sigmas >= 0, "train.spike_sigmas", self.spike_sigmas, "expected 0 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlignMethodConfig:
-    """The method: what is trained, in which stages.
-
-    Args:
-        method: `frozen_image`: train the text tower against the frozen image tower (LiT, Zhai et al. 2022). `lora`:
-            train adapters and the text projection. `full`: train both towers. `distill`: without images, the source's
-            text tower teaches the new text tower. `two_stage`: `distill` for `first_steps`, then `frozen_image`.
-        first_steps: Steps of the first stage. `two_stage`: steps of `distill`. `full`: steps with a frozen image tower.
-        second_lr: Peak learning rate of the second stage. Default: optim.lr.
-        image_layers: `full` trains only this many layers of the image tower, from the top. Default: all layers and the
-            embeddings.
-        layer_decay: In `full`, the learning rate of a layer relative to the layer above it, in both towers.
-        wise_ft: Share of the trained weights in the published model; the rest are the source's weights (WiSE-FT,
-            Wortsman et al. 2022). Weights that the source does not have are not mixed.
-        cache: Cache the embeddings of a frozen image tower, so that each image is decoded and encoded once.
-        cache_dir: Directory of that cache and of the teacher's features. Default: features/ in the run directory. Runs
-            with the same source and data may share it.
-        cache_dtype: `fp32`, or `fp16`, which needs half the disk and keeps three digits.
-    """
-
-    method: Literal["frozen_image", "lora", "full", "distill", "two_stage"] = "frozen_image"
-    first_steps: int = 0
-    second_lr: float | None = None
-    image_layers: int | None = None
-    layer_decay: float = 1.0
-    wise_ft: float = 1.0
-    cache: bool = True
-    cache_dir: str | None = None
-    cache_dtype: Literal["fp16", "fp32"] = "fp16"
-
-    @all_faults()
-    def __post_init__(self) -> None:
-        staged = self.method in ("full", "two_stage")
-        check(self.first_steps >= 0, "align.first_steps", self.first_steps, "expected 0 or more")
-        check(staged or not self.first_steps, "align.first_steps", self.first_steps, f"{self.method} has one stage")
-        needed = self.method != "two_stage" or self.first_steps > 0
-        check(needed, "align.first_steps", self.first_steps, "two_stage needs the number of steps of distill")
-        check(self.second_lr is None or self.second_lr > 0, "align.second_lr", self.second_lr, "expected more than 0")
-        check(
-            self.image_layers is None or self.image_layers >= 1,
-            "align.image_layers",
-            self.image_layers,
-            "expected 1 or more",
-        )
-        check(0 < self.layer_decay <= 1, "align.layer_decay", self.layer_decay, "expected more than 0, at most 1")
-        check(0 < self.wise_ft <= 1, "align.wise_ft", self.wise_ft, "expected more than 0, at most 1")
-        for name, default in (("image_layers", None), ("layer_decay", 1.0)):
-            value = getattr(self, name)
-            check(
-                self.method == "full" or value == default,
-                f"align.{name}",
-                value,
-                f"only method full has this setting, not {self.method}",
-            )
-        whole = self.method != "lora" or self.wise_ft == 1
-        check(whole, "align.wise_ft", self.wise_ft, "expected 1 with method lora, which has lora.alpha")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """The source's text tower as a teacher, on translations of the captions in its language.
-
-    If a row has equally many captions in both languages, caption i corresponds to caption i (empty captions count); a
-    caption whose translation is empty is not taught. If the numbers differ, any caption of the row is used as the
-    translation. The numbers of both cases are printed when training starts. Captions in the teacher's language are
-    taught as well.
-
-    Args:
-        language: The teacher's language.
-        contrastive: Weight of the contrastive loss between texts and the teacher's embeddings.
-        cosine: Weight of 1 - cosine similarity to the teacher's embedding.
-        mse: Weight of the mean squared error to the teacher's features, before normalisation (as in M-CLIP).
-        anchor: Weight of the three terms above in the methods with images, next to the contrastive loss with images. It
-            preserves retrieval in the teacher's language. 0: no teacher in these methods.
-    """
-
-    language: str = "en"
-    contrastive: float = 1.0
-    cosine: float = 8.0
-    mse: float = 0.0
-    anchor: float = 0.0
-
-    @all_faults()
-    def __post_init__(self) -> None:
-        check_languages("distill.language", [self.language])
-        for name in ("contrastive", "cosine", "mse", "anchor"):
-            value = getattr(self, name)
-            check(value >= 0, f"distill.{name}", value, "expected 0 or more")
-        weights = self.contrastive, self.cosine, self.mse
-        check(any(weights), "distill", weights, "contrastive, cosine or mse must be more than 0")

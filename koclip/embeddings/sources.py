@@ -38,6 +38,10 @@ class Cache(NamedTuple):
     dtype: str = "fp16"
     fast: bool = True
 
+    def part(self, name: str) -> "Cache":
+        """Return the same with a folder inside of this one."""
+        return self._replace(directory=self.directory / name)
+
 
 class Images:
     """Every row's image, as `views.count` views of it."""
@@ -149,8 +153,7 @@ def teacher_features(
 ) -> Shards:
     """Return the teacher's features of every caption in its language; compute those that are not stored.
 
-    Prints how many captions have no counterpart in the teacher's language, and how many rows unequal numbers of
-    captions.
+    Prints how many captions, and rows with unequal numbers of captions, have no counterpart in the teacher's language.
 
     Args:
         accelerator: Its device and precision are used.

@@ -1,11 +1,12 @@
 """Train a byte-level BPE in CLIP's layout; load and check any tokenizer."""
 
+import itertools
 import json
 import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -20,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from koclip.config import ConfigError
+from koclip.config import ConfigError, TokenizerConfig
 from koclip.text.cleaning import cleaning
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -34,6 +35,7 @@ _SYLLABLES, _JAMO = re.compile("[가-힣]+"), re.compile("[\u1100-\u11ff]")  # i
 COUNT_FROM_PADDING = (
     *("roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm", "xlm-roberta-xl", "data2vec-text"),
 )
+_NUM_PROBES = 300  # captions that a tokenizer is tried on
 _MOST_LOST = 0.5  # of the letters of a script; the right tokenizer loses next to none, a wrong tokenizer nearly all
 _RARE = 0.1  # of all letters; Hanja in Korean captions may be unknown
 
@@ -62,6 +64,24 @@ def train_bpe(captions: Iterable[str], vocab_size: int, max_tokens: int) -> PreT
     entries = dict.fromkeys([*symbols, *(left + right for left, right in merges), BOS, EOS])
     vocab = {entry: index for index, entry in enumerate(entries)}
     return cleaning(CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens))
+
+
+def create(
+    config: TokenizerConfig, captions: Iterator[str], encoder: PreTrainedConfig | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that `config` names and try it on some captions; without a name, train one on them.
+
+    Args:
+        config: Path, or sizes of a new tokenizer.
+        captions: Of the training data; as many are read as are needed.
+        encoder: Configuration of the text encoder that the tokenizer belongs to; default: CLIP's own.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    if config.path is not None:
+        return load(config.path, config.max_tokens, encoder, list(itertools.islice(captions, _NUM_PROBES)))
+    return train_bpe(itertools.islice(captions, config.train_captions), config.vocab_size, config.max_tokens)
 
 
 def load(
