@@ -13,7 +13,7 @@ from align_runs import align
 
 from koclip import training
 from koclip.embeddings import fill, store
-from koclip.evaluation.report import finish as _slow_to_load  # noqa: F401
+from koclip.evaluation.report import write as _slow_to_load  # noqa: F401
 from koclip.runs.checkpoints import Snapshot
 from koclip.runs.session import Session
 from koclip.training import loop

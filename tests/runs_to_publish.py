@@ -14,7 +14,7 @@ from koclip import config
 from koclip.align.lora import attach
 from koclip.align.save import AlignedModelWriter
 from koclip.encoders import load
-from koclip.evaluation.report.finish import Measured, write_results
+from koclip.evaluation.results import Measured, write_results
 from koclip.metrics import Metric
 from koclip.models.dual_encoder import from_scratch
 from koclip.models.save import save_stock_model

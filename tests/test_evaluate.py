@@ -15,7 +15,7 @@ from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 
 import koclip
 from koclip import config
-from koclip.evaluation.suite import processes
+from koclip.evaluation.run import processes
 from koclip.models.dual_encoder import from_scratch
 from koclip.models.save import save_stock_model
 

@@ -8,7 +8,7 @@ from koclip.config.alignment import METHODS, AlignMethodConfig, DistillConfig, S
 from koclip.config.changes import check_changes, check_data
 from koclip.config.checks import ConfigError, RunError, Stopped, check, check_languages, check_pixels, locate
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
-from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig, Task
+from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig
 from koclip.config.model import AdapterConfig, ModelConfig, SwapConfig
 from koclip.config.parsing import dump, parse, run, to_dict
 from koclip.config.recipes import AlignConfig, EvaluateConfig, IndexConfig, PretrainConfig, PublishConfig
@@ -37,7 +37,6 @@ __all__ = [
     "Stage",
     "Stopped",
     "SwapConfig",
-    "Task",
     "TokenizerConfig",
     "TrainConfig",
     "check",

@@ -29,7 +29,7 @@ from koclip.data.transforms import PixelLimit, views_for
 from koclip.encoders.transformers import TransformersEncoder
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate, open_all
-from koclip.evaluation.report.finish import report
+from koclip.evaluation.report.write import report
 from koclip.evaluation.sets import EvalSet
 from koclip.models.dual_encoder import DualEncoder
 from koclip.models.save import save_stock_model
@@ -80,7 +80,7 @@ class Session:
             ConfigError: as the class, or an evaluation set cannot be opened or is too small.
         """
         session = cls(recipe, config, training.start(config.train))
-        session.eval_sets = open_all(config.eval.sets, PixelLimit(config.data.max_image_pixels))
+        session.eval_sets = open_all(config.eval, PixelLimit(config.data.max_image_pixels))
         if session.accelerator.is_main_process:
             session.directory.list_skipped(skip for eval_set in session.eval_sets for skip in eval_set.all_skipped())
         return session
@@ -185,7 +185,7 @@ class Session:
         directory = self.save_model(self._trained(), processor, write)
         if self.accelerator.is_main_process:
             embedder = Embedder(koclip.load(directory), self.config.eval.batch_size)
-            report(self.path, self.config, embedder, self.eval_sets)
+            report(self.path, embedder, self.eval_sets)
         return directory
 
     def log(self, step: int, stats: dict[str, float]) -> None:
