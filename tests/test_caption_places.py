@@ -25,7 +25,7 @@ from koclip.data.survey import survey
 from koclip.data.transforms import digest_of
 from koclip.encoders import Encoder
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.images import Pictures
+from koclip.evaluation.images import Images
 from koclip.evaluation.sets import EvalSet, EvalSetConfig
 from koclip.evaluation.tasks.retrieval import languages, retrieval, stress
 
@@ -143,7 +143,7 @@ def eval_set(rows: Sequence[dict[str, Cell]]) -> EvalSet:
     """Return a set of pictures of the shades 0, 1, 2 ... with the captions of these cells."""
     captions = [row_captions(row, SOURCE) for row in rows]
     pixels = [torch.full((2, 2, 3), shade, dtype=torch.uint8).numpy() for shade in range(len(rows))]
-    pictures = Pictures([Row(*parts, key="") for parts in zip(pixels, captions, strict=True)])
+    pictures = Images([Row(*parts, key="") for parts in zip(pixels, captions, strict=True)])
     return EvalSet("rows", EvalSetConfig(source=SOURCE, tasks=["languages"]), pictures, captions, {})
 
 
@@ -165,7 +165,7 @@ def test_languages_compare_pairs_with_both_places_usable(rows: list[tuple[list[C
     }
     encoder = Placing(places)
     embedder, opened = Embedder(encoder, 8), eval_set([dict(zip(("ko", "en"), row, strict=True)) for row in named])
-    metrics = languages(embedder, opened, "ko", "en", embedder.images(opened.pictures))
+    metrics = languages(embedder, opened, ("ko", "en"), embedder.images(opened.images))
     assert metrics["languages/gap@1"].n == len(expected)
     assert metrics["languages/same_image"].value == 1.0
     assert set(encoder.read) == {text for pair in expected for text in pair}
@@ -176,7 +176,7 @@ def test_no_empty_place_is_embedded_shown_or_measured() -> None:
     opened = eval_set(rows)
     encoder = Placing({"하나": 0, "셋": 0, "넷": 0, "다섯": 1, "여섯": 2})
     embedder = Embedder(encoder, 8)
-    images = embedder.images(opened.pictures)
+    images = embedder.images(opened.images)
     metrics = retrieval(embedder, opened, "ko", images)
     assert (metrics["text_to_image/recall@1"].value, metrics["text_to_image/recall@1"].n) == (1.0, 5)
     assert metrics["text_to_image_first_caption/recall@1"].n == metrics["image_to_text/recall@1"].n == 3

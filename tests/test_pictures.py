@@ -23,7 +23,7 @@ from koclip.data.sources import Row, Skip
 from koclip.data.transforms import ImageError, Views, decode
 from koclip.embeddings.sources import Images
 from koclip.encoders.transformers import TransformersEncoder
-from koclip.evaluation.images import Pictures
+from koclip.evaluation import images
 from koclip.models.dual_encoder import from_scratch
 from koclip.search import build
 
@@ -159,7 +159,7 @@ def test_every_path_sees_the_same_pixels(head, model, tmp_path) -> None:
     assert torch.equal(trained.pixels, expected)
     features = Images(views, MAX_PIXELS).piece([row], wanted=True).inputs
     assert torch.equal(features[0, 0], expected)
-    np.testing.assert_array_equal(np.asarray(Pictures([row])[0]), right)
+    np.testing.assert_array_equal(np.asarray(images.Images([row])[0]), right)
     np.testing.assert_array_equal(np.asarray(guard.read_picture(file)[0]), right)
     encoder = Watching()
     build.build(IndexConfig(model="colours", images=str(file.parent)), encoder, tmp_path / "index")

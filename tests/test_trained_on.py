@@ -79,8 +79,8 @@ def test_a_probe_that_is_tested_on_what_it_was_fitted_on_is_refused(photos, tmp_
 def test_training_images_that_the_source_holds_are_left_out_of_training(photos) -> None:
     """With labels drawn at random, a probe of a model that remembers every picture is right by chance only."""
     one = probe_set(photos("photos", range(100, 200)), photos("train", range(300)))
-    assert len(one.pictures) == 100
-    assert len(one.train.pictures) == 200
+    assert len(one.images) == 100
+    assert len(one.train.images) == 200
     assert [skip.key.rsplit("/")[-1] for skip in one.train.skipped] == list(map(str, range(100, 200)))
     assert linear_probe(Embedder(Remembering(), 50), one)["linear_probe/accuracy"].value < 0.45
 
@@ -101,10 +101,10 @@ def test_no_image_is_both_fitted_and_tested(photos, source, train) -> None:
         one = probe_set(photos("photos", source), photos("train", train))
     except ConfigError:
         return
-    tested, fitted = set(one.pictures.digests()), set(one.train.pictures.digests())
+    tested, fitted = set(one.images.digests()), set(one.train.images.digests())
     assert not tested & fitted
-    assert len(one.pictures) == len(source)
-    assert len(one.train.pictures) + len(one.train.skipped) == len(train)
+    assert len(one.images) == len(source)
+    assert len(one.train.images) + len(one.train.skipped) == len(train)
     assert one.train.in_source == sum(number in source for number in train)
 
 
