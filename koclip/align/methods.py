@@ -1,6 +1,7 @@
 """What each method of alignment does to a model: before, during and after training.
 
-Its stages are in `koclip.config.METHODS`, under the same name. A new method needs an entry in both tables; tests compare their names.
+Its stages are in `koclip.config.METHODS`, under the same name. A new method needs an entry in both tables; a test
+compares their names.
 """
 
 from collections.abc import Callable
