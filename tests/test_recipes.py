@@ -285,7 +285,7 @@ def test_the_real_configs_run(name, shared_data, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     file = ROOT / "recipes" / "configs" / "pretrain" / f"{name}.yaml"
     sets = config.parse(config.PretrainConfig, ["--config", str(file)]).eval.sets
-    spec = json.dumps([{**config.to_dict(one), "max_images": 30, "gallery": []} for one in sets])
+    spec = json.dumps([{**config.to_dict(eval_set), "max_images": 30, "gallery": []} for eval_set in sets])
     args = ["--config", str(file), "--train.num_steps", "2", "--optim.warmup_steps", "1", "--eval.sets", spec]
     pretrain(*args, "--tokenizer.train_captions", "2000", "--output_dir", str(tmp_path / "run"), base=QUICK)
     assert (tmp_path / "run" / "results.json").exists()
