@@ -147,14 +147,14 @@ def session(file: Path) -> Any:
 
 def run(opened: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return the embeddings (B, D) that an opened graph makes."""
-    (made,) = opened.run(None, {name: one.numpy() for name, one in inputs.items()})
-    return torch.from_numpy(made)
+    (embeddings,) = opened.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    return torch.from_numpy(embeddings)
 
 
 def _write(side: nn.Module, inputs: Mapping[str, torch.Tensor], file: Path) -> None:
     batch = torch.export.Dim("batch", min=1)
     length = torch.export.Dim("length", min=1)
-    shapes = {name: {0: batch} if one.dim() == 4 else {0: batch, 1: length} for name, one in inputs.items()}
+    shapes = {name: {0: batch} if tensor.dim() == 4 else {0: batch, 1: length} for name, tensor in inputs.items()}
     output = "image_embeds" if "pixel_values" in inputs else "text_embeds"
     with _quiet():
         torch.onnx.export(
@@ -176,7 +176,7 @@ def _image_side(model: StockModel, processor: ProcessorMixin) -> tuple[nn.Module
     """Return what is exported for images, and scenes to try it on."""
     side = view_size(processor.image_processor)
     drawn = [scenes.scene("test", 0, number) for number in range(_PROBES)]
-    pictures = [Image.fromarray(scenes.draw(one, number)).resize((side, side)) for number, one in enumerate(drawn)]
+    pictures = [Image.fromarray(scenes.draw(scene, number)).resize((side, side)) for number, scene in enumerate(drawn)]
     pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
     return _Images(model), [Probe({"pixel_values": pixels}, encode_images(model, pixels))]
 
@@ -191,7 +191,9 @@ def _text_side(model: StockModel, processor: ProcessorMixin) -> tuple[nn.Module,
     tokenizer: Any = processor.tokenizer
     longest = longest_text(tokenizer, model.text_model)
     drawn = [scenes.scene("test", 0, number) for number in range(_PROBES)]
-    captions = [text for one in drawn for language in scenes.LANGUAGES for text in scenes.captions(one)[language][:1]]
+    captions = [
+        text for scene in drawn for language in scenes.LANGUAGES for text in scenes.captions(scene)[language][:1]
+    ]
     long = [" ".join(texts * (longest // 2)) for texts in (captions[:2], captions[2:4])]
     tokens = [tokenizer(text, verbose=False)["input_ids"] for text in (*captions[:4], *long)]
     last = tokens[0][-1]
@@ -204,7 +206,7 @@ def _text_side(model: StockModel, processor: ProcessorMixin) -> tuple[nn.Module,
         odd = [tokenizer.pad(sent, padding_side=where, return_tensors="pt") for where in ("left", "right")]
     return side, [
         Probe({name: given[name] for name in _TEXT_INPUTS}, encode_texts(model, *(fits[name] for name in _TEXT_INPUTS)))
-        for given, fits in ((whole, whole), *((one, cut) for one in odd))
+        for given, fits in ((whole, whole), *((padded, cut) for padded in odd))
     ]
 
 
