@@ -1,4 +1,4 @@
-"""The only collectives. Without a process group each of them is the identity."""
+"""Collective operations. koclip has no others. Without a process group, each returns its input."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ def rank() -> int:
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather whose backward sums every process's gradient, so that each sees the gradient of the global loss.
+    """All-gather whose backward pass sums the gradients of all processes: each process gets that of the global loss.
 
     `torch.distributed.nn.functional.all_gather` does this too but is deprecated; `accelerator.gather` cuts the graph.
     """
@@ -41,7 +41,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """Return every process's rows, (W * B, ...), in rank order; gradients flow back to the process they came from.
+    """Return the rows of all processes, (W * B, ...), in rank order. Gradients flow back to the process of each row.
 
     Every process must hold the same number of rows.
     """
@@ -91,7 +91,7 @@ def gather_objects(item: Item) -> list[Item]:
 
 
 def share(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """Return the result of every item, in order; the processes take turns with the items."""
+    """Return the result of every item, in order. Process r works on items r, r + W, r + 2W, ..."""
     size = world_size()
     parts = gather_objects([work(item) for item in items[rank() :: size]])
     return [parts[number % size][number // size] for number in range(len(items))]

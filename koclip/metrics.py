@@ -1,9 +1,9 @@
 """Retrieval and classification metrics: matrices in, floats out. No model, no data set.
 
-Letters in shape comments: Q queries, G entries of the gallery, P positives of a query at most, D embedding width.
+Letters in shape comments: Q queries, G gallery entries, P the most positives of a query, D embedding width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ _CHUNK = 16_000_000  # similarities held at once; 64 MB
 
 @dataclass(frozen=True)
 class Metric:
-    """A number made of `n` queries with its 95 % interval. Shares are 0 to 1."""
+    """A number with its 95 % interval, measured on `n` queries. Shares are 0 to 1."""
 
     value: float
     ci95: tuple[float, float]
@@ -31,6 +31,12 @@ class Metric:
     def to_dict(self) -> dict[str, object]:
         """Return the entry of results.json."""
         return {**asdict(self), "ci95": list(self.ci95)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Metric":
+        """Return the metric of an entry of results.json."""
+        low, high = values["ci95"]
+        return cls(values["value"], (low, high), values["n"])
 
 
 def share(hits: torch.Tensor) -> Metric:
@@ -65,7 +71,7 @@ def mean(values: torch.Tensor, groups: torch.Tensor | None = None) -> Metric:
 
 
 def difference(first: torch.Tensor, second: torch.Tensor) -> Metric:
-    """Return the mean of `first` (Q,) less that of `second` (R,), other queries; the bootstrap draws both anew.
+    """Return the mean of `first` (Q,) less that of `second` (R,), of other queries; the bootstrap draws from both.
 
     Raises:
         ValueError: either has fewer than two queries.
@@ -73,13 +79,13 @@ def difference(first: torch.Tensor, second: torch.Tensor) -> Metric:
     numbers, others = first.double().numpy(), second.double().numpy()
     _check_count(min(len(numbers), len(others)))
     _check_groups(min(len(numbers), len(others)))
-    found = bootstrap(
+    interval = bootstrap(
         (numbers, others),
-        lambda mine, theirs, axis: mine.mean(axis) - theirs.mean(axis),
+        lambda drawn, drawn_others, axis: drawn.mean(axis) - drawn_others.mean(axis),
         **_options(len(numbers) + len(others)),
     ).confidence_interval
     value = float(numbers.mean() - others.mean())
-    return Metric(value, (float(found.low), float(found.high)), len(numbers) + len(others))
+    return Metric(value, (float(interval.low), float(interval.high)), len(numbers) + len(others))
 
 
 def median(values: torch.Tensor, groups: torch.Tensor | None = None) -> Metric:
@@ -124,20 +130,20 @@ def agreement(scores: torch.Tensor, ratings: torch.Tensor, variant: str = "c") -
     Raises:
         ValueError: either is constant or not finite, they differ in length, or there are fewer than two items.
     """
-    mine, theirs = scores.double().numpy(), ratings.double().numpy()
-    _check_count(len(mine))
-    _check_lengths(len(mine), len(theirs), "ratings")
-    if not (np.isfinite(mine).all() and np.isfinite(theirs).all()):
+    scored, rated = scores.double().numpy(), ratings.double().numpy()
+    _check_count(len(scored))
+    _check_lengths(len(scored), len(rated), "ratings")
+    if not (np.isfinite(scored).all() and np.isfinite(rated).all()):
         raise ValueError("the scores or the ratings hold NaN or infinity, which have no order")
-    if len(np.unique(mine)) < 2 or len(np.unique(theirs)) < 2:
-        raise ValueError(f"all {len(mine)} scores or all ratings are the same: there is no order to agree on")
+    if len(np.unique(scored)) < 2 or len(np.unique(rated)) < 2:
+        raise ValueError(f"all {len(scored)} scores or all ratings are the same: there is no order to agree on")
 
     def tau(weights: Numbers) -> float:
-        drawn = np.repeat(np.arange(len(mine)), weights.astype(np.int64))
-        found = kendalltau(mine[drawn], theirs[drawn], variant=variant).statistic
-        return float(np.nan_to_num(found))  # a resample of one rating agrees with nothing
+        drawn = np.repeat(np.arange(len(scored)), weights.astype(np.int64))
+        statistic = kendalltau(scored[drawn], rated[drawn], variant=variant).statistic
+        return float(np.nan_to_num(statistic))  # a resample of one rating agrees with nothing
 
-    return Metric(tau(np.ones(len(mine))), _bootstrap(len(mine), tau), len(mine))
+    return Metric(tau(np.ones(len(scored))), _bootstrap(len(scored), tau), len(scored))
 
 
 def first_ranks(similarity: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
@@ -188,9 +194,9 @@ def search(
         # The sum is not finite if any of them is not, and takes a twentieth of the time of looking at each.
         if not bool(similarity.sum().isfinite()) and not bool(torch.isfinite(similarity).all()):
             raise ValueError("the similarities hold NaN or infinity; the model's embeddings are broken")
-        owned = [list(dict.fromkeys(one)) for one in positives[part]]
+        owned = [list(dict.fromkeys(own)) for own in positives[part]]
         longest = max(map(len, owned))
-        places = torch.tensor([[*one, *[-1] * (longest - len(one))] for one in owned])  # (q, P)
+        places = torch.tensor([[*own, *[-1] * (longest - len(own))] for own in owned])  # (q, P)
         scores = similarity.gather(1, places.clamp(min=0)).masked_fill(places < 0, float("-inf"))
         best = scores.amax(dim=1, keepdim=True)
         ahead = torch.ge(similarity, best, out=not_beaten[:count]).numpy()
@@ -216,8 +222,8 @@ def recall_at(ranks: torch.Tensor, groups: torch.Tensor | None = None, ks: Seque
         if 0 < int(hits.sum()) < len(hits):
             recalls[f"recall@{k}"] = mean(hits, groups)
         else:  # where all are alike, all resamples are; Wilson's interval has a width, that of one query per group
-            one_each = hits if groups is None else hits[: len(groups.unique())]
-            recalls[f"recall@{k}"] = replace(share(one_each), n=len(hits))
+            first_of_each = hits if groups is None else hits[: len(groups.unique())]
+            recalls[f"recall@{k}"] = replace(share(first_of_each), n=len(hits))
     return recalls | {"median_rank": median(ranks + 1, groups)}
 
 
@@ -249,13 +255,13 @@ def _check_lengths(count: int, other: int, name: str) -> None:
 def _bootstrap(count: int, statistic: Callable[[Numbers], float]) -> tuple[float, float]:
     """Return the 95 % interval of a statistic of how often each of `count` groups is drawn."""
     _check_groups(count)
-    found = bootstrap(
+    interval = bootstrap(
         (np.arange(count),),
         lambda drawn: statistic(np.bincount(drawn, minlength=count).astype(np.float64)),
         vectorized=False,
         **_options(count),
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(interval.low), float(interval.high)
 
 
 def _options(count: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""AdamW's parameter groups and the learning-rate schedule."""
+"""AdamW's parameter groups, learning rates by depth, and the learning-rate schedule."""
 
 import math
 from collections.abc import Mapping
@@ -8,15 +8,17 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from koclip.config import OptimConfig
+from koclip.models.dual_encoder import DualEncoder
+from koclip.models.stock import layout_of
 
 
 def adamw(model: nn.Module, config: OptimConfig, rates: Mapping[str, float] | None = None) -> AdamW:
     """Return AdamW; norms, biases and scalars have no weight decay (Radford et al. 2021, section 2.5).
 
     Args:
-        model: Those of its parameters that require a gradient are trained.
-        config: Learning rate, decay and moments.
-        rates: Learning rates of parameters by name, as shares of `config.lr`; of all others it is 1.
+        model: The model; parameters that require a gradient are trained.
+        config: Learning rate, weight decay and decay of the moments.
+        rates: Learning rate of a parameter relative to `config.lr`, by name. Default: 1.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -25,7 +27,7 @@ def adamw(model: nn.Module, config: OptimConfig, rates: Mapping[str, float] | No
             groups.setdefault(((rates or {}).get(name, 1.0), decay), []).append(parameter)
     settings = [
         {"params": parameters, "lr": config.lr * rate, "weight_decay": decay}
-        for (rate, decay), parameters in sorted(groups.items(), key=lambda one: one[0], reverse=True)
+        for (rate, decay), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
     return AdamW(settings, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
@@ -33,7 +35,7 @@ def adamw(model: nn.Module, config: OptimConfig, rates: Mapping[str, float] | No
 def warmup_cosine(optimizer: Optimizer, config: OptimConfig, num_steps: int, start: int = 0) -> LambdaLR:
     """Return a schedule that rises linearly for `warmup_steps` and falls along a cosine until `num_steps`.
 
-    It begins behind step `start`, where `set_step` puts it.
+    It starts after `start` steps; those steps count neither for the warm-up nor for the cosine.
     """
     num_steps -= start
 
@@ -50,9 +52,38 @@ def warmup_cosine(optimizer: Optimizer, config: OptimConfig, num_steps: int, sta
 
 
 def set_step(schedule: LambdaLR, step: int) -> None:
-    """Put a schedule, and its optimizer's learning rates, where they are after `step` steps."""
+    """Set a schedule and the learning rates of its optimizer to their values after `step` steps."""
     schedule.last_epoch = step
     rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     schedule._last_lr = rates
+
+
+def depth(tower: nn.Module) -> dict[str, int]:
+    """Return how deep below a tower's output each parameter is: 0 above its layers, 1 in the top one, and so on.
+
+    Its layers are the longest list of modules in it; embeddings are below the lowest.
+    """
+    lists = {name: part for name, part in tower.named_modules() if isinstance(part, nn.ModuleList | nn.Sequential)}
+    if not lists:
+        return {name: 0 for name, _ in tower.named_parameters()}
+    prefix = max(lists, key=lambda name: len(list(lists[name].children())))
+    count = len(list(lists[prefix].children()))
+    depths, below = {}, True
+    for name, _ in tower.named_parameters():
+        inside = name.startswith(f"{prefix}.")
+        below = below and not inside
+        number = int(name[len(prefix) + 1 :].split(".")[0]) if inside else 0
+        depths[name] = count - number if inside else (count + 1 if below else 0)
+    return depths
+
+
+def layer_rates(encoder: DualEncoder, decay: float) -> dict[str, float]:
+    """Return each parameter's learning rate as a share of the peak: decay ** depth, in both towers (as in BEiT)."""
+    rates: dict[str, float] = {}
+    layout = layout_of(encoder.model)
+    for side in (layout.image_tower, layout.text_tower):
+        depths = depth(encoder.model.get_submodule(side))
+        rates |= {f"model.{side}.{name}": decay**below for name, below in depths.items()}
+    return rates

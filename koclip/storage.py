@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import torch
 import xxhash
 
 SEAL = "checksums.json"  # written last, of every other file
@@ -150,6 +149,8 @@ def _checksum(file: Path) -> str:
 
 def environment(num_processes: int = 1) -> dict[str, Any]:
     """Return what a number depends on: versions, hardware, the commit of the code."""
+    import torch  # takes seconds, and nothing else here needs it
+
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {

@@ -13,37 +13,30 @@ from koclip import config
 from koclip.data.transforms import PixelLimit
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate, open_all, warnings_of
-from koclip.evaluation.report.finish import Measured
-from koclip.evaluation.report.present import keep, present
-from koclip.evaluation.suite import folders_of, processes, start
-from koclip.evaluation.tasks.ratings import people
-from koclip.evaluation.tasks.robustness import add_effective_robustness
+from koclip.evaluation.report.write import Evaluated, keep, write
+from koclip.evaluation.run import folders_of, processes, start, surroundings
+from koclip.evaluation.tasks.zero_shot import add_effective_robustness
 
 
 def main(cfg: config.EvaluateConfig) -> None:
     """Run the recipe: every model on every data set, then the models side by side."""
     accelerator = processes(cfg)
-    limit = PixelLimit(cfg.max_image_pixels, "max_image_pixels")
-    sets = open_all(cfg.sets, limit)
-    run = start(cfg, sets)
-    metrics, embedders, warnings = {}, {}, []
-    for spec in cfg.all_models:
+    eval_sets = open_all(cfg, PixelLimit(cfg.max_image_pixels, "max_image_pixels"))
+    run = start(cfg, eval_sets)
+    models: list[Evaluated] = []
+    warnings: dict[str, None] = {}
+    for spec, folder in folders_of(run, cfg.all_models).items():
         began = time.monotonic()
         encoder = koclip.load(spec, cfg.device or accelerator.device)
         embedder = Embedder(encoder, cfg.batch_size, Path(cfg.cache_dir) if cfg.cache_dir else None, spread=True)
-        warnings += [warning for warning in warnings_of(embedder, sets) if warning not in warnings]
-        found = evaluate(embedder, sets)
-        for rated in cfg.ratings:
-            found |= {
-                f"{rated.name}/{rated.language}/{name}": one for name, one in people(embedder, rated, limit).items()
-            }
-        metrics[spec], embedders[spec] = found, embedder
+        warnings |= dict.fromkeys(warnings_of(embedder, eval_sets))
+        models.append(Evaluated(spec, folder, embedder, evaluate(embedder, eval_sets)))
         if accelerator.is_main_process:
-            keep(folders_of(run, cfg.all_models)[spec], Measured(spec, embedder.fingerprint), found, sets)
+            keep(models[-1], eval_sets, surroundings())
         accelerator.print(f"Evaluated {spec} in {(time.monotonic() - began) / 60:.1f} minutes")
-    add_effective_robustness(metrics)
+    add_effective_robustness({model.model: model.metrics for model in models})
     if accelerator.is_main_process:
-        present(run, metrics, embedders, sets, warnings)
+        write(run, models, eval_sets, surroundings(), list(warnings))
     accelerator.wait_for_everyone()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModel
 
 from koclip import config
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
 from koclip.text.tokenizers import train_bpe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "align.py"
@@ -46,7 +47,7 @@ def write_source(folder: Path, **sizes: object) -> Path:
     tokenizer = train_bpe(ENGLISH, 560, 24)
     model, processor = from_scratch(tiny_config(**{"text_width": 32, "text_layers": 1, **sizes}), tokenizer)
     torch.nn.init.constant_(model.logit_scale, 3.21)
-    publish(folder, model, processor, model.state_dict())
+    save_stock_model(folder, model, processor, model.state_dict())
     return folder
 
 
@@ -74,10 +75,11 @@ def align(*args: str, reported: bool = False) -> None:
     spec = importlib.util.spec_from_file_location("align", RECIPE)
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
-    if not reported:
-        recipe.report = lambda *_: None
     AcceleratorState._reset_state(reset_partial_state=True)
-    recipe.main(config.parse(config.AlignConfig, list(args)))
+    with pytest.MonkeyPatch.context() as patch:
+        if not reported:
+            patch.setattr("koclip.runs.session.report", lambda *_: None)
+        recipe.main(config.parse(config.AlignConfig, list(args)))
 
 
 def write_encoder(folder: Path, kind: str, vocab_size: int, **settings: object) -> None:

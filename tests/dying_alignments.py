@@ -13,9 +13,9 @@ from align_runs import align
 
 from koclip import training
 from koclip.embeddings import fill, store
-from koclip.evaluation.report import finish as _slow_to_load  # noqa: F401
-from koclip.runs import directory as run_room
-from koclip.runs.state import Snapshot
+from koclip.evaluation.report import write as _slow_to_load  # noqa: F401
+from koclip.runs.checkpoints import Snapshot
+from koclip.runs.session import Session
 from koclip.training import loop
 
 
@@ -42,7 +42,7 @@ CALLS: dict[str, tuple[Any, str]] = {
     "step": (loop, "_step"),
     "checkpoint": (Snapshot, "write"),  # all files are there, but for the checksums
     "between": (training, "release"),  # the first stage is over, its checkpoint written
-    "publish": (run_room.Run, "save_model"),
+    "publish": (Session, "save_model"),
 }
 
 

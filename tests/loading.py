@@ -35,13 +35,13 @@ def batches(
 
 def assert_equal(ones: list[Batch], others: list[Batch]) -> None:
     assert len(ones) == len(others)
-    for one, other in zip(ones, others, strict=True):
-        assert one.keys == other.keys
-        assert torch.equal(one.pixel_values, other.pixel_values)
-        assert torch.equal(one.pair_ids, other.pair_ids)
-        assert torch.equal(one.input_ids, other.input_ids)
-        assert torch.equal(one.attention_mask, other.attention_mask)
-        assert one.skipped == other.skipped
+    for batch, other in zip(ones, others, strict=True):
+        assert batch.keys == other.keys
+        assert torch.equal(batch.pixel_values, other.pixel_values)
+        assert torch.equal(batch.pair_ids, other.pair_ids)
+        assert torch.equal(batch.input_ids, other.input_ids)
+        assert torch.equal(batch.attention_mask, other.attention_mask)
+        assert batch.skipped == other.skipped
 
 
 def picture(number: int) -> bytes:

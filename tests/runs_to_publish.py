@@ -12,12 +12,12 @@ from transformers import BertConfig, BertModel, ChineseCLIPProcessor
 
 from koclip import config
 from koclip.align.lora import attach
-from koclip.align.save import publish_aligned
+from koclip.align.save import AlignedModelWriter
 from koclip.encoders import load
-from koclip.evaluation.report.finish import Measured, write_results
+from koclip.evaluation.results import Measured, write_results
 from koclip.metrics import Metric
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
 from koclip.models.swap import swap_text_tower
 
 ENVIRONMENT = {
@@ -50,7 +50,7 @@ def pretrained(folder: Path, **changes: object) -> Path:
     torch.manual_seed(0)
     model, processor = from_scratch(tiny_config(**changes), tiny_tokenizer())
     stir(model)
-    publish(folder / "model", model, processor, model.state_dict())
+    save_stock_model(folder / "model", model, processor, model.state_dict())
     return beside(folder, config.PretrainConfig(data=SCENES))
 
 
@@ -66,7 +66,7 @@ def swapped(folder: Path, clip: str, text_encoder: str) -> Path:
     with torch.no_grad():
         model.text_model.embeddings.word_embeddings.weight[ids["pad_token_id"]] = 0  # as training leaves it
     joint = ChineseCLIPProcessor(processor.image_processor, bert_tokenizer())
-    publish(folder / "model", model, joint, model.state_dict())
+    save_stock_model(folder / "model", model, joint, model.state_dict())
     return beside(folder, aligned(clip, text_encoder, "frozen_image"))
 
 
@@ -83,7 +83,7 @@ def adapted(folder: Path, clip: str, source: Path) -> tuple[Path, Any]:
             parameter.add_(0.05)
     trained = copy.deepcopy(model).eval()
     weights = {f"model.{name}": value for name, value in model.state_dict().items()}
-    publish_aligned(folder / "model", model, processor, weights, settings, {})
+    AlignedModelWriter(settings, model)(folder / "model", model, processor, weights)
     return beside(folder, settings), trained
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from koclip.config import EvalSetConfig, SourceConfig
 from koclip.data.sources import Row
 from koclip.encoders import Encoder
-from koclip.evaluation.images import Pictures
+from koclip.evaluation.images import Images
 from koclip.evaluation.sets import EvalSet
 from koclip.text.classes import ClassName
 
@@ -39,13 +39,13 @@ class Seeing(Encoder):
         return "seeing"
 
 
-def pictures(count: int) -> Pictures:
+def pictures(count: int) -> Images:
     rows = []
     for number in range(count):
         buffer = io.BytesIO()
         Image.new("RGB", (40 + number, 30), (number * 37 % 256, number * 91 % 256, 60)).save(buffer, "PNG")
         rows.append(Row(buffer.getvalue(), {}, f"rows/{number}"))
-    return Pictures(rows)
+    return Images(rows)
 
 
 def captioned(tasks: list[str], count: int = 24) -> EvalSet:

@@ -64,8 +64,8 @@ def nested_parquet(folder: Path, records: Records) -> SourceConfig:
         {"sample": {"image": r["image"], "told": [{"ko": t} for t in r["captions_ko"]]}, "en": r["caption_en"]}
         for r in records
     ]
-    told = datasets.List({"ko": datasets.Value("string")})
-    shape = datasets.Features({"sample": {"image": datasets.Image(), "told": told}, "en": datasets.Value("string")})
+    captions = datasets.List({"ko": datasets.Value("string")})
+    shape = datasets.Features({"sample": {"image": datasets.Image(), "told": captions}, "en": datasets.Value("string")})
     datasets.Dataset.from_list(nested, features=shape).to_parquet(folder / "rows.parquet")
     return SourceConfig(
         path=str(folder / "rows.parquet"), image="sample.image", captions={"ko": "sample.told.ko", "en": "en"}
@@ -117,8 +117,8 @@ def image_folder(folder: Path, records: Records) -> SourceConfig:
 
 def webdataset(folder: Path, records: Records) -> SourceConfig:
     for number, record in enumerate(records):
-        told = json.dumps({"ko": record["captions_ko"], "other": None}).encode()
-        sample = {"png": record["image"], "json": told, "txt": record["caption_en"].encode()}
+        text = json.dumps({"ko": record["captions_ko"], "other": None}).encode()
+        sample = {"png": record["image"], "json": text, "txt": record["caption_en"].encode()}
         write_tar(folder / f"shard-{number:03d}.tar", [sample], first=number)
     return SourceConfig(path=str(folder / "shard-*.tar"), image="png", captions={"ko": "json.ko", "en": "txt"})
 
@@ -150,5 +150,5 @@ def all_rows(source: Source) -> list[Row]:
     return list(source.iter_rows())
 
 
-def colour(one: Row) -> tuple[int, ...]:
-    return tuple(decode(one.image, 10_000)[:, 0, 0].tolist())
+def colour(row: Row) -> tuple[int, ...]:
+    return tuple(decode(row.image, 10_000)[:, 0, 0].tolist())

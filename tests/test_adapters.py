@@ -20,7 +20,7 @@ from koclip.align.lora import BASE, attach, base_weights, merge, report, save
 from koclip.config import AdapterConfig, ConfigError
 from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.models.fast import speed_up
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
 from koclip.models.swap import swap_text_tower
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -292,7 +292,7 @@ def test_bf16_weights_are_merged_in_fp32() -> None:
 def test_a_model_with_adapters_is_published_as_a_stock_one(image: str, text: str, tmp_path: Path) -> None:
     model = trained(base(image, text))
     weights = {f"model.{name}": value for name, value in model.state_dict().items()}
-    publish(tmp_path, model, from_scratch(tiny_config(), tiny_tokenizer())[1], merge(model, weights))
+    save_stock_model(tmp_path, model, from_scratch(tiny_config(), tiny_tokenizer())[1], merge(model, weights))
     save(model, weights, tmp_path, "a/b", "c/d")
     loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is type(model)

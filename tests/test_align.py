@@ -15,6 +15,8 @@ from test_published_tokenizers import FAMILIES, strings
 from transformers import AutoModel, AutoTokenizer, ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
 import koclip
+from koclip import config
+from koclip.align import methods
 from koclip.models.dual_encoder import encode_texts
 from koclip.text import tokenizers
 
@@ -291,7 +293,7 @@ def test_a_run_leaves_what_the_design_says(place: Path) -> None:
     directory = run(place, "reported", "--align.method", "two_stage", "--align.first_steps", "3", reported=True)
     left = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
     assert {"config.yaml", "environment.json", "metrics.jsonl", "results.json", "model/model.safetensors"} <= left
-    assert {"pictures/queries-pairs.png", "features/images/features.json", "features/teacher/features.json"} <= left
+    assert {"pictures/queries-pairs.png", "features/images/embeddings.json", "features/teacher/embeddings.json"} <= left
     assert not [name for name in left if name.endswith((".bin", ".pt", ".pkl", ".pth"))]
     logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     seconds = [line["seconds"] for line in logged]  # of both stages
@@ -302,10 +304,10 @@ def test_a_run_leaves_what_the_design_says(place: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--align.first_steps", "2"], ["align.first_steps", "frozen_image has one stage"]),
-        (["--align.method", "two_stage"], ["align.first_steps", "needs the steps"]),
+        (["--align.first_steps", "2"], ["align.first_steps", "frozen_image"]),
+        (["--align.method", "two_stage"], ["align.first_steps", "two_stage"]),
         (["--align.method", "full", "--align.first_steps", "9"], ["align.first_steps", "fewer than train.num_steps"]),
-        (["--align.layer_decay", "0.5"], ["align.layer_decay", "only full"]),
+        (["--align.layer_decay", "0.5"], ["align.layer_decay", "0.5"]),
         (
             ["--align.method", "lora", "--align.wise_ft", "0.5", "--model.text_encoder", "same"],
             ["align.wise_ft", "lora.alpha"],
@@ -318,9 +320,9 @@ def test_a_run_leaves_what_the_design_says(place: Path) -> None:
             ["model.text_encoder", "distilled from itself"],
         ),
         (["--model.text_encoder", "x/y", "--model.text_width", "64"], ["model.text_width", "has its own"]),
-        (["--align.method", "lora"], ["model.text_encoder", "random weights"]),
+        (["--align.method", "lora"], ["model.text_encoder", "lora"]),
         (["--align.method", "litt"], ["align.method"]),
-        (["--align.image_layers", "2"], ["align.image_layers", "only full"]),
+        (["--align.image_layers", "2"], ["align.image_layers", "2"]),
     ],
 )
 def test_mistakes_are_told_before_anything_is_read(args, words, place, capsys) -> None:
@@ -330,3 +332,8 @@ def test_mistakes_are_told_before_anything_is_read(args, words, place, capsys) -
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert all(word in error for word in words), error
+
+
+def test_both_tables_of_methods_have_the_same_names() -> None:
+    assert set(METHODS) <= set(config.METHODS)
+    assert set(config.METHODS) == set(methods.METHODS)

@@ -142,7 +142,7 @@ def test_a_second_stage_begins_without_the_memory_of_the_first(place: Path, monk
     alive: list[bool] = []
     prepare = training.prepare
 
-    def watched(*args: Any) -> training.Trainer:
+    def watched(*args: Any) -> training.TrainState:
         alive.extend(one() is not None for one in optimizers)
         trainer = prepare(*args)
         optimizers.append(weakref.ref(trainer.optimizer.optimizer))  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ def source(path: Path, **options) -> SourceConfig:
 
 
 def read(config: SourceConfig) -> list[list[str]]:
-    return [[text for text in one.captions.get("ko", []) if text] for one in all_rows(open_source(config))]
+    return [[text for text in row.captions.get("ko", []) if text] for row in all_rows(open_source(config))]
 
 
 LISTS = [["개", "고양이"], ["하나"], ["it's", 'a "dog"', "a, b"], ["긴 " * 40, "b\nc"], ["[속보] 개", "\\n"], ["😀"]]
@@ -49,7 +49,7 @@ def test_lists_in_cells_are_read_as_lists(tmp_path, form, streaming) -> None:
     cells = [*map(form, LISTS), *TEXTS]
     names = [f"{n}.png" for n in range(len(cells))]
     pd.DataFrame({"image": names, "captions": cells}).to_csv(tmp_path / "rows.csv", index=False)
-    expected = [[normalize(text) for text in told] for told in [*LISTS, *([text] for text in TEXTS)]]
+    expected = [[normalize(text) for text in cell] for cell in [*LISTS, *([text] for text in TEXTS)]]
     assert read(source(tmp_path / "rows.csv", streaming=streaming)) == expected
 
 
@@ -72,8 +72,8 @@ def test_any_text_in_brackets_is_cleaned(text) -> None:
 
 
 def test_lists_behind_the_first_samples_of_a_tar(tmp_path) -> None:
-    told: list[Any] = ["개"] * 6 + [["새", "참새"], None, ["말"], "소"]
-    samples = [{"jpg": b"", "json": json.dumps({"captions": cell}).encode()} for cell in told]
+    cells: list[Any] = ["개"] * 6 + [["새", "참새"], None, ["말"], "소"]
+    samples = [{"jpg": b"", "json": json.dumps({"captions": cell}).encode()} for cell in cells]
     write_tar(tmp_path / "rows.tar", samples)
     config = source(tmp_path / "rows.tar", image="jpg", captions={"ko": "json.captions"})
     assert read(config) == [["개"]] * 6 + [["새", "참새"], [], ["말"], ["소"]]
@@ -114,10 +114,10 @@ ANNOTATIONS = [{"image_id": 3, "id": 1, "caption": "새"}, {"image_id": 7, "id":
 ANNOTATIONS += [{"image_id": 3, "id": 3, "caption": "참새"}]
 EXPECTED = {"a.jpg": ["개"], "나.jpg": ["새", "참새"]}
 KARPATHY = [
-    {"filename": name, "filepath": "val", "split": "test", "sentences": [{"raw": text, "tokens": []} for text in told]}
-    for name, told in EXPECTED.items()
+    {"filename": name, "filepath": "val", "split": "test", "sentences": [{"raw": text, "tokens": []} for text in texts]}
+    for name, texts in EXPECTED.items()
 ]
-ROWS = [{"image": name, "captions": told} for name, told in EXPECTED.items()]
+ROWS = [{"image": name, "captions": captions} for name, captions in EXPECTED.items()]
 LAYOUTS: dict[str, tuple[Any, str]] = {
     "coco": ({"info": {}, "licenses": [], "images": IMAGES, "annotations": ANNOTATIONS}, "COCO"),
     "karpathy": ({"images": KARPATHY, "dataset": "coco"}, "Karpathy"),
@@ -145,26 +145,26 @@ def convert(error: SourceError, folder: Path) -> list[Path]:
 def test_other_layouts_are_refused_with_the_lines_that_convert_them(
     tmp_path, name, indent, encoding, streaming
 ) -> None:
-    data, told = LAYOUTS[name]
+    data, layout = LAYOUTS[name]
     text = json.dumps(data, ensure_ascii=False, indent=indent)
     (tmp_path / "captions [1].json").write_text(text, encoding=encoding)
     setting = encoding.removesuffix("-sig")
     path = tmp_path / "captions [1].json"
     with pytest.raises(SourceError, match=r"captions \[1\]\.json cannot be read as it is: it is ") as caught:
         open_source(source(path, streaming=streaming, encoding=setting))
-    assert told in str(caught.value)
-    (made,) = convert(caught.value, tmp_path)
-    rows = all_rows(open_source(source(made, streaming=streaming)))
+    assert layout in str(caught.value)
+    (path,) = convert(caught.value, tmp_path)
+    rows = all_rows(open_source(source(path, streaming=streaming)))
     folder = tmp_path / "val" if name == "karpathy" else tmp_path
-    assert {str(one.image): one.captions["ko"] for one in rows} == {str(folder / n): t for n, t in EXPECTED.items()}
+    assert {str(row.image): row.captions["ko"] for row in rows} == {str(folder / n): t for n, t in EXPECTED.items()}
 
 
 @pytest.mark.parametrize("indent", [None, 2])
 def test_one_file_per_picture(tmp_path, indent) -> None:
     """Over several lines they are refused, on one line each is a row; with COCO's keys they are COCO's."""
-    for name, told in EXPECTED.items():
+    for name, captions in EXPECTED.items():
         (tmp_path / "labels").mkdir(exist_ok=True)
-        record = {"image": {"file_name": name}, "annotation": {"caption": [{"korean": text} for text in told]}}
+        record = {"image": {"file_name": name}, "annotation": {"caption": [{"korean": text} for text in captions]}}
         text = json.dumps(record, ensure_ascii=False, indent=indent)
         (tmp_path / "labels" / f"{name[0]}.json").write_text(text, encoding="utf-8")
     columns = {"image": "image.file_name", "captions": {"ko": "annotation.caption.korean"}}
@@ -172,21 +172,21 @@ def test_one_file_per_picture(tmp_path, indent) -> None:
     if indent:
         with pytest.raises(SourceError, match="AI-Hub") as caught:
             open_source(config)
-        (made,) = convert(caught.value, tmp_path)
-        config = source(made, **columns)
-    assert {one.image.name: one.captions["ko"] for one in all_rows(open_source(config))} == EXPECTED
+        (path,) = convert(caught.value, tmp_path)
+        config = source(path, **columns)
+    assert {row.image.name: row.captions["ko"] for row in all_rows(open_source(config))} == EXPECTED
 
 
 def test_cocos_keys_in_one_file_per_picture(tmp_path) -> None:
     for image in IMAGES:
-        own = [one for one in ANNOTATIONS if one["image_id"] == image["id"]]
+        own = [row for row in ANNOTATIONS if row["image_id"] == image["id"]]
         text = json.dumps({"images": [image], "annotations": own}, ensure_ascii=False)
         (tmp_path / f"{image['id']}.json").write_text(text, encoding="utf-8")
     with pytest.raises(SourceError, match="COCO") as caught:
         open_source(source(tmp_path / "*.json", image="images.file_name", captions={"ko": "annotations.caption"}))
-    (made,) = convert(caught.value, tmp_path)
-    rows = all_rows(open_source(source(made)))
-    assert {one.image.name: one.captions["ko"] for one in rows} == EXPECTED
+    (path,) = convert(caught.value, tmp_path)
+    rows = all_rows(open_source(source(path)))
+    assert {row.image.name: row.captions["ko"] for row in rows} == EXPECTED
 
 
 def test_the_lines_work_where_the_command_runs(tmp_path, monkeypatch) -> None:

@@ -25,7 +25,7 @@ from koclip.data.survey import survey
 from koclip.data.transforms import digest_of
 from koclip.encoders import Encoder
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.images import Pictures
+from koclip.evaluation.images import Images
 from koclip.evaluation.sets import EvalSet, EvalSetConfig
 from koclip.evaluation.tasks.retrieval import languages, retrieval, stress
 
@@ -48,17 +48,17 @@ def taught(cells: dict[str, Cell], tokenizer: Any, source: SourceConfig = SOURCE
     """Return the pairs of caption and sentence that a row is drawn as, or why it is left out."""
     assembler = Assembler(DataConfig(sources=[source]), tokenizer, None, Precomputed(teacher=Teacher()))
     row = Row(None, row_captions(cells, source), "row")
-    found: set[Any] = set()
+    outcomes: set[Any] = set()
     for number in range(draws):
-        made = assembler.sample(row, 0, (0, number, 0, 0))
-        if isinstance(made, Sample):
-            assert made.sentence is not None
-            assert torch.equal(made.teacher, Teacher().embedding(digest_of(made.sentence.encode())))
-            found.add((made.caption, made.sentence))
+        sample = assembler.sample(row, 0, (0, number, 0, 0))
+        if isinstance(sample, Sample):
+            assert sample.sentence is not None
+            assert torch.equal(sample.teacher, Teacher().embedding(digest_of(sample.sentence.encode())))
+            outcomes.add((sample.caption, sample.sentence))
         else:
-            assert isinstance(made, Skip)
-            found.add(made.reason)
-    return found
+            assert isinstance(sample, Skip)
+            outcomes.add(sample.reason)
+    return outcomes
 
 
 CASES = [
@@ -83,8 +83,8 @@ def test_captions_are_taught_by_what_stands_at_their_place(cells: dict[str, Cell
 
 def test_captions_in_the_teachers_language_teach_themselves(tokenizer) -> None:
     both = SourceConfig(path="rows.jsonl", captions={"ko": "ko", "en": "en"})
-    found = taught(GAPS, tokenizer, both, 200)
-    assert found == {("하나", "one"), ("셋", "three"), ("one", "one"), ("two", "two"), ("three", "three")}
+    outcomes = taught(GAPS, tokenizer, both, 200)
+    assert outcomes == {("하나", "one"), ("셋", "three"), ("one", "one"), ("two", "two"), ("three", "three")}
 
 
 def is_text(value: Cell) -> bool:
@@ -107,12 +107,12 @@ def cells(draw: st.DrawFn) -> tuple[list[Cell], list[Cell]]:
 @given(cells())
 def test_pairs_taught_are_those_with_both_places_usable(tokenizer, row: tuple[list[Cell], list[Cell]]) -> None:
     ko, en = row
-    found = taught({"ko": ko, "en": en}, tokenizer)
+    outcomes = taught({"ko": ko, "en": en}, tokenizer)
     if len(ko) == len(en):
         expected = {pair for pair in zip(ko, en, strict=True) if all(map(is_text, pair))}
     else:
         expected = {pair for pair in itertools.product(ko, en) if all(map(is_text, pair))}
-    assert found == expected or (not expected and len(found) == 1 and isinstance(found.pop(), str))
+    assert outcomes == expected or (not expected and len(outcomes) == 1 and isinstance(outcomes.pop(), str))
 
 
 class Placing(Encoder):
@@ -143,7 +143,7 @@ def eval_set(rows: Sequence[dict[str, Cell]]) -> EvalSet:
     """Return a set of pictures of the shades 0, 1, 2 ... with the captions of these cells."""
     captions = [row_captions(row, SOURCE) for row in rows]
     pixels = [torch.full((2, 2, 3), shade, dtype=torch.uint8).numpy() for shade in range(len(rows))]
-    pictures = Pictures([Row(*one, key="") for one in zip(pixels, captions, strict=True)])
+    pictures = Images([Row(*parts, key="") for parts in zip(pixels, captions, strict=True)])
     return EvalSet("rows", EvalSetConfig(source=SOURCE, tasks=["languages"]), pictures, captions, {})
 
 
@@ -153,7 +153,7 @@ def test_languages_compare_pairs_with_both_places_usable(rows: list[tuple[list[C
     """Both of a pair find the same picture here, but those of two pairs do not: a pair put together wrongly shows."""
     rows = [*rows, (["ko 0", None, "ko 2"], ["en 0", "en 1", "en 2"]), (["ko 0"], ["en 0"])]  # some can be compared
     named = [
-        [[f"{number} {one}" if is_text(one) else one for one in cell] for cell in row]
+        [[f"{number} {text}" if is_text(text) else text for text in cell] for cell in row]
         for number, row in enumerate(rows)
     ]
     expected = {
@@ -164,23 +164,23 @@ def test_languages_compare_pairs_with_both_places_usable(rows: list[tuple[list[C
         for number, language, place in itertools.product(range(len(rows)), ("ko", "en"), range(5))
     }
     encoder = Placing(places)
-    embedder, one = Embedder(encoder, 8), eval_set([dict(zip(("ko", "en"), row, strict=True)) for row in named])
-    found = languages(embedder, one, "ko", "en", embedder.images(one.pictures))
-    assert found["languages/gap@1"].n == len(expected)
-    assert found["languages/same_image"].value == 1.0
+    embedder, opened = Embedder(encoder, 8), eval_set([dict(zip(("ko", "en"), row, strict=True)) for row in named])
+    metrics = languages(embedder, opened, ("ko", "en"), embedder.images(opened.images))
+    assert metrics["languages/gap@1"].n == len(expected)
+    assert metrics["languages/same_image"].value == 1.0
     assert set(encoder.read) == {text for pair in expected for text in pair}
 
 
 def test_no_empty_place_is_embedded_shown_or_measured() -> None:
     rows = [GAPS, {"ko": [None, "다섯"], "en": "five"}, {"ko": ["여섯", ""], "en": ["", "six"]}]
-    one = eval_set(rows)
+    opened = eval_set(rows)
     encoder = Placing({"하나": 0, "셋": 0, "넷": 0, "다섯": 1, "여섯": 2})
     embedder = Embedder(encoder, 8)
-    images = embedder.images(one.pictures)
-    found = retrieval(embedder, one, "ko", images)
-    assert (found["text_to_image/recall@1"].value, found["text_to_image/recall@1"].n) == (1.0, 5)
-    assert found["text_to_image_first_caption/recall@1"].n == found["image_to_text/recall@1"].n == 3
-    stress(embedder, one, images)
+    images = embedder.images(opened.images)
+    metrics = retrieval(embedder, opened, "ko", images)
+    assert (metrics["text_to_image/recall@1"].value, metrics["text_to_image/recall@1"].n) == (1.0, 5)
+    assert metrics["text_to_image_first_caption/recall@1"].n == metrics["image_to_text/recall@1"].n == 3
+    stress(embedder, opened, images)
     assert all(encoder.read)
 
 
@@ -245,10 +245,10 @@ def test_what_does_not_correspond_to_the_teacher_is_said(tmp_path: Path, capsys:
     source = SourceConfig(path=str(tmp_path / "rows.jsonl"), image=None, captions={"ko": "ko", "en": "en"})
     model, processor = from_scratch(tiny_config(), tiny_tokenizer())
     config = DataConfig(sources=[source], num_workers=0)
-    made = teacher_features(
+    shards = teacher_features(
         Accelerator(cpu=True), (model.eval(), processor.tokenizer), config, "en", Cache(tmp_path / "f", "fp32")
     )
-    assert len(made) == 6
+    assert len(shards) == 6
     said = capsys.readouterr().out
     assert "rows: 1 rows have unequal numbers of captions in ko" in said
     assert "rows: 1 captions in ko have none in the teacher's language in their place" in said

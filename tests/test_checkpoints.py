@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,27 +18,26 @@ from koclip import storage, training
 from koclip.config import ConfigError, OptimConfig, PretrainConfig, RunError, TrainConfig, check_changes, to_dict
 from koclip.losses import initial_bias
 from koclip.models.dual_encoder import DualEncoder, from_scratch
-from koclip.runs import state
-from koclip.runs.directory import Run
-from koclip.training import Trainer
+from koclip.runs.checkpoints import Snapshot, read_facts
+from koclip.runs.session import Session
+from koclip.training import TrainState
 
 CONFIG = PretrainConfig(
     train=TrainConfig(batch_size=4, num_steps=9, tracker="none", ema_decay=0.9), optim=OptimConfig(warmup_steps=1)
 )
 
 
-def prepare(config: PretrainConfig = CONFIG) -> Trainer:
+def prepare(config: PretrainConfig = CONFIG) -> TrainState:
     model = tiny_dual_encoder()
-    return training.prepare(training.start(config.train), model, config.loss, config.optim, config.train)
+    return training.prepare(training.start(config.train), model, config)
 
 
-def open_run(folder: Path, trainer: Trainer, config: PretrainConfig = CONFIG) -> Run:
-    run = Run("test", str(folder), resume=True)
-    run.start(config, trainer.accelerator)
-    return run
+def open_run(folder: Path, trainer: TrainState, config: PretrainConfig = CONFIG) -> Session:
+    config = dataclasses.replace(config, output_dir=str(folder), resume="auto")
+    return Session("test", config, trainer.accelerator)
 
 
-def train(trainer: Trainer, start: int, stop: int) -> None:
+def train(trainer: TrainState, start: int, stop: int) -> None:
     pieces = (piece for seed in range(start, stop) for piece in tiny_pieces([4], seed))
     for _ in training.steps(trainer, pieces, start, stop, log_every=100):
         pass
@@ -157,13 +157,13 @@ def test_a_full_disk_leaves_the_checkpoints_before(saved: Path, tmp_path: Path) 
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Writing a checkpoint takes until the event is set."""
     released = threading.Event()
-    write: Callable[[state.Snapshot, Path], None] = state.Snapshot.write
+    write: Callable[[Snapshot, Path], None] = Snapshot.write
 
-    def wait_and_write(snapshot: state.Snapshot, directory: Path) -> None:
+    def wait_and_write(snapshot: Snapshot, directory: Path) -> None:
         assert released.wait(60)
         write(snapshot, directory)
 
-    monkeypatch.setattr(state.Snapshot, "write", wait_and_write)
+    monkeypatch.setattr(Snapshot, "write", wait_and_write)
     return released
 
 
@@ -185,19 +185,22 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, slow_dis
     assert all(torch.equal(value, average[name]) for name, value in again.averaged.state_dict().items())
 
 
-def test_a_failed_write_stops_the_run_at_the_next_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(snapshot: state.Snapshot, directory: Path) -> None:
+def test_a_failed_write_stops_the_run_at_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(snapshot: Snapshot, directory: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(state.Snapshot, "write", fail)
+    monkeypatch.setattr(Snapshot, "write", fail)
     trainer = prepare()
     run = open_run(tmp_path, trainer)
-    batches = run.watch((piece for seed in range(10_000) for piece in tiny_pieces([4], seed)), 0.5)
-    next(batches)
     run.save(trainer, 1, keep=1)
+
+    def go_on() -> None:
+        for _ in range(10_000):
+            run.checkpoints.stop_if_failed()
+            time.sleep(0.001)
+
     with pytest.raises(RunError, match="No space left on device"):
-        for _ in batches:
-            pass
+        go_on()
 
 
 def test_only_the_newest_are_kept(saved: Path, tmp_path: Path) -> None:
@@ -310,7 +313,7 @@ def test_a_change_that_no_checkpoint_can_carry_is_refused_even_if_it_is_named(
     model = DualEncoder(
         *from_scratch(tiny_config(**sections.get("model", {})), tiny_tokenizer()), initial_bias(config.loss)
     )
-    trainer = training.prepare(training.start(config.train), model, config.loss, config.optim, config.train)
+    trainer = training.prepare(training.start(config.train), model, config)
     with pytest.raises(ConfigError, match="does not fit"):
         open_run(saved, trainer, config).load(trainer)
 
@@ -320,7 +323,7 @@ def test_a_place_in_a_stream_that_counts_batches_is_refused(saved: Path, tmp_pat
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
     checkpoint = folder / "checkpoints" / "step-00000003"
-    facts = state.read_facts(checkpoint) | {"positions": [[[0, 24, 2, [[0, 24]]]]]}
+    facts = read_facts(checkpoint) | {"positions": [[[0, 24, 2, [[0, 24]]]]]}
     (checkpoint / "state.json").write_text(json.dumps(facts), encoding="utf-8")
     (checkpoint / storage.SEAL).unlink()
     storage.seal(checkpoint)

@@ -157,8 +157,8 @@ def test_killed_and_resumed_equals_undisturbed(kind: Kind, seed: int, sources: d
 def test_one_process_goes_on_where_two_stopped(sources: dict[str, str], tmp_path: Path) -> None:
     """The global batches are the same ones, in the same order; only the dropout of patches draws other numbers."""
     run = tmp_path / "run"
-    two, one = Kind("parquet", 2), Kind("parquet", 1)
+    two, alone = Kind("parquet", 2), Kind("parquet", 1)
     kill_while_training(start(two, sources, run, 0), run, random.Random(1))
-    finish(start(one, sources, run, 0), run)
+    finish(start(alone, sources, run, 0), run)
     assert "processes: 2 -> 1" in (tmp_path / "run.log").read_text()
     assert trained(run) == NUM_STEPS

@@ -20,9 +20,8 @@ from koclip.embeddings.fill import Piece, Work
 from koclip.embeddings.sources import Captions
 from koclip.embeddings.store import Shard, Store
 from koclip.models.dual_encoder import DualEncoder, from_scratch
-from koclip.models.save import publish
-from koclip.runs.series import Series
-from koclip.runs.state import Snapshot
+from koclip.models.save import save_stock_model
+from koclip.runs.checkpoints import Checkpoints, Snapshot
 from koclip.search import build, open_index
 
 pytestmark = pytest.mark.timeout(300)
@@ -30,7 +29,7 @@ pytestmark = pytest.mark.timeout(300)
 
 def checkpoint(folder: Path, step: int, seed: int, keep: int = 1) -> None:
     """Save a checkpoint, and all that a run does with it."""
-    series = Series(folder / "checkpoints")
+    series = Checkpoints(folder / "checkpoints")
     snapshot = Snapshot({"weights": torch.full((8,), seed)}, {"step": step, "seed": seed})
     series.finish(series.begin(step), snapshot.write, keep)
     series.wait()
@@ -46,7 +45,7 @@ def test_a_checkpoint_is_the_old_or_the_new_one(step: int, tmp_path: Path) -> No
     seen = []
 
     def check(root: Path) -> None:
-        newest = Series(root / "checkpoints").newest_intact()
+        newest = Checkpoints(root / "checkpoints").newest_intact()
         assert newest is not None
         seen.append(tree(newest))
         assert seen[-1] in (old, new)
@@ -145,7 +144,7 @@ def test_a_model_directory_is_the_old_or_the_new_one(there: bool, tmp_path: Path
 
     def saved(root: Path, scale: float) -> None:
         with storage.atomic(root / "model") as partial:
-            publish(partial, model, processor, {**weights, "model.logit_scale": torch.tensor(scale)})
+            save_stock_model(partial, model, processor, {**weights, "model.logit_scale": torch.tensor(scale)})
 
     before = tmp_path / "before"
     before.mkdir()

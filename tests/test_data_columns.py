@@ -31,25 +31,25 @@ def test_unusable_cells_give_no_caption(tmp_path, streaming) -> None:
     lines = [json.dumps({"image": "a.png", "text": cell}) for cell in CELLS]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
     config = SourceConfig(path=str(tmp_path / "rows.jsonl"), captions={"ko": "text"}, streaming=streaming)
-    told = [one.captions for one in all_rows(open_source(config))]
-    assert told == [{"ko": ["고양이"]}, {}, {}, {}, {}, {"ko": ["개", "", "", ""]}, {}, {}, {}, {}, {}]
+    captions = [row.captions for row in all_rows(open_source(config))]
+    assert captions == [{"ko": ["고양이"]}, {}, {}, {}, {}, {"ko": ["개", "", "", ""]}, {}, {}, {}, {}, {}]
 
 
 def test_missing_csv_cells_give_no_caption(tmp_path) -> None:
     (tmp_path / "rows.csv").write_text("image,text\na.png,고양이\nb.png,\nc.png,nan\nd.png,NaN\n", encoding="utf-8")
     rows = all_rows(open_source(SourceConfig(path=str(tmp_path / "rows.csv"), captions={"ko": "text"})))
-    assert [one.captions for one in rows] == [{"ko": ["고양이"]}, {}, {}, {}]
+    assert [row.captions for row in rows] == [{"ko": ["고양이"]}, {}, {}, {}]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_quotes_are_text_in_tab_separated_files(tmp_path, streaming) -> None:
-    told = ['"고양이', '개 "멍멍"', '가"나', '"새"']
-    lines = ["image\ttext", *(f"{place}.png\t{text}" for place, text in enumerate(told))]
+    texts = ['"고양이', '개 "멍멍"', '가"나', '"새"']
+    lines = ["image\ttext", *(f"{place}.png\t{text}" for place, text in enumerate(texts))]
     (tmp_path / "rows.tsv").write_text("\n".join(lines), encoding="utf-8")
     rows = all_rows(
         open_source(SourceConfig(path=str(tmp_path / "rows.tsv"), captions={"ko": "text"}, streaming=streaming))
     )
-    assert [one.captions for one in rows] == [{"ko": [text]} for text in told]
+    assert [row.captions for row in rows] == [{"ko": [text]} for text in texts]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -58,7 +58,7 @@ def test_where_keeps_rows_by_value_and_their_stored_numbers(tmp_path, records, s
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     common = {"path": str(tmp_path / "rows.parquet"), "captions": CAPTIONS, "streaming": streaming}
     kept = all_rows(open_source(SourceConfig(**common, where={"meta.vendor": ["a"], "id": ["1", "2"]})))
-    assert [colour(one) for one in kept] == [COLOURS["파랑"]]
+    assert [colour(row) for row in kept] == [COLOURS["파랑"]]
     assert kept[0].key.endswith("/2/2")  # number and id
     if not streaming:
         with pytest.raises(SourceError, match=r"has no rows \(where: {'id': \['9'\]}\)"):

@@ -24,15 +24,15 @@ def card(name: str) -> Path:
 
 def run_block(name: str, folder: str) -> datasets.DatasetDict:
     """Run the block of a card that makes a file in `folder`, and return what it loads of it."""
-    (block,) = [one for one in blocks(card(name)) if f'Path("{folder}")' in one]
-    found: dict[str, object] = {}
-    exec(block, found)
-    assert isinstance(found["data"], datasets.DatasetDict)
-    return found["data"]
+    (block,) = [code for code in blocks(card(name)) if f'Path("{folder}")' in code]
+    names: dict[str, object] = {}
+    exec(block, names)
+    assert isinstance(names["data"], datasets.DatasetDict)
+    return names["data"]
 
 
 def read(source: SourceConfig) -> list[tuple[tuple[int, ...], dict[str, list[str]]]]:
-    return [(colour(one), one.captions) for one in all_rows(open_source(source))]
+    return [(colour(row), row.captions) for row in all_rows(open_source(source))]
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_koclips_own_annotations(coco):
 
 def public(name: str) -> SourceConfig:
     config = parse(EvaluateConfig, ["--config", str(CONFIGS / "evaluate" / "public.yaml"), "--model", "a"])
-    (source,) = [one.source for one in config.sets if one.source.name == name]
+    (source,) = [eval_set.source for eval_set in config.sets if eval_set.source.name == name]
     return source
 
 
@@ -82,10 +82,10 @@ def test_xtd10(coco):
         "XTD10/test_1kcaptions_ko": ['"다시?" 묻는 개', "나", "다"],
         "MIC/test_1kcaptions_en": ["a", "b", 'c " d'],
     }
-    for name, told in lines.items():
+    for name, texts in lines.items():
         file = coco.parent / "xtd10" / f"{name}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("\n".join(told) + "\n", encoding="utf-8")
+        file.write_text("\n".join(texts) + "\n", encoding="utf-8")
     data = run_block("xtd10", "data/xtd10")["test"]
     assert set(data.column_names) == front_matter(card("xtd10"))["columns"].keys()
     assert read(public("xtd10")) == [
@@ -96,26 +96,26 @@ def test_xtd10(coco):
 
 
 @pytest.fixture
-def told() -> list[dict[str, list[str]]]:
+def photos() -> list[dict[str, list[str]]]:
     """Return captions of three photos, not equally many in both languages."""
     return [{"ko": ["가", "나", "다"][: n + 1], "en": ["a", "b"]} for n in range(3)]
 
 
-def test_crossmodal_3600_of_google(tmp_path, encoded, monkeypatch, told):
+def test_crossmodal_3600_of_google(tmp_path, encoded, monkeypatch, photos):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "data" / "xm3600"
     (folder / "images").mkdir(parents=True)
     lines = []
-    for number, (captions, shade) in enumerate(zip(told, COLOURS, strict=True)):
+    for number, (captions, shade) in enumerate(zip(photos, COLOURS, strict=True)):
         (folder / "images" / f"{number:016x}.jpg").write_bytes(encoded(shade))
-        row = {one: {"caption": texts, "caption/tokenized": texts} for one, texts in captions.items()}
+        row = {language: {"caption": texts, "caption/tokenized": texts} for language, texts in captions.items()}
         lines.append(json.dumps({"image/key": f"{number:016x}", "image/locale": "ko", **row}, ensure_ascii=False))
     (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     assert len(run_block("crossmodal_3600", "data/xm3600")["test"]) == 3
-    assert read(public("crossmodal_3600")) == list(zip(COLOURS, told, strict=True))
+    assert read(public("crossmodal_3600")) == list(zip(COLOURS, photos, strict=True))
 
 
-def test_crossmodal_3600_of_the_hub(tmp_path, encoded, monkeypatch, told):
+def test_crossmodal_3600_of_the_hub(tmp_path, encoded, monkeypatch, photos):
     """Its photos are a struct of bytes and an empty path, not an image of `datasets`; a split is a language."""
     columns = front_matter(card("crossmodal_3600"))["columns"]
     image = pa.struct([("bytes", pa.binary()), ("path", pa.null())])
@@ -123,11 +123,11 @@ def test_crossmodal_3600_of_the_hub(tmp_path, encoded, monkeypatch, told):
         "image": pa.array([{"bytes": encoded(shade), "path": None} for shade in COLOURS], image),
         "image_id": pa.array(["0", "1", "2"]),
         "image_locale": pa.array(["ko", "ko", "fr"]),
-        "captions": pa.array([one["ko"] for one in told]),
+        "captions": pa.array([captions["ko"] for captions in photos]),
     }
     assert values.keys() == columns.keys()
     pq.write_table(pa.table(values), tmp_path / "ko.parquet")
     rows = datasets.load_dataset("parquet", data_files={"ko": str(tmp_path / "ko.parquet")}, split="ko")
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
     source = SourceConfig(path="floschne/xm3600", split="ko", captions={"ko": "captions"})
-    assert read(source) == [(shade, {"ko": one["ko"]}) for shade, one in zip(COLOURS, told, strict=True)]
+    assert read(source) == [(shade, {"ko": captions["ko"]}) for shade, captions in zip(COLOURS, photos, strict=True)]

@@ -17,11 +17,13 @@ from sources_on_disk import (
     parquet,
     tsv_file,
     webdataset,
+    write_images,
 )
 
 from koclip.config import SourceConfig
+from koclip.data import formats
 from koclip.data.formats import dig
-from koclip.data.sources import StreamSource, open_source
+from koclip.data.sources import SourceError, StreamSource, open_source
 from koclip.data.transforms import decode
 
 
@@ -38,15 +40,15 @@ def test_every_kind_of_source_gives_the_same_rows(write, streaming, tmp_path, re
     if write is annotations:
         expected = [(colour, {"ko": captions["ko"]}) for colour, captions in expected]
     rows = all_rows(source)
-    assert [(colour(one), one.captions) for one in rows] == expected
-    assert len({one.key for one in rows}) == 3
-    told = [row.captions for row in source.iter_rows(images=False)]
-    assert list(told) == [captions for _, captions in expected]
+    assert [(colour(row), row.captions) for row in rows] == expected
+    assert len({row.key for row in rows}) == 3
+    captions = [row.captions for row in source.iter_rows(images=False)]
+    assert list(captions) == [captions for _, captions in expected]
 
 
 def test_rows_are_read_in_the_order_asked_for(tmp_path, records) -> None:
     source = open_source(parquet(tmp_path, records))
-    assert [colour(one) for one in source.rows([2, 0, 2])] == [EXPECTED[2][0], EXPECTED[0][0], EXPECTED[2][0]]
+    assert [colour(row) for row in source.rows([2, 0, 2])] == [EXPECTED[2][0], EXPECTED[0][0], EXPECTED[2][0]]
     assert source.captions([1]) == [EXPECTED[1][1]]
 
 
@@ -63,7 +65,7 @@ def test_hub_data_sets_are_asked_for_by_id_subset_split_and_revision(monkeypatch
         config = SourceConfig(
             path="owner/name", subset="ko", split="val", revision="abc", streaming=streaming, captions=CAPTIONS
         )
-        assert [colour(one) for one in all_rows(open_source(config))] == list(COLOURS.values())
+        assert [colour(row) for row in all_rows(open_source(config))] == list(COLOURS.values())
         assert asked == {"args": ("owner/name", "ko"), "split": "val", "revision": "abc", "streaming": streaming}
 
 
@@ -86,7 +88,7 @@ def test_images_stay_encoded_whatever_they_hold(tmp_path, records) -> None:
         folder = tmp_path / write.__name__
         folder.mkdir()
         rows = all_rows(open_source(write(folder, records)))
-        assert [one.image for one in rows] == [record["image"] for record in records]
+        assert [row.image for row in rows] == [record["image"] for record in records]
 
 
 def test_other_columns_are_not_read(tmp_path, records) -> None:
@@ -98,11 +100,11 @@ def test_other_columns_are_not_read(tmp_path, records) -> None:
 
 def test_keys_find_a_row_again(tmp_path, records) -> None:
     config = webdataset(tmp_path, records)
-    keys = [one.key for one in all_rows(open_source(config))]
+    keys = [row.key for row in all_rows(open_source(config))]
     assert keys == [f"{config.key}/shard-00{n}.tar/0/0000{n}" for n in range(3)]
     assert config.key.startswith("shard-all~")
     config = json_lines(tmp_path, records)
-    keys = [one.key for one in all_rows(open_source(config))]
+    keys = [row.key for row in all_rows(open_source(config))]
     assert keys == [f"{config.key}/{n}/{n}.png" for n in range(3)]
 
 
@@ -125,8 +127,8 @@ def test_scenes_are_a_source() -> None:
     source = open_source(SourceConfig(scenes_size=6), seed=3)
     rows = source.rows(range(6))
     assert len(source) == 6
-    assert source.captions(range(6)) == [one.captions for one in rows]
-    assert all(one.image.shape == (48, 48, 3) for one in rows)
+    assert source.captions(range(6)) == [row.captions for row in rows]
+    assert all(row.image.shape == (48, 48, 3) for row in rows)
     assert open_source(SourceConfig(scenes_size=6), seed=4).rows([0])[0].captions is not None
     only = open_source(SourceConfig(captions={"en": "en"})).captions([0])[0]
     assert list(only) == ["en"]
@@ -139,3 +141,51 @@ def test_shared_flickr(shared_data) -> None:
     first = source.rows([0])[0]
     assert {language: len(texts) for language, texts in first.captions.items()} == {"ko": 5, "en": 5}
     assert decode(first.image, 10**8).shape == (3, 128, 128)
+
+
+TOY = """
+from koclip.data.formats import Format
+from koclip.data.formats.files import files_of
+from koclip.data.formats.text_files import open_records
+
+
+def _records(file, task):
+    for line in open(file, encoding="utf-8"):
+        image, caption = line.rstrip("\\n").split("|")
+        yield {"image": image, "text": caption}
+
+
+def _open(config, seed):
+    files = files_of(config, "toy")
+    return open_records(config, _records, files, [""] * len(files))
+
+
+FORMATS = {"toy": Format(_open, (".toy",))}
+"""
+
+
+@pytest.fixture
+def toy_format(tmp_path, monkeypatch):
+    """A new format: one file among the others."""
+    (tmp_path / "formats").mkdir()
+    (tmp_path / "formats" / "toy_lines.py").write_text(TOY)
+    monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(tmp_path / "formats")])
+    for cached in (formats.formats, formats.formats_by_suffix):
+        cached.cache_clear()
+    yield
+    monkeypatch.undo()
+    for cached in (formats.formats, formats.formats_by_suffix):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_new_format_is_one_file(toy_format, tmp_path, records, streaming) -> None:
+    rows = write_images(tmp_path / "pictures", records)
+    lines = "".join(f"{row['image']}|{row['caption_en']}\n" for row in rows)
+    (tmp_path / "rows.toy").write_text(lines, encoding="utf-8")
+    config = SourceConfig(path=str(tmp_path / "rows.toy"), captions={"en": "text"}, streaming=streaming)
+    read = all_rows(open_source(config))
+    assert [colour(row) for row in read] == list(COLOURS.values())
+    assert [row.captions for row in read] == [{"en": [row["caption_en"]]} for row in rows]
+    with pytest.raises(SourceError, match=r"data\.sources\[\]\.format: .*'csv'.*'toy'"):
+        open_source(SourceConfig(path="rows.tox", format="tox"))

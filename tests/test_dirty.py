@@ -25,7 +25,7 @@ from koclip.data.transforms import Views, read
 from koclip.encoders import load
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate
-from koclip.evaluation.notes import counts
+from koclip.evaluation.run import counts
 from koclip.evaluation.sets import open_set
 from koclip.search import build, open_index
 from koclip.text.normalize import usable
@@ -81,9 +81,9 @@ def test_processes_and_pieces_train_as_one(folder: Path, name: str, other: str) 
     But for the biases of keys: softmax takes away what they add, so their gradient is rounding, which AdamW scales up.
     """
     runs = [folder / f"{name}-{way}" for way in ("1", other)]
-    one, two = (load_file(run / "model" / "model.safetensors") for run in runs)
-    assert one.keys() == two.keys()
-    trained = {key: value for key, value in one.items() if not key.endswith("k_proj.bias")}
+    alone, two = (load_file(run / "model" / "model.safetensors") for run in runs)
+    assert alone.keys() == two.keys()
+    trained = {key: value for key, value in alone.items() if not key.endswith("k_proj.bias")}
     assert max((two[key] - value).abs().max().item() for key, value in trained.items()) <= 2e-5
     logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
     losses = [[line["loss"] for line in log if "loss" in line] for log in logs]
@@ -107,8 +107,8 @@ def test_a_resumed_run_ends_with_the_same_bits(folder: Path, data: dirty.Dirty, 
             shutil.rmtree(left)
     shutil.rmtree(run / "model")
     two_dirty.RUNS[name](folder, "resumed", "--resume", "auto")
-    one, two = (load_file(folder / f"{name}-{way}" / "model" / "model.safetensors") for way in ("1", "resumed"))
-    assert all(two[key].equal(value) for key, value in one.items())
+    whole, two = (load_file(folder / f"{name}-{way}" / "model" / "model.safetensors") for way in ("1", "resumed"))
+    assert all(two[key].equal(value) for key, value in whole.items())
     assert sorted(skipped(run)) == sorted(row.key for row in rows(data)[1])
 
 

@@ -9,7 +9,7 @@ from test_losses import random_embeddings
 from tiny import tiny_dual_encoder, tiny_pieces
 
 from koclip import losses, training
-from koclip.config import DistillConfig, LossConfig, OptimConfig, Stage, TrainConfig
+from koclip.config import DistillConfig, LossConfig, OptimConfig, PretrainConfig, Stage, TrainConfig
 from koclip.data.batches import Batch
 from koclip.losses.pairs import Embeddings
 
@@ -96,10 +96,10 @@ def test_pieces_have_the_gradient_of_the_batch(images: bool, monkeypatch: pytest
         module.requires_grad_(False)
     encoder.model.vision_model.forward = lambda *_, **__: pytest.fail("the image tower ran")
     train = TrainConfig(batch_size=sum(SIZES), micro_batch_size=SIZES[0], tracker="none")
-    stage = Stage("distill", 0, train.num_steps, 1e-3, images=images, taught=True, trains_image=False)
     distill = DistillConfig(mse=0.5, anchor=0.7)
+    stage = Stage("distill", 0, train.num_steps, 1e-3, images=images, distill=distill)
     trainer = training.prepare(
-        training.start(train), encoder, LossConfig(), OptimConfig(warmup_steps=1), train, stage, distill
+        training.start(train), encoder, PretrainConfig(optim=OptimConfig(warmup_steps=1), train=train), stage
     )
     names = assert_equal_gradients(trainer)
     assert "model.text_projection.weight" in names

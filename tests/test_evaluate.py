@@ -15,9 +15,9 @@ from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 
 import koclip
 from koclip import config
-from koclip.evaluation.suite import processes
+from koclip.evaluation.run import processes
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "evaluate.py"
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in (0, 1):
         dual_encoder = tiny_dual_encoder(seed=seed)
         _, processor = from_scratch(tiny_config(), tiny_tokenizer())
-        publish(folder / f"run{seed}" / "model", dual_encoder.model, processor, dual_encoder.state_dict())
+        save_stock_model(folder / f"run{seed}" / "model", dual_encoder.model, processor, dual_encoder.state_dict())
     (folder / "classes.yaml").write_text(CLASSES, encoding="utf-8")
     colours = str(write_colours(folder / "colours.parquet", encoded, 48))
     labelled = {"path": colours, "label": "key", "captions": {}}
@@ -180,7 +180,7 @@ def test_kept_embeddings_make_the_second_evaluation_the_same(
     ("args", "word"),
     [
         ([], "model: got None, name a directory or Hub id: --model runs/<run>/model"),
-        (["--models", "a", "a"], "name each model once"),
+        (["--models", "a", "a"], "models: got ['a', 'a']"),
         (["--model", "nowhere"], "nowhere"),
     ],
 )

@@ -60,7 +60,7 @@ def test_training_images_of_classes_that_are_left_out_are_left_out_too(tmp_path:
     one = colours(path=file, present_classes=True, train=train, tasks=["linear_probe"])
     assert one.train is not None
     assert one.train.labels == [0, 1] * 6
-    assert len(one.train.pictures) == 12
+    assert len(one.train.images) == 12
 
 
 def test_a_class_that_the_list_lacks_is_named(tmp_path: Path, colours: Callable[..., EvalSet]) -> None:

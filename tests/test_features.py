@@ -56,11 +56,11 @@ def directly(config: DataConfig, image: bytes, view: int) -> Tensor:
 @pytest.mark.parametrize(("dtype", "bar"), [("fp32", 1e-6), ("fp16", 1e-3)])
 def test_kept_embeddings_are_those_made_directly(dtype: str, bar: float, pairs: SourceConfig, tmp_path: Path) -> None:
     config = DataConfig(sources=[pairs], num_crops=3, crop_scale=(0.2, 0.6))
-    made = build(tmp_path / "kept", pairs, dtype=dtype, num_crops=3, crop_scale=(0.2, 0.6))
-    assert len(made) == ROWS
+    shards = build(tmp_path / "kept", pairs, dtype=dtype, num_crops=3, crop_scale=(0.2, 0.6))
+    assert len(shards) == ROWS
     assert len(list((tmp_path / "kept").rglob("shard-*"))) == 3
     for image in images_of(pairs):
-        views = [made.embedding(digest_of(image), number) for number in range(3)]
+        views = [shards.embedding(digest_of(image), number) for number in range(3)]
         for number, embedding in enumerate(views):
             assert embedding.dtype == torch.float32
             assert (embedding - directly(config, image, number)).abs().max() <= bar, number
@@ -71,12 +71,12 @@ def test_the_first_view_is_what_evaluation_sees(pairs: SourceConfig, tmp_path: P
     model, processor = from_scratch(tiny_config(), tiny_tokenizer())
     config = DataConfig(sources=[pairs], num_crops=2)
     views = Views(config, 32, centre_view(processor.image_processor))
-    made = image_features(Accelerator(cpu=True), DualEncoder(model, processor), config, views, Cache(tmp_path / "f"))
+    shards = image_features(Accelerator(cpu=True), DualEncoder(model, processor), config, views, Cache(tmp_path / "f"))
     images = images_of(pairs)
     embedded = TransformersEncoder(model, processor).encode_images([Image.open(io.BytesIO(image)) for image in images])
-    kept = torch.stack([made.embedding(digest_of(image)) for image in images])
+    kept = torch.stack([shards.embedding(digest_of(image)) for image in images])
     assert torch.nn.functional.cosine_similarity(kept, embedded).min() > 0.999  # PIL and torchvision round apart
-    crops = torch.stack([made.embedding(digest_of(image), 1) for image in images])
+    crops = torch.stack([shards.embedding(digest_of(image), 1) for image in images])
     assert ((kept - embedded).norm(dim=1) < (crops - embedded).norm(dim=1)).all()
 
 
@@ -87,11 +87,11 @@ def test_shards_are_mapped_not_read(tmp_path: Path) -> None:
     embed_shard(path, [Piece(count, items, [""] * count)], lambda _: torch.ones(count, 1, width), torch.float32)
     process = psutil.Process()
     before = process.memory_info().rss
-    made = Shards([path], "align.cache_dir")
+    shards = Shards([path], "align.cache_dir")
     for item in items[::500]:
-        made.embedding(item.digest)
+        shards.embedding(item.digest)
     opened = process.memory_info().rss - before
-    assert all(made.embedding(item.digest).sum() == width for item in items)
+    assert all(shards.embedding(item.digest).sum() == width for item in items)
     read = process.memory_info().rss - before
     assert opened < 8 * 2**20
     assert read > 48 * 2**20  # what was measured does see pages that are read
@@ -237,14 +237,14 @@ def test_the_teachers_features_are_those_made_directly(teacher: tuple, pairs: So
 
     rewrite(pairs, without_english)  # the second shard has none at all
     config, (model, tokenizer) = DataConfig(sources=[pairs]), teacher
-    made = teacher_features(Accelerator(cpu=True), teacher, config, "en", Cache(tmp_path / "kept", "fp32"))
+    shards = teacher_features(Accelerator(cpu=True), teacher, config, "en", Cache(tmp_path / "kept", "fp32"))
     sentences = [text for row in pq.read_table(pairs.path).to_pylist() for text in row["captions_en"]]
-    assert len(made) == len(sentences) == 22
+    assert len(shards) == len(sentences) == 22
     for sentence in sentences:
         encoded = tokenizer([sentence], return_tensors="pt")
         with torch.no_grad():
             alone = text_features(model, encoded["input_ids"], encoded["attention_mask"])[0]
-        torch.testing.assert_close(made.embedding(digest_of(sentence.encode())), alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(shards.embedding(digest_of(sentence.encode())), alone, atol=1e-5, rtol=0)
     teacher_features(
         Accelerator(cpu=True), teacher, config, "en", Cache(tmp_path / "kept", "fp32")
     )  # after use, the same

@@ -94,13 +94,13 @@ def test_a_pieces_views_travel_as_one_tensor(pairs: SourceConfig, monkeypatch: p
     reader = Images(Views(DataConfig(num_crops=2), 32), 10_000)
     piece = reader.piece(open_source(pairs).rows(range(20)), wanted=True)  # type: ignore[union-attr]
     assert piece.inputs.shape == (20, 2, 3, 32, 32)  # type: ignore[union-attr]
-    assert [one for item in piece.items for one in item if isinstance(one, torch.Tensor)] == []
+    assert [value for item in piece.items for value in item if isinstance(value, torch.Tensor)] == []
 
 
 def test_a_picture_that_comes_twice_has_one_embedding(pairs: SourceConfig, tmp_path: Path) -> None:
     rewrite(pairs, lambda rows: [*rows[:19], rows[19] | {"image": rows[2]["image"]}])  # in another shard
-    made = build(tmp_path / "kept", pairs, num_crops=3)
-    assert len({tuple(made.embedding(digest_of(image), 2).tolist()) for image in images_of(pairs)}) == 19
+    shards = build(tmp_path / "kept", pairs, num_crops=3)
+    assert len({tuple(shards.embedding(digest_of(image), 2).tolist()) for image in images_of(pairs)}) == 19
 
 
 def batches(config: DataConfig, steps: int = 8, known: Precomputed | None = None) -> list[Batch]:
@@ -117,12 +117,12 @@ def embedded(batch: Batch) -> torch.Tensor:
 
 def assert_same(plain: list[Batch], kept: list[Batch]) -> None:
     """The same pairs, the same replacements, and embeddings of the very views that are shown otherwise."""
-    for one, other in zip(plain, kept, strict=True):
-        assert (one.keys, one.skipped, one.num_drawn) == (other.keys, other.skipped, other.num_drawn)
-        assert torch.equal(one.input_ids, other.input_ids)
-        assert torch.equal(one.pair_ids, other.pair_ids)
+    for batch, other in zip(plain, kept, strict=True):
+        assert (batch.keys, batch.skipped, batch.num_drawn) == (other.keys, other.skipped, other.num_drawn)
+        assert torch.equal(batch.input_ids, other.input_ids)
+        assert torch.equal(batch.pair_ids, other.pair_ids)
         assert other.pixel_values is None
-        torch.testing.assert_close(other.image, embedded(one), atol=1e-6, rtol=0)
+        torch.testing.assert_close(other.image, embedded(batch), atol=1e-6, rtol=0)
 
 
 def test_broken_images_are_replaced_as_without_features(
@@ -178,10 +178,10 @@ def tars(pairs: SourceConfig, tmp_path: Path) -> SourceConfig:
 
 
 def test_streamed_sources(tars: SourceConfig, tmp_path: Path) -> None:
-    made: Shards = build(tmp_path / "kept", tars, num_crops=2)
-    assert len(made) == 19  # one is broken
+    shards: Shards = build(tmp_path / "kept", tars, num_crops=2)
+    assert len(shards) == 19  # one is broken
     config = DataConfig(sources=[tars], num_crops=2, shuffle_buffer=8)
-    assert_same(batches(config), batches(config, known=Precomputed(images=made)))
+    assert_same(batches(config), batches(config, known=Precomputed(images=shards)))
     files = contents(tmp_path / "kept")
     (tmp_path / "kept" / "0-a-all" / "shard-000001.safetensors").unlink()
     build(tmp_path / "kept", tars, num_crops=2)
@@ -205,7 +205,7 @@ def test_processes_share_the_shards(
     assert len(alone) == 3
     parts = [dict(digests(rank, 4)) for rank in range(4)]
     assert [len(part) for part in parts] == [1, 1, 1, 0]
-    assert {name: found for part in parts for name, found in part.items()} == alone
+    assert {name: digests_of_shard for part in parts for name, digests_of_shard in part.items()} == alone
 
 
 def test_the_corresponding_sentence_teaches(pairs: SourceConfig, tmp_path: Path) -> None:
@@ -218,11 +218,11 @@ def test_the_corresponding_sentence_teaches(pairs: SourceConfig, tmp_path: Path)
         seen.extend(sentences)
         return torch.tensor([float(len(seen) - len(sentences) + n) for n in range(len(sentences))]).view(-1, 1, 1)
 
-    found = []
+    paths = []
     for path, _, pieces in SourceShards(open_source(pairs), Captions("en"), tmp_path / "en").read(0):
         embed_shard(path, pieces, embed, torch.float32)
-        found.append(path)
-    known = Precomputed(teacher=Shards(found, "align.cache_dir"))
+        paths.append(path)
+    known = Precomputed(teacher=Shards(paths, "align.cache_dir"))
     rows = {f"{pairs.key}/{place}": row for place, row in enumerate(pq.read_table(pairs.path).to_pylist())}
     tokenizer = tiny_tokenizer()
     for batch in batches(config, known=known):
@@ -230,8 +230,8 @@ def test_the_corresponding_sentence_teaches(pairs: SourceConfig, tmp_path: Path)
         for key, ids, place in zip(batch.keys, batch.input_ids, batch.teacher[:, 0].tolist(), strict=True):
             english = rows[key]["captions_en"].index(seen[int(place)])
             for language in ("captions_ko", "captions_en"):
-                told = tokenizer(rows[key][language][english])["input_ids"]
-                if told == ids[: len(told)].tolist():
+                expected = tokenizer(rows[key][language][english])["input_ids"]
+                if expected == ids[: len(expected)].tolist():
                     break
             else:
                 pytest.fail(f"{key}: {seen[int(place)]} does not correspond to the caption that was drawn")
@@ -250,7 +250,7 @@ def test_there_is_no_dropout_in_features(pairs: SourceConfig, tmp_path: Path) ->
     encoder = tiny_dual_encoder()
     for layer in encoder.model.vision_model.encoder.layers:
         layer.self_attn.dropout = 0.9
-    made = build(tmp_path / "trained", pairs, encoder=encoder.train())
+    shards = build(tmp_path / "trained", pairs, encoder=encoder.train())
     plain = build(tmp_path / "plain", pairs)
     for image in images_of(pairs):
-        torch.testing.assert_close(made.embedding(digest_of(image)), plain.embedding(digest_of(image)))
+        torch.testing.assert_close(shards.embedding(digest_of(image)), plain.embedding(digest_of(image)))

@@ -153,7 +153,7 @@ def test_a_cell_that_names_no_file_is_left_out_and_listed(tmp_path, encoded, cel
     (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
     source = SourceConfig(path=str(tmp_path / "rows.jsonl"), captions={"ko": "text"})
     eval_set = open_set(EvalSetConfig(source=source, max_skipped_fraction=0.5))
-    assert len(eval_set.pictures) == 3
+    assert len(eval_set.images) == 3
     assert len(eval_set.skipped) == 1
 
 

@@ -18,7 +18,7 @@ from koclip.align.build import adapt, load_teacher, text_encoder
 from koclip.config import ConfigError, SwapConfig
 from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.models.pretrained import load_image_side, load_text_encoder
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
 from koclip.models.swap import swap_text_tower
 from koclip.text import tokenizers
 
@@ -136,7 +136,7 @@ def test_joint_weights_have_the_names_that_all_versions_read(towers: str, tmp_pa
     config = SwapConfig(clip="a", **({} if encoder else {"text_width": 64, "text_layers": 1}))
     model, joint = adapt(config, image, encoder, images, tokenizer)
     draw(model)
-    publish(tmp_path / "model", model, joint, model.state_dict())
+    save_stock_model(tmp_path / "model", model, joint, model.state_dict())
     names = load_file(tmp_path / "model" / "model.safetensors")
     for side in ("vision_model", "text_model"):
         deeper = {name.startswith(f"{side}.{side}.") for name in names if name.startswith(f"{side}.")}

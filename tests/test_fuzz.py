@@ -172,8 +172,8 @@ def test_damaged_pictures_are_read_or_refused(outcomes) -> None:
 def test_bombs_are_refused_quickly_and_in_little_memory(outcomes) -> None:
     crafted = outcomes[COUNT:]
     assert len(crafted) == 9
-    refused = [one for one in crafted if one[1] != "read" and not one[1].startswith("WRONG")]
-    assert [one for one in refused if one[2] < 2 and one[3] < 150] == crafted
+    refused = [outcome for outcome in crafted if outcome[1] != "read" and not outcome[1].startswith("WRONG")]
+    assert [outcome for outcome in refused if outcome[2] < 2 and outcome[3] < 150] == crafted
 
 
 SPECIAL = ["<|endoftext|>", "<|startoftext|>", "<|ENDOFTEXT|>", "[CLS]", "[sep]", "</s>", "<pad>"]
@@ -212,7 +212,9 @@ def usable(rng: random.Random) -> object:
 def unusable(rng: random.Random) -> object:
     """Make a cell without a caption."""
     alphabets = [SPECIAL, CONTROL, SURROGATES, BLANK]
-    return rng.choice([rng.choice(NOTHING), *("".join(rng.choices(one, k=rng.randrange(50))) for one in alphabets)])
+    return rng.choice(
+        [rng.choice(NOTHING), *("".join(rng.choices(letters, k=rng.randrange(50))) for letters in alphabets)]
+    )
 
 
 def hostile_captions() -> list[tuple[object, bool]]:
@@ -227,11 +229,11 @@ def assert_tokens(ids: torch.Tensor, mask: torch.Tensor, tokenizer) -> None:
     assert ids.shape == mask.shape
     assert ids.shape[1] <= tokenizer.model_max_length
     assert 0 <= int(ids.min()) <= int(ids.max()) < len(tokenizer)
-    for one, length in zip(ids.tolist(), mask.sum(dim=1).tolist(), strict=True):
+    for tokens, length in zip(ids.tolist(), mask.sum(dim=1).tolist(), strict=True):
         assert length >= 3
-        assert (one[0], one[length - 1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        assert not set(one[1 : length - 1]) & set(tokenizer.all_special_ids)
-        assert set(one[length:]) <= {tokenizer.pad_token_id}
+        assert (tokens[0], tokens[length - 1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        assert not set(tokens[1 : length - 1]) & set(tokenizer.all_special_ids)
+        assert set(tokens[length:]) <= {tokenizer.pad_token_id}
     assert torch.equal(mask, (torch.arange(ids.shape[1]) < mask.sum(dim=1, keepdim=True)).long())
 
 

@@ -10,12 +10,12 @@ from tiny import tiny_dual_encoder, tiny_pieces
 from torch import Tensor
 
 from koclip import losses, training
-from koclip.config import LossConfig, OptimConfig, TrainConfig
+from koclip.config import LossConfig, OptimConfig, PretrainConfig, TrainConfig
 from koclip.data.batches import Batch
 from koclip.losses import Loss
 from koclip.losses.pairs import Embeddings
 from koclip.models.dual_encoder import DualEncoder
-from koclip.training import Trainer, grad_cache
+from koclip.training import TrainState, grad_cache
 
 SIZES = [4, 4, 4, 3]  # K = 4, and the last piece is smaller
 LOSSES = [LossConfig(), LossConfig(name="sigmoid"), LossConfig(tile_rows=2)]
@@ -32,12 +32,14 @@ def random_model(loss: LossConfig, **changes: object) -> DualEncoder:
     return model
 
 
-def prepare(model: DualEncoder, loss: LossConfig, precision: str = "fp32") -> Trainer:
+def prepare(model: DualEncoder, loss: LossConfig, precision: str = "fp32") -> TrainState:
     train = TrainConfig(batch_size=sum(SIZES), micro_batch_size=SIZES[0], tracker="none", precision=precision)  # type: ignore[arg-type]
-    return training.prepare(training.start(train), model, loss, OptimConfig(warmup_steps=1), train)
+    return training.prepare(
+        training.start(train), model, PretrainConfig(loss=loss, optim=OptimConfig(warmup_steps=1), train=train)
+    )
 
 
-def at_once(trainer: Trainer, pieces: Sequence[Batch]) -> Loss:
+def at_once(trainer: TrainState, pieces: Sequence[Batch]) -> Loss:
     """The plain way: every piece keeps its graph until the one backward pass."""
     made = [trainer.model(**piece.inputs) for piece in pieces]
     image, text, norm = (torch.cat([getattr(one, side) for one in made]) for side in ("image", "text", "text_norm"))
@@ -47,11 +49,11 @@ def at_once(trainer: Trainer, pieces: Sequence[Batch]) -> Loss:
     return loss
 
 
-def in_pieces(trainer: Trainer, pieces: Sequence[Batch]) -> Loss:
+def in_pieces(trainer: TrainState, pieces: Sequence[Batch]) -> Loss:
     return grad_cache.backward(trainer.accelerator, trainer.model, trainer.dual_encoder, trainer.loss, pieces)
 
 
-def gradients(trainer: Trainer, backward: Callable[[Trainer, Sequence[Batch]], Loss]) -> dict[str, Tensor]:
+def gradients(trainer: TrainState, backward: Callable[[TrainState, Sequence[Batch]], Loss]) -> dict[str, Tensor]:
     """Return the loss and every gradient of one batch, from the same random numbers."""
     trainer.model.train()
     torch.manual_seed(5)
@@ -62,7 +64,7 @@ def gradients(trainer: Trainer, backward: Callable[[Trainer, Sequence[Batch]], L
     return found
 
 
-def assert_equal_gradients(trainer: Trainer, cosine: float = 0.99999, ratio: float = 1e-4) -> set[str]:
+def assert_equal_gradients(trainer: TrainState, cosine: float = 0.99999, ratio: float = 1e-4) -> set[str]:
     wanted, got = gradients(trainer, at_once), gradients(trainer, in_pieces)
     assert got.keys() == wanted.keys()
     torch.testing.assert_close(got.pop("loss"), wanted.pop("loss"), atol=1e-6, rtol=1e-6)

@@ -1,5 +1,6 @@
 """Bad steps never change the model, on no process; they are listed with their samples, and too many stop the run."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,11 +14,11 @@ from tiny import tiny_dual_encoder, tiny_pieces
 from torch import Tensor, nn
 
 from koclip import training
-from koclip.config import LossConfig, OptimConfig, PretrainConfig, TrainConfig
+from koclip.config import OptimConfig, PretrainConfig, TrainConfig
 from koclip.data.batches import Batch
 from koclip.models.dual_encoder import DualEncoder
-from koclip.runs.directory import Run
-from koclip.training import DivergedError, Trainer
+from koclip.runs.session import Session
+from koclip.training import DivergedError, TrainState
 from koclip.training.health import Health
 
 CONFIG = PretrainConfig(
@@ -27,9 +28,8 @@ CONFIG = PretrainConfig(
 NAN, INF = float("nan"), float("inf")
 
 
-def prepare(config: PretrainConfig = CONFIG, model: DualEncoder | None = None) -> Trainer:
-    train = config.train
-    return training.prepare(training.start(train), model or tiny_dual_encoder(), LossConfig(), config.optim, train)
+def prepare(config: PretrainConfig = CONFIG, model: DualEncoder | None = None) -> TrainState:
+    return training.prepare(training.start(config.train), model or tiny_dual_encoder(), config)
 
 
 def pieces(bad: set[int], stop: int = 30, sizes: tuple[int, ...] = (4,), value: float = NAN) -> Iterator[Batch]:
@@ -43,7 +43,7 @@ def pieces(bad: set[int], stop: int = 30, sizes: tuple[int, ...] = (4,), value: 
         yield from made
 
 
-def tensors(trainer: Trainer) -> dict[str, Tensor]:
+def tensors(trainer: TrainState) -> dict[str, Tensor]:
     found = {f"model.{name}": one for name, one in trainer.dual_encoder.state_dict().items()}
     found |= {f"ema.{name}": one for name, one in trainer.averaged.state_dict().items()}
     for number, state in enumerate(trainer.optimizer.state_dict()["state"].values()):
@@ -51,7 +51,7 @@ def tensors(trainer: Trainer) -> dict[str, Tensor]:
     return {name: one.clone() for name, one in found.items()}
 
 
-def all_finite(trainer: Trainer) -> bool:
+def all_finite(trainer: TrainState) -> bool:
     return all(bool(one.isfinite().all()) for one in tensors(trainer).values())
 
 
@@ -63,11 +63,10 @@ def test_one_nan_batch_changes_nothing_and_is_listed(sizes: tuple[int, ...], tmp
         optim=OptimConfig(warmup_steps=1),
     )
     trainer = prepare(config)
-    run = Run("test", str(tmp_path), resume=False)
-    run.start(config, trainer.accelerator)
+    run = Session("test", dataclasses.replace(config, output_dir=str(tmp_path)), trainer.accelerator)
     before: dict[str, Tensor] = {}
     for step, stats in training.steps(trainer, pieces({7}, sizes=sizes), 0, 30, log_every=10):
-        run.list_events(trainer.health.take_events())
+        run.directory.list_events(trainer.health.take_events())
         if stats:
             assert math.isfinite(stats["loss"])
             assert stats["bad_steps"] == 1
@@ -104,14 +103,14 @@ def test_an_infinite_gradient_of_a_finite_loss_is_a_bad_step() -> None:
 
 def test_ten_in_a_row_stop_the_run_and_the_last_good_checkpoint_loads(tmp_path: Path) -> None:
     trainer = prepare()
-    run = Run("test", str(tmp_path), resume=False)
-    run.start(CONFIG, trainer.accelerator)
+    config = dataclasses.replace(CONFIG, output_dir=str(tmp_path))
+    run = Session("test", config, trainer.accelerator)
     seen: dict[int, dict[str, Tensor]] = {}
 
     def train() -> None:
         for step, _ in training.steps(trainer, pieces(set(range(9, 31))), 0, 30, log_every=10):
             seen[step] = tensors(trainer)
-            run.list_events(trainer.health.take_events())
+            run.directory.list_events(trainer.health.take_events())
             if step % 4 == 0:
                 run.save(trainer, step, keep=5, wait=True)
 
@@ -120,8 +119,7 @@ def test_ten_in_a_row_stop_the_run_and_the_last_good_checkpoint_loads(tmp_path: 
     assert max(seen) == 18
     assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 10
     again = prepare()
-    run = Run("test", str(tmp_path), resume=True)
-    run.start(CONFIG, again.accelerator)
+    run = Session("test", dataclasses.replace(config, resume="auto"), again.accelerator)
     assert run.load(again).step == 16  # saved among the bad steps, and as good as before them
     assert all(torch.equal(one, seen[8][name]) for name, one in tensors(again).items())
     assert again.health.counts.in_a_row == 8

@@ -95,7 +95,7 @@ def test_pictures_and_rows_without_each_other_are_listed(tmp_path, picture, kind
     assert [row.captions.get("ko") for row in rows] == [["가"], ["나"], ["다"], ["라"], None, None, None]
     assert {row.image.name for row in rows if not row.captions} == {"lone.png", "lone.JPG", "suffixless"}
     eval_set = open_set(EvalSetConfig(source=source, max_skipped_fraction=0.9))
-    assert len(eval_set.pictures) == 3
+    assert len(eval_set.images) == 3
     assert len(eval_set.skipped) == 4
     assert {skip.key.rsplit("/", 1)[1] for skip in eval_set.skipped} == {
         "gone.png",

@@ -16,7 +16,7 @@ from koclip.config import ConfigError
 from koclip.encoders import Encoder
 from koclip.encoders.specs import usable
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dual_encoder = tiny_dual_encoder()
     _, processor = from_scratch(tiny_config(), tiny_tokenizer())
     path = tmp_path_factory.mktemp("published") / "model"
-    publish(path, dual_encoder.model, processor, dual_encoder.state_dict())
+    save_stock_model(path, dual_encoder.model, processor, dual_encoder.state_dict())
     return path
 
 
@@ -159,7 +159,7 @@ def test_modes_are_left_as_they_were(loaded: Encoder) -> None:
 def test_load_refuses_weights_of_another_class(tmp_path: Path, directory: Path) -> None:
     _, processor = from_scratch(tiny_config(preset="timm:test_vit"), tiny_tokenizer())
     joint = tiny_dual_encoder(preset="timm:test_vit")
-    publish(tmp_path / "joint", joint.model, processor, joint.state_dict())
+    save_stock_model(tmp_path / "joint", joint.model, processor, joint.state_dict())
     koclip.load(tmp_path / "joint", device="cpu")
     shutil.copy(directory / "config.json", tmp_path / "joint")  # a CLIPModel's, on other weights
     with pytest.raises(ConfigError, match=r"does not hold exactly the weights of a CLIPModel.*missing_keys"):

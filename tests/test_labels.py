@@ -81,7 +81,7 @@ def test_labels_that_fit_one_way_are_read_that_way(tmp_path, labels, keys, expec
         (["001", "002", "000"], WORDS, "no class '001'"),  # ids, no places
         (["cat", "1", "dog"], WORDS, "no class '1'"),
         (["0", "cat", "dog"], ["0", "cat"], "no class 'dog'"),
-        (["Cat", "dog", "bird"], WORDS, "it is 'cat' but for the letter case"),
+        (["Cat", "dog", "bird"], WORDS, "no class 'Cat'"),
         ([0, -1, 2], WORDS, "no class '-1'"),
         ([0.5, 1.0, 2.0], WORDS, "no class '0.5'"),
         (["1.0", "2.0", "0.0"], WORDS, "no class '1.0'"),  # text is not arithmetic

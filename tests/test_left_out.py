@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from koclip.config import ConfigError, EvalConfig, EvalSetConfig, SourceConfig
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate
-from koclip.evaluation.report.present import present
+from koclip.evaluation.report.write import Evaluated, write
+from koclip.evaluation.run import surroundings
 from koclip.evaluation.sets import EvalSet, open_set
 
 
@@ -44,7 +45,7 @@ def shown(run: Path, one: EvalSet) -> dict[str, Any]:
     """Evaluate and present a set as recipes/evaluate.py does, and return what results.json says of it."""
     embedder = Embedder(ColourEncoder(), 8)
     run.mkdir(exist_ok=True)
-    present(run, {"some/model": evaluate(embedder, [one])}, {"some/model": embedder}, [one], [])
+    write(run, [Evaluated("some/model", run, embedder, evaluate(embedder, [one]))], [one], surroundings(), [])
     return json.loads((run / "results.json").read_text(encoding="utf-8"))["data"][one.name]
 
 
@@ -56,7 +57,7 @@ def test_too_many_unusable_rows_are_refused(photos, column, count, unusable) -> 
         ConfigError, match=rf"max_skipped_fraction: {unusable} of {count} rows .*photos~\w+/0: .*photos~\w+/1: "
     ):
         open_set(EvalSetConfig(source=source))
-    assert len(open_set(EvalSetConfig(source=source, max_skipped_fraction=0.9)).pictures) == count - unusable
+    assert len(open_set(EvalSetConfig(source=source, max_skipped_fraction=0.9)).images) == count - unusable
 
 
 @pytest.mark.parametrize("part", ["train", "shifted", "gallery"])
@@ -108,7 +109,7 @@ def test_every_row_is_used_or_listed(tmp_path, encoded, usable) -> None:
         assert refused
         return
     assert not refused
-    assert one.num_rows == len(rows) == len(one.pictures) + len(one.skipped)
+    assert one.num_rows == len(rows) == len(one.images) + len(one.skipped)
     assert [skip.key for skip in one.skipped] == [f"{source.key}/{n}" for n, good in enumerate(usable) if not good]
 
 
@@ -125,7 +126,7 @@ def test_max_images_does_not_cut_what_probes_are_fitted_on(tmp_path, encoded) ->
     )
     classes = str(tmp_path / "classes.yaml")
     one = open_set(EvalSetConfig(source=test, classes=classes, tasks=["linear_probe"], train=train, max_images=12))
-    assert len(one.pictures) == 12
+    assert len(one.images) == 12
     assert sorted(one.train.labels) == [number for number in range(4) for _ in range(6)]
     facts = shown(tmp_path / "run", one)
     assert facts["cut"]
@@ -167,7 +168,7 @@ def test_rows_of_classes_that_are_left_out_are_listed(tmp_path, encoded, colours
     file = write_colours(tmp_path / "two.parquet", encoded, colours=("노랑", "빨강"))
     other = SourceConfig(path=str(tmp_path / "colours.parquet"), label="key", captions={})
     one = colours(path=file, present_classes=True, shifted={"x": other}, tasks=["shift"])
-    assert len(one.shifted["x"].pictures) + len(one.shifted["x"].skipped) == 24
+    assert len(one.shifted["x"].images) + len(one.shifted["x"].skipped) == 24
     assert {skip.reason for skip in one.shifted["x"].skipped} == {
         f"no image of the source is of its class, {name} (present_classes)" for name in ("green", "blue")
     }
@@ -234,7 +235,9 @@ def test_sets_too_small_for_their_probes_are_refused_before_anything_is_embedded
     source = SourceConfig(path=str(write_colours(tmp_path / "rows.parquet", encoded)), label="key", captions={})
     for tasks, error in ((["linear_probe"], "too few"), (["few_shot"], r"eval\.sets\[\]\.shots")):
         with pytest.raises(ConfigError, match=error):
-            open_all([EvalSetConfig(source=source, classes=str(tmp_path / "classes.yaml"), tasks=tasks)])
+            open_all(
+                EvalConfig(sets=[EvalSetConfig(source=source, classes=str(tmp_path / "classes.yaml"), tasks=tasks)])
+            )
 
 
 def test_one_image_with_a_caption_in_a_language_is_refused(tmp_path, encoded) -> None:

@@ -51,8 +51,8 @@ def test_every_row_comes_once_per_epoch_in_another_order(tokenizer, table) -> No
 
 def test_the_order_is_a_function_of_the_seed(tokenizer, table) -> None:
     assert_equal(batches(config(table), tokenizer, 8), batches(config(table), tokenizer, 8))
-    one, other = (batches(config(table, seed=seed), tokenizer, 1)[0] for seed in (0, 1))
-    assert one.keys != other.keys
+    first, other = (batches(config(table, seed=seed), tokenizer, 1)[0] for seed in (0, 1))
+    assert first.keys != other.keys
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -67,8 +67,8 @@ def test_resumed_equals_uninterrupted(source, step, num_workers, tokenizer, requ
     saved = [Position(*json.loads(json.dumps(position))) for position in seen.values()]
     resumed = batches(data, tokenizer, 14 - step, start_step=step, positions=saved)
     assert_equal(whole[step:], resumed)
-    assert [one.position and one.position.rows for one in whole[step:]] == [
-        one.position and one.position.rows for one in resumed
+    assert [batch.position and batch.position.rows for batch in whole[step:]] == [
+        batch.position and batch.position.rows for batch in resumed
     ]
 
 
@@ -88,10 +88,10 @@ def test_two_processes_share_one_processs_batches(tokenizer, table) -> None:
     data = config(table, SCENES)
     whole = batches(data, tokenizer, 7, Shard(8))
     halves = [batches(data, tokenizer, 7, Shard(4, rank, 2)) for rank in (0, 1)]
-    for one, *parts in zip(whole, *halves, strict=True):
-        assert one.keys == [key for part in parts for key in part.keys]
-        assert torch.equal(one.pixel_values, torch.cat([part.pixel_values for part in parts]))
-        assert torch.equal(one.pair_ids, torch.cat([part.pair_ids for part in parts]))
+    for batch, *parts in zip(whole, *halves, strict=True):
+        assert batch.keys == [key for part in parts for key in part.keys]
+        assert torch.equal(batch.pixel_values, torch.cat([part.pixel_values for part in parts]))
+        assert torch.equal(batch.pair_ids, torch.cat([part.pair_ids for part in parts]))
 
 
 def test_pieces_make_up_the_batches(tokenizer, table) -> None:

@@ -133,7 +133,7 @@ def test_a_stream_uses_or_lists_every_row_in_pieces_of_any_size_and_resumed(
     first, second = (
         Shard(batch_size, rank, world_size, data.draw(st.sampled_from(micros), "micro_batch_size")) for _ in range(2)
     )
-    opened = [stream(*one) for one in sources]
+    opened = [stream(*arguments) for arguments in sources]
     with opening(*opened) as configs:
         read = config(*configs, length_pool=pool, shuffle_buffer=3)
         alone = batches(read, tokenizer, steps, Shard(batch_size, rank, world_size))

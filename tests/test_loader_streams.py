@@ -18,12 +18,12 @@ from koclip.data.sources import open_source
 def test_readers_of_a_stream_see_every_row_once_per_epoch(name, num_readers, request) -> None:
     source = open_source(request.getfixturevalue(name))
     passes = [
-        [one.key for reader in range(num_readers) for one in source.rows(epoch, 0, 6, reader, num_readers)]
+        [row.key for reader in range(num_readers) for row in source.rows(epoch, 0, 6, reader, num_readers)]
         for epoch in range(3)
     ]
     assert all(len(keys) == len(set(keys)) == 48 for keys in passes)
     assert passes[0] != passes[1] != passes[2]
-    parts = [{one.key for one in source.rows(0, 0, 6, reader, num_readers)} for reader in range(num_readers)]
+    parts = [{row.key for row in source.rows(0, 0, 6, reader, num_readers)} for reader in range(num_readers)]
     assert all(parts)
 
 

@@ -15,7 +15,7 @@ from koclip.config import ConfigError, PublishConfig
 from koclip.encoders import load
 from koclip.encoders.transformers import TransformersEncoder
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
 from koclip.publishing.card import render, write_card
 from koclip.publishing.card_inputs import gather
 from koclip.publishing.formats.int8 import read
@@ -146,7 +146,7 @@ def test_a_model_has_one_fingerprint_in_memory_and_on_disk(kind, tmp_path):
         sizes = {"preset": "timm:test_vit", "image_size": 32} if kind == "joint" else {}
         loaded = from_scratch(tiny_config(**sizes), tiny_tokenizer())
         model = tmp_path / "model"
-        publish(model, *loaded, loaded[0].state_dict())
+        save_stock_model(model, *loaded, loaded[0].state_dict())
     measured = load(str(model), "cpu").fingerprint()
     assert TransformersEncoder(*loaded).fingerprint() == measured
     loaded[0].save_pretrained(tmp_path / "again", max_shard_size="50kB")  # in several files

@@ -24,7 +24,7 @@ import koclip
 from koclip.config import ConfigError, ModelConfig
 from koclip.models.dual_encoder import DualEncoder, check_tokenizer, from_scratch
 from koclip.models.presets import PRESETS
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
 
 # Parameters of OpenAI's released models (open_clip builds the ResNets to the same counts).
 VIT_COUNTS = {
@@ -160,7 +160,7 @@ def test_other_image_towers_train_publish_and_load(
     trained = [name for name, parameter in model.vision_model.named_parameters() if parameter.requires_grad]
     assert not [name for name in trained if model.vision_model.get_parameter(name).grad is None]
 
-    publish(tmp_path / "model", model, processor, dual_encoder.state_dict())
+    save_stock_model(tmp_path / "model", model, processor, dual_encoder.state_dict())
     loaded = koclip.load(tmp_path / "model", device="cpu").model
     pixels = torch.randn(2, 3, expected_size, expected_size)
     model.eval()

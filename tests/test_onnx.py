@@ -13,7 +13,7 @@ from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 import koclip
 from koclip.config import ConfigError, RunError
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
 from koclip.publishing.formats import onnx
 from koclip.publishing.formats.onnx import MOST, export
 from koclip.text import tokenizers
@@ -22,7 +22,7 @@ from koclip.text import tokenizers
 def published(folder: Path) -> Path:
     dual_encoder = tiny_dual_encoder()
     _, processor = from_scratch(tiny_config(), tiny_tokenizer())
-    publish(folder / "model", dual_encoder.model, processor, dual_encoder.state_dict())
+    save_stock_model(folder / "model", dual_encoder.model, processor, dual_encoder.state_dict())
     return folder / "model"
 
 

@@ -10,8 +10,8 @@ from scipy.stats import kendalltau
 from koclip.config import ConfigError, RatingsConfig
 from koclip.data.sources import Row
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.images import Pictures
-from koclip.evaluation.tasks.ratings import people, read_ratings
+from koclip.evaluation.images import Images
+from koclip.evaluation.tasks.ratings import open_ratings, read_ratings, run
 
 
 @pytest.fixture
@@ -27,10 +27,10 @@ def rated(tmp_path: Path, encoded: Callable[..., bytes]) -> Path:
 
 def test_every_rating_counts(rated: Path) -> None:
     embedder, config = Embedder(ColourEncoder(), 8), RatingsConfig(path=str(rated), language="ko")
-    metrics = people(embedder, config)
+    metrics = run(embedder, open_ratings(config), "ko")
     lines = read_ratings(config)
     files, texts = sorted({file for file, _, _ in lines}), list(COLOURS)
-    similarity = embedder.images(Pictures([Row(file, {}, "") for file in files])) @ embedder.texts(texts).T
+    similarity = embedder.images(Images([Row(file, {}, "") for file in files])) @ embedder.texts(texts).T
     scores = [round(similarity[files.index(file), texts.index(caption)].item(), 5) for file, caption, _ in lines]
     ratings = [rating for _, _, rating in lines]
     assert len(scores) == 32
@@ -56,12 +56,12 @@ def test_captions_are_composed(rated: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "word"),
     [
-        ("빨강.png\t빨강", "line 1: got .*expected image, caption and ratings"),
-        ("빨강.png\t \t3", "expected image, caption"),
-        ("빨강.png\t빨강\tgood", "line 1: got ratings .*good.*expected numbers"),
-        ("빨강.png\t빨강\tnan", "expected finite numbers"),
-        ("없는.png\t빨강\t3", "없는.png cannot be used: FileNotFoundError"),
-        ("", "has no line"),
+        ("빨강.png\t빨강", "line 1: got 2 cells"),
+        ("빨강.png\t \t3", "line 1: got 3 cells"),
+        ("빨강.png\t빨강\tgood", "line 1: got ratings .*good"),
+        ("빨강.png\t빨강\tnan", "line 1: got ratings .*nan"),
+        ("없는.png\t빨강\t3", "line 1: .*없는.png"),
+        ("", r"ratings\[\]\.path: .*bad\.tsv"),
     ],
 )
 def test_what_is_wrong_in_the_file_is_named(line: str, word: str, rated: Path) -> None:
@@ -72,5 +72,5 @@ def test_what_is_wrong_in_the_file_is_named(line: str, word: str, rated: Path) -
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere.tsv is no file"):
+    with pytest.raises(ConfigError, match=r"ratings\[\]\.path: .*nowhere\.tsv"):
         read_ratings(RatingsConfig(path=str(tmp_path / "nowhere.tsv"), language="ko"))

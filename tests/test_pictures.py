@@ -23,7 +23,7 @@ from koclip.data.sources import Row, Skip
 from koclip.data.transforms import ImageError, Views, decode
 from koclip.embeddings.sources import Images
 from koclip.encoders.transformers import TransformersEncoder
-from koclip.evaluation.images import Pictures
+from koclip.evaluation import images
 from koclip.models.dual_encoder import from_scratch
 from koclip.search import build
 
@@ -81,8 +81,8 @@ def exif(order: str, kind: int, value: int, others: int = 2) -> bytes:
 
 
 def xmp(value: int, element: bool = False) -> bytes:
-    told = f"<tiff:Orientation>{value}</tiff:Orientation>" if element else f'<a tiff:Orientation="{value}"/>'
-    return segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta>" + told.encode() + b"</x:xmpmeta>")
+    orientation = f"<tiff:Orientation>{value}</tiff:Orientation>" if element else f'<a tiff:Orientation="{value}"/>'
+    return segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta>" + orientation.encode() + b"</x:xmpmeta>")
 
 
 def jpeg(segments: list[bytes], jfif: bool = True) -> bytes:
@@ -159,14 +159,14 @@ def test_every_path_sees_the_same_pixels(head, model, tmp_path) -> None:
     assert torch.equal(trained.pixels, expected)
     features = Images(views, MAX_PIXELS).piece([row], wanted=True).inputs
     assert torch.equal(features[0, 0], expected)
-    np.testing.assert_array_equal(np.asarray(Pictures([row])[0]), right)
+    np.testing.assert_array_equal(np.asarray(images.Images([row])[0]), right)
     np.testing.assert_array_equal(np.asarray(guard.read_picture(file)[0]), right)
     encoder = Watching()
     build.build(IndexConfig(model="colours", images=str(file.parent)), encoder, tmp_path / "index")
     np.testing.assert_array_equal(np.asarray(encoder.seen[0]), right)
     given = [str(file), file, Image.open(file), Image.fromarray(right)]
-    made = model.encode_images(given)
-    torch.testing.assert_close(made, made[-1:].expand(4, -1), atol=1e-6, rtol=0)
+    embeddings = model.encode_images(given)
+    torch.testing.assert_close(embeddings, embeddings[-1:].expand(4, -1), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -178,8 +178,8 @@ def test_every_kind_is_turned_as_pil_turns_it(kind, orientation, model) -> None:
     data = encoded(drawn(), kind, exif=tags, **more)
     right = by_pil(data)
     np.testing.assert_array_equal(pixels(data), right)
-    made = model.encode_images([Image.open(io.BytesIO(data)), Image.fromarray(right)])
-    torch.testing.assert_close(made[:1], made[1:], atol=1e-6, rtol=0)
+    embeddings = model.encode_images([Image.open(io.BytesIO(data)), Image.fromarray(right)])
+    torch.testing.assert_close(embeddings[:1], embeddings[1:], atol=1e-6, rtol=0)
 
 
 XMP = b'<x:xmpmeta><a tiff:Orientation="6"/></x:xmpmeta>'
@@ -225,8 +225,8 @@ def test_a_picture_is_turned_once(model) -> None:
     tags[ORIENTATION] = 6
     opened = Image.open(io.BytesIO(encoded(drawn(), "PNG", exif=tags)))
     upright = ImageOps.exif_transpose(opened)  # what a careful caller gives
-    made = model.encode_images([opened, upright, opened.convert("RGB")])
-    torch.testing.assert_close(made, made[1:2].expand(3, -1), atol=1e-6, rtol=0)
+    embeddings = model.encode_images([opened, upright, opened.convert("RGB")])
+    torch.testing.assert_close(embeddings, embeddings[1:2].expand(3, -1), atol=1e-6, rtol=0)
     assert opened.size == (24, SIDE)  # the caller's own is left as it was
 
 
@@ -298,8 +298,8 @@ def test_deep_gray_values_are_scaled(name, model) -> None:
     data, right = SCALED[name]
     assert pixels(data)[0].tolist() == [[value] * 3 for value in right]
     opened = Image.open(io.BytesIO(data))
-    made = model.encode_images([opened, to_pil_image(decode(data, MAX_PIXELS))])
-    torch.testing.assert_close(made[:1], made[1:], atol=1e-6, rtol=0)
+    embeddings = model.encode_images([opened, to_pil_image(decode(data, MAX_PIXELS))])
+    torch.testing.assert_close(embeddings[:1], embeddings[1:], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -17,7 +17,7 @@ from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 from koclip import config
 from koclip.config import ConfigError
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
 from koclip.search import build
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +78,7 @@ def model(tmp_path_factory) -> Path:
     dual_encoder = tiny_dual_encoder()
     _, processor = from_scratch(tiny_config(), tiny_tokenizer())
     path = tmp_path_factory.mktemp("limited") / "model"
-    publish(path, dual_encoder.model, processor, dual_encoder.state_dict())
+    save_stock_model(path, dual_encoder.model, processor, dual_encoder.state_dict())
     return path
 
 

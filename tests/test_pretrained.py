@@ -18,7 +18,7 @@ import koclip
 from koclip.config import ConfigError
 from koclip.models.dual_encoder import encode_images, from_scratch
 from koclip.models.pretrained import load_image_side, load_text_encoder
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
 from koclip.models.swap import swap_text_tower
 
 WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -124,7 +124,9 @@ def test_a_clip_is_loaded_whole(name: str, tmp_path: Path) -> None:
     torch.nn.init.constant_(model.logit_scale, 3.21)
     if name == "chinese":
         model = swap_text_tower(model, load_text_encoder(stored_text(tmp_path / "text", max_position_embeddings=24)))
-    publish(tmp_path / "clip", model, processor, {f"model.{key}": value for key, value in model.state_dict().items()})
+    save_stock_model(
+        tmp_path / "clip", model, processor, {f"model.{key}": value for key, value in model.state_dict().items()}
+    )
     loaded, images = load_image_side(str(tmp_path / "clip"))
     assert type(loaded) is type(model)
     wanted = model.state_dict()
@@ -243,7 +245,7 @@ def test_half_a_pooler_is_refused(tmp_path: Path) -> None:
 
 def test_a_clip_with_missing_weights_is_refused(tmp_path: Path) -> None:
     model, processor = from_scratch(tiny_config(), tiny_tokenizer())
-    publish(tmp_path, model, processor, {f"model.{key}": value for key, value in model.state_dict().items()})
+    save_stock_model(tmp_path, model, processor, {f"model.{key}": value for key, value in model.state_dict().items()})
     load_image_side(str(tmp_path))
     drop(tmp_path, "visual_projection.weight")
     assert "visual_projection.weight" in refusal(tmp_path)
@@ -324,7 +326,9 @@ def test_a_clips_text_tower_is_taken(source: str, target: str, tmp_path: Path) -
     model, processor = from_scratch(tiny_config(), tiny_tokenizer())
     if source == "chinese":
         model = swap_text_tower(model, load_text_encoder(stored_text(tmp_path / "text")))
-    publish(tmp_path / "clip", model, processor, {f"model.{key}": value for key, value in model.state_dict().items()})
+    save_stock_model(
+        tmp_path / "clip", model, processor, {f"model.{key}": value for key, value in model.state_dict().items()}
+    )
     encoder = load_text_encoder(str(tmp_path / "clip"))
     image = tiny_dual_encoder(**({"preset": "timm:test_vit"} if target == "timm" else {})).model
     if source == "chinese" and target == "timm":
@@ -353,7 +357,7 @@ def test_random_weights_from_a_configuration(tmp_path: Path) -> None:
 
 
 def test_koclip_load_names_what_is_not_a_dual_encoder(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="a BertModel: expected a dual encoder"):
+    with pytest.raises(ConfigError, match="a BertModel"):
         koclip.load(stored_text(tmp_path))
     with pytest.raises(ConfigError, match="cannot be loaded"):
         koclip.load(tmp_path / "nowhere")

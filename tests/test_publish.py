@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
 
 STRANGER = """
 import json, sys
@@ -63,7 +63,7 @@ def test_published_model_loads_and_classifies_without_koclip(
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     processor.tokenizer(["길다 " * 40, "짧다"], truncation=True, padding=True, max_length=8)  # leaves state behind
     directory = tmp_path / "model"
-    publish(directory, dual_encoder.model, processor, dual_encoder.state_dict())
+    save_stock_model(directory, dual_encoder.model, processor, dual_encoder.state_dict())
 
     pixels = torch.randn(4, 3, 32, 32)
     captions = ["빨간 원 사진", "a red circle", "노란 삼각형 위에 작은 별", "b"]

@@ -38,7 +38,7 @@ from transformers import (
 )
 
 import koclip
-from koclip.models.save import publish
+from koclip.models.save import save_stock_model
 from koclip.text import kobert, tokenizers
 from koclip.text.normalize import normalize
 
@@ -185,7 +185,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Published]:
         vision = sizes | {"image_size": 16, "patch_size": 16}
         model = ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
         processor = ChineseCLIPProcessor(image_processor=ChineseCLIPImageProcessor(), tokenizer=trained)
-        publish(folder, model, processor, model.state_dict())
+        save_stock_model(folder, model, processor, model.state_dict())
         tokenizers[name] = Published(AutoTokenizer.from_pretrained(source), trained, folder)
     return tokenizers
 

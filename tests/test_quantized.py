@@ -74,12 +74,12 @@ def embedded(model: Path, pictures: Any, texts: list[str], kind: str) -> tuple[t
 @pytest.mark.parametrize("language", ["ko", "en"])
 def test_the_numbers_are_those_of_the_whole_matrix(model: Path, language: str) -> None:
     (eval_set,) = sets(model)
-    assert len(eval_set.pictures) == 60
+    assert len(eval_set.images) == 60
     measured_metrics = numbers(model)
     embedder = Embedder(load(model, "cpu"), 1)
-    plain = retrieval(embedder, eval_set, language, embedder.images(eval_set.pictures))
+    plain = retrieval(embedder, eval_set, language, embedder.images(eval_set.images))
     texts = list(dict.fromkeys(text for own in eval_set.captions for text in own[language]))
-    images, captions = embedded(model, eval_set.pictures, texts, "_quantized")
+    images, captions = embedded(model, eval_set.images, texts, "_quantized")
     similarity = captions @ images.T
     right = torch.tensor([[text in own[language] for own in eval_set.captions] for text in texts])
     ranks = {"text_to_image": first_ranks(similarity, right), "image_to_text": first_ranks(similarity.T, right.T)}
@@ -184,12 +184,12 @@ def test_what_is_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [eval_set.name for eval_set in open_sets([named], {"scenes": described()})] == ["mine"]
     retrieved = {"scenes": described(), "cifar10": described(tasks=["zero_shot"])}
     gallery = described(gallery=[config.to_dict(SourceConfig(scenes_part="train", scenes_size=40))])
-    assert [len(eval_set.pictures) for eval_set in open_sets([], retrieved)] == [30]
+    assert [len(eval_set.images) for eval_set in open_sets([], retrieved)] == [30]
     (eval_set,) = open_sets([], {"scenes": gallery})
     assert len(eval_set.gallery["ko"]) >= 40
-    assert [len(eval_set.pictures) for eval_set in open_sets([], {"scenes": described(max_images=8)})] == [8]
+    assert [len(eval_set.images) for eval_set in open_sets([], {"scenes": described(max_images=8)})] == [8]
     monkeypatch.setattr(quantized, "_MOST", 12)
-    assert [len(eval_set.pictures) for eval_set in open_sets([], retrieved)] == [12]
+    assert [len(eval_set.images) for eval_set in open_sets([], retrieved)] == [12]
     (eval_set,) = open_sets([], {"cifar10": described(tasks=["zero_shot"])})
     assert (eval_set.name, eval_set.config) == ("scenes", EvalSetConfig())
 
@@ -210,7 +210,10 @@ def test_what_cannot_be_read_is_named_with_a_remedy_that_works(change: dict[str,
     ("args", "words"),
     [
         (["--int8_sets", SCENES], "expected --onnx int8"),
-        (["--onnx", "int8", "--int8_sets", "[{source: {path: a}}, {source: {path: b/a.csv}}]"], "a name of its own"),
+        (
+            ["--onnx", "int8", "--int8_sets", "[{source: {path: a}}, {source: {path: b/a.csv}}]"],
+            "int8_sets[].source.name: got ['a', 'a']",
+        ),
         (["--onnx", "int8", "--int8_sets", "[{tasks: [stress], source: {path: a}}]"], "expected retrieval"),
     ],
 )

@@ -33,8 +33,8 @@ ROOMS = (
     "models",
     "encoders",
     "embeddings",
-    "align",
     "optim",
+    "align",
     "training",
     "metrics",
     "evaluation",
@@ -59,24 +59,15 @@ LARGE_FUNCTIONS = {
     "koclip/losses/tiled.py _Tiled.forward": "torch.autograd.Function takes tensors by position",
     "koclip/models/dual_encoder.py DualEncoder.forward": "the parts of a Batch by name, as transformers calls a model",
     # These are rebuilt: see "The house, rebuilt".
-    "koclip/align/save.py publish_aligned": "",
-    "koclip/data/feature_rows.py shards": "",
-    "koclip/data/loader.py _Endless.__init__": "",
-    "koclip/data/loader.py train_loader": "",
     "koclip/encoders/base.py in_batches": "",
     "koclip/evaluation/report/html.py write": "",
     "koclip/publishing/card_inputs.py _data_set": "",
-    "koclip/training/frozen.py _features": "",
-    "koclip/training/frozen.py image_features": "",
-    "koclip/training/frozen.py teacher_features": "",
-    "koclip/training/setup.py prepare": "",
-    "recipes/align.py train": "",
     "recipes/benchmarks/open_clip_peer.py OpenClip.__init__": "",
     "space/pieces.py add_examples": "",
     "space/pieces.py text_box": "",
 }
-# Where the settings that say when something happens are read. `koclip/runs/session.py` shall be the only place.
-LOOPS = {"recipes/align.py", "recipes/pretrain.py", "koclip/config/training.py"}
+# Where the settings that say when something happens are defined and read.
+LOOPS = {"koclip/config/training.py", "koclip/runs/session.py"}
 YAMLS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
 DOCS = [ROOT / name for name in ("README.md", "README.ko.md", "CONTRIBUTING.md", "recipes/README.md")]
 

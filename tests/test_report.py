@@ -16,13 +16,15 @@ from small_evaluations import HOSTILE, Seeing, captioned, classified, pictures
 from koclip import distributed
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate
-from koclip.evaluation.report.finish import Measured, training_figure, write_results
+from koclip.evaluation.report.charts import charts
 from koclip.evaluation.report.grids import most_confused
-from koclip.evaluation.report.present import present
-from koclip.evaluation.report.printing import print_tables
-from koclip.evaluation.report.table import cell, place, sections, split
-from koclip.evaluation.tasks.multiple_choice import Choice
-from koclip.evaluation.tasks.robustness import add_effective_robustness
+from koclip.evaluation.report.table import Section, cell, print_tables, sections
+from koclip.evaluation.report.write import Evaluated, report, training_figure, write
+from koclip.evaluation.results import Measured, Record, Spec, records_of, write_results
+from koclip.evaluation.run import folders_of, surroundings
+from koclip.evaluation.sets import Question
+from koclip.evaluation.tasks import SPECS
+from koclip.evaluation.tasks.zero_shot import add_effective_robustness
 from koclip.metrics import Metric
 
 ALL = ("zero_shot", "shift", "linear_probe", "few_shot")
@@ -41,8 +43,17 @@ def shown(measured, run: Path, models: list[str], warnings=()) -> None:
     embedder, sets, metrics = measured
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(f"model: {HOSTILE}\n", encoding="utf-8")
-    found = {model: dict(metrics) for model in models}
-    present(run, found, dict.fromkeys(models, embedder), sets, warnings)
+    evaluated = [Evaluated(model, path, embedder, dict(metrics)) for model, path in folders_of(run, models).items()]
+    write(run, evaluated, sets, surroundings(), warnings)
+
+
+def tables(*metrics: dict[str, Metric]) -> list[Section]:
+    """Return the sections of the numbers of several models."""
+    return sections([records_of(own, SPECS) for own in metrics], {})
+
+
+def record_of(key: str, metric: Metric) -> Record:
+    return records_of({f"set/ko/{key}": metric}, SPECS)[0]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +102,7 @@ def test_results_are_what_the_contract_says_and_the_same_on_a_second_call(measur
     assert "num_processes" not in results["environment"]
     embedder, sets, metrics = measured
     backwards = dict(reversed(metrics.items()))
-    present(tmp_path, {"runs/small/model": backwards}, {"runs/small/model": embedder}, sets, [])
+    write(tmp_path, [Evaluated("runs/small/model", tmp_path, embedder, backwards)], sets, surroundings(), [])
     assert (tmp_path / "results.json").read_text(encoding="utf-8") == text
 
 
@@ -104,20 +115,20 @@ def test_a_number_that_is_none_is_refused(tmp_path):
 
 def test_table_values_equal_the_metrics(measured, one_model):
     rows = (one_model / "table.md").read_text(encoding="utf-8").splitlines()
-    for section in sections([measured[2]], {}):
-        for line in [*section.main, *(line for lines in section.details.values() for line in lines)]:
-            if line.key.startswith(("stress/", "zero_shot_template")):
+    for section in tables(measured[2]):
+        for line in lines_of(section):
+            if line.notes[0] or "template" in line.records[0].params:
                 continue  # chosen from others; called by the template's text
-            metric = measured[2][f"{section.name}/{line.language}/{line.key}"]
+            metric = measured[2][line.records[0].name]
             start = f"| {line.label} | {line.language} | {metric.n:,} | {line.cells[0].value} ("
             assert [row for row in rows if row.startswith(start)], start
-            unit = 1 if line.key.endswith(("median_rank", "tau_c")) else 100
-            assert float(line.cells[0].value) == pytest.approx(unit * metric.value, abs=0.051)
+            scale = 1 if line.spec.unit in ("rank", "number") else 100
+            assert float(line.cells[0].value) == pytest.approx(scale * metric.value, abs=0.051)
 
 
 def test_every_metric_is_in_a_table(measured):
-    there = {f"{one.name}/{line.language}/{line.key}" for one in sections([measured[2]], {}) for line in lines_of(one)}
-    assert set(measured[2]) <= there
+    shown_names = {line.records[0].name for section in tables(measured[2]) for line in lines_of(section)}
+    assert set(measured[2]) == shown_names
 
 
 def lines_of(section) -> list:
@@ -136,21 +147,21 @@ def lines_of(section) -> list:
     ],
 )
 def test_cells(name, metric, text):
-    assert str(cell(name, metric)) == text
+    assert str(cell(record_of(name, metric))) == text
 
 
 def test_effective_robustness_stands_in_the_main_table(measured):
     metrics = {str(number): dict(measured[2]) for number in range(4)}
-    for number, found in enumerate(metrics.values()):
-        found["things/ko/shift_none/accuracy"] = Metric(0.2 + 0.1 * number, (0.1, 0.9), 60)
+    for number, own in enumerate(metrics.values()):
+        own["things/ko/shift_none/accuracy"] = Metric(0.2 + 0.1 * number, (0.1, 0.9), 60)
     add_effective_robustness(metrics)
-    found = next(one for one in sections(list(metrics.values()), {}) if one.name == "things")
-    assert "effective robustness, sketch" in [line.label for line in found.main]
+    section = next(section for section in tables(*metrics.values()) if section.name == "things")
+    assert "effective robustness, sketch" in [line.label for line in section.main]
 
 
 def test_rows_of_a_language_stand_together():
     names = [f"d/{language}/zero_shot/accuracy{at}" for at in ("", "@5") for language in ("ko", "en")]
-    lines = sections([dict.fromkeys(names, Metric(0.5, (0.4, 0.6), 10))], {})[0].main
+    lines = tables(dict.fromkeys(names, Metric(0.5, (0.4, 0.6), 10)))[0].main
     assert [line.language for line in lines] == ["ko", "ko", "en", "en"]
 
 
@@ -216,8 +227,9 @@ def test_a_model_s_name_is_text_everywhere(measured, tmp_path, capsys):
 
 def test_missing_tasks_leave_nothing_empty(measured, tmp_path):
     embedder = measured[0]
-    one = captioned(["retrieval"])
-    present(tmp_path, {"m": evaluate(embedder, [one])}, {"m": embedder}, [one], [])
+    photos = captioned(["retrieval"])
+    metrics = evaluate(embedder, [photos])
+    write(tmp_path, [Evaluated("m", tmp_path, embedder, metrics)], [photos], surroundings(), [])
     assert {file.stem for file in (tmp_path / "pictures").iterdir()} == {"recall-photos", "queries-photos"}
     reader = Reader()
     reader.feed((tmp_path / "report.html").read_text(encoding="utf-8"))
@@ -229,7 +241,7 @@ def test_missing_tasks_leave_nothing_empty(measured, tmp_path):
 
 def test_ratings_alone_are_a_table_without_pictures(measured, tmp_path):
     metrics = {"people/ko/agreement/kendall_tau_c": Metric(0.3, (0.2, 0.4), 9)}
-    present(tmp_path, {"m": metrics}, {"m": measured[0]}, [], [])
+    write(tmp_path, [Evaluated("m", tmp_path, measured[0], metrics)], [], surroundings(), [])
     assert "0.300 (0.200 to 0.400)" in (tmp_path / "table.md").read_text(encoding="utf-8")
     assert not (tmp_path / "pictures").exists()
 
@@ -244,7 +256,7 @@ def test_no_collective_is_called(measured, tmp_path, monkeypatch):
     for name in ("gather_objects", "barrier", "gather", "mean", "any_process"):
         monkeypatch.setattr(distributed, name, refuse)
     spread = Embedder(Seeing(), 16, tmp_path / "cache", spread=True)
-    present(tmp_path, {"m": metrics}, {"m": spread}, sets, [])
+    write(tmp_path, [Evaluated("m", tmp_path, spread, metrics)], sets, surroundings(), [])
     with pytest.raises(AssertionError, match="a collective"):
         spread.texts(["고양이"])
 
@@ -252,12 +264,12 @@ def test_no_collective_is_called(measured, tmp_path, monkeypatch):
 def test_hangul_has_glyphs(measured, tmp_path, recwarn):
     """matplotlib warns of each letter that no font has."""
     shown(measured, tmp_path, ["runs/small/model"])
-    assert not [str(one.message) for one in recwarn if "Glyph" in str(one.message)]
+    assert not [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 def test_many_models_fit_the_terminal(measured, capsys):
     labels = [f"model-{number}" for number in range(9)]
-    print_tables(sections([measured[2]] * 9, {}), labels)
+    print_tables(tables(*[measured[2]] * 9), labels)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 110
     for label in labels:
@@ -271,21 +283,94 @@ def test_of_many_classes_the_most_confused_are_shown():
     assert most_confused(counts[:3, :3], 4) == [0, 1, 2]
 
 
-def test_choices_have_a_row(measured):
-    choice = Choice("relation", pictures(4), {"ko": [["위", "아래"]] * 4}, [0, 1, 0, 1])
-    one = replace(captioned([]), choices=[choice])
-    lines = sections([evaluate(measured[0], [one])], {})[0].main
+def test_questions_have_a_row(measured):
+    question = Question("relation", pictures(4), {"ko": [["위", "아래"]] * 4}, [0, 1, 0, 1])
+    asked = replace(captioned([]), questions=[question])
+    lines = tables(evaluate(measured[0], [asked]))[0].main
     assert [(line.label, line.language) for line in lines] == [("relation, accuracy", "ko")]
 
 
 def test_names_come_apart_at_the_last_three_slashes():
-    assert split("org/set/ko/text_to_image/recall@1") == ("org/set", "ko", "text_to_image/recall@1")
-    assert place("zero_shot_template_03/gain_over_name")[1] == "template 03"
+    (record,) = records_of({"org/set/ko/text_to_image/recall@1": Metric(0.5, (0.4, 0.6), 9)}, SPECS)
+    assert (record.dataset, record.language, record.task, record.metric) == (
+        "org/set",
+        "ko",
+        "text_to_image",
+        "recall@1",
+    )
+    assert record.name == "org/set/ko/text_to_image/recall@1"
+
+
+@pytest.mark.parametrize(
+    ("key", "params", "label", "group"),
+    [
+        (
+            "zero_shot_template_03/gain_over_name",
+            {"template": 3},
+            "template 03",
+            "Each template alone, less the bare name",
+        ),
+        ("few_shot/accuracy_02_shots", {"shots": 2}, "probe on 2 per class", ""),
+        (
+            "shift_noise/accuracy_severity_5",
+            {"name": "noise", "severity": 5},
+            "noise, severity 5",
+            "Accuracy under shift",
+        ),
+        ("shift_2019/accuracy", {"name": "2019"}, "2019", "Accuracy under shift"),
+        ("stress_typo/drop@10", {"rewrite": "typo", "k": 10}, "typo", "R@10 lost by rewritten captions"),
+        ("text_to_image/recall@5", {"direction": "text to image", "k": 5}, "text to image, R@5", ""),
+        ("nobody/knows_{it}", {}, "nobody/knows_{it}", ""),
+    ],
+)
+def test_a_name_is_read_once(key, params, label, group):
+    record = record_of(key, Metric(0.5, (0.4, 0.6), 9))
+    assert (dict(record.params), record.label(), record.group) == (params, label, group)
+
+
+def test_no_number_of_a_run_is_unknown(measured):
+    """A task whose number no spec describes would get a row without words."""
+    for record in records_of(measured[2], SPECS):
+        assert any(record.spec is spec for spec in SPECS), record.name
+
+
+def test_a_template_is_called_by_its_text():
+    record = record_of("zero_shot_template_01/accuracy", Metric(0.5, (0.4, 0.6), 9))
+    assert record.label(["{label}", "{label} 사진"]) == "{label} 사진"
+    assert record.label(["{label}"]) == "template 01"
+
+
+def test_numbers_of_a_new_chart_are_bars():
+    spec = Spec(pattern="toy/{side}", label="{side}", chart=("toy", ""))
+    metrics = {f"set/{language}/toy/{side}": Metric(0.5, (0.4, 0.6), 9) for language in ("ko", "en") for side in "ab"}
+    ((kind, figure),) = charts("set", records_of(metrics, [spec]), {})
+    assert kind == "toy"
+    assert [bar.get_height() for bar in figure.axes[0].patches] == [50.0] * 4
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["a", "b"]
+
+
+def test_a_training_run_leaves_the_same_files(measured, tmp_path, capsys):
+    embedder, sets, metrics = measured
+    watched = "photos/ko/text_to_image/recall@10"
+    log = [{"step": 5, "loss": 1.0, "accuracy": 0.5}, {"step": 10, "loss": 0.5, watched: 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
+    (tmp_path / "environment.json").write_text(json.dumps(surroundings() | {"num_processes": 1}), encoding="utf-8")
+    (tmp_path / "skipped.jsonl").write_text('{"key": "a"}\n', encoding="utf-8")
+    assert report(tmp_path, embedder, sets) == {
+        name: metric for name, metric in metrics.items() if name[:6] != "people"
+    }
+    assert {file.stem for file in (tmp_path / "pictures").iterdir()} == {*KINDS, "training", "example"}
+    reader = Reader()
+    reader.feed((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert len([tag for tag, _ in reader.tags if tag == "img"]) == len(KINDS) + 1
+    assert tmp_path.name in (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["environment"]["num_processes"] == 1
+    assert str(tmp_path / "skipped.jsonl") in capsys.readouterr().out.replace("\n", "")
 
 
 def test_the_picture_of_training_shows_main_numbers_only(tmp_path):
     names = ["scenes/ko/text_to_image/recall@10", "things/ko/zero_shot_template_01/accuracy"]
     log = [{"step": 5, "loss": 1.0, "accuracy": 0.5}, {"step": 10, **dict.fromkeys(names, 0.5)}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
-    figure = training_figure(tmp_path / "metrics.jsonl", {})
+    figure = training_figure(tmp_path / "metrics.jsonl", dict.fromkeys(names, Metric(0.5, (0.4, 0.6), 9)))
     assert [line.get_label() for line in figure.axes[1].lines] == names[:1]

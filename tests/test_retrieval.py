@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from koclip.config import ConfigError
 from koclip.data.sources import Row
-from koclip.evaluation import embed
+from koclip.embeddings import store
+from koclip.evaluation import ranking
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate
-from koclip.evaluation.images import Pictures
+from koclip.evaluation.images import Images
 from koclip.evaluation.sets import EvalSet
 from koclip.evaluation.tasks.retrieval import approximated, collect, languages, retrieval, stress
 from koclip.metrics import first_ranks, mean
@@ -27,7 +28,7 @@ CAPTIONS = {"ko": "ko", "en": "en"}
 
 def embedded(one: EvalSet, encoder: ColourEncoder | None = None) -> tuple[Embedder, EvalSet, torch.Tensor]:
     embedder = Embedder(encoder or ColourEncoder(), 8)
-    return embedder, one, embedder.images(one.pictures)
+    return embedder, one, embedder.images(one.images)
 
 
 def test_equal_captions_are_one_with_several_images() -> None:
@@ -82,16 +83,16 @@ def test_an_approximation_is_compared_query_by_query() -> None:
 def test_the_gap_is_between_the_same_captions(colours: Callable[..., EvalSet]) -> None:
     """A model that has never learnt English finds what chance finds, and another image than in Korean."""
     embedder, one, images = embedded(colours(None, CAPTIONS), ColourEncoder(english=False))
-    metrics = languages(embedder, one, "ko", "en", images)
+    metrics = languages(embedder, one, ("ko", "en"), images)
     ko = retrieval(embedder, one, "ko", images)["text_to_image/recall@10"].value
     en = retrieval(embedder, one, "en", images)["text_to_image/recall@10"].value
     assert metrics["languages/gap@10"].value == pytest.approx(ko - en)
     assert metrics["languages/gap@10"].n == 48
     assert metrics["languages/gap@10"].ci95[0] > 0
     assert metrics["languages/same_image"].value < 0.2
-    swapped = languages(embedder, one, "en", "ko", images)
+    swapped = languages(embedder, one, ("en", "ko"), images)
     assert swapped["languages/gap@10"].value == pytest.approx(en - ko)
-    same = languages(*embedded(one)[:1], one, "ko", "ko", images)
+    same = languages(embedded(one)[0], one, ("ko", "ko"), images)
     assert same["languages/same_image"].value == 1.0
 
 
@@ -101,10 +102,10 @@ def test_images_with_unequal_captions_are_not_compared(colours: Callable[..., Ev
         captions["en"] = captions["en"][:1]
     first, second = one.captions[0], one.captions[1]
     second["en"] = ["one picture", "another picture"]
-    assert languages(embedder, one, "ko", "en", images)["languages/gap@1"].n == 4
+    assert languages(embedder, one, ("ko", "en"), images)["languages/gap@1"].n == 4
     first["en"] = second["en"] = ["one picture"]
     with pytest.raises(ConfigError, match="no image has equally many captions in ko and en"):
-        languages(embedder, one, "ko", "en", images)
+        languages(embedder, one, ("ko", "en"), images)
 
 
 def test_stress_drops_are_paired(colours: Callable[..., EvalSet]) -> None:
@@ -145,11 +146,11 @@ def test_a_broken_file_is_made_again(
     tmp_path: Path, colours: Callable[..., EvalSet], capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = colours(None, CAPTIONS)
-    kept = Embedder(ColourEncoder(), 8, tmp_path / "kept").images(one.pictures)
+    kept = Embedder(ColourEncoder(), 8, tmp_path / "kept").images(one.images)
     (file,) = (tmp_path / "kept").rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:100])
-    assert torch.equal(Embedder(ColourEncoder(), 8, tmp_path / "kept").images(one.pictures), kept)
-    assert "is broken and made again" in capsys.readouterr().out
+    assert torch.equal(Embedder(ColourEncoder(), 8, tmp_path / "kept").images(one.images), kept)
+    assert str(file) in capsys.readouterr().out
     assert torch.equal(load_file(file)["embeddings"], kept)
     assert not list((tmp_path / "kept").rglob("writing-*"))
 
@@ -159,28 +160,28 @@ def test_two_evaluations_may_write_the_same_file(
 ) -> None:
     one, others = colours(None, CAPTIONS), []
 
-    def meanwhile(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        save_file(tensors, path)
+    def meanwhile(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save_file(tensors, path, metadata)
         if not others:
             others.append(Embedder(ColourEncoder(), 8, tmp_path / "kept"))
-            others[0].images(one.pictures)
+            others[0].images(one.images)
 
-    monkeypatch.setattr(embed, "save_file", meanwhile)
-    kept = Embedder(ColourEncoder(), 8, tmp_path / "kept").images(one.pictures)
-    assert torch.equal(others[0].images(one.pictures), kept)
+    monkeypatch.setattr(store, "save_file", meanwhile)
+    kept = Embedder(ColourEncoder(), 8, tmp_path / "kept").images(one.images)
+    assert torch.equal(others[0].images(one.images), kept)
     assert [file.suffix for file in (tmp_path / "kept").rglob("*.*")] == [".safetensors"]
 
 
 def test_pictures_of_other_shapes_are_others() -> None:
     pixels = np.arange(48, dtype=np.uint8)
     shapes = [(4, 4, 3), (2, 8, 3), (8, 2, 3)]
-    assert len({Pictures([Row(pixels.reshape(shape), {}, "")]).digest() for shape in shapes}) == 3
+    assert len({Images([Row(pixels.reshape(shape), {}, "")]).digest() for shape in shapes}) == 3
 
 
 def test_other_pictures_and_texts_are_not_taken_for_the_same(tmp_path: Path, colours: Callable[..., EvalSet]) -> None:
     one = colours(None, CAPTIONS)
     embedder = Embedder(ColourEncoder(), 8, tmp_path / "kept")
-    assert not torch.equal(embedder.images(one.pictures), embedder.images(one.pictures.corrupted("noise", 5, 0)))
+    assert not torch.equal(embedder.images(one.images), embedder.images(one.images.corrupted("noise", 5, 0)))
     assert not torch.equal(embedder.texts(["빨강", "초록"]), embedder.texts(["초록", "빨강"]))
     shutil.rmtree(tmp_path / "kept")
     assert embedder.texts(["빨강"]).shape == (1, 8)
@@ -190,8 +191,7 @@ def test_blocks_of_queries_are_ranked_as_all_at_once(monkeypatch: pytest.MonkeyP
     generator = torch.Generator().manual_seed(0)
     queries, gallery = torch.rand(37, 8, generator=generator), torch.rand(50, 8, generator=generator)
     positives = [[number, (7 * number) % 50] for number in range(37)]
-    embedder = Embedder(ColourEncoder(), 8)
-    whole = embedder.search(queries, gallery, positives)
-    monkeypatch.setattr(embed, "_QUERIES", 5)
-    for one, other in zip(whole, embedder.search(queries, gallery, positives), strict=True):
-        assert torch.equal(one, other)
+    whole = ranking.search(queries, gallery, positives, spread=False)
+    monkeypatch.setattr(ranking, "_QUERIES", 5)
+    for all_at_once, in_blocks in zip(whole, ranking.search(queries, gallery, positives, spread=False), strict=True):
+        assert torch.equal(all_at_once, in_blocks)

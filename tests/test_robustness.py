@@ -3,7 +3,7 @@
 import pytest
 from scipy.special import expit, logit
 
-from koclip.evaluation.tasks.robustness import add_effective_robustness, effective_robustness
+from koclip.evaluation.tasks.zero_shot import add_effective_robustness, effective_robustness
 from koclip.metrics import Metric
 
 

@@ -139,7 +139,7 @@ def test_a_model_that_knows_every_answer_finds_everything(write: Callable, order
     for task, n in (("text_to_image", PICTURES * PER_PICTURE), ("image_to_text", PICTURES)):
         assert (found[f"{name}/{task}/recall@1"].value, found[f"{name}/{task}/recall@1"].n) == (1.0, n)
     assert found[f"{name}/text_to_image_first_caption/recall@1"].n == PICTURES
-    assert len(one.pictures) == PICTURES
+    assert len(one.images) == PICTURES
 
 
 # What a picture has: whether it can be decoded, and its rows, each with a caption in Korean, in English, or neither.
@@ -203,7 +203,7 @@ def outcome(file: Path, options: dict[str, Any]) -> object:
         found = evaluate(Embedder(Guessing(), 8), [one])
     except (ConfigError, ValueError) as error:
         return type(error)
-    return {name: metric.to_dict() for name, metric in found.items()}, len(one.pictures), one.pictures.digest()
+    return {name: metric.to_dict() for name, metric in found.items()}, len(one.images), one.images.digest()
 
 
 def test_each_row_of_a_set_of_classes_counts_but_its_pictures_are_one_where_captions_are_asked(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_row_without_its_own_pair_brings_none_to_its_picture(tmp_path: Path) -
     assert one.pairs("ko", "en") == [[("하나", "one"), ("둘", "two"), ("여덟", "eight")], [("0", "zero")]]
     assert [len(texts) for texts in one.texts("ko")] == [7, 1]
     assert [len(texts) for texts in one.texts("en")] == [6, 1]
-    assert len(one.pictures) == 2
+    assert len(one.images) == 2
 
 
 def test_training_knows_equal_pictures_in_whatever_rows_and_files(tmp_path: Path, tokenizer: Any) -> None:
@@ -278,7 +278,7 @@ def test_languages_that_cannot_be_compared_are_refused_before_work(second: tuple
 
 
 def test_results_say_how_many_rows_pictures_and_captions_there_were(tmp_path: Path) -> None:
-    from koclip.evaluation.notes import described, notes
+    from koclip.evaluation.run import described, notes
 
     cells = [("0 하나", "0 one"), ("0 둘", None), (None, "0 three"), ("1 넷", "1 four"), (None, None)]
     rows = [{"image": picture(int(place > 2)), "ko": ko, "en": en} for place, (ko, en) in enumerate(cells)]

@@ -39,15 +39,16 @@ def test_scenes_and_pictures_are_functions_of_part_seed_and_index() -> None:
 def test_held_out_pairs_never_occur(part) -> None:
     pairs = {(thing.colour, thing.shape) for index in range(MANY) for thing in scenes.scene(part, 0, index).things}
     assert pairs == set(PAIRS) - HELD_OUT
-    told = [scenes.captions(scenes.scene(part, 0, index)) for index in range(MANY)]
-    words = {text for captions in told for texts in captions.values() for text in texts}
+    all_captions = [scenes.captions(scenes.scene(part, 0, index)) for index in range(MANY)]
+    words = {text for captions in all_captions for texts in captions.values() for text in texts}
     for colour, shape in HELD_OUT:
         assert not any(f"{colour} {shape}" in text or scenes.korean(colour, shape) in text for text in words)
     assert {pair for pair, _ in HELD_OUT} < set(COLOURS)
 
 
 def test_unseen_pairs_show_held_out_pairs_only() -> None:
-    shown = {(one.things[0].colour, one.things[0].shape) for one in (scenes.unseen_pair(1, n) for n in range(200))}
+    things = [scenes.unseen_pair(1, n).things[0] for n in range(200)]
+    shown = {(thing.colour, thing.shape) for thing in things}
     assert shown == HELD_OUT
 
 
@@ -58,8 +59,8 @@ def test_every_colour_and_shape_is_seen_in_training() -> None:
 
 def test_objects_are_drawn_where_the_scene_says_whole_and_apart() -> None:
     for index in range(300):
-        one = scenes.scene("train", 0, index)
-        for thing in one.things:
+        scene = scenes.scene("train", 0, index)
+        for thing in scene.things:
             rows, columns = np.nonzero(mask(Scene("single", (thing,)), thing.colour))
             assert rows.size > 12
             assert min(rows.min(), columns.min()) > 0  # nothing is cut off at the edge
@@ -67,8 +68,8 @@ def test_objects_are_drawn_where_the_scene_says_whole_and_apart() -> None:
             assert abs(columns.mean() / 48 - thing.x) < 0.03
         apart = [
             np.hypot(a.x - b.x, a.y - b.y) - (a.radius + b.radius)
-            for number, a in enumerate(one.things)
-            for b in one.things[:number]
+            for number, a in enumerate(scene.things)
+            for b in scene.things[:number]
         ]
         assert all(gap > -0.02 for gap in apart)
 
@@ -100,26 +101,26 @@ def test_shapes_have_their_outlines(shape, corners, radius) -> None:
 def test_relations_hold_in_the_picture() -> None:
     seen = set()
     for index in range(MANY):
-        one = scenes.scene("test", 0, index)
-        if one.kind != "relation":
+        scene = scenes.scene("test", 0, index)
+        if scene.kind != "relation":
             continue
-        first, second = one.things
-        dx, dy = RELATIONS[one.relation][2]
+        first, second = scene.things
+        dx, dy = RELATIONS[scene.relation][2]
         assert (first.x - second.x) * dx + (first.y - second.y) * dy > 0.4
-        seen.add(one.relation)
-        english = scenes.captions(one)["en"][0]
-        assert english.startswith(f"a {first.colour} {first.shape} {RELATIONS[one.relation][0]} a {second.colour}")
+        seen.add(scene.relation)
+        english = scenes.captions(scene)["en"][0]
+        assert english.startswith(f"a {first.colour} {first.shape} {RELATIONS[scene.relation][0]} a {second.colour}")
     assert seen == set(RELATIONS)
 
 
 def test_twins_differ_in_one_fact_that_the_captions_tell() -> None:
     changes = set()
     for index in range(0, MANY, 2):
-        one, twin = scenes.scene("train", 0, index), scenes.scene("train", 0, index + 1)
-        assert one.kind == twin.kind
-        told, twin_told = scenes.captions(one), scenes.captions(twin)
+        first_scene, twin = scenes.scene("train", 0, index), scenes.scene("train", 0, index + 1)
+        assert first_scene.kind == twin.kind
+        captions, twin_captions = scenes.captions(first_scene), scenes.captions(twin)
         for language in ("ko", "en"):
-            assert set(told[language]) != set(twin_told[language])
+            assert set(captions[language]) != set(twin_captions[language])
         kinds = [
             {
                 "count": len(s.things),
@@ -127,11 +128,11 @@ def test_twins_differ_in_one_fact_that_the_captions_tell() -> None:
                 "relation": s.relation,
                 "pairs": {(t.colour, t.shape) for t in s.things},
             }
-            for s in (one, twin)
+            for s in (first_scene, twin)
         ]
         changed = [fact for fact in kinds[0] if kinds[0][fact] != kinds[1][fact]]
         assert len(changed) == 1
-        changes.add((one.kind, *changed))
+        changes.add((first_scene.kind, *changed))
     assert changes == {
         *(("single", "size"), ("single", "pairs")),
         *(("relation", "relation"), ("relation", "pairs"), ("count", "count")),
@@ -160,9 +161,9 @@ def test_captions_are_true_and_korean_particles_fit() -> None:
 def test_sizes_can_be_told_apart() -> None:
     radii = {"large": [], "small": []}
     for index in range(MANY):
-        one = scenes.scene("train", 0, index)
-        if one.kind == "single":
-            radii[one.size].append(one.things[0].radius)
+        scene = scenes.scene("train", 0, index)
+        if scene.kind == "single":
+            radii[scene.size].append(scene.things[0].radius)
     assert min(radii["large"]) > 1.3 * max(radii["small"])
 
 
@@ -178,16 +179,16 @@ def test_sizes_can_be_told_apart() -> None:
 def test_questions_have_one_right_answer(question, kind, choices) -> None:
     answers = set()
     for index in range(MANY):
-        one = scenes.scene("test", 0, index)
-        if one.kind != kind:
+        scene = scenes.scene("test", 0, index)
+        if scene.kind != kind:
             continue
-        texts, answer = question(one)
-        told = scenes.captions(one)
+        texts, answer = question(scene)
+        captions = scenes.captions(scene)
         for language in ("ko", "en"):
             assert len(set(texts[language])) == len(texts[language]) == choices
-            true = [place for place, text in enumerate(texts[language]) if text in told[language]]
+            true = [place for place, text in enumerate(texts[language]) if text in captions[language]]
             assert true in ([answer], [])  # "en" tells counts and sizes in the same words
-        assert set(texts["en"]) & set(told["en"])
+        assert set(texts["en"]) & set(captions["en"])
         answers.add(answer)
     expected = {PAIRS.index(pair) for pair in scenes.SEEN_PAIRS} if choices == 40 else set(range(choices))
     assert answers == expected

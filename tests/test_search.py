@@ -70,17 +70,17 @@ def config(images: Path | str, **changes: object) -> IndexConfig:
 
 def test_exact_search_is_worked_out_by_hand(tmp_path):
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.6, 0.8], [-1.0, 0.0]])
-    found = ImageIndex(stored(tmp_path, rows, 2), {}).search(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), 3)
-    assert found.places.tolist() == [[1, 2, 3], [4, 1, 2]]  # of equal ones the first
-    assert torch.allclose(found.scores, torch.tensor([[1.0, 0.8, 0.8], [1.0, 0.0, -0.6]]), atol=2e-3)
+    result = ImageIndex(stored(tmp_path, rows, 2), {}).search(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), 3)
+    assert result.places.tolist() == [[1, 2, 3], [4, 1, 2]]  # of equal ones the first
+    assert torch.allclose(result.scores, torch.tensor([[1.0, 0.8, 0.8], [1.0, 0.0, -0.6]]), atol=2e-3)
 
 
 def test_scores_above_1_are_ordered_before_they_are_cut(tmp_path):
     query = torch.tensor([[0.6, 0.8]])
     rows = torch.tensor([[0.6016, 0.8008], [0.6055, 0.8047], [0.8, 0.6]])  # scores 1.0016, 1.0071, 0.96
-    found = ImageIndex(stored(tmp_path, rows, 2), {}).exact(query, 3)
-    assert found.places.tolist() == [[1, 0, 2]]
-    assert found.scores[0, :2].tolist() == [1.0, 1.0]
+    result = ImageIndex(stored(tmp_path, rows, 2), {}).exact(query, 3)
+    assert result.places.tolist() == [[1, 0, 2]]
+    assert result.scores[0, :2].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("size", [1, 7, 100, 5_000])
@@ -88,12 +88,12 @@ def test_exact_search_is_brute_force_over_the_stored_rows(tmp_path, size):
     rows, queries = vectors(500, clusters=20), vectors(40, seed=1)
     index = ImageIndex(stored(tmp_path, rows, size), {})
     for k in (1, 10, 500, 600):
-        found = index.exact(queries, k)
+        result = index.exact(queries, k)
         scores = queries @ rows.bfloat16().float().T
         best = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-        assert torch.allclose(found.scores, scores.gather(1, best), atol=1e-6)
-        assert torch.allclose(scores.gather(1, found.places), scores.gather(1, best), atol=1e-6)
-        assert found.places.shape == (40, min(k, 500))
+        assert torch.allclose(result.scores, scores.gather(1, best), atol=1e-6)
+        assert torch.allclose(scores.gather(1, result.places), scores.gather(1, best), atol=1e-6)
+        assert result.places.shape == (40, min(k, 500))
 
 
 def test_no_score_is_further_off_than_the_margin():
@@ -107,10 +107,10 @@ def test_no_score_is_further_off_than_the_margin():
 def test_the_margin_is_needed(tmp_path):
     """Without it, rounding loses the nearest image of one of these queries."""
     rows, queries = vectors(3_000, 8, seed=5), vectors(600, 8, seed=1_005)
-    found = ImageIndex(stored(tmp_path, rows, 1_000), {}).exact(queries, 1)
+    result = ImageIndex(stored(tmp_path, rows, 1_000), {}).exact(queries, 1)
     scores = queries @ rows.bfloat16().float().T
     best, places = scores.max(dim=1)
-    assert bool((found.scores[:, 0] > best.clamp(max=1) - 1e-6).all())
+    assert bool((result.scores[:, 0] > best.clamp(max=1) - 1e-6).all())
     rough = (queries.bfloat16().double() @ rows.bfloat16().double().T).bfloat16()
     lost = rough.gather(1, places[:, None])[:, 0] < rough.amax(dim=1)
     assert int(lost.sum()) > 0
@@ -246,10 +246,10 @@ def test_file_names_need_not_be_utf_8(folder, tmp_path, small):
 def test_an_embedding_that_is_not_finite_is_named(folder, tmp_path, small):
     class Spoilt(ColourEncoder):
         def _embed_images(self, images):
-            made = super()._embed_images(images)
+            embeddings = super()._embed_images(images)
             if self.calls == 2:
-                made[1, 0] = torch.nan
-            return made
+                embeddings[1, 0] = torch.nan
+            return embeddings
 
     with pytest.raises(ConfigError, match=r"not finite: got \['가/09\.png'\], expected finite values"):
         build.build(config(folder), Spoilt(), tmp_path / "index")
@@ -335,13 +335,13 @@ def test_approximate_search_finds_nearly_all(tmp_path):
     assert quick.is_approximate
     assert quick.width == 64
     queries = F.normalize(queries + 2 * rows[::200], dim=-1)
-    found, exact = quick.search(queries, 10), quick.exact(queries, 10)
+    likely, exact = quick.search(queries, 10), quick.exact(queries, 10)
     hits = [
-        len(set(ours) & set(theirs)) for ours, theirs in zip(found.places.tolist(), exact.places.tolist(), strict=True)
+        len(set(ours) & set(best)) for ours, best in zip(likely.places.tolist(), exact.places.tolist(), strict=True)
     ]
     assert np.mean(hits) >= 9.5
-    same = found.places == exact.places
-    assert torch.allclose(found.scores[same], exact.scores[same], atol=1e-6)
+    same = likely.places == exact.places
+    assert torch.allclose(likely.scores[same], exact.scores[same], atol=1e-6)
     assert quick.search(queries[:1], 2_000).places.shape == (1, 2_000)
     (tmp_path / "quick.faiss").write_bytes(b"broken")
     with pytest.raises(ConfigError, match="is broken"):
@@ -455,10 +455,10 @@ def test_the_recipe_makes_an_index_and_names_what_it_left_out(folder, tmp_path):
 
     model = write_source(tmp_path / "model")
     for _ in range(2):  # the second embeds nothing, and lists the same
-        told = run("--model", str(model), "--images", str(folder), "--output_dir", str(tmp_path / "index"))
-        assert told.returncode == 0, told.stderr
-        assert "30 images" in told.stdout
-        assert "2 left out" in told.stdout
+        process = run("--model", str(model), "--images", str(folder), "--output_dir", str(tmp_path / "index"))
+        assert process.returncode == 0, process.stderr
+        assert "30 images" in process.stdout
+        assert "2 left out" in process.stdout
         left, notes = storage.read_lines(tmp_path / "index" / "skipped.jsonl")
         assert (notes["source"], notes["key"]) == (str(folder), "notes.txt")
         assert (left["source"], left["key"]) == (str(folder), "나/broken.jpg")
@@ -477,10 +477,10 @@ def test_the_recipe_makes_an_index_and_names_what_it_left_out(folder, tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(args, message):
-    told = run(*args)
-    assert told.returncode == 2
-    assert message in told.stderr
-    assert "Traceback" not in told.stderr
+    process = run(*args)
+    assert process.returncode == 2
+    assert message in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 def test_the_benchmark_runs_at_a_tiny_size(tmp_path, monkeypatch, capsys):

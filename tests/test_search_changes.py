@@ -59,7 +59,7 @@ def nearest(directory: Path, colour: str) -> list[str]:
     """Return the names of the pictures whose embedding and thumbnail have this colour."""
     index = open_index(directory)
     scores = index.exact(ColourEncoder().encode_texts([colour]), len(index))
-    found = {int(place) for place, score in zip(scores.places[0], scores.scores[0], strict=True) if score > 0.99}
+    places = {int(place) for place, score in zip(scores.places[0], scores.scores[0], strict=True) if score > 0.99}
     shown = set()
     for place in range(len(index)):
         entry = index.entry(place)
@@ -67,8 +67,8 @@ def nearest(directory: Path, colour: str) -> list[str]:
             pixel = torch.tensor(thumbnail.getpixel((5, 5))).float()
         if torch.linalg.vector_norm(pixel - torch.tensor(COLOURS[colour]).float()) < 60:
             shown.add(place)
-    assert found == shown
-    return sorted(Path(index.entry(place).record["key"]).name for place in found)
+    assert places == shown
+    return sorted(Path(index.entry(place).record["key"]).name for place in places)
 
 
 def keep_times(path: Path, change) -> None:

@@ -120,8 +120,8 @@ def test_an_evaluation_set_names_the_source(tmp_path, encoded) -> None:
 
 def test_a_name_that_is_no_utf_8_can_be_listed(tmp_path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"image": "\\ud800.png", "ko": "개"}\n', encoding="utf-8")
-    (one,) = all_rows(open_source(SourceConfig(path=str(tmp_path / "rows.jsonl"), captions={"ko": "ko"})))
-    assert one.key.encode("utf-8")
+    (row,) = all_rows(open_source(SourceConfig(path=str(tmp_path / "rows.jsonl"), captions={"ko": "ko"})))
+    assert row.key.encode("utf-8")
 
 
 names = st.sampled_from(["", "a.png", "a/b.png", "0", "1", "1/a.png", "0/1"])
@@ -144,12 +144,12 @@ def test_any_rows_have_keys_of_their_own(tmp_path, data: Any, streaming: bool) -
         common = {"path": str(place / "*.jsonl"), "name": "rows", "streaming": streaming}
         for columns in ({"ko": "ko"}, {"en": "ko"}):
             source = open_source(SourceConfig(**common, captions=columns))
-            own = [one.key for one in all_rows(source)]
+            own = [row.key for row in all_rows(source)]
             keys += own
             if streaming:
-                assert sorted(own) == sorted(one.key for one in source.rows(1, 2, 3, 0, 1))
+                assert sorted(own) == sorted(row.key for row in source.rows(1, 2, 3, 0, 1))
             else:
-                assert [one.key for one in source.rows([len(source) - 1])] == own[-1:]
+                assert [row.key for row in source.rows([len(source) - 1])] == own[-1:]
             kept = open_source(SourceConfig(**common, captions=columns, where={"ko": ["개", ""]}))
-            assert [one.key for one in all_rows(kept)] == own
+            assert [row.key for row in all_rows(kept)] == own
     assert len(set(keys)) == len(keys)

@@ -82,17 +82,17 @@ def test_any_number_of_processes_finds_the_same(world_size: int, tokenizer, monk
     source, data = Pile("rows", 41, {3, 8}), config(SourceConfig(captions={"ko": "ko", "en": "en"}))
     alone, shares = blocks(source, data, tokenizer, 1), blocks(source, data, tokenizer, world_size)
     assert max(map(len, shares)) <= -(-11 // world_size)
-    one, many = (survey.join(source, data, tokenizer, [*itertools.chain(*parts)]) for parts in (alone, shares))
-    assert one.facts == many.facts
-    assert [one.lengths.row(row) for row in range(41)] == [many.lengths.row(row) for row in range(41)]
+    single, many = (survey.join(source, data, tokenizer, [*itertools.chain(*parts)]) for parts in (alone, shares))
+    assert single.facts == many.facts
+    assert [single.lengths.row(row) for row in range(41)] == [many.lengths.row(row) for row in range(41)]
 
 
 def test_workers_find_the_same(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey, "BLOCK", 2)
     source, data = Pile("rows", 41, {3, 8}), SourceConfig(captions={"ko": "ko", "en": "en"})
-    found = [survey.survey(source, config(data, num_workers=count), tokenizer) for count in (0, 2)]
-    assert found[0].facts == found[1].facts
-    assert found[0].lengths.row(40) == found[1].lengths.row(40)
+    surveys = [survey.survey(source, config(data, num_workers=count), tokenizer) for count in (0, 2)]
+    assert surveys[0].facts == surveys[1].facts
+    assert surveys[0].lengths.row(40) == surveys[1].lengths.row(40)
 
 
 def test_equal_captions_are_tokenised_once(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_changed_data_has_other_facts(kind: str, tmp_path: Path, tokenizer, enco
         folder = tmp_path / name / "data"
         folder.mkdir(parents=True)
         source = write(folder, rows, kind, encoded)
-        return [one.facts for one in learn(DataConfig(sources=[source], length_pool=1), tokenizer)]
+        return [learnt.facts for learnt in learn(DataConfig(sources=[source], length_pool=1), tokenizer)]
 
     before = facts("before", ROWS)
     assert facts("copy", ROWS) == before
@@ -156,9 +156,9 @@ def test_changed_data_has_other_facts(kind: str, tmp_path: Path, tokenizer, enco
 
 
 def test_facts_do_not_depend_on_the_tokenizer_or_the_pool(tokenizer, table) -> None:
-    found = [learn(DataConfig(sources=[table], length_pool=pool), tokenizer)[0].facts for pool in (1, 4)]
-    assert found[0] == found[1]
-    assert found[0]["rows"] == 50
+    facts = [learn(DataConfig(sources=[table], length_pool=pool), tokenizer)[0].facts for pool in (1, 4)]
+    assert facts[0] == facts[1]
+    assert facts[0]["rows"] == 50
 
 
 def test_another_shard_of_a_large_stream_is_noticed(tmp_path: Path, tokenizer) -> None:
@@ -167,13 +167,13 @@ def test_another_shard_of_a_large_stream_is_noticed(tmp_path: Path, tokenizer) -
         (tmp_path / f"{number}.tar").write_bytes(bytes(500_000))
     source = stream("shards", [1], set())
     source.config = SourceConfig(path=f"{tmp_path}/*.tar", image="png", captions={"ko": "txt"})
-    found = [blocks(source, config(source.config), tokenizer, 1)]  # type: ignore[arg-type]
+    looks = [blocks(source, config(source.config), tokenizer, 1)]  # type: ignore[arg-type]
     for place in (0, 250_000, 499_999):
         content = bytearray(500_000)
         content[place] = 1
         (tmp_path / "1.tar").write_bytes(content)
-        found.append(blocks(source, config(source.config), tokenizer, 1))  # type: ignore[arg-type]
-    assert len({repr(one) for one in found}) == 4
+        looks.append(blocks(source, config(source.config), tokenizer, 1))  # type: ignore[arg-type]
+    assert len({repr(look) for look in looks}) == 4
 
 
 def test_another_commit_of_a_stream_from_the_hub_is_noticed(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +189,7 @@ def test_another_commit_of_a_stream_from_the_hub_is_noticed(tokenizer, monkeypat
 
     monkeypatch.setattr(survey.HfApi, "dataset_info", info)
     facts = [survey.join(source, data, tokenizer, []).facts for _ in range(2)]
-    assert [one["revision"][0] for one in facts] == ["b", "a"]
+    assert [fact["revision"][0] for fact in facts] == ["b", "a"]
     with pytest.raises(SourceError, match=r"owner/name.*offline"):
         survey.join(source, data, tokenizer, [])
 

@@ -30,7 +30,7 @@ def source(path: Path, encoding: str = "utf-8", **options) -> SourceConfig:
 
 
 def captions(config: SourceConfig) -> list[dict[str, list[str]]]:
-    return [one.captions for one in all_rows(open_source(config))]
+    return [row.captions for row in all_rows(open_source(config))]
 
 
 def write(folder: Path, name: str, text: str, encoding: str = "utf-8") -> Path:
@@ -58,9 +58,9 @@ def test_cells_stay_text(tmp_path, streaming, suffix) -> None:
         text = json.dumps(rows) if suffix == "json" else "\n".join(map(json.dumps, rows))
         write(tmp_path, f"rows.{suffix}", text)
     read = all_rows(open_source(source(tmp_path / f"rows.{suffix}", label="label", streaming=streaming)))
-    assert [one.label for one in read] == WORDS
-    assert [one.captions.get("ko") for one in read] == [[word.strip()] if word != "NULL" else None for word in WORDS]
-    assert [str(one.image.relative_to(tmp_path)) for one in read] == [f"{word}.jpg" for word in WORDS]
+    assert [row.label for row in read] == WORDS
+    assert [row.captions.get("ko") for row in read] == [[word.strip()] if word != "NULL" else None for word in WORDS]
+    assert [str(row.image.relative_to(tmp_path)) for row in read] == [f"{word}.jpg" for word in WORDS]
     for word in ("0001", "7", "NA", "2020-01-01"):
         config = source(tmp_path / f"rows.{suffix}", where={"id": [word]}, streaming=streaming)
         assert captions(config) == [{"ko": [word]}]
@@ -71,8 +71,8 @@ def test_numbers_of_json_are_labels_but_no_captions(tmp_path) -> None:
     rows += [{"image": "c.png", "label": "03", "ko": None}, {"image": "d.png", "label": True, "ko": "7"}]
     config = source(write(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, rows))), label="label")
     read = all_rows(open_source(config))
-    assert [one.label for one in read] == ["3", "3", "03", "True"]
-    assert [[text for texts in one.captions.values() for text in texts if text] for one in read] == [
+    assert [row.label for row in read] == ["3", "3", "03", "True"]
+    assert [[text for texts in row.captions.values() for text in texts if text] for row in read] == [
         [],
         ["개"],
         [],
@@ -84,8 +84,8 @@ def test_what_programs_write_for_no_value_is_no_caption_but_a_label(tmp_path) ->
     words = ["nan", "NaN", "None", "null", "<NA>", ""]
     text = "image,label,ko\n" + "".join(f"{n}.png,{word},{word}\n" for n, word in enumerate(words))
     read = all_rows(open_source(source(write(tmp_path, "rows.csv", text), label="label")))
-    assert [one.captions for one in read] == [{}] * len(words)
-    assert [one.label for one in read] == words
+    assert [row.captions for row in read] == [{}] * len(words)
+    assert [row.label for row in read] == words
 
 
 @streaming_or_not
@@ -98,19 +98,19 @@ def test_what_programs_write_for_no_value_is_no_caption_but_a_label(tmp_path) ->
 )
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "tar"])
 def test_any_encoding_is_read(tmp_path, encoding, setting, suffix, streaming) -> None:
-    told = ["빨간 사과", "고양이 두 마리"]
+    texts = ["빨간 사과", "고양이 두 마리"]
     if suffix == "tar":
-        write_tar(tmp_path / "rows.tar", [{"png": b"", "txt": text.encode(encoding)} for text in told])
+        write_tar(tmp_path / "rows.tar", [{"png": b"", "txt": text.encode(encoding)} for text in texts])
         config = source(tmp_path / "rows.tar", image="png", captions={"ko": "txt"}, encoding=setting)
     else:
         separator = {"csv": ",", "tsv": "\t"}.get(suffix)
-        rows = [{"image": f"{n}.png", "ko": text} for n, text in enumerate(told)]
+        rows = [{"image": f"{n}.png", "ko": text} for n, text in enumerate(texts)]
         table = "\r\n".join(["image,ko", *(f"{row['image']},{row['ko']}" for row in rows)])
         objects = [json.dumps(row, ensure_ascii=False) for row in rows]
         text = table.replace(",", separator) if separator else "\n".join(objects)
         text = f"[{', '.join(objects)}]" if suffix == "json" else text
         config = source(write(tmp_path, f"rows.{suffix}", text, encoding), encoding=setting, streaming=streaming)
-    assert captions(config) == [{"ko": [text]} for text in told]
+    assert captions(config) == [{"ko": [text]} for text in texts]
 
 
 SHORT = ["고양이", "빨간 사과", "강아지가 뛴다", "바다", "자전거를 탄 아이", "꽃병"]
@@ -207,8 +207,8 @@ def test_formats_without_an_encoding_refuse_one(tmp_path, format) -> None:
 def test_metadata_of_an_image_folder(tmp_path, encoded) -> None:
     (tmp_path / "0001.png").write_bytes(encoded())
     write(tmp_path, "metadata.csv", "file_name,label,ko\n0001.png,007,고양이\n", "cp949")
-    (one,) = all_rows(open_source(source(tmp_path, "cp949", label="label")))
-    assert (one.label, one.captions) == ("007", {"ko": ["고양이"]})
+    (row,) = all_rows(open_source(source(tmp_path, "cp949", label="label")))
+    assert (row.label, row.captions) == ("007", {"ko": ["고양이"]})
     with pytest.raises(SourceError, match=r"metadata\.csv, line 2, is not utf-8; .* encoding: cp949"):
         open_source(source(tmp_path, label="label"))
 
@@ -243,10 +243,10 @@ def test_broken_files_are_refused_with_the_line(tmp_path, name, streaming) -> No
 
 
 def test_many_rows_are_all_read(tmp_path) -> None:
-    told = [f"고양이 {n}" for n in range(25_000)]
-    path = write(tmp_path, "rows.csv", "image,ko\n" + "".join(f"a.png,{text}\n" for text in told))
+    texts = [f"고양이 {n}" for n in range(25_000)]
+    path = write(tmp_path, "rows.csv", "image,ko\n" + "".join(f"a.png,{text}\n" for text in texts))
     read = open_source(source(path))
-    assert read.captions(range(len(read))) == [{"ko": [text]} for text in told]
+    assert read.captions(range(len(read))) == [{"ko": [text]} for text in texts]
 
 
 @streaming_or_not
@@ -298,7 +298,7 @@ def test_json_says_what_it_says_whatever_stands_beside_it(tmp_path, rows) -> Non
         path = write(tmp_path, name, text)
         for streaming in (False, True):
             config = source(path, captions={}, label="label", streaming=streaming)
-            labels = [one.label for one in all_rows(open_source(config))]
+            labels = [row.label for row in all_rows(open_source(config))]
             assert [label and label.strip() for label in labels] == [label and nfc(label).strip() for label in expected]
 
 

@@ -79,8 +79,8 @@ def test_a_probe_that_is_tested_on_what_it_was_fitted_on_is_refused(photos, tmp_
 def test_training_images_that_the_source_holds_are_left_out_of_training(photos) -> None:
     """With labels drawn at random, a probe of a model that remembers every picture is right by chance only."""
     eval_set = probe_set(photos("photos", range(100, 200)), photos("train", range(300)))
-    assert len(eval_set.pictures) == 100
-    assert len(eval_set.train.pictures) == 200
+    assert len(eval_set.images) == 100
+    assert len(eval_set.train.images) == 200
     assert [skip.key.rsplit("/")[-1] for skip in eval_set.train.skipped] == list(map(str, range(100, 200)))
     assert linear_probe(Embedder(Remembering(), 50), eval_set)["linear_probe/accuracy"].value < 0.45
 
@@ -101,10 +101,10 @@ def test_no_image_is_both_fitted_and_tested(photos, source, train) -> None:
         eval_set = probe_set(photos("photos", source), photos("train", train))
     except ConfigError:
         return
-    tested, fitted = set(eval_set.pictures.digests()), set(eval_set.train.pictures.digests())
+    tested, fitted = set(eval_set.images.digests()), set(eval_set.train.images.digests())
     assert not tested & fitted
-    assert len(eval_set.pictures) == len(source)
-    assert len(eval_set.train.pictures) + len(eval_set.train.skipped) == len(train)
+    assert len(eval_set.images) == len(source)
+    assert len(eval_set.train.images) + len(eval_set.train.skipped) == len(train)
     assert eval_set.train.in_source == sum(number in source for number in train)
 
 

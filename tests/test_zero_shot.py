@@ -20,7 +20,7 @@ TEMPLATES = {"ko": ["{label} 사진", "{label:을/를} 찍은 사진", "이것�
 
 def run(task: Callable[..., dict], one: EvalSet, language: str = "ko", encoder: ColourEncoder | None = None) -> dict:
     embedder = Embedder(encoder or ColourEncoder(), 8)
-    return task(embedder, one, language, embedder.images(one.pictures))
+    return task(embedder, one, language, embedder.images(one.images))
 
 
 def test_an_ensemble_is_the_mean_of_unit_norm_prompts_of_unit_norm_again() -> None:

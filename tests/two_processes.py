@@ -24,7 +24,7 @@ from koclip.encoders.transformers import TransformersEncoder
 from koclip.losses import Loss
 from koclip.losses.pairs import Embeddings
 from koclip.models.dual_encoder import from_scratch
-from koclip.runs.directory import Run
+from koclip.runs.session import Session
 from koclip.training import grad_cache
 
 LOSSES = {
@@ -39,14 +39,14 @@ OPTIM = OptimConfig(warmup_steps=1)
 CONFIG = PretrainConfig(train=TRAIN, optim=OPTIM)
 
 
-def prepare(accelerator: Accelerator, loss: LossConfig, **model: object) -> training.Trainer:
+def prepare(accelerator: Accelerator, loss: LossConfig, **model: object) -> training.TrainState:
     # These keep losses and gradients near 1: float32 could not resolve 1e-6 of the 10 that a bias of -10 begins with.
     bias = -2.0 if loss.name == "sigmoid" else None
     dual_encoder = tiny_dual_encoder(logit_bias=bias, temperature=0.5, **model).train()
-    return training.prepare(accelerator, dual_encoder, loss, OPTIM, TRAIN)
+    return training.prepare(accelerator, dual_encoder, dataclasses.replace(CONFIG, loss=loss))
 
 
-def backward(trainer: training.Trainer) -> float:
+def backward(trainer: training.TrainState) -> float:
     """Do a backward pass over this process's share of the global batch; return the global loss."""
     share = len(CAPTION_IDS) // distributed.world_size()
     rows = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
@@ -56,7 +56,7 @@ def backward(trainer: training.Trainer) -> float:
     return distributed.mean({"loss": loss.value.item()}, trainer.accelerator.device)["loss"]
 
 
-def step(trainer: training.Trainer) -> None:
+def step(trainer: training.TrainState) -> None:
     backward(trainer)
     trainer.optimizer.step()
     trainer.scheduler.step()
@@ -64,7 +64,7 @@ def step(trainer: training.Trainer) -> None:
     trainer.dual_encoder.clamp_logit_scale()
 
 
-def gradients(trainer: training.Trainer) -> dict[str, torch.Tensor]:
+def gradients(trainer: training.TrainState) -> dict[str, torch.Tensor]:
     found = {}
     for name, parameter in trainer.dual_encoder.named_parameters():
         assert parameter.grad is not None, name
@@ -85,7 +85,7 @@ def pieces_of(step: int, sizes: tuple[int, ...] = (2, 2, 1)) -> list[Batch]:
     return tiny_pieces(list(sizes), seed=2 * step + distributed.rank())
 
 
-def at_once(trainer: training.Trainer, pieces: Sequence[Batch]) -> Loss:
+def at_once(trainer: training.TrainState, pieces: Sequence[Batch]) -> Loss:
     """The plain way: one forward pass of each piece, one backward pass of them all, which synchronises once."""
     made = [trainer.dual_encoder(**piece.inputs) for piece in pieces]
     image, text = (torch.cat([getattr(one, side) for one in made]) for side in ("image", "text"))
@@ -98,7 +98,7 @@ def at_once(trainer: training.Trainer, pieces: Sequence[Batch]) -> Loss:
     return loss
 
 
-def at_once_sharded(trainer: training.Trainer, pieces: Sequence[Batch]) -> None:
+def at_once_sharded(trainer: training.TrainState, pieces: Sequence[Batch]) -> None:
     """The plain way for sharded weights, which are gathered for one forward pass only: padding all pieces alike."""
     length = max(piece.input_ids.shape[1] for piece in pieces)
     pad = trainer.dual_encoder.model.config.text_config.pad_token_id
@@ -137,7 +137,7 @@ def grad_cached(accelerator: Accelerator) -> dict[str, object]:
     return results
 
 
-def count_syncs(trainer: training.Trainer) -> list[int]:
+def count_syncs(trainer: training.TrainState) -> list[int]:
     """Return a list that grows by one whenever DDP averages a bucket of gradients; a tiny model is one bucket."""
     syncs: list[int] = []
 
@@ -149,7 +149,7 @@ def count_syncs(trainer: training.Trainer) -> list[int]:
     return syncs
 
 
-def cached(trainer: training.Trainer, pieces: Sequence[Batch]) -> Loss:
+def cached(trainer: training.TrainState, pieces: Sequence[Batch]) -> Loss:
     return grad_cache.backward(trainer.accelerator, trainer.model, trainer.dual_encoder, trainer.loss, pieces)
 
 
@@ -183,10 +183,9 @@ def collectives(device: torch.device) -> dict[str, object]:
     }
 
 
-def open_run(folder: Path, accelerator: Accelerator, resume: bool = False) -> Run:
-    run = Run("test", str(folder), resume)
-    run.start(CONFIG, accelerator)
-    return run
+def open_run(folder: Path, accelerator: Accelerator, resume: bool = False) -> Session:
+    config = dataclasses.replace(CONFIG, output_dir=str(folder), resume="auto" if resume else "no")
+    return Session("test", config, accelerator)
 
 
 def resumed(accelerator: Accelerator, folder: Path) -> dict[str, object]:
@@ -238,7 +237,7 @@ def sharded(folder: Path) -> dict[str, object]:
     stats = [last for _, last in training.steps(again, iter(pieces_of(0, (2,))), 0, 1, log_every=1)]
     again.num_pieces = 3
     stats += [last for _, last in training.steps(again, iter(pieces_of(1)), 0, 1, log_every=1)]
-    published = Run("test", str(folder / "published"), resume=False)
+    published = open_run(folder / "published", accelerator)
     open_run(folder, accelerator, resume=True).load(trainer)
     published.save_model(trainer, processor)
     in_pieces = {}

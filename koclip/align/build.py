@@ -4,26 +4,20 @@ from typing import Any
 
 import torch
 from transformers import (
-    ChineseCLIPModel,
-    CLIPModel,
-    CLIPProcessor,
     CLIPTextModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    VisionTextDualEncoderProcessor,
 )
 
 from koclip.config import ConfigError, SwapConfig, check
-from koclip.models import StockModel
 from koclip.models.dual_encoder import checkpoint_gradients, text_config
 from koclip.models.initialize import initialize_tower
 from koclip.models.presets import HEAD_WIDTH, Preset
 from koclip.models.pretrained import load_text_encoder, take_padding
+from koclip.models.stock import StockModel, is_stock, layout_of, parts
 from koclip.models.swap import swap_text_tower
 from koclip.text import tokenizers
-
-_PROCESSORS = {CLIPModel: CLIPProcessor, ChineseCLIPModel: CLIPProcessor}
 
 
 def text_encoder(config: SwapConfig, clip: StockModel | PreTrainedModel) -> PreTrainedModel | None:
@@ -36,9 +30,9 @@ def text_encoder(config: SwapConfig, clip: StockModel | PreTrainedModel) -> PreT
         return None
     if config.text_encoder != "same":
         return load_text_encoder(config.text_encoder, config.seed)
-    if not isinstance(clip, StockModel):
+    if not is_stock(clip):
         raise ConfigError(f"model.text_encoder: `same`, but {_alone(config.clip, clip)}: name a text encoder")
-    own: PreTrainedModel = clip.text_model
+    own: PreTrainedModel = parts(clip).text_tower
     return own
 
 
@@ -68,7 +62,7 @@ def adapt(
     else:
         model = swap_text_tower(clip, encoder or _text_transformer(config, clip, tokenizer), config.seed)
     checkpoint_gradients(model, config.image_gradient_checkpointing, config.text_gradient_checkpointing)
-    kind: Any = _PROCESSORS.get(type(model), VisionTextDualEncoderProcessor)
+    kind: Any = layout_of(model).processor_class
     return model, kind(image_processor=image_processor, tokenizer=tokenizer)
 
 
@@ -78,7 +72,7 @@ def load_teacher(clip: StockModel | PreTrainedModel, path: str) -> tuple[StockMo
     Raises:
         ConfigError: `clip` is an image tower alone, or its tokenizer cannot be relied on.
     """
-    if not isinstance(clip, StockModel):
+    if not is_stock(clip):
         raise ConfigError(
             f"model.clip: {_alone(path, clip)}, and a teacher is a text tower: name a CLIP, or set distill.anchor to 0 "
             "and align.method to one that sees images only"

@@ -19,8 +19,8 @@ from torch import nn
 
 from koclip.align.adapter_base import FOLDER, SAME, AdapterBase
 from koclip.config import AdapterConfig, check
-from koclip.models import StockModel
 from koclip.models.pretrained import is_hub_id
+from koclip.models.stock import StockModel
 
 _TOWERS = {"text": ("text_model",), "image": ("vision_model",), "both": ("text_model", "vision_model")}
 BASE = "adapter_base"  # folder beside a model's, with what a swapped model's adapter adapts

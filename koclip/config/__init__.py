@@ -1,19 +1,21 @@
-"""Every knob of koclip, once: frozen dataclasses, one per room, and the parser that fills them.
+"""Every setting of koclip, in frozen dataclasses, and the parser that fills them.
 
-A recipe's configuration is the dataclass that lists the sections it uses. `parse()` builds it from
-`--config FILE.yaml` and `--section.key value` overrides, and stops with one clear line on any mistake.
+A recipe's configuration is a dataclass that lists the sections it uses. `parse()` builds it from `--config FILE.yaml`
+and `--section.key value` overrides. A mistake ends the program with one line on stderr.
 """
 
+from koclip.config.alignment import METHODS, AlignMethodConfig, DistillConfig, Stage
 from koclip.config.changes import check_changes, check_data
-from koclip.config.checks import ConfigError, RunError, check, check_languages, check_pixels, locate
+from koclip.config.checks import ConfigError, RunError, Stopped, check, check_languages, check_pixels, locate
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
-from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig, Task
+from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig
 from koclip.config.model import AdapterConfig, ModelConfig, SwapConfig
 from koclip.config.parsing import dump, parse, run, to_dict
-from koclip.config.recipes import AlignConfig, EvaluateConfig, IndexConfig, PretrainConfig, PublishConfig, Stage
-from koclip.config.training import AlignMethodConfig, DistillConfig, LossConfig, OptimConfig, TrainConfig
+from koclip.config.recipes import AlignConfig, EvaluateConfig, IndexConfig, PretrainConfig, PublishConfig
+from koclip.config.training import LossConfig, OptimConfig, TrainConfig
 
 __all__ = [
+    "METHODS",
     "AdapterConfig",
     "AlignConfig",
     "AlignMethodConfig",
@@ -33,8 +35,8 @@ __all__ = [
     "RunError",
     "SourceConfig",
     "Stage",
+    "Stopped",
     "SwapConfig",
-    "Task",
     "TokenizerConfig",
     "TrainConfig",
     "check",

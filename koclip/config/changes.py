@@ -1,4 +1,4 @@
-"""What a resumed run may change: the keys that cannot alter the model it ends with, and those named on purpose."""
+"""Which keys of the configuration may differ when a run is resumed."""
 
 import itertools
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from typing import Any
 
 from koclip.config.checks import ConfigError
 
-# Where, how fast and how loudly a run goes, not what it computes. The number of readers of streamed data, which
-# decides on their order, is checked where they are opened.
+# Keys that do not change the trained model. The number of readers of streamed data changes the order of the rows; it
+# is checked where the data is opened.
 FREE = (
     *("output_dir", "resume", "resume_with", "eval", "data.num_workers", "data.max_skipped_fraction"),
     "align.cache_dir",
@@ -22,16 +22,17 @@ _GLOBAL = "global batch (train.batch_size x processes)"
 def check_changes(
     before: dict[str, Any], now: dict[str, Any], processes: tuple[int, int], accepted: Sequence[str]
 ) -> list[str]:
-    """Compare the configuration of a checkpoint with the one that is to go on; return what changed, a line per key.
+    """Compare the configuration of a checkpoint with that of the resumed run; return a line per changed key.
 
     Args:
-        before: The checkpoint's configuration, as `to_dict` gives it.
-        now: The run's.
-        processes: Number of processes then and now. Their batches may change as long as the global batch does not.
-        accepted: Keys that may change although they change the result.
+        before: The configuration in the checkpoint, as `to_dict` gives it.
+        now: The configuration of the resumed run.
+        processes: Number of processes before and now. Both this and the batch size may change if the global batch
+            stays the same.
+        accepted: Keys that may change although the trained model will differ.
 
     Raises:
-        ConfigError: other keys changed that change the result, or `accepted` names one that does not exist.
+        ConfigError: another key changed that changes the trained model, or `accepted` names an unknown key.
     """
     old, new = _flat(before), _flat(now)
     for key in accepted:
@@ -46,7 +47,7 @@ def check_changes(
     if refused:
         names = ", ".join("train.batch_size" if key == _GLOBAL else key for key in refused)
         raise ConfigError(
-            "resume: these keys changed since the checkpoint, and the model would come out different: "
+            "resume: these keys changed since the checkpoint, and the trained model would differ: "
             f"{'; '.join(refused.values())}. Set them back, or accept them by name: --resume_with '[{names}]'"
         )
     return list(lines.values())
@@ -55,18 +56,18 @@ def check_changes(
 def check_data(
     before: Sequence[dict[str, Any]] | None, now: Sequence[dict[str, Any]], accepted: Sequence[str]
 ) -> list[str]:
-    """Compare the data of a checkpoint with the data that is to go on; return what changed, a line per source.
+    """Compare the data of a checkpoint with the data of the resumed run; return a line per changed source.
 
     Args:
-        before: What the checkpoint knows of its sources; None if it was not kept.
-        now: The same of the run's.
-        accepted: Keys that may change although they change the result; `data.sources` is the data's.
+        before: Facts about each source, from the checkpoint; None if the checkpoint has none.
+        now: The same facts about the sources of the resumed run.
+        accepted: Keys that may change although the trained model will differ; `data.sources` stands for the data.
 
     Raises:
-        ConfigError: the data changed, and that is not accepted.
+        ConfigError: the data changed, and `accepted` does not contain `data.sources`.
     """
     if before is None:
-        return ["the checkpoint does not say what its data was: whether it is the same cannot be told"]
+        return ["the checkpoint has no facts about its data: koclip cannot check that the data is the same"]
     lines = [_difference(was, new) for was, new in itertools.zip_longest(before, now) if was != new]
     if lines and "data.sources" not in accepted:
         raise ConfigError(
@@ -77,13 +78,13 @@ def check_data(
 
 
 def _difference(before: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
-    """Return in what a source differs from what it was."""
+    """Return how a source differs from the source in the checkpoint."""
     if before is None or now is None:
         source = now or before or {}
         return f"source {source['source']}: {'not there' if now is None else 'new'}"
     numbers = {key: (before.get(key), now.get(key)) for key in ("rows", "shards", "revision")}
     counts = [f"{key}: {was} -> {new}" for key, (was, new) in numbers.items() if was != new]
-    what = ", ".join(counts) or "as many as before, but captions or pictures differ, or their order"
+    what = ", ".join(counts) or "same number of rows, but other captions, other pictures or another order"
     return f"source {now['source']}: {what}"
 
 

@@ -1,4 +1,4 @@
-"""The errors that end a run with one line, and what sections check: values, codes of languages, names of files."""
+"""Errors that end a run with one line, and checks of values, language codes and file names."""
 
 import os
 import re
@@ -14,14 +14,18 @@ MOST_PIXELS = 178_956_970  # of a picture that PIL decodes
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run. The message names the key, what was got and the fix."""
+    """A configuration that cannot be run. The message names the key, its value and the fix."""
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on. The message says why, what is kept and what to do."""
+    """A run that cannot continue. The message says why, what is saved and what to do."""
 
 
-# What code raises that runs on with a value it does not expect. A `ConfigError` is a `ValueError`.
+class Stopped(Exception):  # noqa: N818 - no error
+    """The run was asked to stop and has saved a checkpoint. The message says how to continue."""
+
+
+# Errors that a wrong value can cause in the code after a failed check. A `ConfigError` is a `ValueError`.
 _CONSEQUENCES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)  # inside `all_faults`
 
@@ -38,10 +42,10 @@ def check(condition: bool, key: str, got: object, fix: str) -> None:
 
 @contextmanager
 def all_faults() -> Iterator[None]:
-    """Raise one `ConfigError` with every fault that `check` finds in the block, instead of the first alone.
+    """Raise one `ConfigError` with every fault that `check` finds in the block, not only the first.
 
-    A block inside another one leaves its faults to that one. What an error says that comes after a fault is left out:
-    the code ran on with a value that it does not expect.
+    A block inside another block passes its faults to the outer block. An error that follows a fault is not reported:
+    it is a consequence of the wrong value.
     """
     outer = _collected.get()
     faults: list[str] = []
@@ -108,19 +112,19 @@ _TAG = re.compile(
 
 
 def check_languages(key: str, languages: Iterable[str]) -> None:
-    """Refuse what is no BCP 47 code of a language, in the standard's letter case; name the code that is likely meant.
+    """Check that each language is a BCP 47 code in the standard's letter case.
 
-    Of codes of three letters only those are known whose language has one of two letters.
+    A code of three letters is refused if the language has a code of two letters.
 
     Raises:
-        ConfigError: a code is refused.
+        ConfigError: a code is wrong. The message suggests the code that is probably meant.
     """
     for language in languages:
         check(isinstance(language, str), key, language, 'expected text; YAML takes a bare `no` for false: write "no"')
         meant = _likely(language)
-        fix = "expected a language code of BCP 47, such as ko, en, zh-Hant or pt-BR"
+        fix = "expected a BCP 47 language code, such as ko, en, zh-Hant or pt-BR"
         if meant:
-            fix += f"; likely {meant} is meant" + (f" (write {_TAKEN[language]})" if language in _TAKEN else "")
+            fix += f"; probably {meant} is meant" + (f" (write {_TAKEN[language]})" if language in _TAKEN else "")
         check(_is_code(language), key, language, fix)
 
 
@@ -132,7 +136,7 @@ def _is_code(language: str) -> bool:
 
 
 def _likely(language: str) -> str:
-    """Return the code that stands behind a country's, a name, a longer code or another letter case; "" if none does."""
+    """Return the code that a country code, a language name, a longer code or another letter case means; else ""."""
     primary, *others = [part.strip() for part in re.split(r"[-_]", language.casefold())]
     meant = _MEANT.get(primary, primary)
     shaped = [part.upper() if len(part) == 2 else part.title() if len(part) == 4 else part for part in others]
@@ -141,9 +145,10 @@ def _likely(language: str) -> str:
 
 
 def locate(path: str | Path) -> Path:
-    """Return the path of what is there under this name, in any Unicode form; the path itself where there is nothing.
+    """Return the path of the file that has this name in any Unicode form; the path itself if no such file exists.
 
-    Of several forms of one name the one that is written comes first, then NFC, then NFD.
+    macOS writes Korean names decomposed (NFD), most others composed (NFC). If several forms exist, the form in `path`
+    is preferred, then NFC, then NFD.
     """
     path = Path(path)
     if str(path).isascii() or os.path.lexists(path):
@@ -158,7 +163,7 @@ def locate(path: str | Path) -> Path:
 
 
 def _spelling(folder: Path, name: str) -> str | None:
-    """Return how a folder writes a name, None if it has no such entry or several, none of them in a common form."""
+    """Return a name as the folder spells it; None if it has no such entry, or several and none is in NFC or NFD."""
     for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
         if os.path.lexists(folder / form):
             return form

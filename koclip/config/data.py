@@ -1,4 +1,4 @@
-"""What is read and how batches are made of it."""
+"""Sources of data, training batches and the tokenizer."""
 
 import hashlib
 import unicodedata
@@ -16,42 +16,41 @@ class SourceConfig:
     """One set of (image, captions) rows.
 
     Args:
-        path: `scenes` (built in), a local file, folder or glob, or a Hub data set id such as `owner/name`. A file
-            that exists under this name is that file, whatever characters are in it.
+        path: `scenes` (built in), a local file, folder or glob, or a Hub data set id such as `owner/name`. The name of
+            an existing file is never read as a glob.
         format: How to read it: `scenes`, `hub`, `parquet`, `arrow`, `json`, `csv`, `image_folder`, `webdataset`,
             `annotations`, `save_to_disk`, `pictures`, or another with a file in koclip/data/formats/. `auto` decides
-            by the file name, in any letter case, with or without `.gz`, `.bz2` or `.xz`; a folder is one of images, or
-            what `datasets` saved with `save_to_disk`. A folder of other files is read if a format is given: `parquet`
-            takes all its Parquet files as one split, `hub` lets `datasets` find the splits. `annotations` is KoCLIP's
-            and COCO's `[{"file_path": ..., "captions": [...]}]`; `pictures` is every picture of a folder, without
-            captions. Fields of CSV may be quoted; in `.tsv` a quote is text.
+            by the file name, in any letter case, with or without `.gz`, `.bz2` or `.xz`; a folder is read as an image
+            folder, or as a data set that `datasets` saved with `save_to_disk`. For a folder of other files, name the
+            format: `parquet` reads all its Parquet files as one split, `hub` lets `datasets` find the splits.
+            `annotations` is `[{"file_path": ..., "captions": [...]}]`, as KoCLIP and COCO have it; `pictures` is every
+            picture of a folder, without captions. In CSV, fields may be quoted; in `.tsv`, a quote is text.
         name: Short name used in logs and metric names; default: the last part of the path.
-        split: Split to read; of local files too a slice, such as `train[:1000]`. Of an image folder `datasets` finds
-            the splits by the names of folders and files; `all` reads every picture.
+        split: Split to read, or a slice of it such as `train[:1000]`. In an image folder, `datasets` finds the splits
+            by the names of folders and files; `all` reads every picture.
         subset: Configuration of a Hub data set that has several.
         revision: Git revision of a Hub data set; default: its main branch.
         streaming: Read rows as they arrive instead of preparing the whole set on disk first.
             WebDataset shards are always streamed.
         image: Column that holds the image (bytes, a file path, or an Image feature). Dots reach into nested columns.
-            Of several, such as `[jpg, png]`, the first that a row has a value in. null: parallel sentences without
-            images, for `align.method: distill`.
-        image_root: Folder that relative image paths start from; default: the folder of `path`.
+            With several columns, such as `[jpg, png]`, the first that has a value in a row. null: parallel sentences
+            without images, for `align.method: distill`.
+        image_root: Folder that relative image paths start from. Default: the folder of `path`.
         columns: Names of the columns of a CSV or TSV file that has no header line.
         encoding: Encoding of CSV, TSV and JSON files, and of the texts in tar shards, for example `cp949` for those of
-            Korean Excel. A byte-order mark (UTF-8, UTF-16, UTF-32) decides before it.
+            Korean Excel. A byte-order mark (UTF-8, UTF-16, UTF-32) in the file overrides it.
         captions: Caption column by language (a BCP 47 code: ko, en, zh-Hant, pt-BR), for example
             `{ko: captions_ko, en: captions_en}`. A cell is a string or a list of strings, which may be written as text
-            (`["a", "b"]`, `['a', 'b']`). Captions correspond to those of another language by their places, empty ones
-            included; several rows may have one image. May be empty (`{}`) where `label` is given and nothing is
-            trained.
+            (`["a", "b"]`, `['a', 'b']`). Caption i in one language corresponds to caption i in another; empty captions
+            count. Several rows may have the same image. May be empty (`{}`) for evaluation with `label`.
         label: Column that holds the class of the image, as a name or a number, for evaluation by classes.
-        languages: Relative chance of drawing each language; default: all alike.
+        languages: Relative chance of drawing a caption in each language. Default: equal chances.
         where: Keep only rows whose column holds one of the listed values, for example `{vendor: [noto, twemoji]}`.
-        weight: Relative number of rows drawn from this source when there are several; default: its size, 1 for
-            streamed sources.
-        scenes_size: Number of images that `scenes` holds; even, because they come in pairs.
-        scenes_part: `train` and `test` hold different scenes. Neither shows the (colour, shape) pairs that are kept for
-            zero-shot evaluation.
+        weight: Relative number of rows drawn from this source if there are several. Default: its number of rows, or 1
+            for streamed sources.
+        scenes_size: Number of images in `scenes`; must be even, because they come in pairs.
+        scenes_part: `train` or `test`, which have no scene in common. Neither contains the (colour, shape) pairs that
+            zero-shot evaluation uses.
     """
 
     path: str = "scenes"
@@ -75,8 +74,8 @@ class SourceConfig:
 
     @all_faults()
     def __post_init__(self) -> None:
-        told = bool(self.captions or self.label)
-        check(told, "data.sources[].captions", self.captions, "name at least one caption column")
+        named = bool(self.captions or self.label)
+        check(named, "data.sources[].captions", self.captions, "name at least one caption column")
         check(self.image != [], "data.sources[].image", self.image, "name at least one column, or null for no images")
         for name in ("path", "image_root"):
             check("\0" not in (getattr(self, name) or ""), f"data.sources[].{name}", getattr(self, name), _NO_NUL)
@@ -86,7 +85,12 @@ class SourceConfig:
         for language, chance in (self.languages or {}).items():
             check(chance >= 0, f"data.sources[].languages.{language}", chance, "expected 0 or more")
         if self.languages is not None:
-            check(sum(self.languages.values()) > 0, "data.sources[].languages", self.languages, "give one a chance > 0")
+            check(
+                sum(self.languages.values()) > 0,
+                "data.sources[].languages",
+                self.languages,
+                "expected a chance above 0 for at least one language",
+            )
         even = self.scenes_size >= 2 and self.scenes_size % 2 == 0
         check(even, "data.sources[].scenes_size", self.scenes_size, "expected an even number")
         check(self.weight is None or self.weight > 0, "data.sources[].weight", self.weight, "expected more than 0")
@@ -110,7 +114,7 @@ class SourceConfig:
 
     @property
     def key(self) -> str:
-        """What the keys of its rows begin with: the short name, and a hash of which rows and cells are read."""
+        """Prefix of the keys of its rows: the short name, and a hash of the settings that select rows and cells."""
         read = (self.path, self.subset, self.split, self.revision, self.image, self.image_root)
         cells = (self.columns, sorted(self.captions.items()), self.label)
         return f"{self.short_name}~{hashlib.sha256(repr((read, cells)).encode()).hexdigest()[:8]}"
@@ -118,29 +122,29 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Training data and the way batches are made of it.
+    """Training data, augmentation and batches.
 
     Args:
-        sources: Where pairs come from; several are mixed by their `weight`.
-        num_crops: Different views of an image: 0 cuts a new random crop each time; 1 is the view of evaluation; more
-            are that one and random crops. Embeddings of a frozen image tower can be kept if it is not 0.
-        crop_scale: Range of the share of the image's area that a random crop keeps.
-        horizontal_flip: Chance of mirroring an image. 0 keeps "left" and "right" true.
-        rotation: Images are turned by up to this many degrees either way, on white.
-        color_jitter: Brightness, contrast and saturation change by up to this share; the hue, which captions name,
-            stays.
-        grayscale: Chance of taking an image's colours away.
-        word_dropout: Chance of leaving a word out of a caption (never all of them).
-        length_pool: Batches are grouped by caption length within pools of this many batches; 1 turns it off. With
-            word_dropout, lengths are sums of words' lengths: estimates for tokenizers that do not split at white space.
-            Each reader of a stream holds its pool's rows in memory.
-        num_workers: Processes that decode images, per training process; 0 decodes in the training process. Each reader
-            of a stream makes whole batches, of which it has one or more ready.
-        shuffle_buffer: Rows that a streamed source shuffles within.
-        max_skipped_fraction: Stop when more than this share of the rows drawn is unusable.
-        max_image_pixels: Leave larger images (width x height) out, in training and in its evaluation: decompression
-            bombs.
-        seed: Seed of the order, the captions drawn and the augmentation.
+        sources: Sources of the pairs. Several sources are mixed by their `weight`.
+        num_crops: Fixed crops per image. 0: a new random crop at every step (cannot be cached). 1: the evaluation crop
+            only. N: the evaluation crop plus N-1 random crops, which can be cached.
+        crop_scale: Smallest and largest share of the image's area in a random crop.
+        horizontal_flip: Probability of mirroring an image. Keep it 0 if captions say "left" and "right".
+        rotation: Largest rotation in degrees, in either direction; corners are filled with white.
+        color_jitter: Largest relative change of brightness, contrast and saturation. The hue never changes, because
+            captions name colours.
+        grayscale: Probability of converting an image to greyscale.
+        word_dropout: Probability of dropping each word of a caption; at least one word stays.
+        length_pool: Group captions of similar length into the same batch, within pools of this many batches. 1: no
+            grouping. With word_dropout, lengths are estimated as sums over the words. Each reader of a stream holds the
+            rows of its pool in memory.
+        num_workers: Worker processes that decode images, per training process. 0: decode in the training process. Each
+            worker that reads a stream assembles whole batches in advance.
+        shuffle_buffer: Size of the shuffle buffer of a streamed source, in rows.
+        max_skipped_fraction: Stop the run if more than this share of the drawn rows is unusable.
+        max_image_pixels: Skip images with more pixels (width x height), in training and in its evaluation. Protects
+            from decompression bombs.
+        seed: Seed of the order of the rows, the choice of captions and the augmentation.
     """
 
     sources: list[SourceConfig] = field(default_factory=lambda: [SourceConfig()])
@@ -183,11 +187,11 @@ class TokenizerConfig:
     """The text tokenizer.
 
     Args:
-        path: Directory or Hub id of an existing tokenizer; default: that of the text encoder if one is named, else a
+        path: Directory or Hub id of a tokenizer. Default: the tokenizer of the text encoder if there is one, else a
             byte-level BPE is trained on the captions.
-        vocab_size: Entries of a trained vocabulary, the 512 byte symbols and 2 special tokens included.
-        max_tokens: Longest caption in tokens, both special tokens included; longer ones are cut.
-        train_captions: Captions that a tokenizer is trained on at most (the first ones of the sources).
+        vocab_size: Size of the trained vocabulary, including 512 byte symbols and 2 special tokens.
+        max_tokens: Longest caption in tokens, including 2 special tokens; longer captions are cut.
+        train_captions: Train the tokenizer on at most this many captions, the first of the sources.
     """
 
     path: str | None = None

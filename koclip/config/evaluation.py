@@ -6,7 +6,6 @@ from typing import Literal
 from koclip.config.checks import all_faults, check, check_languages
 from koclip.config.data import SourceConfig
 
-Task = Literal["retrieval", "languages", "stress", "zero_shot", "shift", "linear_probe", "few_shot"]
 LABELLED = ("linear_probe", "few_shot")  # tasks that need classes, which captions are not
 NAMED = ("zero_shot", "shift")  # tasks that read the names of classes
 CAPTIONED = ("retrieval", "languages", "stress")  # tasks that read captions
@@ -17,11 +16,12 @@ class EvalSetConfig:
     """One data set to evaluate on.
 
     Args:
-        source: Its images and captions, or their classes (`label`); `scenes` brings tasks of its own along.
+        source: Its images and captions, or their classes (`label`).
         tasks: `retrieval` ranks captions and images against each other; `languages` compares the same captions in two
             languages; `stress` ranks images by Korean captions rewritten in 14 ways; `zero_shot` classifies images by
-            the names of the classes; `shift` does on `shifted` sets and `corruptions` too; `linear_probe` and
-            `few_shot` fit a logistic regression on image features.
+            the names of the classes; `shift`: zero-shot accuracy on the `shifted` sets and under `corruptions`,
+            compared with the original set; `linear_probe` and `few_shot` fit a logistic regression on image features.
+            `multiple_choice` (which text fits the image?) comes with data that has questions, such as `scenes`.
         gallery: Further sources whose captions join the candidates (and whose images do not).
         classes: Names of the classes: `cifar10`, `cifar100`, `stl10`, `tiny_imagenet` or a YAML file of yours
             (koclip/text/classes.py); default: each image's caption is the name of its class. With classes each row is
@@ -34,10 +34,11 @@ class EvalSetConfig:
             `{label:을/를}` for the name with the particle that fits; or `ko`, `en` or a YAML file of yours; default:
             the bare name.
         template_kind: Which templates of such a file: `photo` or `drawing`.
-        train: What probes are fitted on, but for images that the source holds, too, by content; default: half of the
-            source, drawn with `seed`, tested on the other half.
+        train: Images that probes are fitted on; images that the source holds too are left out, by content. Default:
+            half of the source, drawn with `seed`; then the other half is tested.
         shots: Images per class that `few_shot` is fitted on, one after the other.
-        shifted: The same classes pictured differently, by name.
+        shifted: Other data sets with the same classes, to measure accuracy under distribution shift: a source for each
+            name.
         corruptions: Corruptions of `shift`, each in five severities: noise, blur, contrast, brightness, jpeg, pixels.
         max_images: Images used of the source and of each shifted set, the first ones; 0 uses all. All their captions
             are, in whichever rows they stand; but of a stream nothing behind the first row of another image is read.
@@ -48,7 +49,7 @@ class EvalSetConfig:
     """
 
     source: SourceConfig = field(default_factory=lambda: SourceConfig(scenes_part="test", scenes_size=1_000))
-    tasks: list[Task] = field(default_factory=lambda: ["retrieval"])
+    tasks: list[str] = field(default_factory=lambda: ["retrieval"])
     gallery: list[SourceConfig] = field(default_factory=list)
     classes: str | None = None
     labels: Literal["auto", "key", "number"] = "auto"
@@ -78,13 +79,13 @@ class EvalSetConfig:
         else:
             for name, source in self.parts.items():
                 check(source.label is not None, f"eval.sets[].{name}.label", None, "name the column of the classes")
-        told = self.source.captions
+        captions = self.source.captions
         for task, fits, wanted in (
-            ("retrieval", bool(told), "captions"),
-            ("languages", len(told) >= 2, "captions in 2 languages or more"),
-            ("stress", "ko" in told, "captions in ko"),
+            ("retrieval", bool(captions), "captions"),
+            ("languages", len(captions) >= 2, "captions in 2 languages or more"),
+            ("stress", "ko" in captions, "captions in ko"),
         ):
-            check(fits or task not in self.tasks, f"eval.sets[].tasks: {task}", told, f"expected {wanted}")
+            check(fits or task not in self.tasks, f"eval.sets[].tasks: {task}", captions, f"expected {wanted}")
         if "shift" in self.tasks:
             some = bool(self.shifted or self.corruptions)
             check(some, "eval.sets[].shifted", {}, "the task shift needs shifted sets or corruptions")
@@ -156,14 +157,16 @@ class EvalConfig:
 
     Args:
         sets: What to evaluate on.
+        ratings: People's ratings that the model's scores should agree with.
         batch_size: Images or texts encoded at once.
     """
 
     sets: list[EvalSetConfig] = field(default_factory=lambda: [EvalSetConfig()])
+    ratings: list[RatingsConfig] = field(default_factory=list)
     batch_size: int = 256
 
     @all_faults()
     def __post_init__(self) -> None:
-        names = [one.source.short_name for one in self.sets]
+        names = [part.source.short_name for part in self.sets] + [part.name for part in self.ratings]
         check(len(set(names)) == len(names), "eval.sets[].source.name", names, "give each data set a name of its own")
         check(self.batch_size >= 1, "eval.batch_size", self.batch_size, "expected 1 or more")

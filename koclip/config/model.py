@@ -1,4 +1,4 @@
-"""The dual encoder: from random weights, or a pretrained one with another text encoder or with adapters."""
+"""The dual encoder: random weights, or a pretrained model with another text encoder or with adapters."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,9 +11,9 @@ class ModelConfig:
     """The dual encoder. A preset gives every size; the other keys override it.
 
     Args:
-        preset: `tiny`, `small`, the paper's `vit_b32`, `vit_b16`, `vit_l14`, `vit_l14_336`, `rn50`, `rn101`,
-            `rn50x4`, `rn50x16`, `rn50x64`, or another image tower, from random weights too: `timm:<architecture>`, or
-            `auto:<path or Hub id>` of a configuration that transformers' AutoModel builds.
+        preset: `tiny`, `small`, a size of the CLIP paper (`vit_b32`, `vit_b16`, `vit_l14`, `vit_l14_336`, `rn50`,
+            `rn101`, `rn50x4`, `rn50x16`, `rn50x64`), or another image tower with random weights:
+            `timm:<architecture>`, or `auto:<directory or Hub id>` of a configuration for transformers' AutoModel.
         image_size: Side of the square input, pixels.
         patch_size: Side of a patch, pixels; image_size must be a multiple.
         image_width: Width of the image tower.
@@ -22,9 +22,9 @@ class ModelConfig:
         text_layers: Depth of the text tower.
         embed_dim: Width of the shared space.
         temperature: Initial temperature of the contrastive loss (the paper's 0.07).
-        patch_dropout: Share of the patches that the ViT does not see in training (FLIP, Li et al. 2023).
+        patch_dropout: Share of the image patches dropped in training (FLIP, Li et al. 2023).
         image_gradient_checkpointing: Recompute the image tower's activations in the backward pass.
-        text_gradient_checkpointing: The same for the text tower.
+        text_gradient_checkpointing: Likewise for the text tower.
         seed: Seed of the initial weights.
     """
 
@@ -62,19 +62,19 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SwapConfig:
-    """The dual encoder to start from, and the text encoder it gets.
+    """The source dual encoder, and its new text encoder.
 
     Args:
-        clip: Directory or Hub id of a CLIP, or of an image tower alone such as `google/vit-large-patch16-224`. Its
-            image space stays. Of a SigLIP the image tower alone is taken.
-        text_encoder: Directory or Hub id of a text encoder with its tokenizer; `auto:<directory or Hub id>` builds one
-            of that configuration from random weights, with the tokenizer there; `same` keeps the CLIP's own.
-            Default: CLIP's text transformer of the sizes below from random weights.
-        text_width: Width of a new text transformer; default: the source's.
-        text_layers: Depth of a new text transformer; default: the source's.
+        clip: Directory or Hub id of a CLIP, or of an image tower such as `google/vit-large-patch16-224`. Its image
+            embeddings stay the same. From a SigLIP, only the image tower is taken.
+        text_encoder: Directory or Hub id of a text encoder with its tokenizer. `auto:<directory or Hub id>`: random
+            weights of that configuration, with the tokenizer there. `same`: keep the text encoder of `clip`.
+            Default: a CLIP text transformer of the sizes below with random weights.
+        text_width: Width of a new text transformer. Default: the source's.
+        text_layers: Depth of a new text transformer. Default: the source's.
         image_gradient_checkpointing: Recompute the image tower's activations in the backward pass.
-        text_gradient_checkpointing: The same for the text tower.
-        seed: Seed of the weights that are new.
+        text_gradient_checkpointing: Likewise for the text tower.
+        seed: Seed of the new weights.
     """
 
     clip: str = ""
@@ -87,7 +87,7 @@ class SwapConfig:
 
     @all_faults()
     def __post_init__(self) -> None:
-        named = "name the directory or Hub id of the CLIP (or image tower) whose image space stays"
+        named = "name the directory or Hub id of a CLIP or an image tower"
         check(bool(self.clip), "model.clip", self.clip, named)
         for name in ("text_width", "text_layers"):
             value = getattr(self, name)
@@ -100,11 +100,11 @@ class AdapterConfig:
     """LoRA (Hu et al. 2022) on the attention and MLP layers, for `align.method: lora`.
 
     Args:
-        target: Which tower's layers: `text`, `image` or `both`. A new text projection is trained in any case.
-        rank: Rank of the update of a weight.
-        alpha: The update is scaled by alpha / rank.
-        dropout: Chance of dropping an input of the update.
-        dora: Learn magnitude and direction apart (DoRA, Liu et al. 2024).
+        target: Tower with adapters: `text`, `image` or `both`. A new text projection is always trained.
+        rank: Rank of the adapters.
+        alpha: Adapters are scaled by alpha / rank.
+        dropout: Dropout probability at the input of the adapters.
+        dora: Learn magnitude and direction separately (DoRA, Liu et al. 2024).
     """
 
     target: Literal["text", "image", "both"] = "text"

@@ -6,13 +6,15 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from koclip.config.checks import ConfigError, RunError, all_faults
+from koclip import storage
+from koclip.config.checks import ConfigError, RunError, Stopped, all_faults
 
 Config = TypeVar("Config")
 
@@ -23,9 +25,10 @@ def parse(schema: type[Config], args: Sequence[str] | None = None, default: Path
     Args:
         schema: The recipe's configuration.
         args: The command line without the program's name; default: this process's.
-        default: YAML file to start from when `args` names none.
+        default: YAML file to use if `args` has no `--config`.
 
-    Exits with code 2 and one line on stderr on an unknown key, a wrong type, a missing file or a value out of range.
+    Exits with code 2 and a line on stderr if a key is unknown, a type is wrong, a file is missing or a value is out of
+    range.
     """
     words = _join_lists(sys.argv[1:] if args is None else list(args), schema)
     words = _spell_out_flags(words, schema)
@@ -46,28 +49,28 @@ def parse(schema: type[Config], args: Sequence[str] | None = None, default: Path
 
 
 def _join_lists(words: list[str], schema: Any) -> list[str]:
-    """Let a list of texts at the top be given as `--models a b c`, which jsonargparse takes as `[a, b, c]` only."""
+    """Allow `--models a b c` for a top-level list of texts; jsonargparse takes only `--models '[a, b, c]'`."""
     lists = {f"--{field.name}" for field in dataclasses.fields(schema) if field.type == list[str]}
     joined: list[str] = []
     while words:
         word, *words = words
         joined.append(word)
         if word in lists and words and not words[0].startswith("["):
-            values = list(itertools.takewhile(lambda one: not one.startswith("--"), words))
+            values = list(itertools.takewhile(lambda value: not value.startswith("--"), words))
             words = words[len(values) :]
             joined.append(json.dumps(values))
     return joined
 
 
 def _spell_out_flags(words: list[str], schema: Any) -> list[str]:
-    """Let a switch at the top be given as `--dry_run`, which jsonargparse takes as `--dry_run true` only."""
+    """Allow `--dry_run` for a top-level switch; jsonargparse takes only `--dry_run true`."""
     flags = {f"--{field.name}" for field in dataclasses.fields(schema) if field.type is bool}
     pairs = itertools.pairwise([*words, "--"])
     return [f"{word}=true" if word in flags and after.startswith("--") else word for word, after in pairs]
 
 
 def _nearest(message: str, known: list[str]) -> str:
-    """Return " Did you mean ...?" for the options in a message that are no known option but look like one."""
+    """Return " Did you mean ...?" with the known options that are similar to unknown options in a message."""
     options = [word.strip("'\"").split("=")[0] for word in message.split() if word.startswith("--")]
     near = [match for word in options if word not in known for match in difflib.get_close_matches(word, known, n=1)]
     return f" Did you mean {', '.join(near)}?" if near else ""
@@ -81,17 +84,19 @@ def _explain(message: str, code: int = 2) -> NoReturn:
 def run(main: Callable[[Config], None], schema: type[Config], default: Path | None = None) -> None:
     """Parse the command line and run a recipe.
 
-    A mistake in the configuration or the data it names is one line and exit code 2; a run that cannot go on, 1.
+    A mistake in the configuration or its data prints one line and exits with code 2; a run that cannot continue, 1. A
+    run that was asked to stop has said so and exits with 0.
     """
     config = parse(schema, default=default)
     try:
-        main(config)
+        with suppress(Stopped):
+            main(config)
     except ConfigError as error:
         _explain(str(error))
     except RunError as error:
         _explain(str(error), code=1)
     except KeyboardInterrupt:
-        _explain("interrupted; what had been saved is whole", code=130)
+        _explain("interrupted; everything saved so far is complete", code=130)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -101,5 +106,5 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def dump(config: Any, path: Path) -> None:
-    """Write a configuration as YAML that `--config` reads back to an equal one."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Write a configuration as YAML; `--config` reads it back to an equal configuration."""
+    storage.replace_text(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))

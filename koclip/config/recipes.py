@@ -3,13 +3,14 @@
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
+from koclip.config.alignment import METHODS, AlignMethodConfig, DistillConfig, Stage
 from koclip.config.checks import all_faults, check, check_pixels
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig
 from koclip.config.model import AdapterConfig, ModelConfig, SwapConfig
-from koclip.config.training import AlignMethodConfig, DistillConfig, LossConfig, OptimConfig, TrainConfig
+from koclip.config.training import LossConfig, OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +18,11 @@ class PretrainConfig:
     """Train a CLIP from random weights on (image, caption) pairs.
 
     Args:
-        output_dir: Run directory; default: runs/pretrain-<date and time>.
-        resume: `auto` continues from the newest intact checkpoint in output_dir, `no` refuses a directory that has one.
-        resume_with: Keys that a resumed run may change although its model then comes out different, as `[optim.lr]`;
-            `data.sources` stands for the rows too, if the data has changed.
+        output_dir: Run directory. Default: runs/pretrain-<date and time>.
+        resume: `auto`: continue from the newest intact checkpoint in output_dir. `no`: stop if output_dir has a
+            checkpoint.
+        resume_with: Keys that may differ from the checkpoint although the trained model will differ, such as
+            `[optim.lr]`. `data.sources` also allows changed rows.
     """
 
     output_dir: str | None = None
@@ -36,30 +38,24 @@ class PretrainConfig:
 
     @all_faults()
     def __post_init__(self) -> None:
-        _check_run(self, self.train.num_steps)
+        _check_run(self)
 
-
-class Stage(NamedTuple):
-    """A part of an alignment with an optimizer of its own."""
-
-    name: str
-    start: int  # steps done before it
-    end: int
-    lr: float
-    images: bool  # texts are contrasted with images
-    taught: bool  # the teacher's features are part of the loss
-    trains_image: bool
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The only stage: all steps, both towers, no teacher."""
+        return (Stage("training", 0, self.train.num_steps, self.optim.lr, trains_image=True),)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig:
-    """Give a CLIP another text encoder, or adapt its own, and keep its image space.
+    """Give a CLIP another text encoder, or adapt its text encoder, and keep its image embeddings.
 
     Args:
-        output_dir: Run directory; default: runs/align-<date and time>.
-        resume: `auto` continues from the newest intact checkpoint in output_dir, `no` refuses a directory that has one.
-        resume_with: Keys that a resumed run may change although its model then comes out different, as `[optim.lr]`;
-            `data.sources` stands for the rows too, if the data has changed.
+        output_dir: Run directory. Default: runs/align-<date and time>.
+        resume: `auto`: continue from the newest intact checkpoint in output_dir. `no`: stop if output_dir has a
+            checkpoint.
+        resume_with: Keys that may differ from the checkpoint although the trained model will differ, such as
+            `[optim.lr]`. `data.sources` also allows changed rows.
     """
 
     output_dir: str | None = None
@@ -80,24 +76,25 @@ class AlignConfig:
     def __post_init__(self) -> None:
         first, steps = self.align.first_steps, self.train.num_steps
         check(first < steps, "align.first_steps", first, f"expected fewer than train.num_steps ({steps})")
-        _check_run(self, min(stage.end - stage.start for stage in self.stages))
+        _check_run(self)
         cached = self.align.cache and any(stage.images and not stage.trains_image for stage in self.stages)
         kept = self.data.num_crops >= 1 or not cached
-        check(kept, "data.num_crops", self.data.num_crops, "expected 1 or more, whose embeddings align.cache keeps")
-        missing = [
-            one.short_name for one in self.data.sources if self.taught and self.distill.language not in one.captions
-        ]
-        check(not missing, "data.sources[].captions", missing, f"the teacher needs captions in {self.distill.language}")
+        fix = "expected 1 or more, because align.cache stores the embeddings of fixed crops"
+        check(kept, "data.num_crops", self.data.num_crops, fix)
+        language = self.distill.language if self.taught else None
+        missing = [source.short_name for source in self.data.sources if language and language not in source.captions]
+        check(not missing, "data.sources[].captions", missing, f"the teacher needs captions in {language}")
         random_text = self.model.text_encoder is None or self.model.text_encoder.startswith("auto:")
-        wanted = "a pretrained encoder, or `same`: adapters of random weights that stay frozen learn little"
-        adapted = self.align.method == "lora" and random_text
-        check(not adapted, "model.text_encoder", self.model.text_encoder, f"lora expects {wanted}")
-        nothing = self.model.text_encoder == "same" and self.align.method == "distill"
-        check(not nothing, "model.text_encoder", "same", "a text tower cannot be distilled from itself")
+        adapted = METHODS[self.align.method].adapters and random_text
+        fix = "a pretrained encoder or `same`: adapters cannot repair frozen random weights"
+        check(not adapted, "model.text_encoder", self.model.text_encoder, f"{self.align.method} expects {fix}")
+        same = self.model.text_encoder == "same"
+        distilled = same and not any(stage.images for stage in self.stages)
+        check(not distilled, "model.text_encoder", "same", "a text tower cannot be distilled from itself")
 
     @property
     def text_tokenizer(self) -> TokenizerConfig:
-        """The tokenizer, that of the text encoder where `tokenizer.path` names none."""
+        """The tokenizer; that of the text encoder if `tokenizer.path` is not set."""
         own = self.model.clip if self.model.text_encoder == "same" else self.model.text_encoder
         path = self.tokenizer.path or (own.removeprefix("auto:") if own else None)
         return dataclasses.replace(self.tokenizer, path=path)
@@ -105,30 +102,36 @@ class AlignConfig:
     @property
     def taught(self) -> bool:
         """Whether any stage needs the teacher's features."""
-        return any(stage.taught for stage in self.stages)
+        return any(stage.distill for stage in self.stages)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The stages that `align.method` stands for."""
-        method, first, end = self.align.method, self.align.first_steps, self.train.num_steps
-        anchored, lr = self.distill.anchor > 0, self.optim.lr
-        second_lr = self.align.second_lr or lr
-        if method == "distill":
-            return (Stage("distill", 0, end, lr, images=False, taught=True, trains_image=False),)
-        last_lr = second_lr if first else lr
-        trains_image = method == "full" or (method == "lora" and self.lora.target != "text")
-        last = Stage(method, first, end, last_lr, images=True, taught=anchored, trains_image=trains_image)
-        if method == "two_stage":
-            distill = Stage("distill", 0, first, lr, images=False, taught=True, trains_image=False)
-            return distill, last._replace(name="frozen_image")
-        if first:
-            return Stage("frozen_image", 0, first, lr, images=True, taught=anchored, trains_image=False), last
-        return (last,)
+        """The stages of `align.method`, with their steps, learning rates and teacher."""
+        method = METHODS[self.align.method]
+        plans = method.stages if self.align.first_steps or not method.stages[0].optional else method.stages[1:]
+        bounds = [0, *([self.align.first_steps] if len(plans) > 1 else []), self.train.num_steps]
+        image_adapters = method.adapters and self.lora.target != "text"
+        stages = []
+        for number, plan in enumerate(plans):
+            lr = (self.align.second_lr if number else None) or self.optim.lr
+            stages.append(
+                Stage(
+                    plan.name,
+                    start=bounds[number],
+                    end=bounds[number + 1],
+                    lr=lr,
+                    images=plan.images,
+                    distill=self.distill if plan.distills or self.distill.anchor else None,
+                    trains_image=plan.trains_image or image_adapters,
+                    layer_decay=self.align.layer_decay,
+                )
+            )
+        return tuple(stages)
 
 
-def _check_run(config: PretrainConfig | AlignConfig, num_steps: int) -> None:
-    """Check what every training recipe's sections must agree on; `num_steps` are those of its shortest stage."""
-    warmup = config.optim.warmup_steps
+def _check_run(config: PretrainConfig | AlignConfig) -> None:
+    """Check what every training recipe's sections must agree on."""
+    warmup, num_steps = config.optim.warmup_steps, min(stage.end - stage.start for stage in config.stages)
     check(
         warmup < num_steps,
         "optim.warmup_steps",
@@ -136,26 +139,25 @@ def _check_run(config: PretrainConfig | AlignConfig, num_steps: int) -> None:
         f"expected fewer than train.num_steps ({num_steps}, of the shortest stage)",
     )
     resumable = config.resume == "no" or config.output_dir is not None
-    check(resumable, "resume", config.resume, "set output_dir to the run directory that should go on")
+    check(resumable, "resume", config.resume, "set output_dir to the run directory to continue")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Measure dual encoders: retrieval, zero-shot classification, probes, languages, stress, shifts, people.
+    """Measure dual encoders: retrieval, zero-shot classification, probes, languages, stress, shifts, human ratings.
 
     Args:
-        model: What is evaluated: a directory or Hub id of a dual encoder of transformers; or
+        model: The model: a directory or Hub id of a dual encoder of transformers; or
             `open_clip:<name>@<tag or file>`, `sentence_transformers:<text model>+<image model>`,
             `mclip:<text model>+<image model>`.
-        models: Several, side by side: `--models a b c`.
-        output_dir: Where results, table and pictures go; default: runs/evaluate-<date and time>.
-        cache_dir: Where embeddings are kept, so that the next evaluation on the same data embeds nothing; null keeps
-            none.
-        sets: What to evaluate on.
-        ratings: People's ratings that the models' scores should agree with.
-        max_image_pixels: Leave larger images (width x height) out as decompression bombs.
-        batch_size: Images or texts encoded at once.
-        device: As PyTorch names it; default: a GPU if there is one.
+        models: Several models to compare: `--models a b c`.
+        output_dir: Directory of results, table and charts. Default: runs/evaluate-<date and time>.
+        cache_dir: Directory of cached embeddings, which later evaluations on the same data reuse. null: no cache.
+        sets: Data sets to evaluate on.
+        ratings: Human ratings to compare the model's scores with.
+        max_image_pixels: Skip images with more pixels (width x height). Protects from decompression bombs.
+        batch_size: Images or texts encoded at a time.
+        device: Device name of PyTorch. Default: a GPU if available.
     """
 
     model: str | None = None
@@ -172,10 +174,10 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         named = self.all_models
         check(bool(named), "model", self.model, "name a directory or Hub id: --model runs/<run>/model")
-        check(len(set(named)) == len(named), "models", named, "name each model once")
+        check(len(set(named)) == len(named), "models", named, "expected each model once")
         check(bool(self.sets or self.ratings), "sets", [], "expected at least one data set")
-        names = [one.source.short_name for one in self.sets] + [one.name for one in self.ratings]
-        check(len(set(names)) == len(names), "sets[].source.name", names, "give each data set a name of its own")
+        names = [eval_set.source.short_name for eval_set in self.sets] + [ratings.name for ratings in self.ratings]
+        check(len(set(names)) == len(names), "sets[].source.name", names, "expected a different name for each data set")
         check_pixels("max_image_pixels", self.max_image_pixels)
         check(self.batch_size >= 1, "batch_size", self.batch_size, "expected 1 or more")
 
@@ -189,35 +191,35 @@ class EvaluateConfig:
 class PublishConfig:
     """Check a trained model, write its card from its numbers, and push both to the Hub.
 
-    The token is the one of `hf auth login` or of the environment variable HF_TOKEN.
+    The token comes from `hf auth login` or from the environment variable HF_TOKEN.
 
     Args:
-        model: The model's directory; config.yaml and environment.json of its training run lie beside it.
-        repo_id: Where it goes: `organisation/name` or `user/name`.
-        results: Its results.json, of training or of recipes/evaluate.py; default: the one beside `model`. Its numbers
-            must be of these very weights, which its fingerprint shows.
-        dry_run: Write the card and check everything, and push nothing. Needs no token.
-        tag: Name of the release, as `v1.0`; default: none. A tag that exists is never moved.
-        private: Make the repository private if it is new.
-        adapter: Push the folder adapter/ too, if there is one.
-        message: The commit's first line.
-        clip: Hub id of what the run's config.yaml names as model.clip, where that is a directory.
-        text_encoder: The same of model.text_encoder.
-        licenses: Licences of the Hub models that the run began with, by Hub id: an id of SPDX or the Hub, or
-            `unstated` if none is stated; other words are shown, and make this model's licence `other`. Default: what
-            the Hub says. A data set's licence is that of its data card alone.
-        license: Licence of this model if its sources leave the choice, as the Hub spells it.
+        model: Directory of the model; config.yaml and environment.json of its training run must be next to it.
+        repo_id: Hub repository to push to: `organisation/name` or `user/name`.
+        results: results.json of the training run or of recipes/evaluate.py. Default: the file next to `model`. The
+            fingerprint in it must be that of these weights.
+        dry_run: Write the card and run all checks, but push nothing. Needs no token.
+        tag: Name of the release, such as `v1.0`. Default: none. An existing tag is never moved.
+        private: Create a new repository as private.
+        adapter: Also push the folder adapter/ if it exists.
+        message: First line of the commit message.
+        clip: Hub id to publish for `model.clip`, if the run loaded it from a local directory.
+        text_encoder: Likewise for `model.text_encoder`.
+        licenses: Licences of the Hub models that the run started from, by Hub id: an id of SPDX or of the Hub, or
+            `unstated`. With any other text, the card shows the text and this model's licence is `other`. Default: the
+            licence on the Hub. The licence of a data set always comes from its data card.
+        license: Licence of this model if its sources allow any, as the Hub spells it.
         data_cards: Directory of the data cards.
-        training_time: How long training took, as people read it; default: the last `seconds` of the run's
-            metrics.jsonl, where there are some.
-        onnx: Write ONNX graphs of both towers, too: in `fp32`, or in `int8` besides; needs
-            `pip install 'koclip[onnx]'`. ONNX Runtime reads them, and of transformers.js CLIPTextModelWithProjection
-            and CLIPVisionModelWithProjection.
-        int8_sets: What the loss of `int8` in retrieval is measured on; default: the sets of `results` with the task
-            `retrieval`, their first 1,000 images, or the built-in scenes where it has none.
-        max_image_pixels: Leave larger images (width x height) of these sets out as decompression bombs.
-        sentence_transformers: Let `SentenceTransformer(repo_id)` load it, too.
-        space: Space of the Hub that shows it, `organisation/name`; made or brought up to date. Default: none.
+        training_time: Training time to print on the card. Default: the last `seconds` in metrics.jsonl of the run.
+        onnx: Also export both towers to ONNX: `fp32`, or `int8` (fp32 and int8). Loads in ONNX Runtime, and in
+            transformers.js as CLIPTextModelWithProjection and CLIPVisionModelWithProjection. Needs
+            `pip install 'koclip[onnx]'`.
+        int8_sets: Data sets on which to measure how much retrieval loses with `int8`. Default: the first 1,000 images
+            of each set in `results` with the task `retrieval`, or the built-in scenes if there is none.
+        max_image_pixels: Skip images of these sets with more pixels (width x height). Protects from decompression
+            bombs.
+        sentence_transformers: Add the files with which `SentenceTransformer(repo_id)` loads the model.
+        space: Hub Space that shows the model, `organisation/name`; it is created or updated. Default: none.
     """
 
     model: str
@@ -247,11 +249,16 @@ class PublishConfig:
             check(named, key, name, "expected organisation/name: letters, digits, - _ .")
         check(bool(self.message.strip()), "message", self.message, "expected some words")
         check_pixels("max_image_pixels", self.max_image_pixels)
-        names = [one.source.short_name for one in self.int8_sets]
-        check(not names or self.onnx == "int8", "int8_sets", names, "expected --onnx int8, whose loss they measure")
-        check(len(set(names)) == len(names), "int8_sets[].source.name", names, "give each data set a name of its own")
-        tasks = [one.tasks for one in self.int8_sets]
-        check(all("retrieval" in one for one in tasks), "int8_sets[].tasks", tasks, "expected retrieval among them")
+        names = [eval_set.source.short_name for eval_set in self.int8_sets]
+        check(not names or self.onnx == "int8", "int8_sets", names, "expected --onnx int8: they measure its loss")
+        check(
+            len(set(names)) == len(names),
+            "int8_sets[].source.name",
+            names,
+            "expected a different name for each data set",
+        )
+        tasks = [eval_set.tasks for eval_set in self.int8_sets]
+        check(all("retrieval" in names for names in tasks), "int8_sets[].tasks", tasks, "expected retrieval among them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,18 +266,18 @@ class IndexConfig:
     """Make a collection of images searchable.
 
     Args:
-        model: A directory or Hub id of a dual encoder, or another that `recipes/evaluate.py` takes.
-        images: A folder of pictures, with the folders in it; or a data set: `scenes`, a file or a Hub id.
-        source: A data set whose columns must be named, in the place of `images`.
-        output_dir: Where the index goes; the same command goes on where a killed one stopped.
-        max_images: Images taken, the first ones; 0 takes all.
-        max_image_pixels: Leave larger images (width x height) out as decompression bombs.
-        thumbnail_size: Longer side of the small pictures that are kept to be shown, pixels; 0 keeps none.
-        approximate: Whether to make an approximate index too (needs `pip install 'koclip[search]'`); `auto` makes one
-            from `approximate_from` images on.
-        approximate_from: Images; fewer are all looked at in a tenth of a second.
-        batch_size: Images encoded at once.
-        device: As PyTorch names it; default: a GPU if there is one.
+        model: Directory or Hub id of a dual encoder, or any model that `recipes/evaluate.py` takes.
+        images: Folder of pictures, including its subfolders; or a data set: `scenes`, a file or a Hub id.
+        source: Data set with column names, instead of `images`.
+        output_dir: Directory of the index. If the command is interrupted, run it again: it continues.
+        max_images: Index only the first images, at most this many. 0: all.
+        max_image_pixels: Skip images with more pixels (width x height). Protects from decompression bombs.
+        thumbnail_size: Longer side of the stored thumbnails, pixels. 0: no thumbnails.
+        approximate: Also build an approximate index: `yes`, `no`, or `auto` (from `approximate_from` images on). Needs
+            `pip install 'koclip[search]'`.
+        approximate_from: Number of images. An exact search over fewer images takes a tenth of a second.
+        batch_size: Images encoded at a time.
+        device: Device name of PyTorch. Default: a GPU if available.
     """
 
     model: str = ""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from koclip.config.checks import all_faults, check, check_languages
+from koclip.config.checks import all_faults, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class OptimConfig:
         beta2: Decay of the second moment.
         eps: Term that keeps the denominator above zero.
         weight_decay: Decoupled decay; norms, biases and the logit scale have none.
-        max_grad_norm: Gradients are clipped to this norm; 0 turns clipping off (the norm is logged either way).
+        max_grad_norm: Clip gradients to this norm. 0: no clipping; the norm is logged in any case.
     """
 
     lr: float = 1e-3
@@ -67,22 +67,22 @@ class TrainConfig:
         num_steps: Optimizer steps.
         batch_size: Pairs per process and step; the loss sees batch_size x num_processes pairs.
         micro_batch_size: Pairs in the model at a time. The gradient is still that of the whole batch (GradCache), for
-            about a third more work. Default: all of them.
-        num_processes: Processes this run must have; the run stops if it was launched with another number.
-            Default: any number.
+            about a third more work. Default: the whole batch.
+        num_processes: Stop if the run was launched with another number of processes. Default: any number.
         precision: `fp32`, `bf16` or `fp16` (autocast; weights stay fp32).
         compile: Compile the model with torch.compile.
-        ema_decay: Decay of an exponential moving average of the weights; 0 turns it off. Evaluation and the
-            published model use the average when it is on.
-        log_every: Steps between two lines of metrics.jsonl, each with the `seconds` that the run has taken.
-        eval_every: Steps between two evaluations; 0 evaluates at the end only.
-        save_every: Steps between two checkpoints; 0 saves at the end only.
-        keep_checkpoints: Newest checkpoints kept.
-        max_bad_steps: The run stops after so many steps in a row without a finite loss and gradient. Such steps never
-            change the model; they are listed in events.jsonl.
-        spike_sigmas: A loss so many standard deviations above its running mean is listed too; 0 turns it off.
-        num_threads: CPU threads per process; 0 leaves PyTorch's choice.
-        tracker: Where metrics go besides metrics.jsonl.
+        ema_decay: Decay of an exponential moving average of the weights. 0: no average. If there is an average, it is
+            what is evaluated and published.
+        log_every: Steps between two lines of metrics.jsonl. Their `seconds` are the wall-clock time of the run so far.
+        eval_every: Steps between two evaluations. 0: only at the end.
+        save_every: Steps between two checkpoints. 0: only at the end.
+        keep_checkpoints: Number of checkpoints to keep, the newest.
+        max_bad_steps: Stop after this many steps in a row whose loss or gradient is not finite. Such steps do not
+            change the model; events.jsonl lists them.
+        spike_sigmas: events.jsonl also lists losses more than this many standard deviations above the running mean. 0:
+            lists none.
+        num_threads: CPU threads per process. 0: PyTorch's default.
+        tracker: Where metrics are written in addition to metrics.jsonl.
         seed: Seed of dropout.
     """
 
@@ -115,95 +115,3 @@ class TrainConfig:
         check(self.keep_checkpoints >= 1, "train.keep_checkpoints", self.keep_checkpoints, "expected 1 or more")
         check(self.max_bad_steps >= 1, "train.max_bad_steps", self.max_bad_steps, "expected 1 or more")
         check(self.spike_sigmas >= 0, "train.spike_sigmas", self.spike_sigmas, "expected 0 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlignMethodConfig:
-    """What is trained, and when.
-
-    Args:
-        method: `frozen_image` trains the text tower against the image tower as it is (LiT, Zhai et al. 2022). `lora`
-            trains adapters, and the text projection. `full` trains both towers. `distill` needs no images: the source's
-            own text tower teaches the new one. `two_stage` distils first and contrasts with frozen images then.
-        first_steps: Steps of the first stage: of the distillation in `two_stage`; in `full`, with the image tower
-            frozen, before it is trained too.
-        second_lr: Peak learning rate of the second stage; default: optim.lr.
-        image_layers: Layers of the image tower that `full` trains, the top ones; default: all, embeddings included.
-        layer_decay: Learning rate of a layer as a share of that of the layer above it, in `full`, in both towers.
-        wise_ft: Share of the trained weights in the published model, the rest is the source's (WiSE-FT, Wortsman et al.
-            2022). Weights that the source does not have stay as they were trained.
-        cache: Keep the embeddings of a frozen image tower, so that no image is decoded or encoded twice.
-        cache_dir: Where they are kept, and the teacher's features; default: features/ in the run directory. Runs of the
-            same source and data may share it.
-        cache_dtype: `fp16` halves the disk and rounds to three digits, `fp32` keeps all.
-    """
-
-    method: Literal["frozen_image", "lora", "full", "distill", "two_stage"] = "frozen_image"
-    first_steps: int = 0
-    second_lr: float | None = None
-    image_layers: int | None = None
-    layer_decay: float = 1.0
-    wise_ft: float = 1.0
-    cache: bool = True
-    cache_dir: str | None = None
-    cache_dtype: Literal["fp16", "fp32"] = "fp16"
-
-    @all_faults()
-    def __post_init__(self) -> None:
-        staged = self.method in ("full", "two_stage")
-        check(self.first_steps >= 0, "align.first_steps", self.first_steps, "expected 0 or more")
-        check(staged or not self.first_steps, "align.first_steps", self.first_steps, f"{self.method} has one stage")
-        needed = self.method != "two_stage" or self.first_steps > 0
-        check(needed, "align.first_steps", self.first_steps, "two_stage needs the steps of its distillation")
-        check(self.second_lr is None or self.second_lr > 0, "align.second_lr", self.second_lr, "expected more than 0")
-        check(
-            self.image_layers is None or self.image_layers >= 1,
-            "align.image_layers",
-            self.image_layers,
-            "expected 1 or more",
-        )
-        check(0 < self.layer_decay <= 1, "align.layer_decay", self.layer_decay, "expected more than 0, at most 1")
-        check(0 < self.wise_ft <= 1, "align.wise_ft", self.wise_ft, "expected more than 0, at most 1")
-        for name, default in (("image_layers", None), ("layer_decay", 1.0)):
-            value = getattr(self, name)
-            check(
-                self.method == "full" or value == default,
-                f"align.{name}",
-                value,
-                f"only full takes it, not {self.method}",
-            )
-        whole = self.method != "lora" or self.wise_ft == 1
-        check(whole, "align.wise_ft", self.wise_ft, "adapters are scaled by lora.alpha instead")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """The source's text tower as a teacher, on sentences in its language that correspond to the captions.
-
-    A row's captions correspond to each other by their places where both languages have equally many, empty ones
-    included; a caption whose counterpart is empty is not taught. Where they have unequal numbers, any of the row's is
-    taken. Both are counted when training starts. Captions in the teacher's language are taught too.
-
-    Args:
-        language: The teacher's language.
-        contrastive: Weight of the contrastive loss with the teacher's embeddings in the place of images.
-        cosine: Weight of 1 - cosine similarity to the teacher's embedding.
-        mse: Weight of the mean squared error to the teacher's features, before normalisation (as in M-CLIP).
-        anchor: Weight of these three next to the contrastive loss with images, in every method that sees images; it
-            holds retrieval in the teacher's language in place. 0: no teacher there.
-    """
-
-    language: str = "en"
-    contrastive: float = 1.0
-    cosine: float = 8.0
-    mse: float = 0.0
-    anchor: float = 0.0
-
-    @all_faults()
-    def __post_init__(self) -> None:
-        check_languages("distill.language", [self.language])
-        for name in ("contrastive", "cosine", "mse", "anchor"):
-            value = getattr(self, name)
-            check(value >= 0, f"distill.{name}", value, "expected 0 or more")
-        weights = self.contrastive, self.cosine, self.mse
-        check(any(weights), "distill", weights, "contrastive, cosine or mse must be more than 0")

@@ -320,3 +320,8 @@ def view_size(processor: Any) -> int:
     size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
     side: int = size["height"]
     return side
+
+
+def views_for(config: DataConfig, processor: Any) -> Views:
+    """Return the views of `config` in the size of a stock image processor, whose own is the view of evaluation."""
+    return Views(config, view_size(processor), centre_view(processor))

@@ -21,9 +21,9 @@ from koclip.embeddings import fill as filling
 from koclip.embeddings.fill import Piece, Work, fill
 from koclip.embeddings.store import Item, Shards, Store
 from koclip.encoders.base import fingerprint, texts_in_batches
-from koclip.models import StockModel
 from koclip.models.dual_encoder import DualEncoder, encode_images, text_features
 from koclip.models.fast import speed_up
+from koclip.models.stock import StockModel, layout_of
 from koclip.text import tokenizers
 from koclip.text.normalize import paired, usable
 
@@ -127,7 +127,7 @@ def image_features(
 
     facts = {
         "features": "unit-norm embeddings of images",
-        "image tower": fingerprint(model.vision_model, model.visual_projection),
+        "image tower": fingerprint(*(model.get_submodule(name) for name in layout_of(model).image_side)),
         "views": views.description,
         "pixels": f"mean {_numbers(encoder.pixel_mean)}, deviation {_numbers(encoder.pixel_std)}",
         "largest image": f"{config.max_image_pixels} pixels",
@@ -176,7 +176,7 @@ def teacher_features(
     tokenizers.forget_call_state(tokenizer)
     facts = {
         "features": f"features of sentences, {language}",
-        "text tower": fingerprint(model.text_model, model.text_projection),
+        "text tower": fingerprint(*(model.get_submodule(name) for name in layout_of(model).text_side)),
         "tokenizer": xxh3_128(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "longest sentence": f"{tokenizer.model_max_length} tokens",
         "precision": f"{accelerator.mixed_precision}, kept in {cache.dtype}",

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from xxhash import xxh3_64_hexdigest, xxh3_128_hexdigest
+from xxhash import xxh3_64_hexdigest, xxh3_128
 
 from koclip import storage
 from koclip.config import ConfigError, check
@@ -174,7 +174,7 @@ class Shard:
         Raises:
             ConfigError: it is not as it was written.
         """
-        if self.checksum != _checksum(self._tensors["digests"], self.embeddings):
+        if self.checksum != _checksum(self._tensors):
             raise self._broken("it does not have the checksum it was written with")
 
     def check(self, items: Sequence[Item]) -> None:
@@ -234,7 +234,7 @@ def write_shard(
             tensors[name] = torch.frombuffer(bytearray(b"".join(parts) or b"\0"), dtype=torch.uint8)
             tensors[f"{name}_ends"] = torch.tensor(np.cumsum([len(part) for part in parts]), dtype=torch.int64)
     left_out = [(place, item.key, item.reason) for place, item in enumerate(items) if item.reason]
-    notes = {"left_out": left_out, "checksum": _checksum(tensors["digests"], tensors["embeddings"])}
+    notes = {"left_out": left_out, "checksum": _checksum(tensors)}
     # One entry: safetensors writes several in any order.
     metadata = {"notes": json.dumps(notes, ensure_ascii=False)}
     with storage.atomic(path, shared) as partial:
@@ -281,7 +281,7 @@ class Shards:
 
     @property
     def checksum(self) -> str:
-        """A hash of all embeddings and of the items' digests."""
+        """A hash of all shards."""
         return xxh3_64_hexdigest(" ".join(shard.checksum for shard in self._shards).encode())
 
     @cached_property
@@ -300,13 +300,13 @@ class Shards:
         """
         digests, order, starts = self._by_digest
         wanted = np.frombuffer(digest, dtype="S16")[0]
-        found = int(np.searchsorted(digests, wanted))
-        if found == len(digests) or digests[found] != wanted:
+        index = int(np.searchsorted(digests, wanted))
+        if index == len(digests) or digests[index] != wanted:
             raise ConfigError(
                 f"{self._key}: the data changed while the run was going on: one of its images or sentences is not in "
                 "the cache; start again with another directory"
             )
-        place = int(order[found])
+        place = int(order[index])
         number = int(np.searchsorted(starts, place, side="right")) - 1
         shard, place = self._shards[number], place - int(starts[number])
         if reason := shard.reason(place):
@@ -324,6 +324,8 @@ def _as_keys(hashes: torch.Tensor) -> npt.NDArray[np.bytes_]:
     return np.ascontiguousarray(hashes.numpy()).view("S16").reshape(-1)
 
 
-def _checksum(*tensors: torch.Tensor) -> str:
-    parts = (tensor.flatten().view(torch.uint8).numpy().tobytes() for tensor in tensors)
-    return " ".join(map(xxh3_128_hexdigest, parts))
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    digest = xxh3_128()
+    for _, tensor in sorted(tensors.items()):
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,10 +1,9 @@
-"""Embed whole data sets: shared among processes, once, kept on disk by model and data."""
+"""Embed whole data sets: each only once, shared among processes, kept on disk by model and data."""
 
 import copy
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -14,93 +13,75 @@ from koclip import distributed
 from koclip.config import ConfigError
 from koclip.embeddings.store import Shard, write_shard
 from koclip.encoders import Encoder
-from koclip.evaluation.images import Pictures
-from koclip.metrics import search
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-_QUERIES = 4_096  # ranked at once; always as many, so that the number of processes changes no bit
+from koclip.evaluation.images import Images
 
 
 class Embedder:
-    """Embeds with one encoder.
+    """A cache of the embeddings of one encoder.
 
     Args:
-        encoder: The model.
+        encoder: The model. It must not change while this object is used.
         batch_size: Images or texts encoded at once.
-        cache: Folder that keeps embeddings, found again by a hash of the model and one of the data; default: they are
-            kept in memory, as long as this object lives. Its model must not change meanwhile.
+        cache: Folder that keeps embeddings, named by a hash of the model and a hash of the data; default: they are kept
+            in memory, as long as this object lives.
         spread: Share the work among the processes, all of which must ask for the same. The batches stay the same, so
             that the embeddings do, bit for bit.
     """
 
     def __init__(self, encoder: Encoder, batch_size: int, cache: Path | None = None, spread: bool = False) -> None:
-        self.encoder, self._batch_size, self._cache, self._spread = encoder, batch_size, cache, spread
+        self.encoder, self.spread, self._batch_size, self._cache = encoder, spread, batch_size, cache
         self._memory: dict[str, torch.Tensor] = {}  # tasks and languages ask for the same
 
     def alone(self) -> "Embedder":
-        """Return the same embedder for one process alone: it calls no collective, and finds what has been kept."""
+        """Return the same embedder for one process alone: it calls no collective, and reads what is in the cache."""
         other = copy.copy(self)
-        other._spread, other._memory = False, dict(self._memory)  # what it adds, the other processes would not have
+        other.spread, other._memory = False, dict(self._memory)  # the other processes would lack what it adds
         return other
 
-    def images(self, pictures: Pictures) -> torch.Tensor:
+    def images(self, images: Images) -> torch.Tensor:
         """Return (N, D) unit-norm embeddings."""
-        return self._kept("images", pictures.digest, lambda: self._of_images(self.encoder.encode_images, pictures))
+        return self._kept("images", images.digest, lambda: self._of_images(self.encoder.encode_images, images))
 
-    def features(self, pictures: Pictures) -> torch.Tensor:
+    def features(self, images: Images) -> torch.Tensor:
         """Return (N, W) features before the projection."""
-        return self._kept("features", pictures.digest, lambda: self._of_images(self.encoder.image_features, pictures))
+        return self._kept("features", images.digest, lambda: self._of_images(self.encoder.image_features, images))
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Return (N, D) unit-norm embeddings."""
 
         def embed() -> torch.Tensor:
             # Raw: what a model does with decomposed text is measured, too.
-            return self.encoder.encode_texts(texts, self._batch_size, raw=True, spread=self._spread)
+            return self.encoder.encode_texts(texts, self._batch_size, raw=True, spread=self.spread)
 
         return self._kept("texts", lambda: xxh3_128_hexdigest(repr(list(texts)).encode()), embed)
 
-    def search(
-        self, queries: torch.Tensor, gallery: torch.Tensor, positives: Sequence[Sequence[int]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return each query's rank and its nearest entry (`koclip.metrics.search`)."""
-        starts = range(0, len(queries), _QUERIES)
-        parts = [slice(start, start + _QUERIES) for start in starts]
-        found = self.share(lambda part: search(queries[part], gallery, positives[part]), parts)
-        return torch.cat([ranks for ranks, _ in found]), torch.cat([nearest for _, nearest in found])
-
-    def share(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """Return the result of every item; the processes share the items if they share the embedding."""
-        return distributed.share(work, items) if self._spread else [work(item) for item in items]
-
-    def _of_images(self, embed: Callable[..., torch.Tensor], pictures: Pictures) -> torch.Tensor:
-        return embed(pictures, self._batch_size, spread=self._spread)
+    def _of_images(self, embed: Callable[..., torch.Tensor], images: Images) -> torch.Tensor:
+        return embed(images, self._batch_size, spread=self.spread)
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of all that the embeddings depend on."""
         return self.encoder.fingerprint()
 
-    def _kept(self, kind: str, digest: Callable[[], str], make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _kept(self, kind: str, digest: Callable[[], str], embed: Callable[[], torch.Tensor]) -> torch.Tensor:
         name = f"{kind}-{digest()}-{self._batch_size}"
         if name not in self._memory:
-            self._memory[name] = self._filed(name, make) if self._cache else make()
+            self._memory[name] = self._filed(name, embed) if self._cache else embed()
         return self._memory[name]
 
-    def _filed(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _filed(self, name: str, embed: Callable[[], torch.Tensor]) -> torch.Tensor:
         assert self._cache is not None
         file = self._cache / self.fingerprint / f"{name}.safetensors"
-        # The first process says what there is: another may look a moment later.
-        kept = _read(file) if distributed.rank() == 0 or not self._spread else None
-        if self._spread:
+        # The first process decides whether there is a file: another may look a moment later.
+        kept = _read(file) if distributed.rank() == 0 or not self.spread else None
+        if self.spread:
             kept = distributed.gather_objects(kept)[0]
         if kept is not None:
             return kept
-        embeddings = make()
-        if distributed.rank() == 0 or not self._spread:
-            write_shard(file, embeddings, shared=True)  # another evaluation may write the same
-        return embeddings
+        embedded = embed()
+        if distributed.rank() == 0 or not self.spread:
+            write_shard(file, embedded, shared=True)  # another evaluation may write the same
+        return embedded
 
 
 def _read(file: Path) -> torch.Tensor | None:

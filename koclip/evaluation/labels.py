@@ -1,7 +1,7 @@
-"""Which class each label names: by its key, or by its number, the same way everywhere in an evaluation set.
+"""Which class each label names: by key or by number, in the same way everywhere in an evaluation set.
 
 A number is a class's place in the list, from 0. Nothing in the data says so: a data set may count from 1, or number the
-classes of a longer list. So numbers are taken without being asked for only where each place of the list has an image.
+classes of a longer list. So numbers are accepted on their own only where each place of the list has an image.
 """
 
 import re
@@ -15,7 +15,7 @@ from koclip.text.normalize import normalize
 
 NAMED = 10  # classes or rows that a message names at most
 _NUMBER = re.compile("0|[1-9][0-9]*")  # 007 is an id
-_NUMERAL = re.compile(r"[+-]?\d+(\.\d*)?")  # what a label that is a number may have been meant for
+_NUMERAL = re.compile(r"[+-]?\d+(\.\d*)?")  # a key that may be meant as a number
 _FIRST = 3  # classes that a note names
 
 
@@ -32,7 +32,7 @@ def read_labels(
     Raises:
         ConfigError: some labels fit and others do not, or numbers may not be places in the list.
     """
-    keys = {one.key: place for place, one in enumerate(classes)}
+    keys = {name.key: place for place, name in enumerate(classes)}
     labels = {part: [normalize(row.label or "") for row in rows] for part, rows in parts.items()}
     known = any(label in keys for own in labels.values() for label in own)
     numbered = all(_NUMBER.fullmatch(label) for own in labels.values() for label in own)
@@ -48,15 +48,15 @@ def read_labels(
         for row, label in zip(parts[part], own, strict=True)
         if label not in keys
     ]
-    if missing:  # among numbers, what is none is to blame
+    if missing:  # among numbers, the label that is not a number is named
         _refuse(
-            *next((one for one in missing if not known and not _NUMBER.fullmatch(one[0])), missing[0]), keys, config
+            *next((pair for pair in missing if not known and not _NUMBER.fullmatch(pair[0])), missing[0]), keys, config
         )
     return "number" if by_number else "key", {part: [keys[label] for label in own] for part, own in labels.items()}
 
 
 def _check_numbers(labels: Mapping[str, list[str]], keys: Sequence[str], config: EvalSetConfig) -> None:
-    """Make sure that numbers cannot but be places in the list."""
+    """Make sure that the numbers can only be places in the list."""
     places = {str(place) for place in range(len(keys))}
     for part, own in labels.items():
         absent, beyond = (sorted(some, key=int) for some in (places - set(own), set(own) - places))
@@ -71,13 +71,13 @@ def _check_numbers(labels: Mapping[str, list[str]], keys: Sequence[str], config:
             raise ConfigError(
                 f"eval.sets[].labels: {config.source.label} holds numbers and no key of {config.classes}; {why}. Name "
                 f"a column that holds keys in source.label; or, if a number is a class's place in that list, from 0 "
-                f"({said_by_number(keys)}), set labels: number"
+                f"({numbering(keys)}), set labels: number"
             )
 
 
 def _refuse(label: str, where: str, keys: Mapping[str, int], config: EvalSetConfig) -> NoReturn:
     near = [key for key in keys if key.casefold() == label.casefold()]
-    likely = f"; it is {near[0]!r} but for the letter case" if near else ""
+    likely = f"; it is {near[0]!r}, except for the letter case" if near else ""
     raise ConfigError(
         f"eval.sets[].classes: {config.classes} has no class {label!r} of image {where}{likely}; its keys are "
         f"{few(list(keys))}: add the class, or name another column than source.label: {config.source.label}; the "
@@ -85,7 +85,7 @@ def _refuse(label: str, where: str, keys: Mapping[str, int], config: EvalSetConf
     )
 
 
-def said_by_number(keys: Sequence[str]) -> str:
+def numbering(keys: Sequence[str]) -> str:
     """Return what the first and the last number stand for: 0 = airplane, 1 = automobile, 2 = bird, ..., 9 = truck."""
     pairs = [f"{number} = {key}" for number, key in enumerate(keys)]
     return ", ".join(pairs if len(pairs) <= _FIRST + 1 else [*pairs[:_FIRST], "...", pairs[-1]])

@@ -1,4 +1,4 @@
-"""Open what a model is evaluated on: pictures, their captions or classes, and multiple-choice tasks."""
+"""Evaluation sets: images with their captions, classes, questions or ratings; and how they are opened."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -11,33 +11,48 @@ from koclip.config.evaluation import CAPTIONED
 from koclip.data.corruptions import CORRUPTIONS
 from koclip.data.sources import Row, Skip, SourceError, open_source
 from koclip.data.transforms import PIXEL_LIMIT, ImageError, PixelLimit, decode
-from koclip.evaluation.images import Pictures
-from koclip.evaluation.labels import NAMED, few, read_labels, said_by_number
-from koclip.evaluation.merging import first_pictures, first_rows, merged
-from koclip.evaluation.tasks.multiple_choice import Choice, scene_choices
+from koclip.evaluation.images import Images, first_images, first_rows, merged
+from koclip.evaluation.labels import NAMED, few, numbering, read_labels
 from koclip.text.classes import ClassName, load_classes, templates_of_kind
 from koclip.text.normalize import normalize, paired, usable
 
 _FEWEST = 2  # images: nothing can be ranked among one
 
 
+class Question(NamedTuple):
+    """A multiple-choice task: which candidate text fits each image?"""
+
+    name: str
+    images: Images
+    candidates: dict[str, list[list[str]]]  # by language, then by image
+    answers: list[int]  # by image: the place of the right candidate
+
+
+class Ratings(NamedTuple):
+    """People's ratings of captions for images."""
+
+    language: str
+    rows: list[tuple[int, str, float]]  # place of the image, caption, rating
+
+
 @dataclass(frozen=True)
 class EvalSet:
-    """One data set, opened.
+    """A data set, opened.
 
-    Rows of equal pictures are one picture with all their captions. In a set of classes each row is a labelled picture
-    of its own; tasks of captions ask `captioned` there.
+    Rows of equal images are one image with all their captions. In a set of classes each row is a labelled image of its
+    own; tasks of captions use `captioned` there.
     """
 
     name: str
     config: EvalSetConfig
-    pictures: Pictures
-    captions: list[dict[str, list[str]]]  # by picture, then by language, in places as a `Row` has them
-    gallery: dict[str, list[str]]  # captions that belong to no picture, by language
-    choices: list[Choice] = field(default_factory=list)
+    images: Images
+    captions: list[dict[str, list[str]]]  # by image, then by language, in places as a `Row` has them
+    gallery: dict[str, list[str]]  # captions that belong to no image, by language
+    questions: list[Question] = field(default_factory=list)
+    ratings: Ratings | None = None
     skipped: list[Skip] = field(default_factory=list)  # rows left out, not those of `train`, `shifted` and gallery
     classes: list[ClassName] = field(default_factory=list)  # none: captions are the names
-    labels: list[int] = field(default_factory=list)  # each picture's place in `classes`
+    labels: list[int] = field(default_factory=list)  # each image's place in `classes`
     train: "EvalSet | None" = None
     shifted: "dict[str, EvalSet]" = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -50,32 +65,37 @@ class EvalSet:
     gallery_skipped: list[Skip] = field(default_factory=list)  # of these, rows without a usable caption
 
     @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks that are asked for, and of those that the data brings with it."""
+        return [*self.config.tasks, *(["multiple_choice"] if self.questions else [])]
+
+    @property
     def languages(self) -> list[str]:
-        """Languages of the classes; without classes, those that at least one picture has a caption in."""
+        """Languages of the classes; without classes, those that at least one image has a caption in."""
         if self.classes:
             return list(self.classes[0].names)
         return [name for name in self.config.source.captions if any(name in captions for captions in self.captions)]
 
     @cached_property
     def captioned(self) -> "EvalSet":
-        """This set without classes: equal pictures are one, and pictures without captions are left out."""
+        """This set without classes: equal images are merged, and images without captions are left out."""
         if not self.classes:
             return self
-        by_picture: dict[bytes, list[Row]] = {}
-        for row, digest in zip(self.pictures.rows, self.pictures.digests(), strict=True):
-            by_picture.setdefault(digest, []).append(row)
-        rows = [row for row in map(merged, by_picture.values()) if row.captions]
+        by_image: dict[bytes, list[Row]] = {}
+        for row, digest in zip(self.images.rows, self.images.digests(), strict=True):
+            by_image.setdefault(digest, []).append(row)
+        rows = [row for row in map(merged, by_image.values()) if row.captions]
         captions = [row.captions for row in rows]
-        return replace(self, pictures=Pictures(rows), captions=captions, classes=[], labels=[])
+        return replace(self, images=Images(rows), captions=captions, classes=[], labels=[])
 
     def texts(self, language: str) -> list[list[str]]:
-        """Return each picture's usable captions in a language."""
+        """Return each image's usable captions in a language."""
         return [usable(captions.get(language, [])) for captions in self.captions]
 
     def pairs(self, first: str, second: str) -> list[list[tuple[str, str]]]:
-        """Return each picture's captions in two languages that correspond: both stand at one place.
+        """Return each image's captions in two languages that correspond: both stand at the same place.
 
-        Pictures with unequal numbers of places have none.
+        Images with unequal numbers of places have none.
         """
         both = [(captions.get(first, []), captions.get(second, [])) for captions in self.captions]
         return [[(own[place], other[place]) for place in paired(own, other) or ()] for own, other in both]
@@ -90,9 +110,9 @@ class EvalSet:
 
 
 class _Rows(NamedTuple):
-    """The rows of a part that can be used, and what became of the others."""
+    """The usable rows of a part, and the others."""
 
-    rows: list[Row]  # without classes, one for each picture
+    rows: list[Row]  # without classes, one row for each image
     skipped: list[Skip]
     num_rows: int  # read
     cut: bool
@@ -118,7 +138,7 @@ def open_set(config: EvalSetConfig, limit: PixelLimit = PIXEL_LIMIT) -> EvalSet:
     if listed:
         by, places = read_labels({part: own.rows for part, own in read.items()}, listed, config)
         classes, warnings = _present(listed, set(places["source"]), config, read["source"].cut)
-    new = {place: classes.index(one) for place, one in enumerate(listed) if one in classes} or {0: 0}
+    new = {place: classes.index(name) for place, name in enumerate(listed) if name in classes} or {0: 0}
     opened = {
         part: _part(config, source, read[part], [new.get(place) for place in places[part]], classes)
         for part, source in config.parts.items()
@@ -130,12 +150,11 @@ def open_set(config: EvalSetConfig, limit: PixelLimit = PIXEL_LIMIT) -> EvalSet:
         gallery=gallery,
         gallery_rows=gallery_rows,
         gallery_skipped=gallery_skipped,
-        choices=scene_choices() if config.source.path == "scenes" else [],
         train=_apart(opened["train"], whole) if config.train else None,
         shifted={name: opened[f"shifted.{name}"] for name in config.shifted},
         warnings=warnings,
-        labels_by=f"number: {said_by_number([one.key for one in listed])}" if by == "number" else by,
-        absent=[one.key for one in listed if one not in classes],
+        labels_by=f"number: {numbering([name.key for name in listed])}" if by == "number" else by,
+        absent=[name.key for name in listed if name not in classes],
     )
 
 
@@ -143,18 +162,18 @@ def _check_captions(whole: EvalSet) -> None:
     """Make sure that there is something to rank, and to compare, in every language that is asked in."""
     languages, asked = whole.config.source.captions, set(whole.config.tasks) & set(CAPTIONED)
     captioned = whole.captioned if languages else whole
-    images, told = len(captioned.pictures), f"expected {_FEWEST} or more for {sorted(asked)}"
-    named = f"captions of {images} different images of {whole.name}"
-    check(not asked or images >= _FEWEST, "eval.sets[].source.captions", named, told)
+    images, expected = len(captioned.images), f"expected {_FEWEST} or more for {sorted(asked)}"
+    got = f"captions of {images} different images of {whole.name}"
+    check(not asked or images >= _FEWEST, "eval.sets[].source.captions", got, expected)
     for language in languages:
         count = sum(map(bool, captioned.texts(language)))
-        told = f"expected {_FEWEST} images or more with a caption in it, or none; take the language out"
-        check(count != 1, f"eval.sets[].source.captions.{language}", f"{count} image of {whole.name}", told)
+        expected = f"expected {_FEWEST} images or more with a caption in it, or none; take the language out"
+        check(count != 1, f"eval.sets[].source.captions.{language}", f"{count} image of {whole.name}", expected)
     for first, second in itertools.combinations(languages if "languages" in asked else (), 2):
         count = sum(map(bool, captioned.pairs(first, second)))
-        told = f"expected {_FEWEST} or more with equally many captions in both languages, and both at one place"
-        named = f"{count} images of {whole.name} to compare in {first} and {second}"
-        check(count >= _FEWEST, "eval.sets[].tasks: languages", named, told)
+        expected = f"expected {_FEWEST} or more with equally many captions in both languages, and both at one place"
+        got = f"{count} images of {whole.name} to compare in {first} and {second}"
+        check(count >= _FEWEST, "eval.sets[].tasks: languages", got, expected)
 
 
 def _check_names(config: EvalSetConfig, classes: Sequence[ClassName]) -> None:
@@ -172,13 +191,13 @@ def _check_names(config: EvalSetConfig, classes: Sequence[ClassName]) -> None:
 def _usable(config: EvalSetConfig, part: str, source: SourceConfig, limit: PixelLimit) -> _Rows:
     """Read the rows of a part of the set; those without an image or what the tasks need are left out."""
     rows, skipped = [], []
-    by_picture: dict[bytes, list[Row]] = {}
+    by_image: dict[bytes, list[Row]] = {}
     cut = False
     for row, content in _first(config, part, source):
         if content is None:
             cut = True
             continue
-        equal = by_picture.setdefault(content, [])
+        equal = by_image.setdefault(content, [])
         try:
             if config.classes and not normalize(row.label or ""):
                 raise ImageError("no class")
@@ -193,7 +212,7 @@ def _usable(config: EvalSetConfig, part: str, source: SourceConfig, limit: Pixel
             equal.append(row)
     read = len(rows) + len(skipped)
     if not config.classes:
-        rows = [merged(equal) for equal in by_picture.values() if equal]
+        rows = [merged(equal) for equal in by_image.values() if equal]
     if len(rows) < _FEWEST:
         raise SourceError(
             f"evaluation source {source.path!r} has {len(rows)} usable images in {read} rows, expected {_FEWEST} or "
@@ -204,12 +223,12 @@ def _usable(config: EvalSetConfig, part: str, source: SourceConfig, limit: Pixel
 
 
 def _first(config: EvalSetConfig, part: str, source: SourceConfig) -> Iterator[tuple[Row, bytes | None]]:
-    """Yield the rows that are asked for, each with its picture's content, and others with None."""
+    """Yield the rows that are asked for, each with its image's content, and others with None."""
     limit = 0 if part == "train" else config.max_images
     opened = open_source(source)
     if config.classes:
         return first_rows(opened.iter_rows(), limit)
-    return first_pictures(opened.iter_rows(), limit, streamed=opened.size is None)
+    return first_images(opened.iter_rows(), limit, streamed=opened.size is None)
 
 
 def _check_share(
@@ -255,7 +274,7 @@ def _part(
     return EvalSet(
         name=source.short_name,
         config=config,
-        pictures=Pictures(rows, limit=read.limit),
+        images=Images(rows, limit=read.limit),
         captions=[row.captions for row in rows],
         gallery={},
         skipped=skipped,
@@ -267,14 +286,14 @@ def _part(
 
 
 def _apart(train: EvalSet, source: EvalSet) -> EvalSet:
-    """Leave out of `train` what the source holds, too: a probe must not be fitted on what it is tested on.
+    """Leave out of `train` the images that the source holds: a probe must not be fitted on what it is tested on.
 
     Raises:
         ConfigError: nothing is left, or a class of the source is not among it.
     """
-    tested = set(source.pictures.digests())
-    kept = [place for place, digest in enumerate(train.pictures.digests()) if digest not in tested]
-    shared = len(train.pictures) - len(kept)
+    tested = set(source.images.digests())
+    kept = [place for place, digest in enumerate(train.images.digests()) if digest not in tested]
+    shared = len(train.images) - len(kept)
     where = train.config.train.path if train.config.train else ""
     check(
         bool(kept),
@@ -286,10 +305,10 @@ def _apart(train: EvalSet, source: EvalSet) -> EvalSet:
     labels = [train.labels[place] for place in kept]
     lacking = [source.classes[label].key for label in sorted(set(source.labels) - set(labels))]
     check(not lacking, "eval.sets[].train", where, f"it has no image of {few(lacking)}, whose images are tested")
-    left = [train.pictures.rows[place].key for place in range(len(train.pictures)) if place not in set(kept)]
+    left = [train.images.rows[place].key for place in range(len(train.images)) if place not in set(kept)]
     return replace(
         train,
-        pictures=Pictures([train.pictures.rows[place] for place in kept], limit=train.pictures.limit),
+        images=Images([train.images.rows[place] for place in kept], limit=train.images.limit),
         captions=[train.captions[place] for place in kept],
         labels=labels,
         skipped=[*train.skipped, *(Skip(key, "the source holds the same image", where) for key in left)],
@@ -300,40 +319,40 @@ def _apart(train: EvalSet, source: EvalSet) -> EvalSet:
 def _present(
     classes: list[ClassName], labels: set[int], config: EvalSetConfig, cut: bool
 ) -> tuple[list[ClassName], list[str]]:
-    """Leave classes without an image out if asked to, else warn of them; return classes and warnings."""
-    present = [one for place, one in enumerate(classes) if place in labels]
-    absent = [one.key for place, one in enumerate(classes) if place not in labels]
+    """Leave out classes without an image if the config says so, else warn of them; return classes and warnings."""
+    present = [name for place, name in enumerate(classes) if place in labels]
+    absent = [name.key for place, name in enumerate(classes) if place not in labels]
     warnings = []
-    name = config.source.short_name
+    short_name = config.source.short_name
     if absent and (cut or not config.present_classes):
         why = "are left out" if config.present_classes else "can only be taken by mistake"
         advice = "" if config.present_classes else "; present_classes: true leaves them out"
         if cut:
             advice = f"; max_images reads the first {config.max_images} rows, and the rest may hold them"
         warnings.append(
-            f"{name}: {len(absent)} of {len(classes)} classes have no image and {why}: {few(absent)}{advice}"
+            f"{short_name}: {len(absent)} of {len(classes)} classes have no image and {why}: {few(absent)}{advice}"
         )
     kept = present if config.present_classes else classes
     if len(kept) < 2:
         raise ConfigError(
-            f"eval.sets[].classes: {name} has one class, {kept[0].key!r}, and every answer would be right: expected "
-            "two or more"
+            f"eval.sets[].classes: {short_name} has one class, {kept[0].key!r}, and every answer would be right: "
+            "expected two or more"
         )
     return kept, warnings
 
 
 def _gallery(config: EvalSetConfig) -> tuple[dict[str, list[str]], int, list[Skip]]:
-    """Return the captions of the gallery's sources by language, the number of rows, and rows without a usable one."""
-    found: dict[str, list[str]] = {}
+    """Return the gallery's captions by language, the number of its rows, and its rows without a usable caption."""
+    gallery: dict[str, list[str]] = {}
     skipped: list[Skip] = []
     num_rows = 0
     for source in config.gallery:
         rows = [row.captions for row in open_source(source).iter_rows(images=False)]
         for captions in rows:
             for language, texts in captions.items():
-                found.setdefault(language, []).extend(usable(texts))
+                gallery.setdefault(language, []).extend(usable(texts))
         keys = (f"{source.short_name}/{number}" for number, captions in enumerate(rows) if not captions)
         unusable = [Skip(key, "no usable caption", source.path) for key in keys]
         _check_share(config, "gallery", source, unusable, len(rows))
         skipped, num_rows = [*skipped, *unusable], num_rows + len(rows)
-    return found, num_rows, skipped
+    return gallery, num_rows, skipped

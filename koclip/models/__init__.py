@@ -1,7 +1,5 @@
 """Stock dual encoders: sizes, random weights, loading, another text tower, the published directory."""
 
-from typing import TypeAlias
+from koclip.models.stock import StockModel
 
-from transformers import ChineseCLIPModel, CLIPModel, VisionTextDualEncoderModel
-
-StockModel: TypeAlias = CLIPModel | ChineseCLIPModel | VisionTextDualEncoderModel
+__all__ = ["StockModel"]

@@ -7,6 +7,7 @@ Letters in shape comments: B pairs per process, N pairs in the global batch, L t
 """
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,23 +19,19 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
-    CLIPProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
-    VisionTextDualEncoderProcessor,
 )
 
 from koclip.config import ConfigError, ModelConfig, check
 from koclip.losses.pairs import Embeddings
-from koclip.models import StockModel
-from koclip.models.image_towers import tower_config
 from koclip.models.initialize import initialize
-from koclip.models.patch_dropout import drop_patches
-from koclip.models.presets import Preset, resolve
+from koclip.models.presets import Preset, resolve, tower_config
+from koclip.models.stock import StockModel, layout_of, parts, set_part
 
 MAX_LOGIT_SCALE = math.log(100)  # the paper's cap on the temperature
 LEGACY_EOS_ID = 2  # transformers' CLIP pools at the largest id, not at the end token, when the end token is 2
@@ -57,6 +54,7 @@ class DualEncoder(nn.Module):
         super().__init__()
         check_tokenizer(model, processor.tokenizer)
         self.model = model
+        self._scale_name = layout_of(model).logit_scale  # read in `forward`, which is compiled
         images = processor.image_processor
         self.register_buffer("pixel_mean", 255 * torch.tensor(images.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", 255 * torch.tensor(images.image_std).view(3, 1, 1), persistent=False)
@@ -89,7 +87,7 @@ class DualEncoder(nn.Module):
         return Embeddings(
             image=text.new_empty(len(text), 0) if image is None else image,
             text=text,
-            logit_scale=self.model.logit_scale.exp().reshape(()),
+            logit_scale=getattr(self.model, self._scale_name).exp().reshape(()),
             logit_bias=None if self.logit_bias is None else self.logit_bias.reshape(()),
             text_norm=text_norm,
         )
@@ -100,13 +98,16 @@ class DualEncoder(nn.Module):
 
     def trains(self, side: Literal["image", "text"]) -> bool:
         """Return whether any parameter that makes the image or the text embeddings is trained."""
-        modules = {"image": ("vision_model", "visual_projection"), "text": ("text_model", "text_projection")}[side]
-        return any(one.requires_grad for name in modules for one in getattr(self.model, name).parameters())
+        layout = layout_of(self.model)
+        names = {"image": layout.image_side, "text": layout.text_side}[side]
+        return any(
+            parameter.requires_grad for name in names for parameter in self.model.get_submodule(name).parameters()
+        )
 
     def train(self, mode: bool = True) -> "DualEncoder":
         """Set training mode; frozen towers stay in evaluation mode, without dropout of any kind."""
         super().train(mode)
-        for tower in (self.model.vision_model, self.model.text_model):
+        for tower in (parts(self.model).image_tower, parts(self.model).text_tower):
             if not any(parameter.requires_grad for parameter in tower.parameters()):
                 tower.eval()
         return self
@@ -114,18 +115,19 @@ class DualEncoder(nn.Module):
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Keep the temperature at 0.01 or above, as the paper does after every step."""
-        self.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        parts(self.model).logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
     @torch.no_grad()
     def logit_scale(self) -> float:
         """Return the inverse temperature. Call it on every process: sharded, its value is on one of them."""
-        value = self.model.logit_scale
+        value: Any = parts(self.model).logit_scale
         return float((value.full_tensor() if isinstance(value, DTensor) else value).exp().item())
 
     def lift_scalars(self) -> None:
-        """Give the logit scale and bias one dimension, because FSDP2 shards no scalars; `publish` takes it away."""
-        scale, bias = self.model.logit_scale, self.logit_bias
-        self.model.logit_scale = nn.Parameter(scale.detach().reshape(1), scale.requires_grad)
+        """Give the logit scale and bias one dimension: FSDP2 shards no scalars. `save_stock_model` removes it."""
+        scale, bias = parts(self.model).logit_scale, self.logit_bias
+        lifted = nn.Parameter(scale.detach().reshape(1), scale.requires_grad)
+        set_part(self.model, layout_of(self.model).logit_scale, lifted)
         if bias is not None:
             self.logit_bias = nn.Parameter(bias.detach().reshape(1), bias.requires_grad)
 
@@ -164,7 +166,7 @@ def from_scratch(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tup
             model, image_size = _around_image_tower(preset, text, logit_scale)
         initialize(model)
     if config.patch_dropout:
-        drop_patches(model.vision_model, config.patch_dropout)
+        drop_patches(parts(model).image_tower, config.patch_dropout)
     checkpoint_gradients(model, config.image_gradient_checkpointing, config.text_gradient_checkpointing)
     return model, _processor(image_size, model, tokenizer)
 
@@ -175,7 +177,7 @@ def checkpoint_gradients(model: StockModel, image: bool, text: bool) -> None:
     Raises:
         ConfigError: a tower cannot.
     """
-    for name, tower, recompute in (("image", model.vision_model, image), ("text", model.text_model, text)):
+    for name, tower, recompute in (("image", parts(model).image_tower, image), ("text", parts(model).text_tower, text)):
         if recompute:
             able = tower.supports_gradient_checkpointing
             key = f"model.{name}_gradient_checkpointing"
@@ -219,9 +221,11 @@ def check_tokenizer(model: StockModel, tokenizer: PreTrainedTokenizerBase) -> No
     text: Any = model.config.text_config
     names = ("eos_token_id", "pad_token_id") if text.model_type == "clip_text_model" else ("pad_token_id",)
     for name in names:
-        ours, theirs = getattr(text, name), getattr(tokenizer, name)
-        if ours != theirs:
-            raise ConfigError(f"the model's text_config.{name} is {ours}, the tokenizer's is {theirs}; make them equal")
+        configured, actual = getattr(text, name), getattr(tokenizer, name)
+        if configured != actual:
+            raise ConfigError(
+                f"the model's text_config.{name} is {configured}, the tokenizer's is {actual}; make them equal"
+            )
     largest = max(tokenizer.get_vocab().values())
     if largest >= text.vocab_size:
         raise ConfigError(f"the tokenizer has ids up to {largest}, the model's vocabulary {text.vocab_size} entries")
@@ -268,6 +272,29 @@ def _processor(image_size: int, model: StockModel, tokenizer: PreTrainedTokenize
     images = CLIPImageProcessor(
         size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
     )
-    if isinstance(model, CLIPModel):
-        return CLIPProcessor(image_processor=images, tokenizer=tokenizer)
-    return VisionTextDualEncoderProcessor(image_processor=images, tokenizer=tokenizer)
+    kind: Any = layout_of(model).processor_class
+    processor: ProcessorMixin = kind(image_processor=images, tokenizer=tokenizer)
+    return processor
+
+
+def drop_patches(vision_model: nn.Module, share: float) -> None:
+    """Make a CLIP ViT see a random part of the patches in training mode. Evaluation sees all of them.
+
+    Steps are faster, and on small data it regularises (FLIP, Li et al. 2023).
+
+    Args:
+        vision_model: A `CLIPVisionModel`. A forward hook is added to its embeddings; its weights do not change.
+        share: Share of the patches left out, 0 to 1; at least one patch stays. The class token always stays.
+    """
+    vision_model.get_submodule("embeddings").register_forward_hook(partial(_keep_some, share))
+
+
+def _keep_some(share: float, module: nn.Module, _: object, tokens: torch.Tensor) -> torch.Tensor | None:
+    """Return the class token and a random subset of the patches, (B, 1 + kept, D), each image its own."""
+    if not module.training:
+        return None
+    batch, length, width = tokens.shape
+    kept = max(1, round((length - 1) * (1 - share)))
+    chosen = torch.rand(batch, length - 1, device=tokens.device).argsort(dim=1)[:, :kept] + 1
+    with_class = torch.cat([chosen.new_zeros(batch, 1), chosen], dim=1)
+    return tokens.gather(1, with_class[..., None].expand(-1, -1, width))

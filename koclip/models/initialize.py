@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TimmWrapperModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPTextEmbeddings, CLIPVisionEmbeddings
 
-from koclip.models import StockModel
+from koclip.models.stock import StockModel, parts
 
 
 @torch.no_grad()
@@ -20,11 +20,12 @@ def initialize(model: StockModel) -> None:
 
     Other towers keep what transformers gave them.
     """
-    initialize_tower(model.vision_model)
-    initialize_tower(model.text_model)
-    if isinstance(model.vision_model, TimmWrapperModel):
-        _restore_timm(model.vision_model)
-    for projection in (model.visual_projection, model.text_projection):
+    image_tower, text_tower, *projections, _ = parts(model)
+    initialize_tower(image_tower)
+    initialize_tower(text_tower)
+    if isinstance(image_tower, TimmWrapperModel):
+        _restore_timm(image_tower)
+    for projection in projections:
         nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
 
 

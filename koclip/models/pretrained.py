@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from koclip.config import ConfigError, check
-from koclip.models import StockModel
+from koclip.models.stock import StockModel, is_stock, parts
 from koclip.models.swap import linear_pooler
 from koclip.text.tokenizers import COUNT_FROM_PADDING
 
@@ -57,7 +57,7 @@ def load_image_side(path: str) -> tuple[StockModel | PreTrainedModel, Any]:
         ConfigError: nothing that can be loaded is there, weights are missing or left over, or it has no image space.
     """
     model, problems = read(path, _CLIP)
-    if isinstance(model, StockModel):
+    if is_stock(model):
         refuse(path, _CLIP, model, problems)
         return model, _image_processor(path)
     tower = model if model.main_input_name == "pixel_values" else getattr(model, "vision_model", None)
@@ -94,9 +94,9 @@ def load_text_encoder(path: str, seed: int = 0) -> PreTrainedModel:
     else:
         model, problems = read(path, _TEXT)
     encoder: PreTrainedModel = model
-    if isinstance(model, StockModel):
+    if is_stock(model):
         refuse(path, _TEXT, model, problems)
-        encoder = model.text_model
+        encoder = parts(model).text_tower
     elif hasattr(model, "vision_model") and hasattr(model, "text_model"):
         raise ConfigError(
             f"{_TEXT}: {path} is a {type(model).__name__}, a dual encoder whose text tower koclip cannot take. Give "

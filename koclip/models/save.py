@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, VisionTextDualEncoderModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from koclip.models.stock import longest_text, positions
+from koclip.models.stock import layout_of, longest_text, parts, positions, set_part
 from koclip.text.tokenizers import forget_call_state
 
 # What transformers 4 knows by another name. Its `ChineseCLIPProcessor` knows no tokenizer but BERT's and cuts no image
@@ -17,25 +17,25 @@ _NAMES_IN_4 = {
     "ChineseCLIPProcessor": "CLIPProcessor",
     "ChineseCLIPImageProcessor": "CLIPImageProcessor",
 }
-_WRAPPED = ("clip_vision_model", "clip_text_model", "siglip_vision_model")
 
 
-def publish(
+def save_stock_model(
     directory: Path, model: PreTrainedModel, processor: ProcessorMixin, weights: dict[str, torch.Tensor]
 ) -> None:
     """Write a stock model directory from a `DualEncoder`'s state dict.
 
     It has as many positions for texts as the tokenizer's longest text, which is how long texts were in training: every
-    class refuses a longer one that nobody cuts.
+    class fails on a longer text that nobody cuts.
     """
+    layout = layout_of(model)
     if "logit_bias" in weights:
-        model.config.logit_bias = weights["logit_bias"].item()
+        set_part(model, layout.logit_bias, weights["logit_bias"].item())
     stock = {
         name.removeprefix("model."): value.float() if value.is_floating_point() else value
         for name, value in weights.items()
         if name != "logit_bias"
     }
-    stock["logit_scale"] = stock["logit_scale"].reshape(())  # of one dimension under FSDP2
+    stock[layout.logit_scale] = stock[layout.logit_scale].reshape(())  # of one dimension under FSDP2
     _cut_positions(model, stock, processor.tokenizer)
     stock = {_name_for_all(model, name): value for name, value in stock.items()}
     model.save_pretrained(directory, state_dict=stock)
@@ -47,11 +47,12 @@ def publish(
 
 def _cut_positions(model: Any, weights: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
     """Leave the text tower as many positions as the longest text has tokens, in its configuration and `weights`."""
-    longest = longest_text(tokenizer, model.text_model)
-    for table, rows in positions(model.text_model).items():
-        name = f"text_model.{table}.weight"
+    layout, tower = layout_of(model), parts(model).text_tower
+    longest = longest_text(tokenizer, tower)
+    for table, rows in positions(tower).items():
+        name = f"{layout.text_tower}.{table}.weight"
         weights[name] = weights[name][: rows.start + longest]
-        model.config.text_config.max_position_embeddings = rows.start + longest
+        set_part(model, layout.num_positions, rows.start + longest)
 
 
 def _name_for_all(model: Any, name: str) -> str:
@@ -61,8 +62,10 @@ def _name_for_all(model: Any, name: str) -> str:
     towers one level deeper, and draw at random what they do not find. Later ones read both.
     """
     side, _, rest = name.partition(".")
-    wrapped = isinstance(model, VisionTextDualEncoderModel) and side in ("vision_model", "text_model")
-    if not wrapped or getattr(model, side).config.model_type not in _WRAPPED or rest.startswith(f"{side}."):
+    layout = layout_of(model)
+    is_tower = side in (layout.image_tower, layout.text_tower)
+    nested = is_tower and model.get_submodule(side).config.model_type in layout.nested_towers
+    if not nested or rest.startswith(f"{side}."):
         return name
     return f"{side}.{side}.{rest}"
 

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from koclip.config import ConfigError
-from koclip.models import StockModel
+from koclip.models.stock import StockModel, is_stock, parts
 
 _BERT = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "chinese_clip_text_model")
 _POOLED = ("albert", "mpnet", "big_bird", "roberta-prelayernorm", "ernie", "xlm-roberta-xl", "data2vec-text")
@@ -70,7 +70,7 @@ class _ImageSide(NamedTuple):
 def swap_text_tower(clip: StockModel | PreTrainedModel, text_encoder: PreTrainedModel, seed: int = 0) -> StockModel:
     """Return a dual encoder of `clip`'s image side and `text_encoder`, with a new text projection.
 
-    Both stay as they are, but that a `VisionTextDualEncoderModel` takes `text_encoder` itself.
+    Neither input is modified, except that a `VisionTextDualEncoderModel` reuses `text_encoder` instead of copying it.
 
     Args:
         clip: A `CLIPModel`, or any dual encoder whose image side is to stay; or an image tower alone, with a pooled
@@ -97,18 +97,20 @@ def swap_text_tower(clip: StockModel | PreTrainedModel, text_encoder: PreTrained
             f"{', '.join(('clip_text_model', *_BERT, *_POOLED))}, other image towers need an encoder with a pooler"
         )
     with torch.no_grad():
-        swapped.visual_projection.weight.copy_(image.projection)
-        swapped.logit_scale.copy_(image.logit_scale)
+        target = parts(swapped)
+        target.image_projection.weight.copy_(image.projection)
+        target.logit_scale.copy_(image.logit_scale)
         generator = torch.Generator().manual_seed(seed)
-        width = swapped.text_projection.in_features
-        swapped.text_projection.weight.normal_(std=width**-0.5, generator=generator)
+        width = target.text_projection.in_features
+        target.text_projection.weight.normal_(std=width**-0.5, generator=generator)
     stock: StockModel = swapped.to(clip.dtype)
     return stock
 
 
 def _image_side(clip: StockModel | PreTrainedModel) -> _ImageSide:
-    if isinstance(clip, StockModel):
-        return _ImageSide(clip.vision_model, clip.visual_projection.weight, clip.logit_scale)
+    if is_stock(clip):
+        source = parts(clip)
+        return _ImageSide(source.image_tower, source.image_projection.weight, source.logit_scale)
     identity = torch.eye(clip.config.hidden_size, dtype=clip.dtype, device=clip.device)
     return _ImageSide(clip, identity, torch.tensor(math.log(1 / _START_TEMPERATURE)))
 
@@ -120,8 +122,8 @@ def _as_clip(image: _ImageSide, text_encoder: PreTrainedModel) -> StockModel:
         **image.config,
     )
     swapped = CLIPModel(config)
-    swapped.vision_model.load_state_dict(image.tower.state_dict())
-    swapped.text_model.load_state_dict(text_encoder.state_dict())
+    parts(swapped).image_tower.load_state_dict(image.tower.state_dict())
+    parts(swapped).text_tower.load_state_dict(text_encoder.state_dict())
     return swapped
 
 
@@ -129,10 +131,11 @@ def _as_chinese_clip(image: _ImageSide, text_encoder: PreTrainedModel) -> StockM
     text, weights = _as_bert(text_encoder)
     config = ChineseCLIPConfig(text_config=text, vision_config=_vision_config(image), **image.config)
     swapped = ChineseCLIPModel(config)
-    swapped.vision_model.load_state_dict(image.tower.state_dict())
-    swapped.text_model.load_state_dict(weights)
+    parts(swapped).image_tower.load_state_dict(image.tower.state_dict())
+    tower = parts(swapped).text_tower
+    tower.load_state_dict(weights)
     with torch.no_grad():  # as `from_pretrained` leaves it; padding is masked, so that no embedding changes
-        swapped.text_model.embeddings.word_embeddings.weight[text["pad_token_id"]] = 0
+        tower.embeddings.word_embeddings.weight[text["pad_token_id"]] = 0
     return swapped
 
 
@@ -158,44 +161,44 @@ def _as_bert(encoder: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.
     Raises:
         ConfigError: an ELECTRA whose embeddings are narrower than its layers, or attention that BERT does not have.
     """
-    theirs = encoder.config
-    if theirs.model_type == "distilbert":
+    config = encoder.config
+    if config.model_type == "distilbert":
         return _from_distilbert(encoder)
-    if getattr(theirs, "embedding_size", theirs.hidden_size) != theirs.hidden_size:
+    if getattr(config, "embedding_size", config.hidden_size) != config.hidden_size:
         raise ConfigError(
-            f"text encoder: this ELECTRA embeds tokens in {theirs.embedding_size} dimensions and computes in "
-            f"{theirs.hidden_size}; no stock class holds that. Take the base size, whose widths are equal"
+            f"text encoder: this ELECTRA embeds tokens in {config.embedding_size} dimensions and computes in "
+            f"{config.hidden_size}; no stock class holds that. Take the base size, whose widths are equal"
         )
-    _check_attention(theirs)
-    weights = {name: one.clone() for name, one in encoder.state_dict().items() if not name.startswith("pooler.")}
+    _check_attention(config)
+    weights = {name: value.clone() for name, value in encoder.state_dict().items() if not name.startswith("pooler.")}
     positions = "embeddings.position_embeddings.weight"
-    if theirs.model_type in _OFFSET_POSITIONS:
-        weights[positions] = weights[positions][theirs.pad_token_id + 1 :]
-    text = {name: getattr(theirs, name, None) for name in _BERT_SETTINGS}
+    if config.model_type in _OFFSET_POSITIONS:
+        weights[positions] = weights[positions][config.pad_token_id + 1 :]
+    text = {name: getattr(config, name, None) for name in _BERT_SETTINGS}
     return text | {"max_position_embeddings": len(weights[positions])}, weights
 
 
 def _from_distilbert(encoder: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    theirs, weights = encoder.config, {}
+    config, weights = encoder.config, {}
     for name, value in encoder.state_dict().items():
         for old, new in _DISTILBERT_NAMES.items():
             name = name.replace(old, new)
         weights[name] = value.clone()
-    weights["embeddings.token_type_embeddings.weight"] = torch.zeros(1, theirs.dim)
+    weights["embeddings.token_type_embeddings.weight"] = torch.zeros(1, config.dim)
     text = {
-        "vocab_size": theirs.vocab_size,
-        "hidden_size": theirs.dim,
-        "num_hidden_layers": theirs.n_layers,
-        "num_attention_heads": theirs.n_heads,
-        "intermediate_size": theirs.hidden_dim,
-        "hidden_act": theirs.activation,
-        "hidden_dropout_prob": theirs.dropout,
-        "attention_probs_dropout_prob": theirs.attention_dropout,
-        "max_position_embeddings": theirs.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "intermediate_size": config.hidden_dim,
+        "hidden_act": config.activation,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "max_position_embeddings": config.max_position_embeddings,
         "type_vocab_size": 1,
         "layer_norm_eps": 1e-12,
-        "initializer_range": theirs.initializer_range,
-        "pad_token_id": theirs.pad_token_id,
+        "initializer_range": config.initializer_range,
+        "pad_token_id": config.pad_token_id,
     }
     return text, weights
 

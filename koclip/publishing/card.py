@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from koclip.config import PublishConfig, check
-from koclip.evaluation.notes import notes
-from koclip.evaluation.report.printing import NOTE
-from koclip.evaluation.report.table import MAIN, Cell, sections
+from koclip.evaluation.report.table import NOTE, Cell, Line, sections
+from koclip.evaluation.results import IMAGES, MAIN, Spec
+from koclip.evaluation.run import notes
+from koclip.evaluation.tasks import SPECS
 from koclip.publishing.card_inputs import Facts
 from koclip.publishing.checks import ADAPTER, CARD, LICENCE
 from koclip.publishing.formats import int8
@@ -24,20 +25,8 @@ from koclip.publishing.licences import ALLOWS, Licence, conclude
 _MARK = "<!-- Made by koclip's recipes/publish.py"
 _ENGLISH = {"ko": "Korean", "en": "English", "ja": "Japanese", "zh": "Chinese"}
 _KOREAN = {"ko": "한국어", "en": "영어", "ja": "일본어", "zh": "중국어"}
-# What the Hub calls tasks, by how koclip's begin.
-_TASKS = {
-    "image-text-retrieval": ("text_to_image", "image_to_text", "languages"),
-    "image-classification": ("linear_probe", "few_shot"),
-}
-_DEFAULT_TASK = "zero-shot-image-classification"
-_STRESS = ("R@1 lost by rewritten captions", "R@10 lost by rewritten captions")
-_CROSS, _STRESSED, _PICTURES, _LAST = "Between the languages", "Korean as people type it", "Pictures alone", "Other"
-# What a reader wants first: language, <task>/<metric> or else another, and its name in Korean.
-_HEADLINES = (
-    ("ko", ("text_to_image/recall@10",), "한국어 문장으로 이미지 찾기 R@10"),
-    ("ko", ("zero_shot/accuracy", r"(?!shift).+/accuracy"), "한국어 이름으로 분류한 정확도"),
-    ("en", ("text_to_image/recall@10",), "영어 문장으로 이미지 찾기 R@10"),
-)
+_PIPELINE = "zero-shot-image-classification"
+_ONLY_IMAGES, _LAST = "Pictures alone", "Other"  # headings behind those of the languages and of the specs
 # By class, which versions of transformers were tried, and what came of it.
 _VERSIONS = {
     "CLIPModel": "transformers 4.57.1, 5.23.0 and 5.24.0 were tried.",
@@ -185,7 +174,7 @@ def metadata(cfg: PublishConfig, facts: Facts, licence: Licence) -> ModelCardDat
         **other,
         base_model=facts.base_models or None,
         library_name="transformers",
-        pipeline_tag=_DEFAULT_TASK,
+        pipeline_tag=_PIPELINE,
         datasets=list(dict.fromkeys(hub_data)) or None,
         tags=["clip", "koclip", *(["korean"] if "ko" in facts.languages else []), *_exports(Path(cfg.model)).tags],
         model_name=cfg.repo_id.split("/")[1],
@@ -206,47 +195,40 @@ def _exports(directory: Path) -> Exports:
 
 def _eval_results(facts: Facts) -> Iterator[EvalResult]:
     """Yield the numbers that readers need first, as they are in results.json."""
-    for section in sections([facts.metrics], {}):
+    for section in sections([facts.records], {}):
         for line in section.main:
-            name = f"{section.name}/{line.language}/{line.key}"
-            cell = line.cells[0]
-            if name not in facts.metrics or cell is None or cell.share is None:
+            (record,) = line.records
+            if record is None or line.spec.unit != "percent":
                 continue
-            task, measure = line.key.rsplit("/", 1)
-            kind = next((kind for kind, tasks in _TASKS.items() if task.startswith(tasks)), _DEFAULT_TASK)
             yield EvalResult(
-                task_type=kind,
+                task_type=line.spec.hub_task,
                 dataset_type=section.name.replace("/", "-"),
                 dataset_name=f"{section.name} ({_ENGLISH.get(line.language, line.language)})",
                 dataset_config=line.language,
-                metric_type=measure.replace("@", "_at_"),
+                metric_type=record.metric.replace("@", "_at_"),
                 metric_name=line.label,
-                metric_value=facts.metrics[name].value,
+                metric_value=record.value,
             )
 
 
 def _groups(facts: Facts) -> Iterator[Group]:
     """Yield the rows by what they are about: each language, the languages against each other, Korean under stress."""
-    found: dict[str, list[Row]] = {}
-    for section in sections([facts.metrics], {}):
+    rows: dict[str, list[Row]] = {}
+    for section in sections([facts.records], {}):
         for group, lines in section.groups.items():
-            for line in lines if group == MAIN or group in _STRESS else ():
-                cell = line.cells[0]
-                if cell is None:
+            for line in lines:
+                (cell,) = line.cells
+                if cell is None or (group != MAIN and not line.spec.card):
                     continue
                 label = line.label if group == MAIN else f"{group}: {line.label}"
                 row = Row(section.name, label + f" ({cell.note})" * bool(cell.note), *_numbers(cell), f"{line.n:,}")
-                found.setdefault(_heading(group, line.key, line.language), []).append(row)
-    order = [*_ENGLISH.values(), _CROSS, _STRESSED, _PICTURES, _LAST]
-    yield from (Group(heading, found[heading]) for heading in order if heading in found)
+                rows.setdefault(_heading(line.spec, line.language), []).append(row)
+    order = [*_ENGLISH.values(), *(spec.card for spec in SPECS), _ONLY_IMAGES, _LAST]
+    yield from (Group(heading, rows[heading]) for heading in dict.fromkeys(order) if heading in rows)
 
 
-def _heading(group: str, key: str, language: str) -> str:
-    if key.startswith("languages/"):
-        return _CROSS
-    if group in _STRESS or key.startswith("stress/"):
-        return _STRESSED
-    return _PICTURES if language == "images" else _ENGLISH.get(language, _LAST)
+def _heading(spec: Spec, language: str) -> str:
+    return spec.card or (_ONLY_IMAGES if language == IMAGES else _ENGLISH.get(language, _LAST))
 
 
 def _numbers(cell: Cell) -> tuple[str, str]:
@@ -254,19 +236,23 @@ def _numbers(cell: Cell) -> tuple[str, str]:
 
 
 def _headlines(facts: Facts) -> Iterator[Headline]:
-    """Yield the numbers of the summary: of the usual ones those there are, else the first share of all."""
-    found = [
+    """Yield the numbers of the summary: those with a headline, the first of each; else the first share of all."""
+    shares = [
         (section.name, line, cell)
-        for section in sections([facts.metrics], {})
+        for section in sections([facts.records], {})
         for line in section.main
         if (cell := line.cells[0]) is not None and cell.share is not None
     ]
-    chosen = []
-    for language, patterns, korean in _HEADLINES:
-        mine = [one for one in found if one[1].language == language]
-        fits = [one for pattern in patterns for one in mine if re.fullmatch(pattern, one[1].key)]
-        chosen += [(korean, *one) for one in fits[:1]]
-    for korean, data, _, cell in chosen or [(line.label, data, line, cell) for data, line, cell in found[:1]]:
+    order = {id(spec): place for place, spec in enumerate(SPECS)}
+    by_spec = sorted(shares, key=lambda share: order.get(id(share[1].spec), len(order)))
+    chosen: dict[str, tuple[str, Line, Cell]] = {}
+    for language in dict.fromkeys(language for spec in SPECS for language in spec.headline):
+        for share in by_spec:
+            headline = share[1].spec.headline.get(language)
+            if headline and share[1].language == language:
+                chosen.setdefault(headline, share)
+    first = {line.label: (data, line, cell) for data, line, cell in shares[:1]}
+    for korean, (data, _, cell) in (chosen or first).items():
         yield Headline(korean, f"{cell.value} %", cell.interval.replace(" to ", "~"), data)
 
 

@@ -14,6 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 from koclip import storage
 from koclip.config import ConfigError, PublishConfig, SourceConfig, check
 from koclip.encoders import load
+from koclip.evaluation.results import Record, records_of
+from koclip.evaluation.tasks import SPECS
 from koclip.metrics import Metric
 from koclip.models.pretrained import is_hub_id, read_processor
 from koclip.publishing.licences import UNSTATED, Part, Source, front_matter, model_parts, read_data_card
@@ -69,7 +71,7 @@ class Facts:
     environment: dict[str, Any]
     seconds: float | None  # of training, its last step included; None if its log does not say
     results: dict[str, Any]
-    metrics: dict[str, Metric]
+    records: list[Record]
     data: list[DataSet]
     towers: list[Source]
     base_models: list[str]
@@ -114,7 +116,7 @@ def gather(cfg: PublishConfig) -> Facts:
         environment={name: _needed(run / "environment.json", name) for name in _SURROUNDINGS},
         seconds=_seconds(run / "metrics.jsonl"),
         results=results,
-        metrics={name: Metric(one["value"], tuple(one["ci95"]), one["n"]) for name, one in results["metrics"].items()},
+        records=records_of({name: Metric.from_dict(values) for name, values in results["metrics"].items()}, SPECS),
         data=_once(data),
         towers=list(dict.fromkeys(towers)),
         base_models=list(dict.fromkeys(one.name for one in towers if one.role in ("clip", "text_encoder"))),

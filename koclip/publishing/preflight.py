@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from koclip.config import ConfigError
 from koclip.encoders import load
-from koclip.evaluation.report.printing import console
+from koclip.evaluation.report.table import console
 from koclip.publishing.checks import Check, check_files
 from koclip.publishing.formats.onnx import EXACT, FOLDER, INT8, MOST, RESULTS, SIDES, run, session
 from koclip.text import tokenizers

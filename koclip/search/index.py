@@ -1,7 +1,7 @@
 """Find the images of an index that are nearest to a query: by looking at all of them, or at the likely ones."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,8 +74,7 @@ class ImageIndex:
         if self._quick is None or k > approximate.MOST:
             return self.exact(queries, k)
         self._check(queries, k)
-        found = [self._rescore(query, self._likely(query, k), k) for query in queries.float()]
-        return Found(torch.stack([one.scores for one in found]), torch.stack([one.places for one in found]))
+        return _stacked([self._rescore(query, self._likely(query, k), k) for query in queries.float()])
 
     def exact(self, queries: torch.Tensor, k: int) -> Found:
         """Return the same by looking at all: the k best fp32 scores of the stored rows; of equal ones the first.
@@ -85,12 +84,12 @@ class ImageIndex:
         """
         self._check(queries, k)
         k = min(k, len(self))
-        found: list[Found] = []
+        results: list[Found] = []
         for part in queries.float().split(_QUERIES):
             for rough, query in zip(self._scan(part.bfloat16()), part, strict=True):
                 least = rough.topk(k).values[-1] - 2 * _MARGIN
-                found.append(self._rescore(query, (rough >= least).nonzero()[:, 0], k))
-        return Found(torch.stack([one.scores for one in found]), torch.stack([one.places for one in found]))
+                results.append(self._rescore(query, (rough >= least).nonzero()[:, 0], k))
+        return _stacked(results)
 
     def _scan(self, queries: torch.Tensor) -> torch.Tensor:
         """Return the scores (Q, N) of bf16 queries (Q, D), a part of the shards by each thread."""
@@ -129,6 +128,12 @@ class ImageIndex:
         unit = bool(((norms - 1).abs() < 1e-2).all())
         check(unit, "queries", [round(norm, 3) for norm in norms.tolist()[:3]], "expected embeddings of norm 1")
         check(k >= 1, "k", k, "expected 1 or more")
+
+
+def _stacked(results: Sequence[Found]) -> Found:
+    """Return the results of several queries as one."""
+    scores, places = zip(*results, strict=True)
+    return Found(torch.stack(scores), torch.stack(places))
 
 
 @contextmanager

@@ -66,21 +66,21 @@ def load_classes(name: str | Path) -> list[ClassName]:
     """Return the classes of a built-in data set (cifar10, cifar100, stl10, tiny_imagenet) or of a file.
 
     Raises:
-        ConfigError: there is no such file, or it is not in the format above; a text is empty or not clean; a class
-            lacks a language that another has; two classes have the same key or name.
+        ConfigError: the file is missing or not in the format above; a text is empty or not clean; a class lacks a
+            language that another class has; two classes have the same key or name.
     """
     rows = _read("classes", name)
     check(isinstance(rows, list) and bool(rows), str(name), str(rows)[:80], _CLASSES)
     classes = [_class(f"{name}, class {number}", row) for number, row in enumerate(rows)]
-    languages = list(dict.fromkeys(language for one in classes for language in one.names))
-    for number, one in enumerate(classes):
-        for what, texts in (("name", one.names), ("description", one.descriptions or one.names)):
+    languages = list(dict.fromkeys(language for entry in classes for language in entry.names))
+    for number, entry in enumerate(classes):
+        for what, texts in (("name", entry.names), ("description", entry.descriptions or entry.names)):
             missing = [language for language in languages if language not in texts]
-            where = f"{name}, class {number} ({one.key}), {what}"
+            where = f"{name}, class {number} ({entry.key}), {what}"
             check(not missing, where, texts, f"add it in {missing}: every class is named in {languages}")
-    _check_distinct(f"{name}, key", [one.key for one in classes], [one.key for one in classes])
+    _check_distinct(f"{name}, key", [entry.key for entry in classes], [entry.key for entry in classes])
     for language in languages:
-        names = [one.names[language] for one in classes]
+        names = [entry.names[language] for entry in classes]
         _check_distinct(f"{name}, {language}", names, (_fold(text) for text in names))
     return classes
 
@@ -89,8 +89,8 @@ def load_templates(name: str | Path) -> dict[str, list[str]]:
     """Return the built-in templates of a language (en, ko), or those of a file, by kind of picture.
 
     Raises:
-        ConfigError: there is no such file, or it is not in the format above; a template is empty or not clean, has no
-            slot or a wrong one, or stands there twice.
+        ConfigError: the file is missing or not in the format above; a template is empty, not clean or repeated, or has
+            no slot or a wrong slot.
     """
     groups = _read("templates", name)
     check(isinstance(groups, dict) and bool(groups), str(name), str(groups)[:80], _TEMPLATES)
@@ -102,7 +102,7 @@ def load_templates(name: str | Path) -> dict[str, list[str]]:
 
 
 def templates_of_kind(asked: str | list[str], kind: str, where: str) -> list[str]:
-    """Return templates that are listed, or those for one kind of picture of what `load_templates` reads.
+    """Return the listed templates, or the templates of one kind of picture from `load_templates`.
 
     Args:
         asked: The templates, or what `load_templates` takes.
@@ -135,7 +135,7 @@ def _read(kind: str, name: str | Path) -> Any:
     folder = resources.files("koclip").joinpath(f"assets/{kind}")
     known = sorted(Path(file.name).stem for file in folder.iterdir())
     file = folder.joinpath(f"{name}.yaml") if str(name) in known else locate(name)
-    check(file.is_file(), kind, str(name), f"expected one of {known}, or a YAML file of yours that exists")
+    check(file.is_file(), kind, str(name), f"expected one of {known}, or the path of a YAML file")
     try:
         return yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -147,7 +147,7 @@ def _class(where: str, row: Any) -> ClassName:
     check(isinstance(row, dict) and "key" in row, where, row, _CLASSES)
     where = f"{where} ({row['key']})"
     descriptions = row.get("description", {})
-    check(isinstance(descriptions, dict), f"{where}, description", descriptions, "expected one by language")
+    check(isinstance(descriptions, dict), f"{where}, description", descriptions, "expected a text by language")
     names = {language: text for language, text in row.items() if language not in ("key", "description")}
     check(bool(names), where, row, "name it in at least one language")
     _check_text(f"{where}, key", row["key"])

@@ -1,4 +1,4 @@
-"""Make a tokenizer clean its texts itself, as `koclip.text.normalize` does, wherever its files are loaded."""
+"""Put the cleaning of `koclip.text.normalize` into a tokenizer's own files, so that every program cleans its texts."""
 
 from tokenizers import Regex, decoders, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -9,23 +9,23 @@ _KEPT = (
     *("model_max_length", "padding_side", "truncation_side", "model_input_names", "extra_special_tokens"),
     *("clean_up_tokenization_spaces",),
 )
-# A decomposed syllable, a decomposed accent, all that is left out, and what that could hide.
+# A decomposed syllable, a decomposed accent, every character that is removed, and a special token hidden by them.
 _PROBE = f"\u1112\u1161\u11ab e\u0301 {FILLERS}a{INVISIBLE}b{SPACES}c<s>d[SEP]<|endoftext|>e[\u200bMASK]"
 
 
 def cleaning(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return `tokenizer`, or one like it, that gives any text the ids of `koclip.text.normalize.normalize(text)`.
+    """Return a tokenizer that gives any text the ids of `koclip.text.normalize.normalize(text)`.
 
-    Texts that are clean, which is how koclip trains, keep their ids. The result is a stock `PreTrainedTokenizerFast`
-    with the cleaning in front of its normalizer: that class reads the whole of tokenizer.json, while `BertTokenizer`,
-    `CLIPTokenizer`, `XLMRobertaTokenizer` and the like build a normalizer of their own when they are loaded. A
-    tokenizer that cleans is returned as it is.
+    Clean texts keep their ids, and koclip trains on clean texts. The result is a stock `PreTrainedTokenizerFast` whose
+    normalizer begins with the cleaning. That class reads all of tokenizer.json; `BertTokenizer`, `CLIPTokenizer`,
+    `XLMRobertaTokenizer` and others build their own normalizer when they are loaded. A tokenizer that already cleans
+    is returned unchanged.
 
-    Special tokens in a text are left out by `split_special_tokens`, which transformers reads in
-    tokenizer_config.json: without it they are found before the text is normalised. transformers.js does not know it.
+    `split_special_tokens` in tokenizer_config.json makes transformers remove special tokens from a text; without it,
+    transformers finds them before the text is normalised. transformers.js does not know this setting.
 
-    HTML entities stay what they are; and characters beyond the Basic Multilingual Plane that decompose only since
-    Unicode 12 keep other ids when they are decomposed.
+    Two differences from `normalize` remain: HTML entities are not replaced, and decomposed characters beyond the Basic
+    Multilingual Plane that Unicode 12 or later brought keep other ids.
     """
     if _cleans(tokenizer):
         return tokenizer

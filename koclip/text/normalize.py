@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 _BASIC = [chr(code) for code in range(0x10000)]  # no space and no control character is beyond them
 SPACES = "".join(filter(str.isspace, _BASIC))
-FILLERS = "\u3164\uffa0"  # of Hangul: letters by category, blanks on the screen
+FILLERS = "\u3164\uffa0"  # Hangul fillers: letters by Unicode category, blank on the screen
 # Soft hyphen, zero-width space, direction marks, word joiner, byte-order mark. The zero-width joiners stay: emoji
 # and some scripts are spelt with them.
 _MARKS = "\u00ad\u061c\u180e\u200b\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff" + "".join(
@@ -21,7 +21,7 @@ _MARKS = "\u00ad\u061c\u180e\u200b\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufe
 )
 _CONTROLS = "".join(letter for letter in _BASIC if unicodedata.category(letter) == "Cc" and not letter.isspace())
 INVISIBLE = _MARKS + _CONTROLS
-# Nothing to be seen in a text without a letter: joiners, variation selectors and the fillers of incomplete syllables.
+# Invisible in a text without letters: joiners, variation selectors and the fillers of incomplete syllables.
 BARE = "\u115f\u1160\u200c\u200d" + "".join(chr(code) for code in range(0xFE00, 0xFE10))
 
 
@@ -62,15 +62,15 @@ def normalize(text: str) -> str:
     text = _plain(text)
     while "&" in text and (unescaped := _plain(html.unescape(text))) != text:  # &amp;quot; holds two
         text = unescaped
-    text = _SPECIAL.sub(" ", text)  # last: what was removed above may have hidden one
+    text = _SPECIAL.sub(" ", text)  # last: a special token may appear when other characters are removed
     return "" if _BARE.fullmatch(text) else " ".join(text.split())
 
 
 def read_list(cell: object) -> object:
-    """Return the list that a cell's text is, as in CSV files: `["a", "b"]`, `['a', 'b']`, `['a' 'b']`; else the cell.
+    """Parse a list written as text in a CSV cell: `["a", "b"]`, `['a', 'b']`, `['a' 'b']`. Return other cells as is.
 
-    Its items are strings, or None, nan and null for missing ones. Written lists of objects hold no text: None. Text
-    that only begins with a bracket stays text.
+    Items are strings; None, nan and null stand for missing items. For a written list of objects return None: it holds
+    no captions. Text that only begins with a bracket is returned unchanged.
     """
     if not isinstance(cell, str) or not (text := cell.strip()).startswith("["):
         return cell
@@ -86,11 +86,10 @@ def read_list(cell: object) -> object:
 
 
 def clean_captions(cell: object) -> list[str]:
-    """Return the captions in a table cell, each in its place: a string, a list of strings, or anything else (none).
+    """Return the captions in a table cell, which holds a string, a list of strings, or a list written as text.
 
-    A text that is a written list is that list. "" stands in the place of what is no usable caption: empty strings,
-    missing values, their spelt-out forms such as "nan", and values that are not text. A cell without any usable caption
-    has no places.
+    Positions are kept: "" stands for an unusable item, that is, an empty string, a missing value, a word for a missing
+    value such as "nan", or a value that is not text. A cell without any usable caption gives [].
     """
     cell = read_list(cell)
     values: Iterable[object] = cell if isinstance(cell, (list, tuple)) else [cell]
@@ -99,22 +98,19 @@ def clean_captions(cell: object) -> list[str]:
 
 
 def usable(captions: Iterable[str]) -> list[str]:
-    """Return captions without the empty places between them."""
+    """Return the captions that are not empty."""
     return [caption for caption in captions if caption]
 
 
 def paired(first: Sequence[object], second: Sequence[object]) -> list[int] | None:
-    """Return the places where the captions of a row in two languages correspond: those where neither is empty.
-
-    Languages with unequal numbers of places do not correspond: None.
-    """
+    """Return the positions at which a row has a caption in both languages; None if the numbers of captions differ."""
     if len(first) != len(second):
         return None
     return [place for place, captions in enumerate(zip(first, second, strict=True)) if all(captions)]
 
 
 def _caption(value: object) -> str:
-    """Return a value as a caption, "" if it is none."""
+    """Return a value as a clean caption; "" if it is not text or stands for a missing value."""
     caption = normalize(value) if isinstance(value, str) else ""
     return "" if caption.lower() in _MISSING else caption
 

@@ -13,7 +13,7 @@ def has_particle(template: str) -> bool:
 
 
 def spelt_out(template: str) -> str:
-    """Return a template whose particles are spelt out for any name: {label:을/를} becomes {label}을(를)."""
+    """Return a template with both forms of each particle, for any name: {label:을/를} becomes {label}을(를)."""
 
     def both(slot: re.Match[str]) -> str:
         value, colon, pair = slot[1].rpartition(":")
@@ -29,7 +29,7 @@ def fill(template: str, label: str, **others: str) -> str:
     and `{이/가}` for the particle that fits what stands before it.
 
     Raises:
-        ValueError: the template has no slot for `label`, or one that is neither a value nor a known particle.
+        ValueError: the template has no slot for `label`, or a slot that is neither a value nor a known particle.
     """
     values = {**others, "": label, "label": label}
     slots = [(slot, *slot[1].partition(":")[::2]) for slot in _SLOT.finditer(template)]

@@ -1,11 +1,12 @@
 """Train a byte-level BPE in CLIP's layout; load and check any tokenizer."""
 
+import itertools
 import json
 import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -20,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from koclip.config import ConfigError
+from koclip.config import ConfigError, TokenizerConfig
 from koclip.text.cleaning import cleaning
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -30,11 +31,12 @@ _EVERY_BYTE += [chr(code) for code in range(0x800, 0x10000, 0x800) if not 0xD800
 _EVERY_BYTE += [chr(code) for code in (0x10000, 0x40000, 0x80000, 0xC0000, 0x100000)]
 _KOREAN = ("고양이가 창가에 앉아 밖을 보고 있다", "빨간 자전거 한 대가 나무 옆에 서 있는 사진")
 _SYLLABLES, _JAMO = re.compile("[가-힣]+"), re.compile("[\u1100-\u11ff]")  # in NFC; in NFD
-# Encoders that count a text's positions from their padding token's id on: with another one, every position is wrong.
+# Encoders that count positions from the id of their padding token: with another id, every position is wrong.
 COUNT_FROM_PADDING = (
     *("roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm", "xlm-roberta-xl", "data2vec-text"),
 )
-_MOST_LOST = 0.5  # of a script's letters; the right tokenizer loses next to none, a wrong one nearly all
+_NUM_PROBES = 300  # captions that a tokenizer is tried on
+_MOST_LOST = 0.5  # of the letters of a script; the right tokenizer loses next to none, a wrong tokenizer nearly all
 _RARE = 0.1  # of all letters; Hanja in Korean captions may be unknown
 
 
@@ -42,7 +44,7 @@ def train_bpe(captions: Iterable[str], vocab_size: int, max_tokens: int) -> PreT
     """Train a byte-level BPE on `captions`; its vocabulary, merges and rules are those of a `CLIPTokenizer`.
 
     The vocabulary holds at most `vocab_size` entries: 256 bytes, 256 word-final bytes, merges, two special tokens.
-    All 512 byte symbols are always present. `tokenizers` keeps only those it saw; a missing one would become the
+    All 512 byte symbols are always present. `tokenizers` keeps only those it saw; a missing symbol would become the
     unknown token, which in CLIP is the end-of-text token, and CLIP pools the text at the first of those.
     """
     stock = CLIPTokenizer(vocab={BOS: 0, EOS: 1}, merges=[]).backend_tokenizer
@@ -64,22 +66,41 @@ def train_bpe(captions: Iterable[str], vocab_size: int, max_tokens: int) -> PreT
     return cleaning(CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_tokens))
 
 
+def create(
+    config: TokenizerConfig, captions: Iterator[str], encoder: PreTrainedConfig | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that `config` names and try it on some captions; without a name, train one on them.
+
+    Args:
+        config: Path, or sizes of a new tokenizer.
+        captions: Of the training data; as many are read as are needed.
+        encoder: Configuration of the text encoder that the tokenizer belongs to; default: CLIP's own.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    if config.path is not None:
+        return load(config.path, config.max_tokens, encoder, list(itertools.islice(captions, _NUM_PROBES)))
+    return train_bpe(itertools.islice(captions, config.train_captions), config.vocab_size, config.max_tokens)
+
+
 def load(
     path: str, max_tokens: int, config: PreTrainedConfig | None = None, probes: Sequence[str] | None = None
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in directory or Hub repository `path` and make sure that a text tower can rely on it.
+    """Load the tokenizer in directory or Hub repository `path`, and check that a text tower can use it.
 
-    It gives a text the ids of the clean text (see `cleaning`), and so do its saved files. Padding and truncation that
-    an earlier call left in tokenizer.json are dropped, with a warning.
+    The tokenizer cleans its texts (see `cleaning`), and so do its saved files. Padding and truncation that an earlier
+    call left in tokenizer.json are removed, with a warning.
 
     Args:
-        path: Where it is.
-        max_tokens: The longest text, in tokens.
-        config: The text encoder's; default: a CLIP text tower that is made for this tokenizer.
-        probes: Captions in the language of the data, to be tried, or none; default: Korean ones for an encoder.
+        path: Directory or Hub id.
+        max_tokens: Length of the longest text, in tokens; longer texts are cut.
+        config: Configuration of the text encoder. Default: a CLIP text tower built for this tokenizer.
+        probes: Captions in the language of the data, to test the tokenizer with. Default: Korean captions if there is a
+            text encoder, else none.
 
     Raises:
-        ConfigError: there is none, or `check` finds a defect.
+        ConfigError: no tokenizer is there, or `check` finds a defect.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -99,20 +120,21 @@ def check(
     config: PreTrainedConfig | None = None,
     probes: Sequence[str] | None = None,
 ) -> None:
-    """Make sure that a text tower can rely on `tokenizer`: nothing else would say so, the embeddings would be noise.
+    """Check that a text tower can use `tokenizer`. A wrong tokenizer gives no error later, only useless embeddings.
 
     A CLIP text tower reads the embedding at the first end token, any other encoder (that of `config`) at the first
-    token. See `load` for the arguments.
+    token. The arguments are those of `load`.
 
     Raises:
-        ConfigError: it is a slow one; it pads or cuts on the left; it takes the Hangul of `probes` apart or loses
-            their letters; it has no padding token; for CLIP: it has no end token or puts one anywhere but at the end;
-            for an encoder: its ids are not those of `config`, its padding token's where positions are counted from
-            it, or its texts do not begin with the cls token.
+        ConfigError: the tokenizer is slow (not a `PreTrainedTokenizerFast`); it pads or cuts on the left; it splits the
+            Hangul syllables of `probes` into letters, or loses letters; it has no padding token. For CLIP: it has no
+            end token, or an end token before the end. For another encoder: its special ids differ from those in
+            `config` (the padding id counts only for encoders that count positions from it), or its texts do not begin
+            with the cls token.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(
-            f"tokenizer {path!r} is a {type(tokenizer).__name__}, a slow one; koclip needs one with a tokenizer.json: "
+            f"tokenizer {path!r} is a {type(tokenizer).__name__}, which is slow; koclip needs a tokenizer.json: "
             "convert it (KoBERT: koclip.text.kobert.convert) or take another encoder"
         )
     for side, what in (("padding_side", "pads"), ("truncation_side", "cuts long texts")):
@@ -176,15 +198,15 @@ def _check_hangul(tokenizer: PreTrainedTokenizerBase, path: str, probe: str) -> 
 
 
 def _check_letters(tokenizer: PreTrainedTokenizerBase, path: str, probes: Sequence[str]) -> None:
-    """Look at each script alone: English captions would hide that the Korean ones are lost."""
-    found: list[tuple[Counter[str], Counter[str], str]] = [(*_letters(tokenizer, probe), probe) for probe in probes]
+    """Check each script alone: English captions would hide the loss of Korean letters."""
+    counted: list[tuple[Counter[str], Counter[str], str]] = [(*_letters(tokenizer, probe), probe) for probe in probes]
     there, lost = Counter[str](), Counter[str]()
-    for ours, missing, _ in found:
-        there, lost = there + ours, lost + missing
+    for letters, missing, _ in counted:
+        there, lost = there + letters, lost + missing
     for script, count in there.items():
         if count < _RARE * there.total() or lost[script] <= _MOST_LOST * count:
             continue
-        worst = max(found, key=lambda one: one[1][script])[2]
+        worst = max(counted, key=lambda row: row[1][script])[2]
         tokens = tokenizer.convert_ids_to_tokens(tokenizer(worst)["input_ids"])
         raise ConfigError(
             f"tokenizer {path!r} loses {lost[script] / count:.0%} of the {script} letters of {len(probes)} captions, "
@@ -196,11 +218,11 @@ def _check_letters(tokenizer: PreTrainedTokenizerBase, path: str, probes: Sequen
 
 
 def _letters(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[Counter[str], Counter[str]]:
-    """Count a text's letters and digits by script: all, and those that do not come back from its ids in any case."""
+    """Count the letters and digits of a text by script: all, and those that decoding its ids does not return."""
     back = str(tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True))
     there, kept = (
-        Counter(filter(str.isalnum, unicodedata.normalize("NFKD", one).casefold()))  # NFKD: without marks
-        for one in (text, back)
+        Counter(filter(str.isalnum, unicodedata.normalize("NFKD", each).casefold()))  # NFKD: without marks
+        for each in (text, back)
     )
     scripts = [
         Counter(unicodedata.name(letter, "unknown").split()[0] for letter in letters.elements())
@@ -215,17 +237,17 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, path: str, config: PreTrained
             raise ConfigError(f"tokenizer {path!r} has no {name}, which a text encoder needs: set it and save again")
     sep = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
     counts = config.model_type in COUNT_FROM_PADDING  # else `koclip.align.build` takes the tokenizer's padding token
-    for token, ours, name in (
+    for token, given, name in (
         *((("pad", tokenizer.pad_token_id, "pad_token_id"),) if counts else ()),
         ("cls", tokenizer.cls_token_id, "bos_token_id"),
         ("sep", sep, "eos_token_id"),
     ):
-        theirs = getattr(config, name, None)
-        if ours != theirs and (token == "pad" or None not in (ours, theirs)):
+        expected = getattr(config, name, None)
+        if given != expected and (token == "pad" or None not in (given, expected)):
             raise ConfigError(
-                f"tokenizer {path!r}: its {token} token has id {ours}, the {config.model_type} encoder's config.json "
-                f"says {name} {theirs}; expected the same. Take the tokenizer that the encoder was trained with, or "
-                "correct the wrong one"
+                f"tokenizer {path!r}: its {token} token has id {given}, the {config.model_type} encoder's config.json "
+                f"says {name} {expected}; expected the same. Take the tokenizer that the encoder was trained with, or "
+                "correct the wrong id"
                 + (f" (a {config.model_type} counts its positions from pad_token_id)" if token == "pad" else "")
             )
     largest = max(tokenizer.get_vocab().values())

@@ -1,7 +1,7 @@
 """The training loop, what comes right before it, and what keeps it exact and healthy."""
 
 from koclip.training.health import DivergedError, Event
-from koclip.training.loop import Trainer, progress_text, steps
+from koclip.training.loop import TrainState, progress_text, steps
 from koclip.training.setup import prepare, release, start
 from koclip.training.signals import StopRequest
 from koclip.training.survey import survey
@@ -10,7 +10,7 @@ __all__ = [
     "DivergedError",
     "Event",
     "StopRequest",
-    "Trainer",
+    "TrainState",
     "prepare",
     "progress_text",
     "release",

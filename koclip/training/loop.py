@@ -18,8 +18,8 @@ from torch.optim.swa_utils import AveragedModel
 from koclip import distributed
 from koclip.data.batches import Batch
 from koclip.losses import Loss, LossFn
-from koclip.models import StockModel
 from koclip.models.dual_encoder import DualEncoder
+from koclip.models.stock import StockModel
 from koclip.training import grad_cache
 from koclip.training.health import Health
 
@@ -27,7 +27,7 @@ _MEANS = ("loss", "accuracy", "grad_norm")
 
 
 @dataclass
-class Trainer:
+class TrainState:
     """What a step changes. `model` and `optimizer` are as `accelerator.prepare` returned them."""
 
     accelerator: Accelerator
@@ -74,16 +74,16 @@ def ema_of(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def steps(
-    trainer: Trainer, batches: Iterator[Batch], start_step: int, num_steps: int, log_every: int
+    state: TrainState, batches: Iterator[Batch], start_step: int, num_steps: int, log_every: int
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Train from `start_step` to `num_steps` and yield (step, stats) after every step.
 
     Stats are empty but every `log_every` steps and at the end, when they hold means over the steps since the last
-    ones and over all processes. What went wrong in a step is in `trainer.health`.
+    ones and over all processes. What went wrong in a step is in `state.health`.
 
     Args:
-        trainer: What a step changes.
-        batches: Pieces of batches, `trainer.num_pieces` to a step.
+        state: What a step changes.
+        batches: Pieces of batches, `state.num_pieces` to a step.
         start_step: Steps already done.
         num_steps: Steps in all.
         log_every: Steps between two stats.
@@ -92,19 +92,19 @@ def steps(
         DivergedError: too many steps in a row had no finite loss and gradient; none of them changed the model.
     """
     window = _Window()
-    trainer.model.train()
+    state.model.train()
     for step in range(start_step + 1, num_steps + 1):
         began = time.perf_counter()
-        pieces = list(itertools.islice(batches, trainer.num_pieces))
+        pieces = list(itertools.islice(batches, state.num_pieces))
         window.waited += time.perf_counter() - began
-        window.add(pieces, _step(trainer, step, pieces))
+        window.add(pieces, _step(state, step, pieces))
         if step % log_every == 0 or step == num_steps:
-            yield step, window.summarize(trainer)
+            yield step, window.summarize(state)
             window = _Window()
-            trainer.model.train()  # an evaluation may have come between
+            state.model.train()  # an evaluation may have come between
         else:
             yield step, {}
-        trainer.health.stop_if_diverged()
+        state.health.stop_if_diverged()
 
 
 def progress_text(stats: dict[str, float]) -> str:
@@ -115,46 +115,46 @@ def progress_text(stats: dict[str, float]) -> str:
     )
 
 
-def _step(trainer: Trainer, step: int, pieces: Sequence[Batch]) -> dict[str, float]:
+def _step(state: TrainState, step: int, pieces: Sequence[Batch]) -> dict[str, float]:
     """Do one optimizer step, unless its loss or gradient is not finite; return the step's numbers."""
-    statistics = [one for one in trainer.dual_encoder.model.buffers() if one.is_floating_point()]  # of batch norms
+    statistics = [one for one in state.dual_encoder.model.buffers() if one.is_floating_point()]  # of batch norms
     kept = [one.clone() for one in statistics]
-    loss = _backward(trainer, pieces)
-    max_norm = trainer.max_grad_norm or float("inf")
-    norm = trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), max_norm)
-    numbers = _numbers(trainer, loss, torch.as_tensor(norm))
+    loss = _backward(state, pieces)
+    max_norm = state.max_grad_norm or float("inf")
+    norm = state.accelerator.clip_grad_norm_(state.model.parameters(), max_norm)
+    numbers = _numbers(state, loss, torch.as_tensor(norm))
     keys = [key for piece in pieces for key in piece.keys]
-    scaler = trainer.accelerator.scaler
+    scaler = state.accelerator.scaler
     scale = None if scaler is None else scaler.get_scale()
-    good = trainer.health.judge(step, numbers["loss"], numbers["grad_norm"], keys, scale)
+    good = state.health.judge(step, numbers["loss"], numbers["grad_norm"], keys, scale)
     if good or scaler is not None:  # the scaler skips what is not finite by itself, and learns from it
-        trainer.optimizer.step()
-    trainer.scheduler.step()
-    trainer.optimizer.zero_grad()
-    trainer.dual_encoder.clamp_logit_scale()
-    if good and trainer.ema is not None:
-        trainer.ema.update_parameters(trainer.dual_encoder)
+        state.optimizer.step()
+    state.scheduler.step()
+    state.optimizer.zero_grad()
+    state.dual_encoder.clamp_logit_scale()
+    if good and state.ema is not None:
+        state.ema.update_parameters(state.dual_encoder)
     if not good:
         for buffer, before in zip(statistics, kept, strict=True):
             buffer.copy_(before)
     return numbers
 
 
-def _backward(trainer: Trainer, pieces: Sequence[Batch]) -> Loss:
+def _backward(state: TrainState, pieces: Sequence[Batch]) -> Loss:
     """Accumulate the gradient of the loss over the batch that the pieces make up."""
-    accelerator = trainer.accelerator
+    accelerator = state.accelerator
     if len(pieces) > 1:
-        return grad_cache.backward(accelerator, trainer.model, trainer.dual_encoder, trainer.loss, pieces)
+        return grad_cache.backward(accelerator, state.model, state.dual_encoder, state.loss, pieces)
     batch = pieces[0].to(accelerator.device)
-    loss = trainer.loss(trainer.model(**batch.inputs), *batch.targets)
+    loss = state.loss(state.model(**batch.inputs), *batch.targets)
     accelerator.backward(loss.value)
     return Loss(loss.value.detach(), loss.accuracy)
 
 
-def _numbers(trainer: Trainer, loss: Loss, norm: torch.Tensor) -> dict[str, float]:
+def _numbers(state: TrainState, loss: Loss, norm: torch.Tensor) -> dict[str, float]:
     """Return a step's numbers, means over the processes, so that all of these judge the step alike."""
     numbers = torch.stack([one.float().to(loss.value.device) for one in (*loss, norm)]).tolist()
-    return distributed.mean(dict(zip(_MEANS, numbers, strict=True)), trainer.accelerator.device)
+    return distributed.mean(dict(zip(_MEANS, numbers, strict=True)), state.accelerator.device)
 
 
 def _memory(device: torch.device) -> float:
@@ -185,10 +185,10 @@ class _Window:
             self.padding += piece.padding_share
             self.skipped += len(piece.skipped)
 
-    def summarize(self, trainer: Trainer) -> dict[str, float]:
+    def summarize(self, state: TrainState) -> dict[str, float]:
         """Return the stats; losses and gradient norms of steps that were skipped do not count."""
         seconds = time.perf_counter() - self.began
-        device = trainer.accelerator.device
+        device = state.accelerator.device
         local = {
             "data_wait_share": self.waited / seconds,
             "padding_share": self.padding / self.num_pieces,
@@ -205,8 +205,8 @@ class _Window:
             means
             | stats
             | {
-                "bad_steps": float(trainer.health.counts.bad_steps),
-                "logit_scale": trainer.dual_encoder.logit_scale(),
-                "lr": float(max(trainer.scheduler.get_last_lr())),
+                "bad_steps": float(state.health.counts.bad_steps),
+                "logit_scale": state.dual_encoder.logit_scale(),
+                "lr": float(max(state.scheduler.get_last_lr())),
             }
         )

@@ -1,21 +1,20 @@
 """Before the first step: the accelerator, and what a step changes."""
 
 import dataclasses
-from collections.abc import Mapping
 
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from koclip.config import ConfigError, DistillConfig, LossConfig, OptimConfig, Stage, TrainConfig
+from koclip.config import AlignConfig, ConfigError, OptimConfig, PretrainConfig, Stage, TrainConfig
 from koclip.data.order import Shard
 from koclip.losses import build
 from koclip.models.dual_encoder import DualEncoder
 from koclip.models.fast import speed_up
-from koclip.optim import adamw, warmup_cosine
+from koclip.optim import adamw, layer_rates, warmup_cosine
 from koclip.training.health import Health
-from koclip.training.loop import Trainer, ema_of
+from koclip.training.loop import TrainState, ema_of
 
 
 def start(config: TrainConfig) -> Accelerator:
@@ -44,47 +43,39 @@ def start(config: TrainConfig) -> Accelerator:
 
 def prepare(
     accelerator: Accelerator,
-    model: DualEncoder,
-    loss: LossConfig,
-    optim: OptimConfig,
-    train: TrainConfig,
+    dual_encoder: DualEncoder,
+    config: PretrainConfig | AlignConfig,
     stage: Stage | None = None,
-    distill: DistillConfig | None = None,
-    rates: Mapping[str, float] | None = None,
-) -> Trainer:
+) -> TrainState:
     """Put the model on its device, wrap it for distributed training and build its optimizer.
 
     Args:
         accelerator: As `start` returned it.
-        model: The dual encoder.
-        loss: The contrastive loss.
-        optim: The optimizer; `stage` has a learning rate of its own.
-        train: The run.
-        stage: The part of the run that this trainer is for; default: all of it, with images and without a teacher.
-        distill: What the teacher adds in a stage that has one.
-        rates: Learning rates of parameters by name, as shares of the peak.
+        dual_encoder: The model.
+        config: The run's sections `loss`, `optim` and `train`.
+        stage: The part of the run to train; default: the first.
 
     Raises:
         ConfigError: an average of sharded weights was asked for, or micro-batches of DeepSpeed.
     """
-    stage = stage or Stage("train", 0, train.num_steps, optim.lr, images=True, taught=False, trains_image=True)
+    stage, train = stage or config.stages[0], config.train
     if _sharded(accelerator, train, stage):
-        model.lift_scalars()
-    speed_up(model.model, accelerator.device)
-    model.to(accelerator.device)
-    ema = ema_of(model, train.ema_decay) if train.ema_decay else None
-    optim = dataclasses.replace(optim, lr=stage.lr)
-    optimizer = adamw(model, optim, rates)
-    compiled = torch.compile(model) if train.compile else model
+        dual_encoder.lift_scalars()
+    speed_up(dual_encoder.model, accelerator.device)
+    dual_encoder.to(accelerator.device)
+    ema = ema_of(dual_encoder, train.ema_decay) if train.ema_decay else None
+    optim = dataclasses.replace(config.optim, lr=stage.lr)
+    optimizer = adamw(dual_encoder, optim, layer_rates(dual_encoder, stage.layer_decay))
+    compiled = torch.compile(dual_encoder) if train.compile else dual_encoder
     _configure_deepspeed(accelerator, train, optim)
     wrapped, wrapped_optimizer = accelerator.prepare(compiled, optimizer)
-    return Trainer(
+    return TrainState(
         accelerator=accelerator,
         model=wrapped,
         dual_encoder=accelerator.unwrap_model(wrapped, keep_torch_compile=False),
         optimizer=wrapped_optimizer,
         scheduler=warmup_cosine(optimizer, optim, stage.end, stage.start),
-        loss=build(loss, distill if stage.taught else None, stage.images),
+        loss=build(config.loss, stage.distill, stage.images),
         max_grad_norm=optim.max_grad_norm,
         num_pieces=len(Shard(train.batch_size, micro_batch_size=train.micro_batch_size).pieces),
         health=Health(train.max_bad_steps, train.spike_sigmas),
@@ -117,9 +108,9 @@ def _sharded(accelerator: Accelerator, train: TrainConfig, stage: Stage) -> bool
     return sharded
 
 
-def release(trainer: Trainer) -> DualEncoder:
+def release(state: TrainState) -> DualEncoder:
     """Return the model of a stage that is over, out of its wrappers, for the next one to prepare."""
-    trainer.accelerator.free_memory()
-    plain: DualEncoder = trainer.accelerator.unwrap_model(trainer.model, False, keep_torch_compile=False)
+    state.accelerator.free_memory()
+    plain: DualEncoder = state.accelerator.unwrap_model(state.model, False, keep_torch_compile=False)
     plain.zero_grad(set_to_none=True)
     return plain

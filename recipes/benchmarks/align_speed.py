@@ -46,12 +46,12 @@ from transformers import BertTokenizer, CLIPModel, RobertaConfig, RobertaModel
 
 from koclip import training
 from koclip.align.build import adapt
-from koclip.align.trainable import select
+from koclip.align.trainable import set_trainable
 from koclip.config import AlignConfig, DataConfig, ModelConfig, OptimConfig, SourceConfig, SwapConfig, TrainConfig
 from koclip.data.batches import Assembler, Batch, Precomputed
 from koclip.data.loader import train_loader
 from koclip.data.order import Shard
-from koclip.data.transforms import Views, centre_view, digest_of, view_size
+from koclip.data.transforms import digest_of, view_size, views_for
 from koclip.embeddings.sources import Cache, image_features
 from koclip.encoders.transformers import TransformersEncoder
 from koclip.metrics import first_ranks, share
@@ -145,18 +145,18 @@ class Koclip:
         encoder = load_text_encoder(str(start.encoder))
         tokenizer = load(str(start.encoder), CONTEXT, encoder.config)
         self.model, self.processor = adapt(config.model, start.clip, encoder, start.image_processor, tokenizer)
-        self._views = Views(config.data, view_size(start.image_processor), centre_view(start.image_processor))
+        self._views = views_for(config.data, start.image_processor)
 
     def prepare(self) -> None:
         """Make the cache of image features and all that a step needs."""
         config, dual_encoder = self._config, DualEncoder(self.model, self.processor)
         (stage,) = config.stages
         accelerator = training.start(config.train)
-        select(dual_encoder, config, stage, self._clip)
+        set_trainable(dual_encoder, config, stage, self._clip)
         self.features = image_features(
             accelerator, dual_encoder, config.data, self._views, Cache(self._cache, config.align.cache_dtype)
         )
-        self.trainer = training.prepare(accelerator, dual_encoder, config.loss, config.optim, config.train, stage)
+        self.trainer = training.prepare(accelerator, dual_encoder, config)
         known = Precomputed(images=self.features)
         assembler = Assembler(config.data, self.processor.tokenizer, self._views, known)
         batches = train_loader(assembler, Shard(config.train.batch_size))

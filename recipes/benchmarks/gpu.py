@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel
 
 from koclip import training
-from koclip.config import LossConfig, ModelConfig, OptimConfig, TrainConfig
+from koclip.config import ModelConfig, OptimConfig, PretrainConfig, TrainConfig
 from koclip.data.batches import Batch
 from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.text.tokenizers import train_bpe
@@ -44,7 +44,11 @@ class Measured(NamedTuple):
 
 def koclip_step(model: CLIPModel, processor: object, batch: Sequence[Batch], train: TrainConfig) -> Callable[[], None]:
     """Return the recipe's step."""
-    trainer = training.prepare(training.start(train), DualEncoder(model, processor), LossConfig(), OPTIM, train)  # type: ignore[arg-type]
+    trainer = training.prepare(
+        training.start(train),
+        DualEncoder(model, processor),  # type: ignore[arg-type]
+        PretrainConfig(optim=OPTIM, train=train),
+    )
     endless = (piece for _ in range(MANY) for piece in batch)
     steps = training.steps(trainer, endless, 0, MANY, MANY)
     return lambda: (next(steps), None)[1]

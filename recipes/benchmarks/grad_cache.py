@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
 from koclip import training
-from koclip.config import LossConfig, ModelConfig, OptimConfig, TrainConfig
+from koclip.config import ModelConfig, OptimConfig, PretrainConfig, TrainConfig
 from koclip.data.batches import Batch
 from koclip.models.dual_encoder import DualEncoder
 from koclip.text.tokenizers import train_bpe
@@ -85,7 +85,7 @@ def koclip_step(count: int, micro_batch_size: int | None, size: int) -> dict[str
     model, processor = build()
     train = TrainConfig(num_steps=1, batch_size=count, micro_batch_size=micro_batch_size, tracker="none")
     dual_encoder = DualEncoder(model, processor)
-    trainer = training.prepare(training.start(train), dual_encoder, LossConfig(), OPTIM, train)
+    trainer = training.prepare(training.start(train), dual_encoder, PretrainConfig(optim=OPTIM, train=train))
     gradients: dict[str, Tensor] = {}
 
     def keep(*_: object) -> None:

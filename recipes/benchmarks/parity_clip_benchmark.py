@@ -28,7 +28,7 @@ from koclip.config import EvalSetConfig, SourceConfig
 from koclip.data.sources import Row
 from koclip.encoders import Encoder
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.images import Pictures
+from koclip.evaluation.images import Images
 from koclip.evaluation.sets import EvalSet, open_set
 from koclip.evaluation.tasks import retrieval, zero_shot
 from koclip.metrics import KS, Metric
@@ -138,7 +138,7 @@ def real_pairs(model: str, data: str, column: str, max_images: int) -> Pairs:
     captions = eval_set.texts("ko")
     texts = list(dict.fromkeys(text for own in captions for text in own))
     embedded = embedder.texts(texts)
-    return Pairs(embedder.images(eval_set.pictures), dict(zip(texts, embedded, strict=True)), captions)
+    return Pairs(embedder.images(eval_set.images), dict(zip(texts, embedded, strict=True)), captions)
 
 
 def first_captions(pairs: Pairs) -> Pairs:
@@ -185,7 +185,7 @@ def _eval_set(
     labels: Sequence[int] = (),
 ) -> EvalSet:
     rows = [Row(b"", own, str(number)) for number, own in enumerate(captions)]
-    return EvalSet("given", config, Pictures(rows), captions, {}, classes=list(classes), labels=list(labels))
+    return EvalSet("given", config, Images(rows), captions, {}, classes=list(classes), labels=list(labels))
 
 
 def _values(metrics: dict[str, Metric], names: Sequence[str]) -> Numbers:

@@ -22,7 +22,7 @@ from open_clip_weights import to_open_clip
 from pairs import CONTEXT, real_pairs, record
 
 from koclip import training
-from koclip.config import DataConfig, LossConfig, ModelConfig, OptimConfig, SourceConfig, TrainConfig
+from koclip.config import DataConfig, LossConfig, ModelConfig, OptimConfig, PretrainConfig, SourceConfig, TrainConfig
 from koclip.data.batches import Batch
 from koclip.data.loader import training_captions
 from koclip.models.dual_encoder import DualEncoder
@@ -67,7 +67,7 @@ def koclip_losses(model: DualEncoder, optim: OptimConfig, batches: Sequence[Batc
     train = TrainConfig(num_steps=len(batches), log_every=1, tracker="none")
     accelerator = training.start(train)
     loss = LossConfig(name="infonce", duplicates="negatives")
-    trainer = training.prepare(accelerator, model, loss, optim, train)
+    trainer = training.prepare(accelerator, model, PretrainConfig(loss=loss, optim=optim, train=train))
     return [stats["loss"] for _, stats in training.steps(trainer, iter(batches), 0, len(batches), log_every=1)]
 
 

@@ -38,7 +38,7 @@ from ratios import hardware, spread
 from transformers import CLIPModel, CLIPProcessor, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from koclip import training
-from koclip.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from koclip.config import DataConfig, ModelConfig, OptimConfig, PretrainConfig, TrainConfig
 from koclip.data.batches import Batch
 from koclip.data.loader import training_captions
 from koclip.models.dual_encoder import DualEncoder
@@ -55,7 +55,7 @@ Seconds = dict[str, list[float]]  # per loop, per round
 def koclip_loop(model: CLIPModel, processor: CLIPProcessor, batches: Sequence[Batch], train: TrainConfig) -> Loop:
     """Return the recipe's loop over `batches`."""
     accelerator = training.start(train)
-    trainer = training.prepare(accelerator, DualEncoder(model, processor), LossConfig(), OPTIM, train)
+    trainer = training.prepare(accelerator, DualEncoder(model, processor), PretrainConfig(optim=OPTIM, train=train))
     steps = training.steps(trainer, itertools.cycle(batches), 0, train.num_steps, train.log_every)
     return lambda: list(itertools.islice(steps, len(batches)))
 

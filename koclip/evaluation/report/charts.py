@@ -1,74 +1,79 @@
-"""Pictures of one model's metrics on one data set: bars and curves with 95 % intervals."""
+"""Charts of a model's numbers on a data set, with 95 % intervals; and the style of all pictures."""
 
-import re
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import matplotlib
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 
-from koclip.evaluation.report.drawing import FEWER, GREY, MORE_COLOURS, colour, percents, whiskers
-from koclip.evaluation.report.table import percent, split
+from koclip.evaluation.report.table import percent
+from koclip.evaluation.results import Record
 from koclip.metrics import KS, Metric
 from koclip.text.korean.stress import STRESSES
 
-_EXAMPLE = "고양이가 논다"  # what a rewrite does is shown on it
+COLOURS = {"ko": "#2f6db5", "en": "#d9822b"}
+OTHER_COLOUR = "#4b9b6e"
+MORE_COLOURS = ("#7a4fa3", "#2a9d8f", "#8c6d46", "#c0507e", "#5b6470", "#9aa62b")  # of what is no language
+GREY = "#c9ced6"
+FEWER = "#b5432f"  # a number that is worse, and its interval excludes 0
+_DPI = 110
+_EXAMPLE = "고양이가 논다"  # rewrites are shown on it
 _INVISIBLE = "nfd"  # a rewrite that cannot be seen
 
 
-@dataclass(frozen=True)
-class Numbers:
-    """One model's metrics on one data set, by language and <task>/<metric>; template texts by language."""
+class Numbers(NamedTuple):
+    """What a chart is drawn from: a model's records on a data set, and the text of the templates by language."""
 
     name: str
-    metrics: dict[str, dict[str, Metric]]
+    records: Sequence[Record]  # those whose specs name the chart
     templates: Mapping[str, Sequence[str]]
 
-    def family(self, language: str, pattern: str) -> dict[str, Metric]:
-        """Return the metrics that a pattern fits, by what it catches."""
-        found = self.metrics.get(language, {}).items()
-        return {match[1]: metric for key, metric in found if (match := re.fullmatch(pattern, key))}
+    def of(self, part: str, language: str | None = None, **params: str | int) -> list[Record]:
+        """Return the records of a part of the chart, in a language, with these params."""
+        return [
+            record
+            for record in self.records
+            if record.spec.chart[1] == part
+            and language in (None, record.language)
+            and all(record.params[name] == value for name, value in params.items())
+        ]
 
-    def having(self, pattern: str) -> list[str]:
-        """Return the languages that have such metrics."""
-        return [language for language in self.metrics if self.family(language, pattern)]
-
-
-def numbers_of(
-    data: str, metrics: Mapping[str, Metric], templates: Mapping[str, Mapping[str, Sequence[str]]]
-) -> Numbers:
-    """Return what a model's metrics say of one data set."""
-    found: dict[str, dict[str, Metric]] = {}
-    for name, metric in metrics.items():
-        owner, language, key = split(name)
-        if owner == data:
-            found.setdefault(language, {})[key] = metric
-    return Numbers(data, found, templates.get(data, {}))
+    def languages(self, *parts: str) -> list[str]:
+        """Return the languages that have records of these parts, or of any part."""
+        some = [record for record in self.records if not parts or record.spec.chart[1] in parts]
+        return list(dict.fromkeys(record.language for record in some))
 
 
-def charts(numbers: Numbers) -> Iterator[tuple[str, Figure]]:
-    """Yield the pictures that the metrics allow, by kind."""
-    for kind, draw in _CHARTS.items():
-        figure = draw(numbers)
+def charts(
+    dataset: str, records: Sequence[Record], templates: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[str, Figure]]:
+    """Yield the charts that a model's records on a data set allow, by kind."""
+    own = [record for record in records if record.dataset == dataset and record.spec.chart[0]]
+    for kind in dict.fromkeys([*_CHARTS, *(record.spec.chart[0] for record in own)]):
+        numbers = Numbers(dataset, [record for record in own if record.spec.chart[0] == kind], templates)
+        draw = _CHARTS.get(kind)
+        figure = (draw(numbers) if draw else _plain(numbers, kind)) if numbers.records else None
         if figure is not None:
             yield kind, figure
 
 
-def recalls(numbers: Numbers) -> Figure | None:
+def _recalls(numbers: Numbers) -> Figure:
     """Draw recall at 1, 5 and 10 in both directions."""
-    directions = {"text_to_image": "text to image", "image_to_text": "image to text"}
-    shown = [one for one in directions if numbers.having(rf"({one})/recall@\d+")]
-    if not shown:
-        return None
-    figure = Figure(figsize=(4.2 * len(shown), 3.6), layout="constrained")
-    for axis, direction in zip(figure.subplots(1, len(shown), squeeze=False, sharey=True)[0], shown, strict=True):
-        languages = numbers.having(rf"({direction})/recall@\d+")
+    directions = list(dict.fromkeys(str(record.params["direction"]) for record in numbers.records))
+    figure = Figure(figsize=(4.2 * len(directions), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(directions), squeeze=False, sharey=True)[0]
+    for axis, direction in zip(axes, directions, strict=True):
+        languages = list(dict.fromkeys(record.language for record in numbers.of("", direction=direction)))
         width = 0.8 / len(languages)
         for number, language in enumerate(languages):
-            found = numbers.family(language, rf"{direction}/recall@(\d+)")
+            recalls = {record.params["k"]: record for record in numbers.of("", language, direction=direction)}
             places = [place + (number - (len(languages) - 1) / 2) * width for place in range(len(KS))]
-            _bars(axis, places, [found[str(k)] for k in KS], width, language)
-        axis.set(title=directions[direction], xticks=range(len(KS)), xticklabels=[f"R@{k}" for k in KS])
+            _bars(axis, places, [recalls[k] for k in KS], width, language)
+        axis.set(title=direction, xticks=range(len(KS)), xticklabels=[f"R@{k}" for k in KS])
         axis.set(ylim=(0, 109), yticks=range(0, 101, 20))
     figure.axes[0].set_ylabel("%")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
@@ -76,23 +81,18 @@ def recalls(numbers: Numbers) -> Figure | None:
     return figure
 
 
-def templates(numbers: Numbers) -> Figure | None:
+def _templates(numbers: Numbers) -> Figure | None:
     """Draw what each template alone, and all together, gain over the bare name."""
-    pattern = r"zero_shot_template_(\d+)/gain_over_name"
-    languages = numbers.having(pattern)
+    languages = numbers.languages("gain")
     if not languages:
         return None
-    most = max(len(numbers.family(language, pattern)) for language in languages)
+    most = max(len(numbers.of("gain", language)) for language in languages)
     figure = Figure(figsize=(8.0, (0.24 * most + 1.2) * len(languages)), layout="constrained")
     for axis, language in zip(figure.subplots(len(languages), 1, squeeze=False)[:, 0], languages, strict=True):
         texts = numbers.templates.get(language, [])
-        gains = {
-            (texts[int(number)] if int(number) < len(texts) else f"template {number}"): gain
-            for number, gain in numbers.family(language, pattern).items()
-        }
-        bare = numbers.metrics[language].get("zero_shot_name/gain_over_ensemble")
-        ordered = sorted(gains.items(), key=lambda one: one[1].value)
-        if bare:
+        gains: dict[str, Record | Metric] = {record.label(texts): record for record in numbers.of("gain", language)}
+        ordered = sorted(gains.items(), key=lambda gain: gain[1].value)
+        for bare in numbers.of("bare", language):
             low, high = bare.ci95
             ordered.append(("all together", Metric(-bare.value, (-high, -low), bare.n)))
         _points(axis, [name for name, _ in ordered], [gain for _, gain in ordered], language)
@@ -101,29 +101,27 @@ def templates(numbers: Numbers) -> Figure | None:
     return figure
 
 
-def stress(numbers: Numbers) -> Figure | None:
-    """Draw recall by rewritten captions in front of that by the captions themselves, the worst first."""
-    drops = {k: numbers.family("ko", rf"stress_(.+)/drop@{k}") for k in (10, 1)}
-    if not drops[10]:
+def _stress(numbers: Numbers) -> Figure | None:
+    """Draw recall of each rewrite over the recall of the original captions, the worst first."""
+    worst_first = sorted(numbers.of("lost", k=10), key=lambda record: record.value)  # drawn from below
+    order = [str(record.params["rewrite"]) for record in worst_first]
+    if not order:
         return None
-    order = sorted(drops[10], key=lambda name: drops[10][name].value)  # drawn from below
     figure = Figure(figsize=(9.6, 0.44 * len(order) + 1.3), layout="constrained")
-    for axis, (k, lost) in zip(figure.subplots(1, 2, sharey=True), drops.items(), strict=True):
-        kept = numbers.family("ko", rf"stress_(.+)/recall@{k}")
+    for axis, k in zip(figure.subplots(1, 2, sharey=True), (10, 1), strict=True):
+        kept = {record.params["rewrite"]: record for record in numbers.of("kept", k=k)}
+        lost = {record.params["rewrite"]: record for record in numbers.of("lost", k=k)}
         _losses(axis, k, [kept[name] for name in order], [lost[name] for name in order])
     figure.axes[0].set_yticks(range(len(order)), [_rewritten(name) for name in order], linespacing=1.3)
     figure.suptitle(f"{numbers.name}: recall by rewritten Korean captions; red: less, and the interval excludes 0")
     return figure
 
 
-def shifts(numbers: Numbers) -> Figure | None:
+def _shifts(numbers: Numbers) -> Figure | None:
     """Draw accuracy over the severity of corruptions, and on shifted sets next to the set itself."""
-    languages = numbers.having(r"(shift_none)/accuracy")
-    if not languages:
-        return None
-    kinds = {_severities: r"shift_(.+)/accuracy_severity_\d+", _shifted: r"shift_(?!none/)(.+)/accuracy"}
-    drawn = [draw for draw, pattern in kinds.items() if numbers.having(pattern)]
-    if not drawn:
+    languages = numbers.languages("base")
+    drawn = [draw for part, draw in (("severity", _severities), ("shifted", _shifted)) if numbers.of(part)]
+    if not languages or not drawn:
         return None
     figure = Figure(figsize=(4.4 * len(languages) + 0.4, 3.2 * len(drawn) + 0.4), layout="constrained")
     axes = figure.subplots(len(drawn), len(languages), squeeze=False, sharey="row")
@@ -131,29 +129,27 @@ def shifts(numbers: Numbers) -> Figure | None:
         row[0].set_ylabel("accuracy, %")
         for axis, language in zip(row, languages, strict=True):
             draw(axis, numbers, language)
-            axis.axhline(100 * numbers.metrics[language]["shift_none/accuracy"].value, color="grey", linestyle=":")
+            axis.axhline(100 * numbers.of("base", language)[0].value, color="grey", linestyle=":")
         row[0].set_ylim(0, 1.08 * row[0].get_ylim()[1])  # room for numbers
     figure.suptitle(f"{numbers.name}: accuracy under shift")
     return figure
 
 
-def shots(numbers: Numbers) -> Figure | None:
+def _shots(numbers: Numbers) -> Figure | None:
     """Draw the probe on a few images per class against zero-shot accuracy and the probe on all images."""
-    found = numbers.family("images", r"few_shot/accuracy_(\d+)_shots")
-    if not found:
+    few = numbers.of("few")
+    if not few:
         return None
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axis = figure.subplots()
-    counts = [int(count) for count in found]
-    few = list(found.values())
+    counts = [record.params["shots"] for record in few]
     axis.errorbar(counts, percents(few), whiskers(few), marker="o", capsize=3, color="black", label="few-shot probe")
-    lines = {f"zero-shot, {one}": (one, "zero_shot/accuracy") for one in numbers.having("(zero_shot)/accuracy")}
-    lines |= {"linear probe on all images": ("images", "linear_probe/accuracy")}
-    for label, (language, key) in lines.items():
-        metric = numbers.metrics[language].get(key)
-        if metric:
-            axis.axhline(100 * metric.value, color=colour(language), linestyle="--", label=label)
-            axis.axhspan(100 * metric.ci95[0], 100 * metric.ci95[1], color=colour(language), alpha=0.12, linewidth=0)
+    lines = {f"zero-shot, {record.language}": record for record in numbers.of("zero-shot")}
+    on_all_images = [("linear probe on all images", record) for record in numbers.of("all images")]
+    for label, record in [*lines.items(), *on_all_images]:
+        low, high = record.ci95
+        axis.axhline(100 * record.value, color=colour(record.language), linestyle="--", label=label)
+        axis.axhspan(100 * low, 100 * high, color=colour(record.language), alpha=0.12, linewidth=0)
     axis.set_xscale("log", base=2)
     axis.set_xticks(counts, [str(count) for count in counts])
     axis.minorticks_off()
@@ -163,32 +159,47 @@ def shots(numbers: Numbers) -> Figure | None:
     return figure
 
 
+def _plain(numbers: Numbers, kind: str) -> Figure:
+    """Draw bars of all numbers, by label and language: the chart of a task that has no chart of its own."""
+    labels, languages = list(dict.fromkeys(record.label() for record in numbers.records)), numbers.languages()
+    figure = Figure(figsize=(1.6 * len(labels) + 2.4, 3.6), layout="constrained")
+    axis, width = figure.subplots(), 0.8 / len(languages)
+    for number, language in enumerate(languages):
+        own = [record for record in numbers.records if record.language == language]
+        places = [labels.index(record.label()) + (number - (len(languages) - 1) / 2) * width for record in own]
+        _bars(axis, places, own, width, language)
+    axis.set(xticks=range(len(labels)), xticklabels=labels)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle(f"{numbers.name}: {kind}")
+    return figure
+
+
 def _severities(axis: Any, numbers: Numbers, language: str) -> None:
     """Draw a curve for each corruption, starting at the set as it is."""
-    base = numbers.metrics[language]["shift_none/accuracy"]
-    names = list(numbers.family(language, r"shift_(.+)/accuracy_severity_1"))
+    base = numbers.of("base", language)[0]
+    names = list(dict.fromkeys(record.params["name"] for record in numbers.of("severity", language)))
     for number, name in enumerate(names):
-        found = numbers.family(language, rf"shift_{re.escape(name)}/accuracy_severity_(\d+)")
-        metrics = [base, *found.values()]
+        corrupted = numbers.of("severity", language, name=name)
         apart = 0.06 * (number - (len(names) - 1) / 2)  # so that intervals do not hide each other
-        places = [apart, *(int(severity) + apart for severity in found)]
+        places = [apart, *(int(record.params["severity"]) + apart for record in corrupted)]
         options = {"marker": "o", "markersize": 4, "capsize": 2, "color": MORE_COLOURS[number % len(MORE_COLOURS)]}
+        metrics = [base, *corrupted]
         axis.errorbar(places, percents(metrics), whiskers(metrics), label=name, **options)
     axis.set(title=f"{language}: corruptions", xlabel="severity (0: as it is)")
     axis.legend(frameon=False, loc="lower left")
 
 
 def _shifted(axis: Any, numbers: Numbers, language: str) -> None:
-    """Draw a bar for the set itself and for each shifted one."""
-    found = numbers.family(language, r"shift_(.+)/accuracy")
-    names = [numbers.name if name == "none" else name for name in found]
-    _bars(axis, range(len(found)), list(found.values()), 0.6, language)
+    """Draw a bar for the set itself and for each shifted set."""
+    bars = [*numbers.of("base", language), *numbers.of("shifted", language)]
+    names = [record.params["name"] or numbers.name for record in bars]
+    _bars(axis, range(len(bars)), bars, 0.6, language)
     axis.set(title=f"{language}: shifted sets")
-    axis.set_xticks(range(len(found)), names, rotation=20 if len(names) > 4 else 0)
+    axis.set_xticks(range(len(bars)), names, rotation=20 if len(names) > 4 else 0)
 
 
-def _losses(axis: Any, k: int, kept: Sequence[Metric], lost: Sequence[Metric]) -> None:
-    """Draw recall from below in front of that by the captions as they are, with the change in points at its side."""
+def _losses(axis: Any, k: int, kept: Sequence[Record | Metric], lost: Sequence[Record | Metric]) -> None:
+    """Horizontal bars of recall for each rewrite, over the recall of the original captions, labelled with the drop."""
     plain = 100 * (kept[0].value + lost[0].value)
     places = range(len(kept))
     colours = [FEWER if loss.ci95[0] > 0 else colour("ko") for loss in lost]
@@ -199,12 +210,12 @@ def _losses(axis: Any, k: int, kept: Sequence[Metric], lost: Sequence[Metric]) -
     axis.axvline(plain, color="black", linewidth=1)
     end = max(plain, *(value + more for value, more in zip(percents(kept), above, strict=True)), 1.0)
     for place, loss in zip(places, lost, strict=True):
-        value, high, low = (percent(-one) for one in (loss.value, *loss.ci95))
+        value, high, low = (percent(-share) for share in (loss.value, *loss.ci95))
         axis.text(1.06 * end, place, f"{value:+.1f} [{low:+.1f}, {high:+.1f}]", va="center", fontsize=8)
     axis.set(title=f"R@{k}: {plain:.1f} % by the captions as they are", xlabel="%", xlim=(0, 1.65 * end))
 
 
-def _bars(axis: Any, places: Sequence[float], metrics: Sequence[Metric], width: float, language: str) -> None:
+def _bars(axis: Any, places: Sequence[float], metrics: Sequence[Record | Metric], width: float, language: str) -> None:
     """Draw upright bars with intervals and their values."""
     axis.bar(places, percents(metrics), width * 0.92, color=colour(language), label=language)
     axis.errorbar(places, percents(metrics), whiskers(metrics), fmt="none", ecolor="black", elinewidth=1, capsize=2)
@@ -219,7 +230,7 @@ def _bars(axis: Any, places: Sequence[float], metrics: Sequence[Metric], width: 
         )
 
 
-def _points(axis: Any, names: Sequence[str], gains: Sequence[Metric], language: str) -> None:
+def _points(axis: Any, names: Sequence[str], gains: Sequence[Record | Metric], language: str) -> None:
     """Draw differences as dots with intervals around 0; those whose interval holds 0 are pale."""
     for place, gain in enumerate(gains):
         low, high = gain.ci95
@@ -233,15 +244,61 @@ def _points(axis: Any, names: Sequence[str], gains: Sequence[Metric], language: 
 
 
 def _rewritten(name: str) -> str:
-    """Return a rewrite's name and what it does to an example."""
+    """Return the name of a rewrite, and an example of it."""
     example = STRESSES[name](_EXAMPLE, 0) if name in STRESSES and name != _INVISIBLE else _EXAMPLE
     return f"{name}\n{example}" if example != _EXAMPLE else name
 
 
+@contextmanager
+def korean_style() -> Iterator[None]:
+    """Make matplotlib draw Hangul, which its own fonts lack: koreanize-matplotlib brings NanumGothic.
+
+    Captions may hold any text: a dollar sign is shown as it is, and starts no formula.
+    """
+    package = importlib.util.find_spec("koreanize_matplotlib")
+    folders: Sequence[str] = (package.submodule_search_locations or []) if package else []
+    for folder in folders:
+        font_manager.fontManager.addfont(str(Path(folder) / "fonts" / "NanumGothic.ttf"))
+    fonts = ["NanumGothic", "DejaVu Sans"] if folders else ["DejaVu Sans"]
+    options: dict[Any, Any] = {
+        "font.family": fonts,
+        "font.size": 9.5,
+        "text.parse_math": False,
+        "axes.unicode_minus": False,  # NanumGothic has no such sign
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with matplotlib.rc_context(options):
+        yield
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture, and create its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI, facecolor="white")
+
+
+def colour(language: str) -> str:
+    """Return the colour that a language has in every picture."""
+    return COLOURS.get(language, OTHER_COLOUR)
+
+
+def whiskers(metrics: Sequence[Record | Metric]) -> Any:
+    """Return the 95 % intervals in percent as matplotlib takes error bars: [below, above]."""
+    below = [100 * max(0.0, metric.value - metric.ci95[0]) for metric in metrics]
+    above = [100 * max(0.0, metric.ci95[1] - metric.value) for metric in metrics]
+    return [below, above]
+
+
+def percents(metrics: Sequence[Record | Metric]) -> list[float]:
+    """Return values in percent."""
+    return [100 * metric.value for metric in metrics]
+
+
 _CHARTS: dict[str, Callable[[Numbers], Figure | None]] = {
-    "recall": recalls,
-    "stress": stress,
-    "templates": templates,
-    "shift": shifts,
-    "shots": shots,
+    "recall": _recalls,
+    "stress": _stress,
+    "templates": _templates,
+    "shift": _shifts,
+    "shots": _shots,
 }

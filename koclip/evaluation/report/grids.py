@@ -1,4 +1,4 @@
-"""Pictures that need the model once more: queries with the images they find, and classes that are taken for others."""
+"""Pictures that need the model: queries with their nearest images, and confusion matrices of classes."""
 
 import textwrap
 from collections.abc import Iterator
@@ -12,18 +12,19 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.report.drawing import COLOURS, FEWER, GREY, OTHER_COLOUR
+from koclip.evaluation.ranking import search
+from koclip.evaluation.report.charts import COLOURS, FEWER, GREY, OTHER_COLOUR
 from koclip.evaluation.sets import EvalSet
 from koclip.evaluation.tasks.retrieval import collect
 from koclip.evaluation.tasks.zero_shot import classifier, ensemble, names_of, templates_of
 from koclip.text.classes import ClassName
 
 _SHOWN = 6  # images per query
-_OF_A_KIND = 2  # queries per language that find their image, and that miss it
+_OF_A_KIND = 2  # queries per language that find their image, and as many that miss it
 _TRIED = 512  # captions per language that queries are chosen from
 _THUMBNAIL = 200  # pixels
 _LINE, _LINES = 26, 5  # letters per line of a caption, lines
-_ALL_CLASSES = 12  # up to as many are all shown; of more, those that are confused most
+_ALL_CLASSES = 12  # up to as many are all shown; of more classes, those that are confused most
 
 Counts = npt.NDArray[np.int64]
 
@@ -38,17 +39,17 @@ class Query(NamedTuple):
     nearest: list[int]
 
 
-def queries(embedder: Embedder, one: EvalSet) -> Figure | None:
-    """Draw captions of every language that find their image and that miss it, with the images they score highest.
+def queries(embedder: Embedder, eval_set: EvalSet) -> Figure | None:
+    """Draw captions of every language, some that find their image and some that miss it, with their nearest images.
 
     Right images are framed. None for a set without captions.
     """
-    if not any(one.captions):
+    if not any(eval_set.captions):
         return None
-    one = one.captioned
-    images = embedder.images(one.pictures)
-    chosen = [query for language in one.languages for query in _queries_of(embedder, one, language, images)]
-    columns = min(_SHOWN, len(one.pictures))
+    eval_set = eval_set.captioned
+    images = embedder.images(eval_set.images)
+    chosen = [query for language in eval_set.languages for query in _queries_of(embedder, eval_set, language, images)]
+    columns = min(_SHOWN, len(eval_set.images))
     widths = [2.6, *[1] * columns, 0.12, 1]  # text, images, a gap, the right image
     figure = Figure(figsize=(1.3 * sum(widths), 1.5 * len(chosen) + 0.5), layout="constrained")
     axes = figure.subplots(len(chosen), len(widths), squeeze=False, width_ratios=widths)
@@ -58,32 +59,34 @@ def queries(embedder: Embedder, one: EvalSet) -> Figure | None:
         row[0].axis("off")
         row[-2].axis("off")
         for axis, place in zip(row[1:-2], query.nearest, strict=True):
-            _show(axis, one.pictures[place], place in query.owners)
-        _show(row[-1], one.pictures[query.owners[0]], True)
+            _show(axis, eval_set.images[place], place in query.owners)
+        _show(row[-1], eval_set.images[query.owners[0]], True)
         row[-1].set_title(f"rank {query.rank:,}", fontsize=9, color="black" if query.rank == 1 else FEWER)
-    figure.suptitle(f"{one.name}: captions, the images they score highest, and the captioned one (framed)", fontsize=11)
+    figure.suptitle(
+        f"{eval_set.name}: captions, the images they score highest, and the captioned one (framed)", fontsize=11
+    )
     return figure
 
 
-def confusions(embedder: Embedder, one: EvalSet) -> Iterator[tuple[str, Figure]]:
-    """Yield by language a picture of which classes are taken for which; nothing for a set without classes."""
-    if not one.classes:
+def confusions(embedder: Embedder, eval_set: EvalSet) -> Iterator[tuple[str, Figure]]:
+    """Yield a confusion matrix of the classes for each language; nothing for a set without classes."""
+    if not eval_set.classes:
         return
-    labels = torch.tensor(one.labels)
-    images = embedder.images(one.pictures)
-    for language in one.languages:
-        templates = templates_of(one, language)
-        classes = ensemble(classifier(embedder, names_of(one, language).plain, templates))
-        answers = embedder.search(images, classes, labels[:, None].tolist())[1]
-        size = len(one.classes)
+    labels = torch.tensor(eval_set.labels)
+    images = embedder.images(eval_set.images)
+    for language in eval_set.languages:
+        templates = templates_of(eval_set, language)
+        classes = ensemble(classifier(embedder, names_of(eval_set, language).plain, templates))
+        answers = search(images, classes, labels[:, None].tolist(), embedder.spread)[1]
+        size = len(eval_set.classes)
         counts = torch.bincount(labels * size + answers, minlength=size**2).view(size, size).numpy()
-        yield language, _confusion(counts, one, language)
+        yield language, _confusion(counts, eval_set, language)
 
 
-def _confusion(counts: Counts, one: EvalSet, language: str) -> Figure:
+def _confusion(counts: Counts, eval_set: EvalSet, language: str) -> Figure:
     """Draw `counts` (C, C) of images by class and answer, in percent of each class's images."""
     chosen = most_confused(counts, _ALL_CLASSES)
-    names = [_both_names(one.classes[place]) for place in chosen]
+    names = [_both_names(eval_set.classes[place]) for place in chosen]
     some = len(chosen) < len(counts)
     totals = counts[chosen].sum(axis=1, keepdims=True)
     shares = 100 * counts[np.ix_(chosen, chosen)] / np.maximum(totals, 1)
@@ -104,7 +107,7 @@ def _confusion(counts: Counts, one: EvalSet, language: str) -> Figure:
     axis.set_yticks(range(len(chosen)), names[: len(chosen)])
     axis.set(xlabel="answer", ylabel="class")
     which = f"the {len(chosen)} most confused of {len(counts)} classes" if some else f"{len(counts)} classes"
-    axis.set_title(f"{one.name}, {language}: {which}\n% of a class's images; framed: right", fontsize=10)
+    axis.set_title(f"{eval_set.name}, {language}: {which}\n% of a class's images; framed: right", fontsize=10)
     return figure
 
 
@@ -130,25 +133,25 @@ def most_confused(counts: Counts, most: int) -> list[int]:
     return chosen
 
 
-def _queries_of(embedder: Embedder, one: EvalSet, language: str, images: torch.Tensor) -> list[Query]:
-    """Return captions that find their image first and captions that do not find it among those shown."""
-    captions = collect(one.texts(language), [])
+def _queries_of(embedder: Embedder, eval_set: EvalSet, language: str, images: torch.Tensor) -> list[Query]:
+    """Return captions whose nearest image is theirs, and captions whose image is not among those shown."""
+    captions = collect(eval_set.texts(language), [])
     tried = list(range(0, len(captions.texts), max(1, len(captions.texts) // _TRIED)))
     if not tried:
         return []
     texts = embedder.texts([captions.texts[place] for place in tried])
-    ranks = embedder.search(texts, images, [captions.images[place] for place in tried])[0]
+    ranks = search(texts, images, [captions.images[place] for place in tried], embedder.spread)[0]
     wanted = torch.cat([_spread(ranks < 1), _spread(ranks >= _SHOWN)])
     if not len(wanted):
         wanted = _spread(ranks >= 0)
-    found = []
+    chosen = []
     for at in wanted.tolist():
         scores = images @ texts[at]  # (I,)
         own = captions.images[tried[at]]
         owners = [own[place] for place in scores[own].argsort(descending=True, stable=True).tolist()]
         nearest = scores.topk(min(_SHOWN, len(images))).indices.tolist()
-        found.append(Query(language, captions.texts[tried[at]], owners, int(ranks[at]) + 1, nearest))
-    return found
+        chosen.append(Query(language, captions.texts[tried[at]], owners, int(ranks[at]) + 1, nearest))
+    return chosen
 
 
 def _spread(chosen: torch.Tensor) -> torch.Tensor:

@@ -1,60 +1,33 @@
-"""Metrics as rows that people read: which number stands where, by which name, in which unit."""
+"""Records as rows that people read, in Markdown and in the terminal."""
 
-import re
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from koclip.metrics import Metric
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
 
-MAIN = ""  # the group of rows that a reader needs first
-_NAMES = {
-    "text_to_image/recall@1": "text to image, R@1",
-    "text_to_image/recall@5": "text to image, R@5",
-    "text_to_image/recall@10": "text to image, R@10",
-    "text_to_image/median_rank": "text to image, median rank",
-    "image_to_text/recall@1": "image to text, R@1",
-    "image_to_text/recall@5": "image to text, R@5",
-    "image_to_text/recall@10": "image to text, R@10",
-    "image_to_text/median_rank": "image to text, median rank",
-    "zero_shot/accuracy": "zero-shot accuracy",
-    "zero_shot/mean_per_class": "zero-shot, mean over classes",
-    "zero_shot/accuracy@5": "zero-shot, among the first 5",
-    "zero_shot_single/gain_over_ensemble": "first template less all",
-    "zero_shot_name/gain_over_ensemble": "bare name less all templates",
-    "zero_shot_particles/gain": "right particles less spelt out",
-    "zero_shot_described/gain": "described names less plain",
-    "zero_shot_described/gain_ambiguous": "the same, ambiguous names",
-    "languages/gap@1": "R@1, first less second language",
-    "languages/gap@10": "R@10, first less second language",
-    "languages/same_image": "same nearest image in both",
-    "linear_probe/accuracy": "linear probe",
-    "linear_probe/mean_per_class": "linear probe, mean over classes",
-    "agreement/kendall_tau_c": "agreement with people, tau c",
-    "agreement/kendall_tau_b": "agreement with people, tau b",
-    "shift_none/accuracy": "accuracy without shift",
-}
-# Names that hold a number or a name of their own: what they look like, their group and what they are called there.
-_FAMILIES = (
-    (r"shift_(.+)/drop", MAIN, r"accuracy lost, \1"),
-    (r"shift_(.+)/effective_robustness", MAIN, r"effective robustness, \1"),
-    (r"few_shot/accuracy_0*(\d+)_shots", MAIN, r"probe on \1 per class"),
-    (r"(.+)_first_caption/(.+)", "Each image's first caption only", r"\1/\2"),
-    (r"stress_(.+)/drop@(\d+)", r"R@\2 lost by rewritten captions", r"\1"),
-    (r"stress_(.+)/recall@(\d+)", r"R@\2 of rewritten captions", r"\1"),
-    (r"stress_(.+)/changed", "Captions that a rewrite changes", r"\1"),
-    (r"zero_shot_template_(\d+)/accuracy", "Each template alone, accuracy", r"template \1"),
-    (r"zero_shot_template_(\d+)/gain_over_name", "Each template alone, less the bare name", r"template \1"),
-    (r"zero_shot_(.+)/accuracy", "Accuracy by kind of prompt", r"\1"),
-    (r"shift_(.+)/accuracy_severity_(\d+)", "Accuracy under shift", r"\1, severity \2"),
-    (r"shift_(.+)/accuracy", "Accuracy under shift", r"\1"),
-    (r"(.+)/accuracy", MAIN, r"\1, accuracy"),
+from koclip.evaluation.results import MAIN, Record, Spec
+from koclip.evaluation.tasks import SPECS
+
+NOTE = (
+    "Percent with 95 % intervals. Differences are in percentage points, with a sign; * where the interval excludes 0. "
+    "n: queries."
 )
-_POINTS = ("gain", "drop", "gap", "effective_robustness")
+_WIDTH = 110  # columns where there is no terminal
+_LEFT = 52  # columns of what stands left of the numbers
+_WIDE, _NARROW = 28, 16  # columns of a model's numbers in one line and in two
+_MOST_WIDE = 2  # models
+
+Templates = Mapping[str, Mapping[str, Sequence[str]]]  # the text of each template, by data set and language
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A metric as text. `marked` says that a difference's interval excludes 0; `share` is 0 to 1 where it is one."""
+    """A number as text. `marked`: it is a difference whose interval excludes 0; `share`: 0 to 1, for shares only."""
 
     value: str
     interval: str
@@ -69,18 +42,25 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One row: what was measured, in which language, on how many queries, and each model's number."""
+    """A row: what was measured, in which language, on how many queries, and each model's number."""
 
-    key: str  # <task>/<metric>
+    spec: Spec
     language: str
     label: str
     n: int
-    cells: list[Cell | None]  # by model
+    records: list[Record | None]  # by model
+    notes: list[str]  # by model
+
+    @property
+    def cells(self) -> list[Cell | None]:
+        """Each model's number as text."""
+        pairs = zip(self.records, self.notes, strict=True)
+        return [cell(record, note) if record else None for record, note in pairs]
 
 
 @dataclass
 class Section:
-    """One data set's rows, by group; the group `MAIN` comes first, and no group is empty."""
+    """A data set's rows, by group; the group `MAIN` comes first, and no group is empty."""
 
     name: str
     groups: dict[str, list[Line]] = field(default_factory=dict)
@@ -96,87 +76,165 @@ class Section:
         return {name: lines for name, lines in self.groups.items() if name != MAIN}
 
 
-def split(name: str) -> tuple[str, str, str]:
-    """Return data set, language and <task>/<metric> of a metric's name."""
-    data, language, task, metric = name.rsplit("/", 3)
-    return data, language, f"{task}/{metric}"
-
-
-def place(key: str) -> tuple[str, str]:
-    """Return the group and the label of <task>/<metric>."""
-    if key in _NAMES:
-        return MAIN, _NAMES[key]
-    for pattern, group, label in _FAMILIES:
-        match = re.fullmatch(pattern, key)
-        if match:
-            expanded = match.expand(label)
-            return match.expand(group), _NAMES.get(expanded, expanded)
-    return MAIN, key
-
-
-def cell(key: str, metric: Metric, note: str = "") -> Cell:
-    """Return a metric as text: a share in percent, a difference in signed percentage points, others as they are."""
-    measure = key.rpartition("/")[2]
-    (low, high), value = metric.ci95, metric.value
-    if measure.startswith(_POINTS):
+def cell(record: Record, note: str = "") -> Cell:
+    """Return a number as text, in the unit that its spec names."""
+    (low, high), value, unit = record.ci95, record.value, record.spec.unit
+    if unit == "points":
         interval = f"{percent(low):+.1f} to {percent(high):+.1f}"
         return Cell(f"{percent(value):+.1f}", interval, low > 0 or high < 0, note=note)
-    if measure == "median_rank":
+    if unit == "rank":
         return Cell(f"{value:,.0f}", f"{low:,.0f} to {high:,.0f}", note=note)
-    if measure.startswith("kendall"):
+    if unit == "number":
         return Cell(f"{value:.3f}", f"{low:.3f} to {high:.3f}", note=note)
     return Cell(f"{percent(value):.1f}", f"{percent(low):.1f} to {percent(high):.1f}", share=value, note=note)
-
-
-def sections(
-    metrics: Sequence[Mapping[str, Metric]], templates: Mapping[str, Mapping[str, Sequence[str]]]
-) -> list[Section]:
-    """Return the rows of every data set, in the order in which the metrics name them.
-
-    Args:
-        metrics: Each model's, by name.
-        templates: The text of each template, by data set and language.
-    """
-    found: dict[str, Section] = {}
-    for name in dict.fromkeys(name for one in metrics for name in one):
-        data, language, key = split(name)
-        group, label = place(key)
-        number = re.fullmatch(r"zero_shot_template_(\d+)/.+", key)
-        texts = templates.get(data, {}).get(language, [])
-        if number and int(number[1]) < len(texts):
-            label = texts[int(number[1])]
-        there = [one.get(name) for one in metrics]
-        cells = [cell(key, metric) if metric else None for metric in there]
-        count = max(metric.n for metric in there if metric)
-        section = found.setdefault(data, Section(data))
-        section.groups.setdefault(group, []).append(Line(key, language, label, count, cells))
-    for section in found.values():
-        section.groups.setdefault(MAIN, []).extend(_worst(section.name, metrics))
-        section.groups[MAIN] = _ordered(section.main)
-    return list(found.values())
-
-
-def _ordered(lines: Sequence[Line]) -> list[Line]:
-    """Return lines by language, in the order of `_NAMES`, all others behind."""
-    order = {key: number for number, key in enumerate(_NAMES)}
-    languages = list(dict.fromkeys(line.language for line in lines))
-    return sorted(lines, key=lambda line: (languages.index(line.language), order.get(line.key, len(order))))
-
-
-def _worst(data: str, metrics: Sequence[Mapping[str, Metric]]) -> list[Line]:
-    """Return rows with the largest loss that each model suffers from a rewrite of captions, with the rewrite's name."""
-    lines = []
-    for k in (1, 10):
-        pattern = re.compile(rf"{re.escape(data)}/ko/stress_(.+)/drop@{k}")
-        drops = [[(match[1], one[name]) for name in one if (match := pattern.fullmatch(name))] for one in metrics]
-        worst = [max(one, key=lambda drop: drop[1].value) if one else None for one in drops]
-        cells = [cell("drop", drop[1], drop[0]) if drop else None for drop in worst]
-        count = max((drop[1].n for drop in worst if drop), default=0)
-        if count:
-            lines.append(Line(f"stress/drop@{k}", "ko", f"R@{k} lost, worst rewrite", count, cells))
-    return lines
 
 
 def percent(share: float) -> float:
     """Return a share in percent, to a tenth."""
     return round(100 * share, 1) or 0.0  # no -0.0
+
+
+def sections(records: Sequence[Sequence[Record]], templates: Templates) -> list[Section]:
+    """Return the rows of every data set, in the order of the records.
+
+    Args:
+        records: Each model's.
+        templates: The text of each template.
+    """
+    by_name: dict[str, list[Record | None]] = {}
+    for model, own in enumerate(records):
+        for record in own:
+            by_name.setdefault(record.name, [None] * len(records))[model] = record
+    by_dataset: dict[str, Section] = {}
+    for same in by_name.values():
+        first = next(record for record in same if record)
+        label = first.label(templates.get(first.dataset, {}).get(first.language, []))
+        section = by_dataset.setdefault(first.dataset, Section(first.dataset))
+        count = max(record.n for record in same if record)
+        line = Line(first.spec, first.language, label, count, same, [""] * len(same))
+        section.groups.setdefault(first.group, []).append(line)
+    for section in by_dataset.values():
+        worst = _worst([line for lines in section.details.values() for line in lines])
+        section.groups[MAIN] = [*_ordered(section.main, worst)]
+    return list(by_dataset.values())
+
+
+def _ordered(lines: Sequence[Line], worst: Sequence[Line]) -> list[Line]:
+    """Return main lines by language, in the order of the specs; lines without a spec and the worst are behind."""
+    order = {id(spec): number for number, spec in enumerate(SPECS)} | {id(line): len(SPECS) + 1 for line in worst}
+    languages = list(dict.fromkeys(line.language for line in (*lines, *worst)))
+
+    def place(line: Line) -> tuple[int, int]:
+        return languages.index(line.language), order.get(id(line), order.get(id(line.spec), len(SPECS)))
+
+    return sorted((*lines, *worst), key=place)
+
+
+def _worst(lines: Sequence[Line]) -> list[Line]:
+    """Return for each spec that has a `worst` row each model's largest number, with the label of that number."""
+    by_label: dict[tuple[str, str], list[Line]] = {}
+    for line in lines:
+        if line.spec.worst:
+            by_label.setdefault((line.language, line.spec.worst), []).append(line)
+    rows = []
+    for (language, label), same in by_label.items():
+        models = range(len(same[0].records))
+        largest = [_largest([line for line in same if line.records[model]], model) for model in models]
+        records = [line.records[model] if line else None for model, line in enumerate(largest)]
+        count = max(record.n for record in records if record)
+        notes = [line.label if line else "" for line in largest]
+        rows.append(Line(same[0].spec, language, label, count, records, notes))
+    return rows
+
+
+def _largest(lines: Sequence[Line], model: int) -> Line | None:
+    def value(line: Line) -> float:
+        record = line.records[model]
+        return record.value if record else -math.inf
+
+    return max(lines, key=value, default=None)
+
+
+def console() -> Console:
+    """Return a console for tables: as wide as the terminal, or `_WIDTH` columns without a terminal."""
+    return Console(width=None if Console().is_terminal else _WIDTH)
+
+
+def print_tables(
+    sections: Sequence[Section],
+    labels: Sequence[str],
+    warnings: Sequence[str] = (),
+    notes: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Print the main rows of every data set, with as many models side by side as fit, and notes by data set."""
+    out = console()
+    for warning in warnings:
+        out.print(Text(f"Warning: {warning}", style="yellow"))
+    width = _WIDE if len(labels) <= _MOST_WIDE else _NARROW
+    fitting = max(1, (out.width - _LEFT) // width)
+    blocks = math.ceil(len(labels) / fitting)
+    size = math.ceil(len(labels) / blocks)  # blocks of nearly the same size
+    for section in sections:
+        for start in range(0, len(labels), size):
+            chosen = range(start, min(start + size, len(labels)))
+            out.print(_table(section, [labels[place] for place in chosen], chosen, width))
+        for note in (notes or {}).get(section.name, ()):
+            out.print(Text(f"{section.name}: {note}", style="dim"))
+    out.print(Text(NOTE, style="dim"))
+
+
+def _table(section: Section, labels: Sequence[str], chosen: Sequence[int], width: int) -> Group:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("language", no_wrap=True)
+    table.add_column("n", justify="right", no_wrap=True)
+    for label in labels:
+        table.add_column(Text(label), justify="right", max_width=width, overflow="fold")
+    for language, lines in itertools.groupby(section.main, key=lambda line: line.language):
+        for line in lines:
+            cells = [_rich(line.cells[place], width) for place in chosen]
+            table.add_row(Text(line.label), Text(language), f"{line.n:,}", *cells)
+        table.add_section()
+    return Group(Text(section.name, style="bold"), table)
+
+
+def _rich(cell: Cell | None, width: int) -> Text:
+    if cell is None:
+        return Text("")
+    if width == _WIDE and not cell.note:
+        return Text.assemble((cell.value, "bold"), f" ({cell.interval})", " *" if cell.marked else "  ")
+    mark = " *" if cell.marked else ""
+    return Text.assemble((cell.value, "bold"), mark, f"\n{cell.interval}", f"\n{cell.note}" if cell.note else "")
+
+
+def markdown(
+    sections: Sequence[Section],
+    labels: Sequence[str],
+    warnings: Sequence[str],
+    notes: Mapping[str, Sequence[str]],
+) -> str:
+    """Return a Markdown page: every data set's main rows with its notes, then all others by group."""
+    parts = ["# Results", NOTE, *(f"> **Warning:** {_escaped(warning)}" for warning in warnings)]
+    for section in sections:
+        parts += [f"## {_escaped(section.name)}", _rows(section.main, labels)]
+        parts += [f"- {_escaped(note)}" for note in notes.get(section.name, ())]
+    for section in sections:
+        for group, lines in section.details.items():
+            parts += [f"### {_escaped(section.name)}: {_escaped(group)}", _rows(lines, labels)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _rows(lines: Sequence[Line], labels: Sequence[str]) -> str:
+    rows = [["", "language", "n", *labels], ["---", "---", "--:", *["--:"] * len(labels)]]
+    for line in lines:
+        cells = [str(cell) if cell else "" for cell in line.cells]
+        rows.append([line.label, line.language, f"{line.n:,}", *cells])
+    head, rule, *body = rows
+    escaped = [[_escaped(value) for value in row] for row in (head, *body)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (escaped[0], rule, *escaped[1:]))
+
+
+def _escaped(text: str) -> str:
+    """Return text that Markdown shows as it is, in one line."""
+    plain = "".join(f"\\{letter}" if letter in "\\`*|[]<" else letter for letter in text)
+    return " ".join(plain.split())

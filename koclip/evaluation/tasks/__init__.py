@@ -1,1 +1,18 @@
-"""One file for each evaluation task."""
+"""What a model is asked to do. A new task is a file in this folder and an entry in `TASKS`."""
+
+from koclip.evaluation.results import Spec, Task
+from koclip.evaluation.tasks import multiple_choice, probe, ratings, retrieval, zero_shot
+
+# In the order in which their numbers are shown.
+TASKS: tuple[Task, ...] = (
+    retrieval.RETRIEVAL,
+    zero_shot.ZERO_SHOT,
+    retrieval.LANGUAGES,
+    probe.LINEAR_PROBE,
+    ratings.TASK,
+    zero_shot.SHIFT,
+    probe.FEW_SHOT,
+    retrieval.STRESS,
+    multiple_choice.TASK,  # its pattern fits many names, so it comes last
+)
+SPECS: tuple[Spec, ...] = tuple(spec for task in TASKS for spec in task.specs)

@@ -8,21 +8,23 @@ paper's lambda is taken for scikit-learn's C, as its authors' README does (C = 0
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
 
 from koclip import distributed
 from koclip.config import ConfigError
 from koclip.evaluation.embed import Embedder
+from koclip.evaluation.ranking import share as shared
+from koclip.evaluation.results import IMAGES, Spec, Task
 from koclip.evaluation.sets import EvalSet
 from koclip.metrics import Metric, mean, mean_per_class, share
+
+if TYPE_CHECKING:  # imported where it is used: the Space imports this file, and has no scikit-learn
+    from sklearn.linear_model import LogisticRegression
 
 _START = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # exponents of C
 _STEP = 0.125  # eight per decade
@@ -47,8 +49,11 @@ class Part(NamedTuple):
         return Part(self.features[places], self.labels[places])
 
 
-def fit(train: Part, c: float) -> LogisticRegression:
+def fit(train: Part, c: float) -> "LogisticRegression":
     """Fit the probe with inverse regularisation strength `c`. Not to converge in 1,000 iterations is the protocol."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.filterwarnings("ignore", "The number of unique classes")  # so few images per class are few shots
@@ -56,7 +61,7 @@ def fit(train: Part, c: float) -> LogisticRegression:
 
 
 def search_c(scores_of: Callable[[list[float]], list[float]]) -> tuple[float, list[float]]:
-    """Return the C with the best score on validation and those that were tried; of equal scores the smallest C.
+    """Return the C with the best score on validation and all that were tried; of equal scores the smallest C.
 
     Args:
         scores_of: Takes some Cs and returns their scores.
@@ -67,18 +72,18 @@ def search_c(scores_of: Callable[[list[float]], list[float]]) -> tuple[float, li
         scores |= zip(exponents, scores_of([10**exponent for exponent in exponents]), strict=True)
         best = max(scores, key=lambda exponent: (scores[exponent], -exponent))
         near = (best - step, best + step)
-        exponents = [one for one in near if _START[0] <= one <= _START[-1] and one not in scores]
+        exponents = [exponent for exponent in near if _START[0] <= exponent <= _START[-1] and exponent not in scores]
         step /= 2
     scores |= zip(exponents, scores_of([10**exponent for exponent in exponents]), strict=True)
     best = max(scores, key=lambda exponent: (scores[exponent], -exponent))
     return 10**best, [10**exponent for exponent in scores]
 
 
-def linear_probe(embedder: Embedder, one: EvalSet) -> dict[str, Metric]:
+def linear_probe(embedder: Embedder, eval_set: EvalSet, _: str = IMAGES) -> dict[str, Metric]:
     """Find C on a fifth of the training images, fit on all of them, and test."""
-    train, test = _parts(embedder, one)
-    fitted, held = _split(train.labels, _VALIDATION, one)
-    c = _best_c(embedder, train.of(fitted), train.of(held), f"{one.name}: linear probe")
+    train, test = _parts(embedder, eval_set)
+    fitted, held = _split(train.labels, _VALIDATION, eval_set)
+    c = _best_c(embedder, train.of(fitted), train.of(held), f"{eval_set.name}: linear probe")
     hits = torch.from_numpy(fit(train, c).predict(test.features) == test.labels)
     return {
         "linear_probe/accuracy": share(hits),
@@ -86,38 +91,38 @@ def linear_probe(embedder: Embedder, one: EvalSet) -> dict[str, Metric]:
     }
 
 
-def few_shot(embedder: Embedder, one: EvalSet) -> dict[str, Metric]:
+def few_shot(embedder: Embedder, eval_set: EvalSet, _: str = IMAGES) -> dict[str, Metric]:
     """Fit on a few images per class; C is found on as many others, at most four. The mean of three draws."""
-    train, test = _parts(embedder, one)
+    train, test = _parts(embedder, eval_set)
     metrics = {}
-    for shots in one.config.shots:
-        held = _held(shots, train.labels, one)
+    for shots in eval_set.config.shots:
+        held = _held(shots, train.labels, eval_set)
         hits = []
         for draw in range(_DRAWS):
-            fitted, validation = draw_shots(train.labels, shots, held, seed=_DRAWS * one.config.seed + draw)
-            c = _best_c(embedder, train.of(fitted), train.of(validation), f"{one.name}: {shots} shots")
+            fitted, validation = draw_shots(train.labels, shots, held, seed=_DRAWS * eval_set.config.seed + draw)
+            c = _best_c(embedder, train.of(fitted), train.of(validation), f"{eval_set.name}: {shots} shots")
             hits.append(fit(train.of(fitted), c).predict(test.features) == test.labels)
         metrics[f"few_shot/accuracy_{shots:02d}_shots"] = mean(torch.from_numpy(np.mean(hits, axis=0)))
     return metrics
 
 
-def check_probes(one: EvalSet) -> None:
+def check_probes(eval_set: EvalSet) -> None:
     """Make sure that a set has images enough for the probes it asks for.
 
     Raises:
         ConfigError: it has not.
     """
-    labels = np.array(one.labels if one.train is None else one.train.labels)
-    if one.train is None:
-        labels = labels[_split_distinct(labels, _TESTED, one)[0]]
-    if "linear_probe" in one.config.tasks:
-        _split(labels, _VALIDATION, one)
-    if "few_shot" in one.config.tasks:
-        for shots in one.config.shots:
-            _held(shots, labels, one)
+    labels = np.array(eval_set.labels if eval_set.train is None else eval_set.train.labels)
+    if eval_set.train is None:
+        labels = labels[_split_distinct(labels, _TESTED, eval_set)[0]]
+    if "linear_probe" in eval_set.config.tasks:
+        _split(labels, _VALIDATION, eval_set)
+    if "few_shot" in eval_set.config.tasks:
+        for shots in eval_set.config.shots:
+            _held(shots, labels, eval_set)
 
 
-def _held(shots: int, labels: Labels, one: EvalSet) -> int:
+def _held(shots: int, labels: Labels, eval_set: EvalSet) -> int:
     """Return how many images per class validate that many shots.
 
     Raises:
@@ -126,8 +131,8 @@ def _held(shots: int, labels: Labels, one: EvalSet) -> int:
     held, smallest = min(shots, _MOST_VALIDATION_SHOTS), int(np.unique(labels, return_counts=True)[1].min())
     if shots + held > smallest:
         raise ConfigError(
-            f"eval.sets[].shots: {shots} shots and {held} for validation, but a class of {one.name} has {smallest} "
-            "training images: leave the number out"
+            f"eval.sets[].shots: {shots} shots and {held} for validation, but a class of {eval_set.name} has "
+            f"{smallest} training images: leave the number out"
         )
     return held
 
@@ -147,21 +152,21 @@ def _best_c(embedder: Embedder, train: Part, held: Part, label: str) -> float:
             bar.update()
             return float(fit(train, c).score(held.features, held.labels))
 
-        return search_c(lambda cs: embedder.share(score, cs))[0]
+        return search_c(lambda cs: shared(score, cs, embedder.spread))[0]
 
 
-def _split_distinct(labels: Labels, share: float, one: EvalSet) -> tuple[Labels, Labels]:
+def _split_distinct(labels: Labels, share: float, eval_set: EvalSet) -> tuple[Labels, Labels]:
     """Split a set's images as `_split` does; equal images, which would be fitted on and tested, stay together."""
     places: dict[bytes, list[int]] = {}
-    for place, digest in enumerate(one.pictures.digests()):
+    for place, digest in enumerate(eval_set.images.digests()):
         places.setdefault(digest, []).append(place)
     equal = list(places.values())
-    parts = _split(labels[[first for first, *_ in equal]], share, one)
+    parts = _split(labels[[first for first, *_ in equal]], share, eval_set)
     fitted, aside = (np.array([place for number in part for place in equal[number]]) for part in parts)
     return fitted, aside
 
 
-def _split(labels: Labels, share: float, one: EvalSet) -> tuple[Labels, Labels]:
+def _split(labels: Labels, share: float, eval_set: EvalSet) -> tuple[Labels, Labels]:
     """Return the places of the images that stay and of a share that is set aside, of every class alike.
 
     Raises:
@@ -171,17 +176,53 @@ def _split(labels: Labels, share: float, one: EvalSet) -> tuple[Labels, Labels]:
     smallest = int(np.unique(labels, return_counts=True)[1].min())
     if smallest < 2 or share * len(labels) < classes:
         raise ConfigError(
-            f"{one.name}: a probe sets {share:.0%} of its images aside, and {len(labels)} images of {classes} classes "
-            f"(the fewest of one: {smallest}) are too few for that; give more in eval.sets[].train"
+            f"{eval_set.name}: a probe sets {share:.0%} of its images aside, and {len(labels)} images of {classes} "
+            f"classes (the smallest has {smallest}) are too few for that; give more in eval.sets[].train"
         )
-    fitted, aside = train_test_split(places, test_size=share, stratify=labels, random_state=one.config.seed)
+    from sklearn.model_selection import train_test_split
+
+    fitted, aside = train_test_split(places, test_size=share, stratify=labels, random_state=eval_set.config.seed)
     return fitted, aside
 
 
-def _parts(embedder: Embedder, one: EvalSet) -> tuple[Part, Part]:
+def _parts(embedder: Embedder, eval_set: EvalSet) -> tuple[Part, Part]:
     """Return what probes are fitted on and what they are tested on."""
-    whole = Part(embedder.features(one.pictures).numpy(), np.array(one.labels))
-    if one.train is not None:
-        return Part(embedder.features(one.train.pictures).numpy(), np.array(one.train.labels)), whole
-    fitted, tested = _split_distinct(whole.labels, _TESTED, one)
+    whole = Part(embedder.features(eval_set.images).numpy(), np.array(eval_set.labels))
+    if eval_set.train is not None:
+        return Part(embedder.features(eval_set.train.images).numpy(), np.array(eval_set.train.labels)), whole
+    fitted, tested = _split_distinct(whole.labels, _TESTED, eval_set)
     return whole.of(fitted), whole.of(tested)
+
+
+_HUB = "image-classification"
+LINEAR_PROBE = Task(
+    "linear_probe",
+    linear_probe,
+    lambda _: [IMAGES],
+    (
+        Spec(
+            pattern="linear_probe/accuracy",
+            label="linear probe",
+            summary="images whose class a linear probe finds",
+            chart=("shots", "all images"),
+            hub_task=_HUB,
+            watched=True,
+        ),
+        Spec(pattern="linear_probe/mean_per_class", label="linear probe, mean over classes", hub_task=_HUB),
+    ),
+    check_probes,
+)
+FEW_SHOT = Task(
+    "few_shot",
+    few_shot,
+    lambda _: [IMAGES],
+    (
+        Spec(
+            pattern="few_shot/accuracy_{shots:d}_shots",
+            label="probe on {shots} per class",
+            chart=("shots", "few"),
+            hub_task=_HUB,
+        ),
+    ),
+    check_probes,
+)

@@ -1,4 +1,4 @@
-"""Do a model's scores of captions for images agree with people's ratings?"""
+"""Ratings: do a model's scores of captions for images agree with people's ratings?"""
 
 import csv
 import math
@@ -6,44 +6,61 @@ from pathlib import Path
 
 import torch
 
-from koclip.config import ConfigError, RatingsConfig, locate
+from koclip.config import ConfigError, EvalSetConfig, RatingsConfig, SourceConfig, locate
 from koclip.data.sources import Row
 from koclip.data.transforms import PIXEL_LIMIT, ImageError, PixelLimit, decode
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.images import Pictures
+from koclip.evaluation.images import Images
+from koclip.evaluation.results import Spec, Task
+from koclip.evaluation.sets import EvalSet, Ratings
 from koclip.metrics import Metric, agreement
 from koclip.text.normalize import normalize
 
 
-def people(embedder: Embedder, config: RatingsConfig, limit: PixelLimit = PIXEL_LIMIT) -> dict[str, Metric]:
+def run(embedder: Embedder, eval_set: EvalSet, language: str) -> dict[str, Metric]:
     """Return Kendall's tau c and b between cosine similarities and ratings.
 
-    A caption that several people rated stands there once per rating, as in Flickr8k-Expert's protocol.
+    A caption that several people rated counts once per rating, as in Flickr8k-Expert's protocol.
+    """
+    assert eval_set.ratings is not None
+    assert eval_set.ratings.language == language
+    places, captions, ratings = zip(*eval_set.ratings.rows, strict=True)
+    texts = list(dict.fromkeys(captions))
+    images, embedded = embedder.images(eval_set.images), embedder.texts(texts)
+    rated = [texts.index(caption) for caption in captions]
+    scores = (images[list(places)] * embedded[rated]).sum(dim=1)
+    people = torch.tensor(ratings)
+    return {f"agreement/kendall_tau_{variant}": agreement(scores, people, variant) for variant in ("c", "b")}
+
+
+def open_ratings(config: RatingsConfig, limit: PixelLimit = PIXEL_LIMIT) -> EvalSet:
+    """Read a file of ratings and check its images.
 
     Raises:
         ConfigError: the file is missing, or a line has no caption, no rating or an image that cannot be read.
     """
     rated = read_ratings(config, limit)
     files = sorted({file for file, _, _ in rated})
-    texts = list(dict.fromkeys(caption for _, caption, _ in rated))
-    images = embedder.images(Pictures([Row(file, {}, str(file)) for file in files], limit=limit))
-    embedded = embedder.texts(texts)
-    at = [files.index(file) for file, _, _ in rated]
-    said = [texts.index(caption) for _, caption, _ in rated]
-    scores = (images[at] * embedded[said]).sum(dim=1)
-    ratings = torch.tensor([rating for _, _, rating in rated])
-    return {f"agreement/kendall_tau_{variant}": agreement(scores, ratings, variant) for variant in ("c", "b")}
+    source = SourceConfig(path=config.path, name=config.name, captions={config.language: "caption"})
+    return EvalSet(
+        name=config.name,
+        config=EvalSetConfig(source=source, tasks=[TASK.name]),
+        images=Images([Row(file, {}, str(file)) for file in files], limit=limit),
+        captions=[{} for _ in files],
+        gallery={},
+        ratings=Ratings(config.language, [(files.index(file), caption, rating) for file, caption, rating in rated]),
+    )
 
 
 def read_ratings(config: RatingsConfig, limit: PixelLimit = PIXEL_LIMIT) -> list[tuple[Path, str, float]]:
-    """Return image, caption and rating, one for each rating.
+    """Return image, caption and rating; a caption that several people rated once for each rating.
 
     Raises:
-        ConfigError: see `people`.
+        ConfigError: see `open_ratings`.
     """
     path, rated = locate(config.path), []
     if not path.is_file():
-        raise ConfigError(f"ratings[].path: {path} is no file; expected a TSV file of image, caption, ratings")
+        raise ConfigError(f"ratings[].path: {path} is not a file; expected a TSV file of image, caption, ratings")
     root = Path(config.image_root) if config.image_root else path.parent
     with path.open(encoding="utf-8", newline="") as lines:
         for number, cells in enumerate(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE), start=1):
@@ -66,3 +83,31 @@ def read_ratings(config: RatingsConfig, limit: PixelLimit = PIXEL_LIMIT) -> list
     if not rated:
         raise ConfigError(f"ratings[].path: {path} has no line; expected image, caption and ratings")
     return rated
+
+
+def _languages(eval_set: EvalSet) -> list[str]:
+    return [eval_set.ratings.language] if eval_set.ratings else []
+
+
+def _check(eval_set: EvalSet) -> None:
+    if eval_set.ratings is None:
+        raise ConfigError(
+            f"eval.sets[].tasks: ratings, but {eval_set.name} has no ratings; name the file under `ratings`"
+        )
+
+
+TASK = Task(
+    "ratings",
+    run,
+    _languages,
+    (
+        Spec(
+            pattern="agreement/kendall_tau_c",
+            label="agreement with people, tau c",
+            unit="number",
+            summary="agreement with people's ratings, Kendall's tau c",
+        ),
+        Spec(pattern="agreement/kendall_tau_b", label="agreement with people, tau b", unit="number"),
+    ),
+    _check,
+)

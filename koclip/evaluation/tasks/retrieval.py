@@ -1,26 +1,30 @@
-"""Images by captions and captions by images: in one language, in two, and under stress."""
+"""Images by captions and captions by images: in a language, compared between two, and by rewritten captions."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from koclip.config import ConfigError
 from koclip.evaluation.embed import Embedder
+from koclip.evaluation.ranking import search
+from koclip.evaluation.results import MAIN, Spec, Task
 from koclip.evaluation.sets import EvalSet
-from koclip.metrics import Metric, mean, recall_at, search
+from koclip.metrics import KS, Metric, mean, recall_at
 from koclip.text.korean.stress import STRESSES
 
 _KS = (1, 10)  # of comparisons
 _KS_APPROXIMATED = (1, 5)
+_DIRECTIONS = {"text_to_image": "text to image", "image_to_text": "image to text"}
 _Ranks = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Distinct captions and whose they are. Equal captions are one caption with several images."""
+    """Distinct captions and their images. Equal captions are one caption with several images."""
 
-    texts: list[str]  # those of the gallery, which no image has, at the end
+    texts: list[str]  # at the end those of the gallery, which no image has
     images: list[list[int]]  # by caption that an image has: the images
     texts_of: list[list[int]]  # by image: its captions
 
@@ -36,38 +40,38 @@ def collect(captions: list[list[str]], gallery: list[str]) -> Captions:
     return Captions([*place, *others], images, [[place[text] for text in dict.fromkeys(own)] for own in captions])
 
 
-def retrieval(embedder: Embedder, one: EvalSet, language: str, images: torch.Tensor) -> dict[str, Metric]:
+def retrieval(embedder: Embedder, eval_set: EvalSet, language: str, images: torch.Tensor) -> dict[str, Metric]:
     """Rank images by captions and captions by images; any right one among the first k counts.
 
     `first_caption` rows use each image's first caption only, the protocol of most published Korean tables. Intervals
     resample images with all of their captions.
     """
-    captions = one.texts(language)
-    metrics = _ranked(embedder, collect(captions, one.gallery.get(language, [])), images, "")
+    captions = eval_set.texts(language)
+    metrics = _ranked(embedder, collect(captions, eval_set.gallery.get(language, [])), images, "")
     if any(len(texts) > 1 for texts in captions):
         metrics |= _ranked(embedder, collect([texts[:1] for texts in captions], []), images, "_first_caption")
     return metrics
 
 
 def _ranked(embedder: Embedder, captions: Captions, images: torch.Tensor, protocol: str) -> dict[str, Metric]:
-    forward, backward = _both_ways(captions, images, embedder.texts(captions.texts), embedder.search)
-    found = {"text_to_image": recall_at(forward, _groups(captions)), "image_to_text": recall_at(backward)}
-    return {f"{task}{protocol}/{name}": metric for task, own in found.items() for name, metric in own.items()}
+    forward, backward = _both_ways(captions, images, embedder.texts(captions.texts), embedder.spread)
+    recalls = {"text_to_image": recall_at(forward, _groups(captions)), "image_to_text": recall_at(backward)}
+    return {f"{task}{protocol}/{name}": metric for task, own in recalls.items() for name, metric in own.items()}
 
 
-def _both_ways(captions: Captions, images: torch.Tensor, texts: torch.Tensor, search: Callable[..., _Ranks]) -> _Ranks:
+def _both_ways(captions: Captions, images: torch.Tensor, texts: torch.Tensor, spread: bool) -> _Ranks:
     """Return the rank of each caption that an image has, and that of each image with a caption in this language."""
     asked = texts[: len(captions.images)]
     shown = [image for image, own in enumerate(captions.texts_of) if own]
-    forward, _ = search(asked, images, captions.images)
-    backward, _ = search(images[shown], texts, [captions.texts_of[image] for image in shown])
+    forward, _ = search(asked, images, captions.images, spread)
+    backward, _ = search(images[shown], texts, [captions.texts_of[image] for image in shown], spread)
     return forward, backward
 
 
 def approximated(
     captions: Captions, exact: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor], name: str
 ) -> dict[str, Metric]:
-    """Return recall@k of a model and of an approximation of it on the same queries, and `drop@k`, what that one loses.
+    """Return recall@k of a model and of an approximation of it on the same queries, and `drop@k`, the difference.
 
     Args:
         captions: Those of the images.
@@ -77,7 +81,7 @@ def approximated(
     """
     metrics: dict[str, Metric] = {}
     tasks = {"text_to_image": _groups(captions), "image_to_text": None}
-    before, after = (_both_ways(captions, *one, search) for one in (exact, other))
+    before, after = (_both_ways(captions, *embeddings, spread=False) for embeddings in (exact, other))
     for (task, groups), plain, ranks in zip(tasks.items(), before, after, strict=True):
         recalls, others = recall_at(plain, groups), recall_at(ranks, groups)
         for k in _KS_APPROXIMATED:
@@ -92,50 +96,187 @@ def _groups(captions: Captions) -> torch.Tensor:
     return torch.tensor([images[0] for images in captions.images])
 
 
-def languages(embedder: Embedder, one: EvalSet, first: str, second: str, images: torch.Tensor) -> dict[str, Metric]:
-    """Ask the same in two languages: what the first finds more often, and how often both find the same image.
+def languages(embedder: Embedder, eval_set: EvalSet, pair: tuple[str, str], images: torch.Tensor) -> dict[str, Metric]:
+    """Compare retrieval in two languages: the recall gap, and how often both return the same top image.
 
     Captions correspond by their places in images that have equally many in both languages; a place that is empty in
     either of them is left out.
+
+    Raises:
+        ConfigError: there is nothing to compare.
     """
-    pairs = [(image, pair) for image, own in enumerate(one.pairs(first, second)) for pair in own]
+    pairs = [(image, texts) for image, own in enumerate(eval_set.pairs(*pair)) for texts in own]
     if not pairs:
         raise ConfigError(
-            f"{one.name}: no image has equally many captions in {first} and {second}, with both at one place: none can "
-            "be compared"
+            f"{eval_set.name}: no image has equally many captions in {pair[0]} and {pair[1]}, with both at one place: "
+            "none can be compared"
         )
     groups = torch.tensor([image for image, _ in pairs])
-    found = []
-    for side in (0, 1):
-        texts = list(dict.fromkeys(pair[side] for _, pair in pairs))
-        owners: dict[str, set[int]] = {text: set() for text in texts}
-        for image, pair in pairs:
-            owners[pair[side]].add(image)
-        ranks, nearest = embedder.search(embedder.texts(texts), images, [sorted(owners[text]) for text in texts])
-        place = {text: number for number, text in enumerate(texts)}
-        asked = torch.tensor([place[pair[side]] for _, pair in pairs])
-        found.append((ranks[asked], nearest[asked]))
-    (ranks, nearest), (other_ranks, other_nearest) = found
+    (ranks, nearest), (other_ranks, other_nearest) = (
+        _ranked_side(embedder, [(image, texts[side]) for image, texts in pairs], images) for side in (0, 1)
+    )
     metrics = {f"gap@{k}": mean((ranks < k).double() - (other_ranks < k).double(), groups) for k in _KS}
     return {f"languages/{name}": metric for name, metric in metrics.items()} | {
         "languages/same_image": mean(nearest == other_nearest, groups)
     }
 
 
-def stress(embedder: Embedder, one: EvalSet, images: torch.Tensor) -> dict[str, Metric]:
-    """Rank images by rewritten Korean captions; `drop@k` is what recall@k loses, `changed` the share that changed."""
-    captions = collect(one.texts("ko"), [])
+def _ranked_side(embedder: Embedder, pairs: Sequence[tuple[int, str]], images: torch.Tensor) -> _Ranks:
+    """Return rank and nearest image of each (image, text); equal texts are searched once, for all of their images."""
+    owners: dict[str, set[int]] = {}
+    for image, text in pairs:
+        owners.setdefault(text, set()).add(image)
+    texts = list(owners)
+    positives = [sorted(owners[text]) for text in texts]
+    ranks, nearest = search(embedder.texts(texts), images, positives, embedder.spread)
+    place = {text: number for number, text in enumerate(texts)}
+    asked = torch.tensor([place[text] for _, text in pairs])
+    return ranks[asked], nearest[asked]
+
+
+def stress(embedder: Embedder, eval_set: EvalSet, images: torch.Tensor) -> dict[str, Metric]:
+    """Rank images by rewritten Korean captions; `drop@k` is what recall@k loses, `changed` the share that changed.
+
+    Raises:
+        ConfigError: there is no Korean caption.
+    """
+    captions = collect(eval_set.texts("ko"), [])
     if not captions.images:
-        raise ConfigError(f"{one.name}: no image has a caption in ko, which the task stress rewrites")
+        raise ConfigError(f"{eval_set.name}: no image has a caption in ko, which the task stress rewrites")
     groups = _groups(captions)
-    plain = embedder.search(embedder.texts(captions.texts), images, captions.images)[0]
+    plain = search(embedder.texts(captions.texts), images, captions.images, embedder.spread)[0]
     metrics = {}
     for name, rewrite in STRESSES.items():
-        texts = [rewrite(text, one.config.seed) for text in captions.texts]
-        ranks = embedder.search(embedder.texts(texts), images, captions.images)[0]
+        texts = [rewrite(text, eval_set.config.seed) for text in captions.texts]
+        ranks = search(embedder.texts(texts), images, captions.images, embedder.spread)[0]
         changed = torch.tensor([new != old for new, old in zip(texts, captions.texts, strict=True)])
         metrics[f"stress_{name}/changed"] = mean(changed, groups)
         for k in _KS:
             metrics[f"stress_{name}/recall@{k}"] = mean(ranks < k, groups)
             metrics[f"stress_{name}/drop@{k}"] = mean((plain < k).double() - (ranks < k).double(), groups)
     return metrics
+
+
+_HUB = "image-text-retrieval"
+_HEADLINE = {"ko": "한국어 문장으로 이미지 찾기 R@10", "en": "영어 문장으로 이미지 찾기 R@10"}
+
+
+def _recall_specs(protocol: str, group: str) -> list[Spec]:
+    """Return what the numbers of both directions are called."""
+    specs = []
+    for direction, words in _DIRECTIONS.items():
+        for k in KS:
+            main = group == MAIN
+            first = main and (direction, k) == ("text_to_image", 10)  # the number that stands for all
+            specs.append(
+                Spec(
+                    pattern=f"{direction}{protocol}/recall@{k}",
+                    label=f"{words}, R@{k}",
+                    group=group,
+                    params={"direction": words, "k": k},
+                    summary="captions that find their image among the first 10" if first else "",
+                    chart=("recall", "") if main else ("", ""),
+                    headline=_HEADLINE if first else {},
+                    hub_task=_HUB,
+                    watched=first,
+                )
+            )
+        name = f"{direction}{protocol}/median_rank"
+        specs.append(Spec(pattern=name, label=f"{words}, median rank", unit="rank", group=group, hub_task=_HUB))
+    return specs
+
+
+def _approximated_specs() -> list[Spec]:
+    """Return what the numbers of `approximated` are called."""
+    specs = []
+    for direction, words in _DIRECTIONS.items():
+        for k in _KS_APPROXIMATED:
+            params: dict[str, str | int] = {"direction": words, "k": k}
+            label, name = f"{words}, R@{k}", f"{direction}_{{approximation}}"
+            specs.append(Spec(pattern=f"{name}/recall@{k}", label=label, group="{approximation}", params=params))
+            lost = "{approximation}, lost"
+            specs.append(Spec(pattern=f"{name}/drop@{k}", label=label, group=lost, unit="points", params=params))
+    return specs
+
+
+def _stress_specs() -> list[Spec]:
+    specs = [
+        Spec(
+            pattern=f"stress_{{rewrite}}/drop@{k}",
+            label="{rewrite}",
+            unit="points",
+            group=f"R@{k} lost by rewritten captions",
+            params={"k": k},
+            worst=f"R@{k} lost, worst rewrite",
+            summary="points of that lost by the worst rewriting of captions" if k == 10 else "",
+            chart=("stress", "lost"),
+            card="Korean as people type it",
+        )
+        for k in _KS
+    ]
+    for k in _KS:
+        group, chart = f"R@{k} of rewritten captions", ("stress", "kept")
+        pattern = f"stress_{{rewrite}}/recall@{k}"
+        specs.append(Spec(pattern=pattern, label="{rewrite}", group=group, params={"k": k}, chart=chart))
+    changed = "Captions that a rewrite changes"
+    return [*specs, Spec(pattern="stress_{rewrite}/changed", label="{rewrite}", group=changed)]
+
+
+def _captioned(
+    measure: Callable[[Embedder, EvalSet, str, torch.Tensor], dict[str, Metric]],
+) -> Callable[[Embedder, EvalSet, str], dict[str, Metric]]:
+    """Return a task's `run`: it measures on the images that have captions."""
+
+    def run(embedder: Embedder, eval_set: EvalSet, language: str) -> dict[str, Metric]:
+        captioned = eval_set.captioned
+        return measure(embedder, captioned, language, embedder.images(captioned.images))
+
+    return run
+
+
+def _pairs(eval_set: EvalSet) -> dict[str, tuple[str, str]]:
+    """Return every pair of languages, by what stands in the place of the language."""
+    both = itertools.combinations(eval_set.captioned.languages, 2)
+    return {f"{first}-{second}": (first, second) for first, second in both}
+
+
+RETRIEVAL = Task(
+    "retrieval",
+    _captioned(retrieval),
+    lambda eval_set: eval_set.captioned.languages,
+    (
+        *_recall_specs("", MAIN),
+        *_recall_specs("_first_caption", "Each image's first caption only"),
+        *_approximated_specs(),
+    ),
+)
+_BETWEEN = "Between the languages"
+LANGUAGES = Task(
+    "languages",
+    _captioned(lambda embedder, part, pair, images: languages(embedder, part, _pairs(part)[pair], images)),
+    lambda eval_set: list(_pairs(eval_set)),
+    (
+        Spec(
+            pattern="languages/gap@1",
+            label="R@1, first less second language",
+            unit="points",
+            card=_BETWEEN,
+            hub_task=_HUB,
+        ),
+        Spec(
+            pattern="languages/gap@10",
+            label="R@10, first less second language",
+            unit="points",
+            summary="points of R@10, first less second language",
+            card=_BETWEEN,
+            hub_task=_HUB,
+        ),
+        Spec(pattern="languages/same_image", label="same nearest image in both", card=_BETWEEN, hub_task=_HUB),
+    ),
+)
+STRESS = Task(
+    "stress",
+    _captioned(lambda embedder, part, _, images: stress(embedder, part, images)),
+    lambda eval_set: ["ko"],
+    tuple(_stress_specs()),
+)

@@ -1,24 +1,30 @@
-"""Classify images by the names of the classes, and by pictures of the same classes that look different."""
+"""Zero-shot classification by the names of the classes, and its accuracy under distribution shift."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import expit, logit
 
 from koclip.data.corruptions import SEVERITIES
 from koclip.evaluation.embed import Embedder
+from koclip.evaluation.ranking import search
+from koclip.evaluation.results import Spec, Task, records_of
 from koclip.evaluation.sets import EvalSet
 from koclip.metrics import Metric, difference, mean, mean_per_class, share
 from koclip.text.classes import templates_of_kind
 from koclip.text.prompts import fill, has_particle, spelt_out
 
+_FEWEST = 3  # other models that a line is drawn through
+_EDGE = 0.5  # images; the logit of 0 and 1 is infinite
 _Ranks = Callable[[torch.Tensor], torch.Tensor]  # of class embeddings (C, D): each image's rank
 
 
 @dataclass(frozen=True)
 class Names:
-    """The candidates and which of them are right."""
+    """The candidates, and which of them are right for each image."""
 
     plain: list[str]
     described: list[str]  # with what they mean, where they may mean several things
@@ -26,38 +32,38 @@ class Names:
     images: list[int]  # those images
 
 
-def names_of(one: EvalSet, language: str) -> Names:
+def names_of(eval_set: EvalSet, language: str) -> Names:
     """Return a set's candidates: its classes, or all captions of the set, of its shifts and of its gallery."""
-    if one.classes:
-        described = [name.text(language, described=True) for name in one.classes]
-        plain = [name.text(language) for name in one.classes]
-        return Names(plain, described, [[label] for label in one.labels], list(range(len(one.labels))))
-    sets = [one, *one.shifted.values()]
+    if eval_set.classes:
+        described = [name.text(language, described=True) for name in eval_set.classes]
+        plain = [name.text(language) for name in eval_set.classes]
+        return Names(plain, described, [[label] for label in eval_set.labels], list(range(len(eval_set.labels))))
+    sets = [eval_set, *eval_set.shifted.values()]
     captions = [text for part in sets for own in part.texts(language) for text in own]
-    plain = list(dict.fromkeys([*captions, *one.gallery.get(language, [])]))
-    return Names(plain, plain, *_owned(one, language, plain))
+    plain = list(dict.fromkeys([*captions, *eval_set.gallery.get(language, [])]))
+    return Names(plain, plain, *_owned(eval_set, language, plain))
 
 
-def _owned(one: EvalSet, language: str, names: list[str]) -> tuple[list[list[int]], list[int]]:
-    if one.labels:
-        return [[label] for label in one.labels], list(range(len(one.labels)))
+def _owned(eval_set: EvalSet, language: str, names: list[str]) -> tuple[list[list[int]], list[int]]:
+    if eval_set.labels:
+        return [[label] for label in eval_set.labels], list(range(len(eval_set.labels)))
     place = {name: number for number, name in enumerate(names)}
-    owned = [[place[text] for text in dict.fromkeys(own)] for own in one.texts(language)]
+    owned = [[place[text] for text in dict.fromkeys(own)] for own in eval_set.texts(language)]
     images = [image for image, right in enumerate(owned) if right]
     return [owned[image] for image in images], images
 
 
-def templates_of(one: EvalSet, language: str) -> list[str]:
+def templates_of(eval_set: EvalSet, language: str) -> list[str]:
     """Return the templates of a language: those listed, or those of a file, or the bare name."""
-    asked = one.config.templates.get(language, ["{}"])
-    return templates_of_kind(asked, one.config.template_kind, f"eval.sets[].templates.{language}")
+    asked = eval_set.config.templates.get(language, ["{}"])
+    return templates_of_kind(asked, eval_set.config.template_kind, f"eval.sets[].templates.{language}")
 
 
-def asked_templates(one: EvalSet) -> dict[str, list[str]]:
+def asked_templates(eval_set: EvalSet) -> dict[str, list[str]]:
     """Return the templates that a set's classes are put in, by language."""
-    if not {"zero_shot", "shift"} & set(one.config.tasks):
+    if not {"zero_shot", "shift"} & set(eval_set.config.tasks):
         return {}
-    return {language: templates_of(one, language) for language in one.languages}
+    return {language: templates_of(eval_set, language) for language in eval_set.languages}
 
 
 def classifier(embedder: Embedder, names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
@@ -73,37 +79,37 @@ def ensemble(prompts: torch.Tensor) -> torch.Tensor:
     return F.normalize(prompts.mean(dim=1), dim=-1)
 
 
-def zero_shot(embedder: Embedder, one: EvalSet, language: str, images: torch.Tensor) -> dict[str, Metric]:
-    """Classify images by their classes' names, or without classes by their captions.
+def zero_shot(embedder: Embedder, eval_set: EvalSet, language: str, images: torch.Tensor) -> dict[str, Metric]:
+    """Classify images by the names of their classes, or without classes by their captions.
 
     `zero_shot` is the ensemble of all templates. Compared with it: `zero_shot_name` the bare name, `zero_shot_single`
     the first template alone, `zero_shot_described` names with what they mean. `zero_shot_template_03` is the fourth
     template alone, compared with the bare name; `zero_shot_particles` all templates with particles, compared with
     `zero_shot_naive`, the same with "을(를)" spelt out. Gains are of accuracy, image by image.
     """
-    names, templates = names_of(one, language), templates_of(one, language)
+    names, templates = names_of(eval_set, language), templates_of(eval_set, language)
     shown = images[names.images]
     prompts = classifier(embedder, names.plain, templates)
 
     def ranks(classes: torch.Tensor) -> torch.Tensor:
-        return embedder.search(shown, classes, names.owned)[0]
+        return search(shown, classes, names.owned, embedder.spread)[0]
 
     together = ranks(ensemble(prompts))
     metrics = {"zero_shot/accuracy": share(together < 1), "zero_shot/accuracy@5": share(together < 5)}
-    if one.labels:
-        metrics["zero_shot/mean_per_class"] = mean_per_class(together < 1, torch.tensor(one.labels))
+    if eval_set.labels:
+        metrics["zero_shot/mean_per_class"] = mean_per_class(together < 1, torch.tensor(eval_set.labels))
     if len(templates) > 1:
         bare = ranks(classifier(embedder, names.plain, ["{}"])[:, 0])
         alone = [ranks(prompts[:, number]) for number in range(len(templates))]
         metrics |= _compared("zero_shot_name", bare, together) | _compared("zero_shot_single", alone[0], together)
-        for number, one_template in enumerate(alone):
-            metrics |= _compared(f"zero_shot_template_{number:02d}", one_template, bare, "gain_over_name")
+        for number, single in enumerate(alone):
+            metrics |= _compared(f"zero_shot_template_{number:02d}", single, bare, "gain_over_name")
         metrics |= _particles(embedder, names.plain, templates, ranks)
     ambiguous = torch.tensor([names.described[right[0]] != names.plain[right[0]] for right in names.owned])
     if ambiguous.sum() > 1:
-        told = ranks(ensemble(classifier(embedder, names.described, templates)))
-        metrics |= _compared("zero_shot_described", told, together, "gain")
-        metrics["zero_shot_described/gain_ambiguous"] = _gain(told[ambiguous], together[ambiguous])
+        described = ranks(ensemble(classifier(embedder, names.described, templates)))
+        metrics |= _compared("zero_shot_described", described, together, "gain")
+        metrics["zero_shot_described/gain_ambiguous"] = _gain(described[ambiguous], together[ambiguous])
     return metrics
 
 
@@ -127,26 +133,136 @@ def _gain(ranks: torch.Tensor, other: torch.Tensor) -> Metric:
     return mean((ranks < 1).double() - (other < 1).double())
 
 
-def shift(embedder: Embedder, one: EvalSet, language: str, images: torch.Tensor) -> dict[str, Metric]:
-    """Classify pictures of the same classes that look different, and the same pictures corrupted.
+def shift(embedder: Embedder, eval_set: EvalSet, language: str, images: torch.Tensor) -> dict[str, Metric]:
+    """Classify the images of other data sets with the same classes, and the set's own images corrupted.
 
     `drop` is the accuracy on the set itself less that on the other; a corruption's is the mean of its severities'
     (ImageNet-C without its weights).
     """
-    names = names_of(one, language)
-    classes = ensemble(classifier(embedder, names.plain, templates_of(one, language)))
-    base = embedder.search(images[names.images], classes, names.owned)[0] < 1
+    names = names_of(eval_set, language)
+    classes = ensemble(classifier(embedder, names.plain, templates_of(eval_set, language)))
+    base = search(images[names.images], classes, names.owned, embedder.spread)[0] < 1
     metrics = {"shift_none/accuracy": share(base)}
-    for name, other in one.shifted.items():
+    for name, other in eval_set.shifted.items():
         owned, shown = _owned(other, language, names.plain)
-        hits = embedder.search(embedder.images(other.pictures)[shown], classes, owned)[0] < 1
+        hits = search(embedder.images(other.images)[shown], classes, owned, embedder.spread)[0] < 1
         metrics |= {f"shift_{name}/accuracy": share(hits), f"shift_{name}/drop": difference(base, hits)}
-    for name in one.config.corruptions:
+    for name in eval_set.config.corruptions:
         drops = []
         for severity in SEVERITIES:
-            corrupted = embedder.images(one.pictures.corrupted(name, severity, one.config.seed))
-            hits = embedder.search(corrupted[names.images], classes, names.owned)[0] < 1
+            corrupted = embedder.images(eval_set.images.corrupted(name, severity, eval_set.config.seed))
+            hits = search(corrupted[names.images], classes, names.owned, embedder.spread)[0] < 1
             metrics[f"shift_{name}/accuracy_severity_{severity}"] = share(hits)
             drops.append(base.double() - hits.double())
         metrics[f"shift_{name}/drop"] = mean(torch.stack(drops).mean(dim=0))
     return metrics
+
+
+def effective_robustness(base: Metric, shifted: Metric, others: list[tuple[Metric, Metric]]) -> Metric:
+    """Return the accuracy under shift less what the line through the other models expects at this base accuracy.
+
+    Taori et al. 2020, section 4: the line is fitted on logits of accuracies. The interval is that of the accuracy under
+    shift; the line is taken as known.
+
+    Args:
+        base: The model's accuracy on the set itself.
+        shifted: Its accuracy on the shifted set.
+        others: Both of the other models.
+
+    Raises:
+        ValueError: there are fewer than three others, or all of them have the same base accuracy.
+    """
+    points = np.array([[_logit(before), _logit(after)] for before, after in others])
+    if len(points) < _FEWEST or np.ptp(points[:, 0]) == 0:
+        raise ValueError(f"a line takes at least {_FEWEST} other models of different accuracy, got {len(points)}")
+    slope, offset = np.polyfit(points[:, 0], points[:, 1], deg=1)
+    expected = float(expit(slope * _logit(base) + offset))
+    low, high = shifted.ci95
+    return Metric(shifted.value - expected, (low - expected, high - expected), shifted.n)
+
+
+def _logit(accuracy: Metric) -> float:
+    edge = _EDGE / accuracy.n
+    return float(logit(np.clip(accuracy.value, edge, 1 - edge)))
+
+
+def add_effective_robustness(results: dict[str, dict[str, Metric]]) -> None:
+    """Add `effective_robustness` to every shift of every model's metrics, where the other models allow a line."""
+    for model, metrics in results.items():
+        for record in records_of(metrics, [_BASE, _SHIFTED]):
+            if record.spec is not _SHIFTED:
+                continue
+            base = f"{record.dataset}/{record.language}/{_BASE.pattern}"
+            others = [(other[base], other[record.name]) for name, other in results.items() if name != model]
+            if len(others) >= _FEWEST and len({before.value for before, _ in others}) > 1:
+                robustness = effective_robustness(metrics[base], metrics[record.name], others)
+                metrics[f"{record.dataset}/{record.language}/{record.task}/effective_robustness"] = robustness
+
+
+_BY_PROMPT = "Accuracy by kind of prompt"
+ZERO_SHOT = Task(
+    "zero_shot",
+    lambda embedder, eval_set, language: zero_shot(embedder, eval_set, language, embedder.images(eval_set.images)),
+    lambda eval_set: eval_set.languages,
+    (
+        Spec(
+            pattern="zero_shot/accuracy",
+            label="zero-shot accuracy",
+            summary="images whose class is found by its name",
+            chart=("shots", "zero-shot"),
+            headline={"ko": "한국어 이름으로 분류한 정확도"},
+            watched=True,
+        ),
+        Spec(pattern="zero_shot/mean_per_class", label="zero-shot, mean over classes"),
+        Spec(pattern="zero_shot/accuracy@5", label="zero-shot, among the first 5"),
+        Spec(pattern="zero_shot_single/gain_over_ensemble", label="first template less all", unit="points"),
+        Spec(
+            pattern="zero_shot_name/gain_over_ensemble",
+            label="bare name less all templates",
+            unit="points",
+            chart=("templates", "bare"),
+        ),
+        Spec(pattern="zero_shot_particles/gain", label="right particles less spelt out", unit="points"),
+        Spec(pattern="zero_shot_described/gain", label="described names less plain", unit="points"),
+        Spec(pattern="zero_shot_described/gain_ambiguous", label="the same, ambiguous names", unit="points"),
+        Spec(
+            pattern="zero_shot_template_{template:d}/accuracy",
+            label="template {template:02d}",
+            group="Each template alone, accuracy",
+        ),
+        Spec(
+            pattern="zero_shot_template_{template:d}/gain_over_name",
+            label="template {template:02d}",
+            unit="points",
+            group="Each template alone, less the bare name",
+            chart=("templates", "gain"),
+        ),
+        Spec(pattern="zero_shot_{prompt}/accuracy", label="{prompt}", group=_BY_PROMPT),
+    ),
+)
+_UNDER_SHIFT = "Accuracy under shift"
+_BASE = Spec(
+    pattern="shift_none/accuracy",
+    label="accuracy without shift",
+    params={"name": ""},
+    chart=("shift", "base"),
+    watched=True,
+)
+_SHIFTED = Spec(pattern="shift_{name}/accuracy", label="{name}", group=_UNDER_SHIFT, chart=("shift", "shifted"))
+SHIFT = Task(
+    "shift",
+    lambda embedder, eval_set, language: shift(embedder, eval_set, language, embedder.images(eval_set.images)),
+    lambda eval_set: eval_set.languages,
+    (
+        _BASE,
+        Spec(pattern="shift_{name}/drop", label="accuracy lost, {name}", unit="points"),
+        Spec(pattern="shift_{name}/effective_robustness", label="effective robustness, {name}", unit="points"),
+        Spec(
+            pattern="shift_{name}/accuracy_severity_{severity:d}",
+            label="{name}, severity {severity}",
+            group=_UNDER_SHIFT,
+            chart=("shift", "severity"),
+        ),
+        _SHIFTED,
+    ),
+)

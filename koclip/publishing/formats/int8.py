@@ -15,13 +15,12 @@ from koclip.config import ConfigError, EvalSetConfig, SourceConfig, check
 from koclip.data.transforms import PIXEL_LIMIT, PixelLimit
 from koclip.encoders import load
 from koclip.encoders.base import in_batches
-from koclip.evaluation.images import Pictures
-from koclip.evaluation.notes import counts, notes
-from koclip.evaluation.report.finish import Measured, write_results
-from koclip.evaluation.report.printing import console
-from koclip.evaluation.report.table import cell, sections
+from koclip.evaluation.images import Images
+from koclip.evaluation.report.table import cell, console, sections
+from koclip.evaluation.results import Measured, Record, records_of, write_results
+from koclip.evaluation.run import counts, notes, surroundings
 from koclip.evaluation.sets import EvalSet, open_set
-from koclip.evaluation.suite import surroundings
+from koclip.evaluation.tasks import SPECS
 from koclip.evaluation.tasks.retrieval import approximated, collect
 from koclip.metrics import Metric
 from koclip.publishing.formats.onnx import EXACT, FOLDER, INT8, RESULTS, SIDES, run, session
@@ -53,7 +52,7 @@ class _Graphs:
         self._vision, self._text = (session(folder / f"{side}{kind}.onnx") for side in SIDES)
         self._processor = processor
 
-    def images(self, pictures: Pictures) -> torch.Tensor:
+    def images(self, pictures: Images) -> torch.Tensor:
         """Return (N, D) embeddings."""
         return in_batches(self._image, pictures, 1, "images")
 
@@ -121,7 +120,7 @@ def measure(directory: Path, sets: Sequence[EvalSet], model: str) -> Losses:
     both = [_Graphs(directory / FOLDER, kind, processor) for kind in (EXACT, INT8)]
     metrics: dict[str, Metric] = {}
     for one in sets:
-        images = [graphs.images(one.pictures) for graphs in both]
+        images = [graphs.images(one.images) for graphs in both]
         for language in one.languages:
             captions = collect(one.texts(language), one.gallery.get(language, []))
             exact, int8 = zip(images, (graphs.texts(captions.texts) for graphs in both), strict=True)
@@ -152,14 +151,14 @@ def read(directory: Path, fingerprint: str) -> Losses | None:
 
 def _losses(folder: Path) -> Losses:
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-    metrics = {name: Metric(one["value"], tuple(one["ci95"]), one["n"]) for name, one in results["metrics"].items()}
+    metrics = {name: Metric.from_dict(values) for name, values in results["metrics"].items()}
     exact, int8 = (_megabytes(folder, kind) for kind in (EXACT, INT8))
     counts = {name: one["images"] for name, one in results["data"].items()}
     told = [f"{name} ({count:,} pictures; R@1 by chance: about {100 / count:.2g} %)" for name, count in counts.items()]
     rows = [f"{name}: {note}." for name, one in results["data"].items() for note in notes({name: one})]
     return Losses(
         f"`{FOLDER}/*{INT8}.onnx` keep weights in 8 bits: {int8:,.1f} MB in the place of {exact:,.1f} MB.",
-        list(_rows(metrics)),
+        list(_rows(records_of(metrics, SPECS))),
         " ".join([f"Measured on {', '.join(told)}.", *rows, _LOST]),
     )
 
@@ -180,14 +179,17 @@ def print_losses(losses: Losses) -> None:
         out.print(part, highlight=False, markup=False)
 
 
-def _rows(metrics: Mapping[str, Metric]) -> Iterator[tuple[str, ...]]:
+def _rows(records: Sequence[Record]) -> Iterator[tuple[str, ...]]:
     """Yield what stands under `_HEADINGS`, Korean first."""
-    for section in sections([metrics], {}):
+    approximated = {_query(record, record.spec.unit): record for record in records if "approximation" in record.params}
+    for section in sections([records], {}):
         for line in sorted(section.main, key=lambda line: line.language != "ko"):
-            task, measure = line.key.split("/")
-            name = f"{section.name}/{line.language}/{task}_{_NAME}/"
-            if name + measure in metrics:
-                int8 = cell(measure, metrics[name + measure]).value
-                lost = cell("drop", metrics[name + measure.replace("recall", "drop")])
-                exact = cell(measure, metrics[f"{section.name}/{line.language}/{line.key}"]).value
-                yield section.name, line.language, line.label, exact, int8, str(lost), f"{line.n:,}"
+            (exact,) = line.records
+            if exact and _query(exact, "percent") in approximated:
+                int8, lost = (cell(approximated[_query(exact, unit)]) for unit in ("percent", "points"))
+                yield section.name, line.language, line.label, cell(exact).value, int8.value, str(lost), f"{line.n:,}"
+
+
+def _query(record: Record, unit: str) -> tuple[object, ...]:
+    """Return what a number of the graphs in int8 shares with that of the graphs in fp32, and a unit."""
+    return record.dataset, record.language, record.params.get("direction"), record.params.get("k"), unit

@@ -54,8 +54,8 @@ def _restyle_word(word: str, style: Style, before: str) -> str:
     negated = before[:-1] if before.endswith("지") else ""
     if negated and [reading.stem for reading in readings] == ["않"]:  # formed like what it negates: 높지 않다
         readings = [reading._replace(kind=kind) for reading in readings for kind in _kinds(negated)]
-    made = {_write(reading, style) for reading in readings}
-    return made.pop() if len(made) == 1 else word
+    words = {_write(reading, style) for reading in readings}
+    return words.pop() if len(words) == 1 else word
 
 
 def _kinds(stem: str) -> set[str]:
@@ -111,14 +111,16 @@ def _table() -> _Table:
 
 def _listed(stem: str) -> tuple[int, list[Predicate]]:
     """Return how well the table knows `stem` (2: all of it, 1: its end, 0: not at all) and its readings there."""
-    found, start = _table().whole.get(stem), 0
-    rank = 2 if found else 1
-    while not found and start < len(stem):
-        found, start = _table().ends.get(stem[start:]), start + 1
-    if not found:
+    entries, start = _table().whole.get(stem), 0
+    rank = 2 if entries else 1
+    while not entries and start < len(stem):
+        entries, start = _table().ends.get(stem[start:]), start + 1
+    if not entries:
         return 0, []
     prefix = stem[: start - 1] if rank == 1 else ""
-    return rank, [Predicate(stem, kind, prefix + made if made else _infinitive(stem)) for kind, made in found]
+    return rank, [
+        Predicate(stem, kind, prefix + infinitive if infinitive else _infinitive(stem)) for kind, infinitive in entries
+    ]
 
 
 def _best(stems: dict[str, bool]) -> list[Predicate]:
@@ -193,8 +195,10 @@ def _read_polite(form: str) -> list[Predicate]:
     for start in range(len(form)):
         stems |= {form[:start] + stem: False for stem in _table().stems_of.get(form[start:], [])}
     # Only stems that give this form count, so that 가아 or 뛰여 are no readings.
-    made = {stem: free for stem, free in stems.items() if form in {one.infinitive for one in _forms(stem)}}
-    return [reading for reading in _best(made) if reading.infinitive == form]
+    fitting = {
+        stem: free for stem, free in stems.items() if form in {predicate.infinitive for predicate in _forms(stem)}
+    }
+    return [reading for reading in _best(fitting) if reading.infinitive == form]
 
 
 def _forms(stem: str) -> list[Predicate]:

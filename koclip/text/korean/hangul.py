@@ -82,4 +82,8 @@ def neighbours(key: str) -> list[str]:
         for down, right in places
         if 0 <= row + down < len(_ROWS) and 0 <= column + right < len(_ROWS[row + down])
     ]
-    return near if key.islower() else [one.upper() if one.upper() in _LETTER_OF else one for one in near]
+    return (
+        near
+        if key.islower()
+        else [neighbour.upper() if neighbour.upper() in _LETTER_OF else neighbour for neighbour in near]
+    )

@@ -54,18 +54,18 @@ def replace_nouns(text: str, names: dict[str, str], which: Callable[[int], Colle
 
     Args:
         text: A text in NFC.
-        names: What each noun becomes.
-        which: Takes the number of nouns found, and returns which of them to replace, counted from 0.
+        names: The replacement of each noun.
+        which: Function from the number of nouns in the text to the numbers of those to replace, counted from 0.
     """
     words = list(_WORD.finditer(text))
     around = ["", *(word[0] for word in words), ""]
-    found = []
+    nouns = []
     for word, before, following in zip(words, around, around[2:], strict=False):
         noun = _noun(word[0], names, following)
         if noun and not (noun == _COUNTER and _NUMBER.fullmatch(before)):
-            found.append((word, noun))
-    replaced, last, chosen = "", 0, which(len(found))
-    for number, (word, noun) in enumerate(found):
+            nouns.append((word, noun))
+    replaced, last, chosen = "", 0, which(len(nouns))
+    for number, (word, noun) in enumerate(nouns):
         if number in chosen:
             name = names[noun]
             replaced += text[last : word.start()] + name + _refit(name, word[0].removeprefix(noun))
@@ -142,10 +142,10 @@ def _listed() -> dict[str, set[str]]:
 
 def _kinds(form: str, ends: bool = False) -> set[str]:
     """Return the kinds of `form` in the table; with `ends` also those of its listed ends."""
-    found = set(_listed().get(form, ()))
+    kinds = set(_listed().get(form, ()))
     for start in range(len(form)) if ends else ():
-        found |= _listed().get("-" + form[start:], set())
-    return found
+        kinds |= _listed().get("-" + form[start:], set())
+    return kinds
 
 
 def _noun(word: str, names: dict[str, str], following: str) -> str:

@@ -6,7 +6,7 @@ import datasets
 import evaluate
 import torch
 
-from koclip.evaluation.module_inputs import flat, matrix, positives
+from koclip.evaluation.modules import flat, matrix, positives
 from koclip.metrics import KS, first_ranks, recall_at
 
 _DESCRIPTION = """

@@ -4,7 +4,7 @@ import datasets
 import evaluate
 import torch
 
-from koclip.evaluation.module_inputs import flat, matrix, positives
+from koclip.evaluation.modules import flat, matrix, positives
 from koclip.metrics import first_ranks, mean_per_class, share
 
 _DESCRIPTION = """

@@ -1,4 +1,4 @@
-"""What the modules of the `evaluate` library (`modules/`) get, as tensors, and what they give back."""
+"""Metrics for the `evaluate` library. Here: their inputs as tensors, and their results as plain numbers."""
 
 from collections.abc import Mapping, Sequence
 
@@ -32,7 +32,7 @@ def positives(owned: Sequence[Sequence[int]], count: int, columns: str) -> torch
     """
     marked = torch.zeros(len(owned), count, dtype=torch.bool)
     for place, own in enumerate(owned):
-        if not own or not all(0 <= one < count for one in own):
+        if not own or not all(0 <= column < count for column in own):
             expected = f"expected the number of at least one {columns}, 0 to {count - 1}"
             raise ValueError(f"references: row {place} is {list(own)}; {expected}")
         marked[place, list(own)] = True

@@ -1,0 +1,162 @@
+"""What an evaluation leaves in a directory: results.json and pictures of every model, and a table and a page of all."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+from koclip import storage
+from koclip.evaluation.embed import Embedder
+from koclip.evaluation.evaluate import evaluate, warnings_of
+from koclip.evaluation.report import page
+from koclip.evaluation.report.charts import charts, korean_style, save
+from koclip.evaluation.report.grids import confusions, queries
+from koclip.evaluation.report.table import Templates, markdown, print_tables, sections
+from koclip.evaluation.results import Measured, Record, records_of, write_results
+from koclip.evaluation.run import described, labels_of, notes
+from koclip.evaluation.sets import EvalSet
+from koclip.evaluation.tasks import SPECS
+from koclip.evaluation.tasks.zero_shot import asked_templates
+from koclip.metrics import Metric
+
+_TRAINING = "training.png"
+
+
+class Evaluated(NamedTuple):
+    """A model with its numbers."""
+
+    model: str  # as it was given to koclip
+    folder: Path  # where its results go
+    embedder: Embedder
+    metrics: dict[str, Metric]  # as `evaluate` names them
+
+
+def report(run: Path, embedder: Embedder, eval_sets: Sequence[EvalSet]) -> dict[str, Metric]:
+    """Evaluate the model of a training run; write results.json, pictures/, table.md and report.html; print the table.
+
+    Args:
+        run: The run directory: environment.json, metrics.jsonl and model/ are in it.
+        embedder: Embeds with the model as it was saved.
+        eval_sets: What to evaluate on.
+    """
+    metrics = evaluate(embedder, eval_sets)
+    environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    with korean_style():
+        save(training_figure(run / "metrics.jsonl", metrics), run / "pictures" / _TRAINING)
+    if eval_sets:
+        eval_sets[0].images[0].save(run / "pictures" / "example.png")
+    evaluated = Evaluated(str(run / "model"), run, embedder, metrics)
+    write(run, [evaluated], eval_sets, environment, warnings_of(embedder, eval_sets))
+    return metrics
+
+
+def write(
+    run: Path,
+    evaluated: Sequence[Evaluated],
+    eval_sets: Sequence[EvalSet],
+    environment: Mapping[str, Any],
+    warnings: Sequence[str],
+) -> None:
+    """Write results.json and pictures/ of every model, table.md and report.html, and print the table.
+
+    A single process does this: what the pictures need is taken from the embedders' cache, else embedded again.
+
+    Args:
+        run: The directory of the evaluation; config.yaml and skipped.jsonl may be in it.
+        evaluated: The models.
+        eval_sets: What they were evaluated on.
+        environment: What results.json says of it.
+        warnings: What a reader should know.
+
+    Raises:
+        ValueError: a metric is not finite.
+    """
+    for model in evaluated:
+        keep(model, eval_sets, environment)
+    labels = labels_of([model.model for model in evaluated])
+    records = {model.model: records_of(model.metrics, SPECS) for model in evaluated}
+    templates = {eval_set.name: asked_templates(eval_set) for eval_set in eval_sets}
+    data = {model.model: described(eval_sets, model.model) for model in evaluated}
+    names = dict.fromkeys(name for own in data.values() for name in own)
+    said = {name: notes({labels[model]: own[name] for model, own in data.items()}) for name in names}
+    rows = sections(list(records.values()), templates)
+    if rows:
+        (run / "table.md").write_text(markdown(rows, list(labels.values()), warnings, said), encoding="utf-8")
+        print_tables(rows, list(labels.values()), warnings, said)
+    skipped = len(storage.read_lines(run / "skipped.jsonl"))
+    if skipped:
+        print(f"{skipped:,} samples could not be used: {run / 'skipped.jsonl'} lists them with their reasons")  # noqa: T201
+    models = []
+    for model in evaluated:
+        drawn = _draw(model, records[model.model], eval_sets, templates)
+        training = model.folder / "pictures" / _TRAINING
+        label = labels[model.model]
+        models.append(
+            page.Model(model.model, label, drawn, data[model.model], training if training.is_file() else None)
+        )
+    if rows:
+        page.write(run, models, rows, environment, warnings)
+
+
+def keep(model: Evaluated, eval_sets: Sequence[EvalSet], environment: Mapping[str, Any]) -> None:
+    """Write a model's results.json.
+
+    Raises:
+        ValueError: a metric is not finite.
+    """
+    measured = Measured(model.model, model.embedder.fingerprint)
+    data = described(eval_sets, model.model)
+    write_results(model.folder / "results.json", measured, data, model.metrics, dict(environment))
+
+
+def _draw(
+    model: Evaluated, records: Sequence[Record], eval_sets: Sequence[EvalSet], templates: Templates
+) -> dict[str, dict[str, Path]]:
+    """Draw a model's pictures; return their files by data set and kind."""
+    embedder = model.embedder.alone()
+    drawn: dict[str, dict[str, Path]] = {}
+    with korean_style():
+        for eval_set in tqdm(eval_sets, desc="pictures", leave=False):
+            drawn[eval_set.name] = {}
+            for kind, figure in _figures(eval_set, records, embedder, templates):
+                file = model.folder / "pictures" / f"{kind}-{eval_set.name.replace('/', '-')}.png"
+                drawn[eval_set.name][kind] = file
+                save(figure, file)
+    return drawn
+
+
+def _figures(
+    eval_set: EvalSet, records: Sequence[Record], embedder: Embedder, templates: Templates
+) -> Iterator[tuple[str, Figure]]:
+    """Yield the pictures of a model on a set, by kind."""
+    yield from charts(eval_set.name, records, templates[eval_set.name])
+    figure = queries(embedder, eval_set)
+    if figure is not None:
+        yield "queries", figure
+    if "zero_shot" in eval_set.tasks:
+        for language, figure in confusions(embedder, eval_set):
+            yield f"confusion-{language}", figure
+
+
+def training_figure(log: Path, final: Mapping[str, Metric]) -> Figure:
+    """Draw the loss of a run over its steps, and the recall or accuracy measured meanwhile; `final` is at the end."""
+    logged = storage.read_lines(log)
+    losses = [(line["step"], line["loss"]) for line in logged if line.get("loss") is not None]
+    logged.append({"step": logged[-1]["step"], **{name: metric.value for name, metric in final.items()}})
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(*zip(*losses, strict=True), color="tab:grey", marker=".", label="loss")
+    axis.set(xlabel="step", ylabel="loss")
+    axis.set_ylim(bottom=0)
+    watched = sorted(record.name for record in records_of(final, SPECS) if record.spec.watched)
+    if watched:
+        percent = axis.twinx()
+        percent.set(ylabel="%", ylim=(0, 100))
+        for name in watched:
+            points = [(line["step"], 100 * line[name]) for line in logged if name in line]
+            percent.plot(*zip(*points, strict=True), marker="o", label=name)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return figure

@@ -1,0 +1,295 @@
+"""A training run from its first step to its report: one stage or several, and the only training loop."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+
+import koclip
+from koclip import distributed, storage, training
+from koclip.config import (
+    AlignConfig,
+    ConfigError,
+    PretrainConfig,
+    Stage,
+    Stopped,
+    TokenizerConfig,
+    check_changes,
+    check_data,
+    to_dict,
+)
+from koclip.data.batches import Assembler, Batch, Precomputed
+from koclip.data.loader import Start, train_loader, training_captions
+from koclip.data.order import Shard
+from koclip.data.survey import CaptionLengths
+from koclip.data.transforms import PixelLimit, views_for
+from koclip.encoders.transformers import TransformersEncoder
+from koclip.evaluation.embed import Embedder
+from koclip.evaluation.evaluate import evaluate, open_all
+from koclip.evaluation.report.write import report
+from koclip.evaluation.sets import EvalSet
+from koclip.models.dual_encoder import DualEncoder
+from koclip.models.save import save_stock_model
+from koclip.runs import checkpoints
+from koclip.runs.checkpoints import Checkpoints, Progress
+from koclip.runs.directory import RunDirectory
+from koclip.runs.samples import Samples
+from koclip.text import tokenizers
+
+
+class Session:
+    """A run: its directory, its checkpoints and its training state.
+
+    Args:
+        recipe: The recipe's name, for the default directory.
+        config: The run's.
+        accelerator: As `training.start` returned it.
+
+    Raises:
+        ConfigError: the directory holds a run and `resume` is off, or `config` differs from that of the checkpoint to
+            continue from in what would change the result.
+        RunError: there are checkpoints, but none is intact.
+    """
+
+    def __init__(self, recipe: str, config: PretrainConfig | AlignConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.directory = RunDirectory(recipe, config.output_dir, resume=config.resume == "auto")
+        self.path = self.directory.path
+        self.eval_sets: list[EvalSet] = []
+        self.state: training.TrainState | None = None
+        self._data: list[dict[str, Any]] = []  # what tells changed data
+        self._lengths: list[CaptionLengths | None] = []
+        self.checkpoints = Checkpoints(self.path / "checkpoints")
+        newest = self.checkpoints.newest_intact() if distributed.rank() == 0 else None
+        self._checkpoint = distributed.gather_objects(newest)[0]  # to continue from, until it is loaded
+        if self._checkpoint is not None:
+            self._check_changes(checkpoints.read_facts(self._checkpoint))
+        self.samples = Samples(self.directory, begins=self._checkpoint is None)
+        accelerator.project_configuration.logging_dir = str(self.path)
+        accelerator.init_trackers("tracker")
+        self.directory.begin(config, self.step)
+
+    @classmethod
+    def open(cls, recipe: str, config: PretrainConfig | AlignConfig) -> "Session":
+        """Start or continue a run, and open its evaluation sets.
+
+        Raises:
+            ConfigError: as the class, or an evaluation set cannot be opened or is too small.
+        """
+        session = cls(recipe, config, training.start(config.train))
+        session.eval_sets = open_all(config.eval, PixelLimit(config.data.max_image_pixels))
+        if session.accelerator.is_main_process:
+            session.directory.list_skipped(skip for eval_set in session.eval_sets for skip in eval_set.all_skipped())
+        return session
+
+    @property
+    def step(self) -> int:
+        """Steps done by the checkpoint that the run continues from, until it is loaded."""
+        return 0 if self._checkpoint is None else int(checkpoints.read_facts(self._checkpoint)["step"])
+
+    def tokenizer(self, config: TokenizerConfig, encoder: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
+        """Return the run's tokenizer: the one in tokenizer/, which a resumed run reads, or a new one.
+
+        The data is surveyed with it: lengths of captions, and what tells that the data has changed.
+
+        Args:
+            config: A tokenizer to load, or to train on the captions.
+            encoder: Configuration of the text encoder that it belongs to; default: CLIP's own.
+
+        Raises:
+            ConfigError: the tokenizer is not usable, or the data has changed since the checkpoint and `resume_with`
+                does not name `data.sources`.
+        """
+        directory = self.path / "tokenizer"
+        if distributed.rank() == 0 and not directory.exists():
+            with storage.atomic(directory) as partial:
+                tokenizers.create(config, training_captions(self.config.data), encoder).save_pretrained(partial)
+        distributed.barrier()
+        tokenizer = tokenizers.load(str(directory), config.max_tokens, encoder, probes=())  # `create` has tried it
+        surveys = training.survey(self.config.data, tokenizer)
+        self._data = [survey.facts for survey in surveys]
+        self._lengths = [survey.lengths for survey in surveys]
+        if self._checkpoint is not None:
+            before = checkpoints.read_facts(self._checkpoint).get("data")
+            _print_changes(check_data(before, self._data, self.config.resume_with))
+        return tokenizer
+
+    def stages(self) -> Iterator[Stage]:
+        """Yield the stages that are not finished. What one has used in training is released before the next."""
+        *earlier, last = self.config.stages
+        for stage in earlier:
+            if self.step < stage.end:
+                yield stage
+                training.release(self._trained())
+                self.state = None
+        yield last
+
+    def fit(
+        self,
+        dual_encoder: DualEncoder,
+        processor: ProcessorMixin,
+        stage: Stage,
+        precomputed: Precomputed | None = None,
+    ) -> None:
+        """Train one stage, from its first step or from the checkpoint; `state` is then what it has trained.
+
+        Args:
+            dual_encoder: What is trained.
+            processor: Its processor.
+            stage: The stage.
+            precomputed: What frozen towers have embedded of the data.
+
+        Raises:
+            Stopped: a signal asked the run to stop; its checkpoint is on disk.
+            DivergedError: too many steps in a row had no finite loss and gradient.
+            SkippedError: too many samples could not be used.
+            RunError: a checkpoint could not be written.
+        """
+        train = self.config.train
+        self.state = state = training.prepare(self.accelerator, dual_encoder, self.config, stage)
+        progress = self.load(state, stage.start)
+        batches = self._batches(processor, stage, precomputed or Precomputed(), progress)
+        steps = training.steps(state, batches, progress.step, stage.end, train.log_every)
+        quiet = not self.accelerator.is_main_process
+        bar = tqdm(steps, stage.name, stage.end, initial=progress.step, disable=quiet)
+        with training.StopRequest(self.accelerator.device) as stop:
+            for step, stats in bar:
+                ends, stopping = step == stage.end, stop.asked()
+                if stats:
+                    self.log(step, stats)
+                    bar.set_postfix_str(training.progress_text(stats))
+                self.directory.list_events(state.health.take_events())
+                self.checkpoints.stop_if_failed()
+                if _due(step, train.eval_every) and step != train.num_steps:
+                    self.log(step, self._measure(state, processor))
+                if ends or stopping or _due(step, train.save_every):
+                    self.save(state, step, train.keep_checkpoints, wait=ends or stopping)
+                if stopping and step != train.num_steps:
+                    how = f"Stopped at step {step}; to continue, add: --resume auto --output_dir {self.path}"
+                    self.accelerator.print(how)
+                    raise Stopped(how)
+
+    def finish(self, processor: ProcessorMixin, write: Callable[..., None] = save_stock_model) -> Path:
+        """Save the trained model in model/, load it as a user does, evaluate it and write the report.
+
+        Args:
+            processor: The model's.
+            write: Writes the model; takes directory, model, processor and weights.
+
+        Returns:
+            The model's directory.
+        """
+        directory = self.save_model(self._trained(), processor, write)
+        if self.accelerator.is_main_process:
+            embedder = Embedder(koclip.load(directory), self.config.eval.batch_size)
+            report(self.path, embedder, self.eval_sets)
+        return directory
+
+    def log(self, step: int, stats: dict[str, float]) -> None:
+        """Write one line of metrics.jsonl, hand it to the tracker and list the samples skipped since the last line."""
+        self.samples.list_skipped()
+        self.accelerator.log(stats, step=step)
+        self.directory.log(step, stats)
+
+    def save(self, state: training.TrainState, step: int, keep: int, wait: bool = False) -> None:
+        """Begin checkpoints/step-<step>/, which appears complete or not at all; keep the newest `keep` checkpoints.
+
+        Training waits for a copy in host memory, not for the disk.
+
+        Args:
+            state: What to save.
+            step: Steps done.
+            keep: Checkpoints kept.
+            wait: Return when it is on disk.
+
+        Raises:
+            RunError: this or the previous checkpoint could not be written.
+        """
+        self.samples.save()
+        partial = self.checkpoints.begin(step) if distributed.rank() == 0 else self.path
+        partial = distributed.gather_objects(partial)[0]
+        progress = Progress(step, tuple(self.samples.positions.values()))
+        launch = {"config": to_dict(self.config), "data": self._data}
+        snapshot = checkpoints.collect(partial, state, progress, launch)
+        if distributed.rank() == 0:
+            self.checkpoints.finish(partial, snapshot.write, keep)
+        if wait:
+            self.checkpoints.wait()
+            distributed.barrier()
+
+    def load(self, state: training.TrainState, start: int = 0) -> Progress:
+        """Put the newest intact checkpoint into `state`; without a checkpoint the stage begins at step `start`."""
+        progress = checkpoints.read(self._checkpoint, state, start) if self._checkpoint else Progress(start)
+        self._checkpoint = None
+        self.samples.positions = {position.reader: position for position in progress.positions}
+        self.directory.rewind(progress.step)
+        return progress
+
+    def save_model(
+        self, state: training.TrainState, processor: ProcessorMixin, write: Callable[..., None] = save_stock_model
+    ) -> Path:
+        """Write model/, which stock transformers loads: fp32, safetensors. See `finish`."""
+        weights = checkpoints.weights(state)
+        if state.ema is not None:
+            weights = state.averaged.state_dict()
+        directory = self.path / "model"
+        if distributed.rank() == 0:
+            with storage.atomic(directory) as partial:
+                write(partial, state.dual_encoder.model, processor, weights)
+        distributed.barrier()
+        return directory
+
+    def _batches(self, processor: Any, stage: Stage, precomputed: Precomputed, progress: Progress) -> Iterator[Batch]:
+        """Yield this process's batches of a stage, and record what it reads."""
+        config, train = self.config.data, self.config.train
+        views = views_for(config, processor.image_processor) if stage.images else None
+        if stage.distill is None:
+            precomputed = precomputed._replace(teacher=None)
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        loader = train_loader(
+            Assembler(config, processor.tokenizer, views, precomputed),
+            Shard(train.batch_size, rank, world_size, train.micro_batch_size),
+            Start(progress.step, progress.all_positions, stage.start),
+            self._lengths,
+        )
+        return self.samples.watch(loader, config.max_skipped_fraction)
+
+    def _measure(self, state: training.TrainState, processor: ProcessorMixin) -> dict[str, float]:
+        with state.evaluating() as model:
+            embedder = Embedder(TransformersEncoder(model, processor), self.config.eval.batch_size)
+            return {name: metric.value for name, metric in evaluate(embedder, self.eval_sets).items()}
+
+    def _trained(self) -> training.TrainState:
+        if self.state is None:
+            raise RuntimeError("no stage has been trained: call `fit` first")
+        return self.state
+
+    def _check_changes(self, facts: dict[str, Any]) -> None:
+        """Compare this launch with the launch that wrote a checkpoint; say what changed.
+
+        Raises:
+            ConfigError: a change that would change the result.
+        """
+        then, now = facts["num_processes"], distributed.world_size()
+        if then != now and any(facts["positions"]):
+            raise ConfigError(
+                f"resume: the checkpoint is of {then} processes and this run has {now}; streamed data continues in the "
+                f"same order with {then} only (data in files that are not streamed takes any number)"
+            )
+        changes = check_changes(facts["config"], to_dict(self.config), (then, now), self.config.resume_with)
+        if then != now:
+            changes.append(f"processes: {then} -> {now}; dropout and patch dropout draw other numbers")
+        _print_changes(changes)
+
+
+def _due(step: int, every: int) -> bool:
+    """Whether something happens at `step` that happens every so many steps; 0: never."""
+    return every > 0 and step % every == 0
+
+
+def _print_changes(changes: list[str]) -> None:
+    if changes and distributed.rank() == 0:
+        tqdm.write("\n  ".join(["Changed since the checkpoint:", *changes]))
