@@ -155,14 +155,14 @@ def dirty(texts: list[str]) -> list[str]:
     special = ["[SEP]", "[cls]", "</s>", "<s>", "<pad>", "<MASK>", "<unk>", "<|endoftext|>", "<|startoftext|>", "[PAD]"]
     hidden = ["[S\u200bEP]", "<|end\u00adoftext|>", "<\ufeff/s>", "<<s>/s>", "[[SEP]SEP]"]
     spaces = ["\u00a0", "\u3000", "\n", "\t", "  ", "\u2028", "\x1f", "\x85", " "]
-    texts = []
+    soiled = []
     for text in texts:
         for _ in range(rng.randrange(1, 5)):
             place = rng.randrange(len(text) + 1)
             part = rng.choice(rng.choice([unseen, unseen, special, hidden, spaces]))
             text = text[:place] + part + text[place:]
-        texts.append(unicodedata.normalize("NFD", text) if rng.random() < 0.5 else text)
-    return [*texts, "\ufeff", "\u200d \u200b", "</s>", "<|endoftext|>" * 3, "\u3164", "\ufe0f\u115f"]
+        soiled.append(unicodedata.normalize("NFD", text) if rng.random() < 0.5 else text)
+    return [*soiled, "\ufeff", "\u200d \u200b", "</s>", "<|endoftext|>" * 3, "\u3164", "\ufe0f\u115f"]
 
 
 class Published(NamedTuple):
@@ -173,7 +173,7 @@ class Published(NamedTuple):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Published]:
-    tokenizers = {}
+    by_family = {}
     for name, family in FAMILIES.items():
         source, run, folder = (tmp_path_factory.mktemp(f"{name}-{what}") for what in ("source", "run", "model"))
         family.write(source)
@@ -186,8 +186,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Published]:
         model = ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
         processor = ChineseCLIPProcessor(image_processor=ChineseCLIPImageProcessor(), tokenizer=trained)
         save_stock_model(folder, model, processor, model.state_dict())
-        tokenizers[name] = Published(AutoTokenizer.from_pretrained(source), trained, folder)
-    return tokenizers
+        by_family[name] = Published(AutoTokenizer.from_pretrained(source), trained, folder)
+    return by_family
 
 
 STRANGER = """
