@@ -26,12 +26,12 @@ PROJECTS = [kind for kind in KINDS if "SigLIP" not in kind]
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
 
     def directory(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = saved(kind, tmp_path_factory.mktemp("peers") / kind.replace(" ", "-"))
-        return made[kind]
+        if kind not in paths:
+            paths[kind] = saved(kind, tmp_path_factory.mktemp("peers") / kind.replace(" ", "-"))
+        return paths[kind]
 
     return directory
 
@@ -82,16 +82,16 @@ def test_embeddings_are_those_of_the_stock_call(kind: str, directory: Path) -> N
     own = getattr(encoder.model, "logit_bias", None)  # of SigLIP
     assert encoder.bias == (0.0 if own is None else own.item())
     assert (own is not None) == kind.startswith("SigLIP")
-    for made in (texts, images):
-        torch.testing.assert_close(made.norm(dim=1), torch.ones(len(made)))
-        assert (made @ made.T).fill_diagonal_(0).max() < 0.9999  # or a mix-up could not be seen
+    for rows in (texts, images):
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
+        assert (rows @ rows.T).fill_diagonal_(0).max() < 0.9999  # or a mix-up could not be seen
 
 
 def test_a_batch_embeds_as_its_members_do(kind: str, directory: Path) -> None:
     encoder = load(str(directory), "cpu")
     alone = torch.cat([encoder.encode_texts([text]) for text in TEXTS])
     close(encoder.encode_texts(TEXTS), alone)
-    alone = torch.cat([encoder.encode_images([one]) for one in pictures()])
+    alone = torch.cat([encoder.encode_images([image]) for image in pictures()])
     close(encoder.encode_images(pictures()), alone)
 
 
@@ -144,16 +144,16 @@ def test_naflex_patches_are_those_the_checkpoint_names(directories: Callable[[st
     assert saved_size == 8
     processor = AutoProcessor.from_pretrained(directory)
     assert processor(images=pictures(), return_tensors="pt")["pixel_values"].shape[-1] == 16 * 16 * 3
-    made = processor.image_processor(pictures(), return_tensors="pt")
-    assert made["pixel_values"].shape[-1] == 8 * 8 * 3
-    assert len(made["spatial_shapes"].unique(dim=0)) > 1  # pictures keep their form
+    inputs = processor.image_processor(pictures(), return_tensors="pt")
+    assert inputs["pixel_values"].shape[-1] == 8 * 8 * 3
+    assert len(inputs["spatial_shapes"].unique(dim=0)) > 1  # pictures keep their form
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
 def test_pictures_of_any_mode(mode: str, kind: str, directory: Path) -> None:
     encoder = load(str(directory), "cpu")
-    one = picture(0).convert("L").convert(mode)
-    close(*encoder.encode_images([one, one.convert("RGB")]).split(1))
+    image = picture(0).convert("L").convert(mode)
+    close(*encoder.encode_images([image, image.convert("RGB")]).split(1))
     clear, white = Image.new("RGBA", (40, 40), (255, 0, 0, 0)), Image.new("RGB", (40, 40), "white")
     close(*encoder.encode_images([clear, white]).split(1))
 
@@ -205,7 +205,10 @@ def test_fingerprints(kind: str, directory: Path, tmp_path: Path) -> None:
     assert TransformersEncoder(model, processor).fingerprint() == first
     processor.image_processor.image_mean = [0.1, 0.2, 0.3]
     assert TransformersEncoder(model, processor).fingerprint() != first
-    for change in (lambda one: one.add_tokens(["새말"]), lambda one: setattr(one, "padding_side", "left")):
+    for change in (
+        lambda tokenizer: tokenizer.add_tokens(["새말"]),
+        lambda tokenizer: setattr(tokenizer, "padding_side", "left"),
+    ):
         processor = AutoProcessor.from_pretrained(directory)
         change(processor.tokenizer)
         assert TransformersEncoder(model, processor).fingerprint() != first
@@ -287,7 +290,7 @@ def test_metaclip2_reads_the_first_end_token(directories: Callable[[str], Path])
 
 
 def test_a_fingerprint_forgets_where_towers_came_from(tmp_path: Path) -> None:
-    tower, text, found = transformers.ViTModel(transformers.ViTConfig(**VISION)), bert(bert_tokenizer()), set()
+    tower, text, fingerprints = transformers.ViTModel(transformers.ViTConfig(**VISION)), bert(bert_tokenizer()), set()
     for name in ("one", "other"):
         parts = [str(tmp_path / name / part) for part in ("vision", "text")]
         tower.save_pretrained(parts[0])
@@ -297,5 +300,5 @@ def test_a_fingerprint_forgets_where_towers_came_from(tmp_path: Path) -> None:
             model = transformers.VisionTextDualEncoderModel.from_vision_text_pretrained(*parts)
         publish(tmp_path / name, model, joint_processor(bert_tokenizer()))
         assert parts[0] in (tmp_path / name / "config.json").read_text()
-        found.add(load(str(tmp_path / name), "cpu").fingerprint())
-    assert len(found) == 1
+        fingerprints.add(load(str(tmp_path / name), "cpu").fingerprint())
+    assert len(fingerprints) == 1

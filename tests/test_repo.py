@@ -52,15 +52,13 @@ SCHEMAS = {
 }
 REQUIRED = {name: ["--model", "runs/some/model"] for name in ("evaluate", "index")}
 # Ceilings that only go down. The goals: 95 files, 30 names.
-MAX_FILES, MAX_VAGUE_NAMES = 148, 2643
+MAX_FILES, MAX_VAGUE_NAMES = 131, 1368
 VAGUE_NAMES = {"one", "found", "made", "theirs", "told"}
 # Functions of more than 50 lines or 5 parameters, with the reason.
 LARGE_FUNCTIONS = {
     "koclip/losses/tiled.py _Tiled.forward": "torch.autograd.Function takes tensors by position",
     "koclip/models/dual_encoder.py DualEncoder.forward": "the parts of a Batch by name, as transformers calls a model",
     # These are rebuilt: see "The house, rebuilt".
-    "koclip/encoders/base.py in_batches": "",
-    "koclip/evaluation/report/html.py write": "",
     "koclip/publishing/card_inputs.py _data_set": "",
     "recipes/benchmarks/open_clip_peer.py OpenClip.__init__": "",
     "space/pieces.py add_examples": "",

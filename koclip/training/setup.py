@@ -61,7 +61,8 @@ def prepare(
     stage, train = stage or config.stages[0], config.train
     if _sharded(accelerator, train, stage):
         dual_encoder.lift_scalars()
-    speed_up(dual_encoder.model, accelerator.device)
+    if train.fast:
+        speed_up(dual_encoder.model, accelerator.device)
     dual_encoder.to(accelerator.device)
     ema = ema_of(dual_encoder, train.ema_decay) if train.ema_decay else None
     optim = dataclasses.replace(config.optim, lr=stage.lr)
