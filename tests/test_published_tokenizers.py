@@ -184,7 +184,9 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Published]:
         text = sizes | {"vocab_size": len(trained), "pad_token_id": trained.pad_token_id}
         vision = sizes | {"image_size": 16, "patch_size": 16}
         model = ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-        processor = ChineseCLIPProcessor(image_processor=ChineseCLIPImageProcessor(), tokenizer=trained)
+        processor = ChineseCLIPProcessor(
+            image_processor=ChineseCLIPImageProcessor(crop_size={"height": 16, "width": 16}), tokenizer=trained
+        )
         save_stock_model(folder, model, processor, model.state_dict())
         by_family[name] = Published(AutoTokenizer.from_pretrained(source), trained, folder)
     return by_family
