@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, ChineseCLIPProcessor
 
 from koclip import config
 from koclip.align.lora import attach
-from koclip.align.save import AlignedModelWriter
+from koclip.align.methods import AlignedModelWriter
 from koclip.encoders import load
 from koclip.evaluation.results import Measured, write_results
 from koclip.metrics import Metric

@@ -46,7 +46,7 @@ from transformers import BertTokenizer, CLIPModel, RobertaConfig, RobertaModel
 
 from koclip import training
 from koclip.align.build import adapt
-from koclip.align.trainable import set_trainable
+from koclip.align.methods import set_trainable
 from koclip.config import AlignConfig, DataConfig, ModelConfig, OptimConfig, SourceConfig, SwapConfig, TrainConfig
 from koclip.data.batches import Assembler, Batch, Precomputed
 from koclip.data.loader import train_loader
