@@ -9,8 +9,7 @@ from pathlib import Path
 
 from koclip import config, losses
 from koclip.align.build import adapt, load_teacher, text_encoder
-from koclip.align.methods import METHODS
-from koclip.align.save import AlignedModelWriter
+from koclip.align.methods import METHODS, AlignedModelWriter
 from koclip.data.batches import Precomputed
 from koclip.data.transforms import views_for
 from koclip.embeddings.sources import Cache, image_features, teacher_features
