@@ -9,8 +9,7 @@ from pathlib import Path
 
 from koclip import config, losses
 from koclip.align.build import adapt, load_teacher, text_encoder
-from koclip.align.methods import METHODS
-from koclip.align.save import AlignedModelWriter
+from koclip.align.methods import METHODS, AlignedModelWriter
 from koclip.data.batches import Precomputed
 from koclip.data.transforms import views_for
 from koclip.embeddings.sources import Cache, image_features, teacher_features
@@ -29,12 +28,13 @@ def main(cfg: config.AlignConfig) -> None:
     logit_bias, method = losses.initial_bias(cfg.loss), METHODS[cfg.align.method]
     session = Session.open("align", cfg)
     folder = Path(cfg.align.cache_dir or session.path / "features")
+    cache = Cache(folder, cfg.align.cache_dtype, cfg.train.fast)
     clip, image_processor = load_image_side(cfg.model.clip)
     precomputed = Precomputed(language=cfg.distill.language)
     if cfg.taught:
         teacher = load_teacher(clip, cfg.model.clip)
-        cache = Cache(folder / "teacher", cfg.align.cache_dtype)
-        features = teacher_features(session.accelerator, teacher, cfg.data, precomputed.language, cache)
+        part = cache.part("teacher")
+        features = teacher_features(session.accelerator, teacher, cfg.data, precomputed.language, part)
         precomputed = precomputed._replace(teacher=features)
     encoder = text_encoder(cfg.model, clip)
     tokenizer = session.tokenizer(cfg.text_tokenizer, encoder.config if encoder else None)
@@ -48,8 +48,8 @@ def main(cfg: config.AlignConfig) -> None:
         method.set_trainable(dual_encoder, cfg, stage, clip)
         images = None
         if cfg.align.cache and stage.images and not dual_encoder.trains("image"):
-            views, cache = views_for(cfg.data, image_processor), Cache(folder / "images", cfg.align.cache_dtype)
-            images = image_features(session.accelerator, dual_encoder, cfg.data, views, cache)
+            views, part = views_for(cfg.data, image_processor), cache.part("images")
+            images = image_features(session.accelerator, dual_encoder, cfg.data, views, part)
         session.fit(dual_encoder, processor, stage, precomputed._replace(images=images))
     model_dir = session.finish(processor, write)
     session.accelerator.print(NEXT.format(model=model_dir, kind=type(model).__name__))

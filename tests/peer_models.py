@@ -31,7 +31,7 @@ def bert_tokenizer() -> Any:
 def xlmr_tokenizer() -> Any:
     """Its longest length is that of many published ones: none."""
     special = ["<s>", "<pad>", "</s>", "<unk>"]
-    entries = [(one, 0.0) for one in special] + [("▁", -1.0)] + [(letter, -2.0) for letter in LETTERS]
+    entries = [(token, 0.0) for token in special] + [("▁", -1.0)] + [(letter, -2.0) for letter in LETTERS]
     return T.XLMRobertaTokenizer(vocab=[*entries, ("<mask>", 0.0)])
 
 

@@ -90,9 +90,9 @@ def embed(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     return images, texts
 
 
-def difference(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[float, float]:
+def difference(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[float, float]:
     """Return the largest one of the image and of the text features."""
-    return tuple((a - b).abs().max().item() for a, b in zip(one, other, strict=True))  # type: ignore[return-value]
+    return tuple((a - b).abs().max().item() for a, b in zip(first, second, strict=True))  # type: ignore[return-value]
 
 
 def trained_names(model: PreTrainedModel) -> set[str]:
@@ -178,16 +178,16 @@ def test_towers_without_linear_layers_are_refused() -> None:
 
 def test_the_seed_decides_and_nobody_elses_random_numbers_are_touched() -> None:
     before = torch.get_rng_state()
-    made = []
+    adapters = []
     for seed in (0, 0, 1):
         model = base()
         torch.set_rng_state(before)
         attach(model, MODES[0], seed=seed)
         merge(model, model.state_dict())
         assert torch.equal(torch.get_rng_state(), before)
-        made.append({name: value for name, value in model.state_dict().items() if "lora_A" in name})
-    assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())
-    assert not any(torch.equal(value, made[2][name]) for name, value in made[0].items())
+        adapters.append({name: value for name, value in model.state_dict().items() if "lora_A" in name})
+    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
+    assert not any(torch.equal(value, adapters[2][name]) for name, value in adapters[0].items())
 
 
 @pytest.mark.parametrize("config", MODES, ids=mode)
@@ -244,7 +244,7 @@ def test_merged_weights_do_the_same(image: str, text: str, config: AdapterConfig
 
 
 def normalized(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    images, texts = (torch.nn.functional.normalize(one, dim=-1) for one in embed(model))
+    images, texts = (torch.nn.functional.normalize(rows, dim=-1) for rows in embed(model))
     return images, texts
 
 
@@ -269,8 +269,8 @@ def test_weights_come_from_the_state_dict_given(tmp_path: Path) -> None:
     weights["logit_bias"] = torch.tensor(-3.0)
     save(model, weights, tmp_path, "a/b", "c/d")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    one = "text_model.encoder.layer.0.attention.self.query.lora_A"
-    assert torch.equal(saved[f"base_model.model.{one}.weight"], average.get_parameter(f"{one}.default.weight"))
+    layer = "text_model.encoder.layer.0.attention.self.query.lora_A"
+    assert torch.equal(saved[f"base_model.model.{layer}.weight"], average.get_parameter(f"{layer}.default.weight"))
     merged = merge(model, weights)
     assert merged["logit_bias"].item() == -3.0
     stock = base()
@@ -305,10 +305,10 @@ def test_the_fast_paths_work_through_adapters(dora: bool) -> None:
     model = trained(base("clip", "clip"), AdapterConfig(target="both", rank=4, dora=dora))
     fast = copy.deepcopy(model)
     speed_up(fast, torch.device("cpu"))
-    for one in (model, fast):
-        wrapped = DualEncoder(one, from_scratch(tiny_config(), tiny_tokenizer())[1])
-        made = wrapped.eval()(**batch_of(4))
-        (made.image.sum() * made.text.sum()).backward()
+    for candidate in (model, fast):
+        wrapped = DualEncoder(candidate, from_scratch(tiny_config(), tiny_tokenizer())[1])
+        embeddings = wrapped.eval()(**batch_of(4))
+        (embeddings.image.sum() * embeddings.text.sum()).backward()
     assert max(difference(normalized(fast), normalized(model))) <= 1e-6
     wanted = dict(model.named_parameters())
     for name, parameter in fast.named_parameters():
@@ -327,7 +327,7 @@ def adapted_encoder(request: pytest.FixtureRequest) -> DualEncoder:
 
 
 def test_grad_cache_is_exact_with_adapters(adapted_encoder: DualEncoder) -> None:
-    found = assert_equal_gradients(prepare(adapted_encoder, LOSSES[0]))
-    assert sum("lora_A" in name for name in found) == 24
-    assert sum("lora_B" in name for name in found) == 24
-    assert "model.logit_scale" not in found
+    names = assert_equal_gradients(prepare(adapted_encoder, LOSSES[0]))
+    assert sum("lora_A" in name for name in names) == 24
+    assert sum("lora_B" in name for name in names) == 24
+    assert "model.logit_scale" not in names

@@ -84,9 +84,9 @@ def test_the_image_space_stays_bit_for_bit(family: str, method: str, place: Path
     model = aligned(place, family, method)
     for dtype in (torch.float32, torch.bfloat16):
         assert torch.equal(images(model, dtype), images(place / "source", dtype))
-    ours, theirs = (AutoModel.from_pretrained(one) for one in (model, place / "source"))
-    assert torch.equal(ours.logit_scale, theirs.logit_scale)
-    assert ours.config.projection_dim == theirs.config.projection_dim
+    ours, expected = (AutoModel.from_pretrained(path) for path in (model, place / "source"))
+    assert torch.equal(ours.logit_scale, expected.logit_scale)
+    assert ours.config.projection_dim == expected.config.projection_dim
     assert type(ours).__name__ == ("CLIPModel" if family == "clip" else "ChineseCLIPModel")
 
 
@@ -138,8 +138,8 @@ def test_stock_transformers_loads_what_was_published(place: Path) -> None:
         torch.testing.assert_close(torch.tensor(answers[folder]["pipeline"]), logits.softmax(0), atol=2e-3, rtol=0)
         if family != "clip":
             source = place / ("klue" if family == "vit" else family)
-            theirs = tokenizers.load(str(source), 24, AutoModel.from_pretrained(source).config)
-            assert answers[folder]["ids"] == theirs(strings())["input_ids"]
+            tokenizer = tokenizers.load(str(source), 24, AutoModel.from_pretrained(source).config)
+            assert answers[folder]["ids"] == tokenizer(strings())["input_ids"]
 
 
 def with_an_image_tower_alone(place: Path) -> Path:
@@ -215,9 +215,9 @@ def test_an_aligned_model_is_a_source_too(place: Path) -> None:
     first = place / "runs" / "klue-frozen_image" / "model"
     assert torch.equal(images(model), images(place / "source"))
     assert not torch.equal(
-        *(weights(one)["text_model.encoder.layer.0.attention.self.query.weight"] for one in (first, model))
+        *(weights(path)["text_model.encoder.layer.0.attention.self.query.weight"] for path in (first, model))
     )
-    ids = [AutoTokenizer.from_pretrained(one)(strings())["input_ids"] for one in (first, model)]
+    ids = [AutoTokenizer.from_pretrained(path)(strings())["input_ids"] for path in (first, model)]
     assert ids[0] == ids[1]
 
 
@@ -248,7 +248,7 @@ def test_wise_ft_lies_between_the_source_and_the_trained(place: Path) -> None:
     """The same text encoder, so that every weight has a start; the same run but for the average at its end."""
     same = ("--align.method", "full", "--model.text_encoder", "same")
     whole, half = run(place, "whole", *same), run(place, "half", *same, "--align.wise_ft", "0.25")
-    source, trained, mixed = (weights(one) for one in (place / "source", whole / "model", half / "model"))
+    source, trained, mixed = (weights(path) for path in (place / "source", whole / "model", half / "model"))
     for name, before in source.items():
         torch.testing.assert_close(mixed[name], 0.75 * before + 0.25 * trained[name], atol=1e-6, rtol=1e-5)
     assert not torch.equal(mixed["text_projection.weight"], trained["text_projection.weight"])

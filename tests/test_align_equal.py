@@ -93,7 +93,7 @@ def test_kept_features_change_nothing(name: str, kept: str, bar: float, place: P
     common = [*METHODS[name], "--align.cache_dtype", kept]  # the teacher's features are kept in any case
     losses, counts = run(place, f"{name}-{kept}", *common)
     wanted, plain = run(place, f"{name}-{kept}-without", *common, "--align.cache", "false")
-    difference = max(abs(one - other) for one, other in zip(losses, wanted, strict=True))
+    difference = max(abs(loss - other) for loss, other in zip(losses, wanted, strict=True))
     assert difference <= bar
     assert (difference > 1e-5) == (kept == "fp16")
     steps = EPOCH * EPOCHS - (4 if name == "two_stage" else 0)
@@ -109,7 +109,7 @@ def test_a_second_run_decodes_and_embeds_nothing(place: Path) -> None:
     _, first = run(place, "first", *shared, "--eval.sets", "[]")
     _, second = run(place, "second", *shared, "--eval.sets", "[]", "--align.method", "lora")
     _, third = run(place, "third", *shared, "--eval.sets", "[]", "--model.text_encoder", "same")
-    assert [(one.decoded, one.embedded) for one in (first, second, third)] == [(PHOTOS, 1), (0, 0), (0, 0)]
+    assert [(run.decoded, run.embedded) for run in (first, second, third)] == [(PHOTOS, 1), (0, 0), (0, 0)]
 
 
 def test_the_first_stage_of_full_sees_no_image_either(place: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_second_stage_begins_without_the_memory_of_the_first(place: Path, monk
     prepare = training.prepare
 
     def watched(*args: Any) -> training.TrainState:
-        alive.extend(one() is not None for one in optimizers)
+        alive.extend(reference() is not None for reference in optimizers)
         trainer = prepare(*args)
         optimizers.append(weakref.ref(trainer.optimizer.optimizer))  # type: ignore[attr-defined]
         return trainer

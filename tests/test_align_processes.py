@@ -25,20 +25,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory, torchrun: Callable[..., Non
 @pytest.mark.parametrize("name", two_alignments.METHODS)
 def test_two_processes_train_the_weights_of_one(name: str, folder: Path) -> None:
     """To 5e-6, where six steps move weights by 5e-3: sums are rounded in another order, and AdamW divides by sizes."""
-    one, two = (load_file(folder / f"{name}-{count}" / "model" / "model.safetensors") for count in (1, 2))
-    assert one.keys() == two.keys()
-    differences = {key: (two[key] - value).abs().max().item() for key, value in one.items()}
+    alone, two = (load_file(folder / f"{name}-{count}" / "model" / "model.safetensors") for count in (1, 2))
+    assert alone.keys() == two.keys()
+    differences = {key: (two[key] - value).abs().max().item() for key, value in alone.items()}
     assert max(differences.values()) <= 5e-6, max(differences, key=lambda key: differences[key])
 
 
 @pytest.mark.parametrize("name", two_alignments.METHODS)
 def test_two_processes_log_the_losses_of_one(name: str, folder: Path) -> None:
-    one, two = (
+    alone, two = (
         [json.loads(line) for line in (folder / f"{name}-{count}" / "metrics.jsonl").read_text().splitlines()]
         for count in (1, 2)
     )
-    assert [line["step"] for line in one] == [line["step"] for line in two] == list(range(1, 7))
-    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-6, abs=0)
+    assert [line["step"] for line in alone] == [line["step"] for line in two] == list(range(1, 7))
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in alone], rel=1e-6, abs=0)
 
 
 def test_pieces_train_the_weights_of_the_whole_batch(folder: Path) -> None:
@@ -62,18 +62,18 @@ def test_broken_rows_are_listed_and_the_same_ones_by_one_process_and_by_two(name
 @pytest.mark.parametrize("name", two_alignments.METHODS)
 def test_each_process_measures_its_share_of_the_captions_once(name: str, folder: Path) -> None:
     """Six steps are two epochs; `two_stage` and `full` are two stages."""
-    one, two = (json.loads((folder / f"{name}-{count}" / "measured.json").read_text()) for count in (1, 2))
+    alone, two = (json.loads((folder / f"{name}-{count}" / "measured.json").read_text()) for count in (1, 2))
     captions = 24 * 4 - 3 * 2
-    assert 0 < one[0] <= captions
+    assert 0 < alone[0] <= captions
     assert sum(two) <= captions
     assert max(two) <= 0.6 * captions
 
 
 def test_two_processes_make_the_features_of_one(folder: Path) -> None:
     """Byte for byte, images and sentences: each process makes whole shards, of the same pieces as one process."""
-    made = {}
+    features = {}
     for count in (1, 2):
         kept = folder / f"anchored-{count}" / "features"
-        made[count] = {str(path.relative_to(kept)): path.read_bytes() for path in kept.rglob("*") if path.is_file()}
-    assert made[1] == made[2]
-    assert sorted(name.split("/")[0] for name in made[1]) == ["images"] * 4 + ["teacher"] * 4
+        features[count] = {str(path.relative_to(kept)): path.read_bytes() for path in kept.rglob("*") if path.is_file()}
+    assert features[1] == features[2]
+    assert sorted(name.split("/")[0] for name in features[1]) == ["images"] * 4 + ["teacher"] * 4

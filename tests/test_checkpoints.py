@@ -79,8 +79,8 @@ def delete(file: Path, rng: random.Random) -> None:
 
 def delete_half(file: Path, rng: random.Random) -> None:
     files = sorted(file.parent.iterdir())
-    for one in rng.sample(files, rng.randrange(1, len(files) + 1)):
-        one.unlink()
+    for path in rng.sample(files, rng.randrange(1, len(files) + 1)):
+        path.unlink()
 
 
 DAMAGES = [truncate, tear, flip, delete, delete_half]

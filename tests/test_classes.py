@@ -109,35 +109,35 @@ def expected_sentence(template: str, name: str, last: str) -> str:
 def test_every_class_has_one_name_of_its_own_in_each_language(data_set):
     classes = load_classes(data_set)
     assert len(classes) == SIZES[data_set]
-    keys = [one.key for one in classes]
+    keys = [entry.key for entry in classes]
     assert keys == sorted(set(keys))  # these four data sets number their labels alphabetically
     for language in LANGUAGES:
-        names = [one.names[language] for one in classes]
+        names = [entry.names[language] for entry in classes]
         assert len({folded(name) for name in names}) == len(names)
-    for one in classes:
-        assert tuple(one.names) == LANGUAGES
-        assert tuple(one.descriptions) in ((), LANGUAGES)
-        assert re.fullmatch("(CD )?[가-힣]+( [가-힣]+)*", one.names["ko"]), one
-        for text in [*one.names.values(), *one.descriptions.values()]:
+    for entry in classes:
+        assert tuple(entry.names) == LANGUAGES
+        assert tuple(entry.descriptions) in ((), LANGUAGES)
+        assert re.fullmatch("(CD )?[가-힣]+( [가-힣]+)*", entry.names["ko"]), entry
+        for text in [*entry.names.values(), *entry.descriptions.values()]:
             assert text == unicodedata.normalize("NFC", text).strip()
-        for language, text in one.descriptions.items():
-            assert folded(text) != folded(one.names[language])
+        for language, text in entry.descriptions.items():
+            assert folded(text) != folded(entry.names[language])
             assert bool(re.search("[가-힣]", text)) == (language == "ko")
 
 
 @pytest.mark.parametrize("data_set", ["cifar10", "cifar100", "stl10"])
 def test_english_names_are_the_labels(data_set):
-    for one in load_classes(data_set):
-        assert one.names["en"] == one.key.replace("_", " ")
+    for entry in load_classes(data_set):
+        assert entry.names["en"] == entry.key.replace("_", " ")
 
 
 def test_names_of_tiny_imagenet_are_names_of_their_synset():
     from timm.data import ImageNetInfo
 
     synsets = ImageNetInfo("imagenet1k")
-    for one in load_classes("tiny_imagenet"):
-        lemmas = synsets.label_name_to_description(one.key).split(",")
-        assert folded(one.names["en"]) in {folded(lemma) for lemma in lemmas}, one.key
+    for entry in load_classes("tiny_imagenet"):
+        lemmas = synsets.label_name_to_description(entry.key).split(",")
+        assert folded(entry.names["en"]) in {folded(lemma) for lemma in lemmas}, entry.key
 
 
 @pytest.mark.parametrize(("data_set", "file"), [("cifar10", "cifar10_test"), ("tiny_imagenet", "tiny_imagenet_val")])
@@ -147,23 +147,23 @@ def test_places_are_the_label_numbers_of_the_data(data_set, file, shared_data):
     rows = pq.read_table(shared_data / f"{file}.parquet", columns=["label", "key"]).to_pylist()
     numbers = {row["key"]: row["label"] for row in rows}
     assert len(numbers) in (10, 160)
-    keys = [one.key for one in load_classes(data_set)]
+    keys = [entry.key for entry in load_classes(data_set)]
     assert {key: keys.index(key) for key in numbers} == numbers
 
 
 def test_homonyms_are_described():
-    classes = [one for data_set in SIZES for one in load_classes(data_set)]
-    assert {one.names["ko"] for one in classes} >= HOMONYMS
-    for one in classes:
-        if one.names["ko"] in HOMONYMS or one.names["en"] in ("crane", "nail", "seal", "mouse", "torch", "plate"):
-            assert one.descriptions, f"{one.key} has no description"
+    classes = [entry for data_set in SIZES for entry in load_classes(data_set)]
+    assert {entry.names["ko"] for entry in classes} >= HOMONYMS
+    for entry in classes:
+        if entry.names["ko"] in HOMONYMS or entry.names["en"] in ("crane", "nail", "seal", "mouse", "torch", "plate"):
+            assert entry.descriptions, f"{entry.key} has no description"
 
 
 def test_one_word_means_one_thing_in_all_data_sets():
     english, korean = {}, {}
-    for one in (one for data_set in SIZES for one in load_classes(data_set)):
-        english.setdefault(one.names["ko"], set()).add(one.names["en"])
-        korean.setdefault(one.names["en"], set()).add(one.names["ko"])
+    for entry in (entry for data_set in SIZES for entry in load_classes(data_set)):
+        english.setdefault(entry.names["ko"], set()).add(entry.names["en"])
+        korean.setdefault(entry.names["en"], set()).add(entry.names["ko"])
     assert {ko: en for ko, en in english.items() if len(en) > 1} == {
         "자동차": {"automobile", "car"},
         "바닷가재": {"lobster", "American lobster"},
@@ -214,9 +214,9 @@ def test_korean_sentences_by_hand():
 
 @pytest.mark.parametrize("data_set", SIZES)
 def test_every_korean_template_takes_every_class(data_set):
-    for one in load_classes(data_set):
-        last = one.names["ko"][-1]
-        for name in {one.text("ko"), one.text("ko", described=True)}:
+    for entry in load_classes(data_set):
+        last = entry.names["ko"][-1]
+        for name in {entry.text("ko"), entry.text("ko", described=True)}:
             for template in all_templates("ko"):
                 assert fill(template, name) == expected_sentence(template, name, last)
 
@@ -224,7 +224,7 @@ def test_every_korean_template_takes_every_class(data_set):
 def test_the_card_counts_as_the_files_do():
     rows = dict(re.findall(r"^  (\w+): (\d+)$", CARD, re.MULTILINE))
     assert rows == {data_set: str(size) for data_set, size in SIZES.items()}
-    described = sum(bool(one.descriptions) for data_set in SIZES for one in load_classes(data_set))
+    described = sum(bool(entry.descriptions) for data_set in SIZES for entry in load_classes(data_set))
     assert f"The names of {sum(SIZES.values())} classes" in CARD
     assert f"{described} of them with a description" in CARD
     assert f"{len(all_templates('ko'))} Korean and {len(all_templates('en'))} English templates" in CARD
@@ -236,7 +236,7 @@ def test_the_card_lists_every_correction(shared_data):
     table = re.findall(r"^\| (n\d+) \| ([^|]+) \| ([^|]+) \|", CARD, re.MULTILINE)
     rows = pq.read_table(shared_data / "tiny_imagenet_val.parquet", columns=["key", "name_ko"]).to_pylist()
     before = {row["key"]: row["name_ko"] for row in rows}
-    now = {one.key: one.names["ko"] for one in load_classes("tiny_imagenet")}
+    now = {entry.key: entry.names["ko"] for entry in load_classes("tiny_imagenet")}
     assert len(table) > 10
     assert {key: (old, new) for key, old, new in table} == {
         key: (old, now[key]) for key, old in before.items() if old != now[key]
@@ -251,10 +251,10 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def test_own_classes(tmp_path):
     file = write(tmp_path, "- {key: 0, ko: 영, no: no, zh-Hant: 零}\n- {key: on, ko: '1', no: en, zh-Hant: 一}\n")
-    zero, one = load_classes(file)
-    assert (zero.key, zero.names, zero.descriptions) == ("0", {"ko": "영", "no": "no", "zh-Hant": "零"}, {})
-    assert (one.key, one.text("ko")) == ("on", "1")
-    assert load_classes(str(file)) == [zero, one]
+    first, second = load_classes(file)
+    assert (first.key, first.names, first.descriptions) == ("0", {"ko": "영", "no": "no", "zh-Hant": "零"}, {})
+    assert (second.key, second.text("ko")) == ("on", "1")
+    assert load_classes(str(file)) == [first, second]
 
 
 def test_own_templates(tmp_path):
@@ -344,7 +344,7 @@ def test_the_wheel_packs_every_asset():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     patterns = re.search(r"^\[tool.setuptools.package-data\]\nkoclip = (\[.*\])$", project, re.MULTILINE)
     assert patterns is not None
-    packed = {file for one in json.loads(patterns[1]) for file in (ROOT / "koclip").glob(one)}
+    packed = {file for pattern in json.loads(patterns[1]) for file in (ROOT / "koclip").glob(pattern)}
     assets = {file for file in (ROOT / "koclip" / "assets").rglob("*.*") if file.is_file()}
     assert len(assets) >= 7
     assert assets <= packed

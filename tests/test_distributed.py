@@ -30,7 +30,7 @@ def two(folder: Path, torchrun: Callable[..., None]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def one() -> dict[str, Any]:
+def alone() -> dict[str, Any]:
     """Return what this process finds alone, with the same global batch."""
     assert distributed.world_size() == 1
     return two_processes.losses_and_gradients(training.start(two_processes.TRAIN))
@@ -47,9 +47,9 @@ def assert_same(got: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", two_processes.LOSSES)
 def test_two_processes_have_the_loss_and_the_gradients_of_one(
-    name: str, one: dict[str, Any], two: dict[str, Any]
+    name: str, alone: dict[str, Any], two: dict[str, Any]
 ) -> None:
-    assert_same(two["ddp"][name], one[name])
+    assert_same(two["ddp"][name], alone[name])
     scalars = ["model.logit_scale", *(["logit_bias"] if name.startswith("sigmoid") else [])]
     for scalar in scalars:
         assert two["ddp"][name]["gradients"][scalar].abs() > 1e-4
@@ -57,18 +57,18 @@ def test_two_processes_have_the_loss_and_the_gradients_of_one(
 
 @pytest.mark.parametrize("name", ["infonce", "sigmoid"])
 def test_grad_cache_in_two_processes_equals_the_plain_way(name: str, two: dict[str, Any]) -> None:
-    found = two["grad_cache"][name]
-    assert found["loss"][1] == pytest.approx(found["loss"][0], abs=1e-6)
-    plain, cached = found["gradients"]
-    largest = max(one.norm() for one in plain.values())
+    results = two["grad_cache"][name]
+    assert results["loss"][1] == pytest.approx(results["loss"][0], abs=1e-6)
+    plain, cached = results["gradients"]
+    largest = max(alone.norm() for alone in plain.values())
     for key, gradient in plain.items():
         if gradient.norm() > 1e-6 * largest:  # but a key's bias: zero but for rounding
             both = gradient.flatten().double(), cached[key].flatten().double()
             assert torch.nn.functional.cosine_similarity(*both, dim=0) >= 0.99999, key
             assert abs(both[1].norm() / both[0].norm() - 1) <= 1e-4, key
-    assert found["syncs"] == [0, 20]  # once a step, whatever the number of pieces; the plain way averages by itself
-    plain, cached = found["weights"]
-    assert max((cached[key] - one).abs().max().item() for key, one in plain.items()) <= 1e-5
+    assert results["syncs"] == [0, 20]  # once a step, whatever the number of pieces; the plain way averages by itself
+    plain, cached = results["weights"]
+    assert max((cached[key] - alone).abs().max().item() for key, alone in plain.items()) <= 1e-5
 
 
 def test_a_batch_that_is_not_finite_on_one_process_is_skipped_on_all(two: dict[str, Any]) -> None:
@@ -81,27 +81,27 @@ def test_a_batch_that_is_not_finite_on_one_process_is_skipped_on_all(two: dict[s
 
 
 def test_gather_returns_rows_in_rank_order_and_sums_gradients(two: dict[str, Any]) -> None:
-    found = two["collectives"]
-    assert torch.equal(found["gathered"], torch.tensor([[1.0] * 3] * 2 + [[2.0] * 3] * 2))
+    results = two["collectives"]
+    assert torch.equal(results["gathered"], torch.tensor([[1.0] * 3] * 2 + [[2.0] * 3] * 2))
     weights = torch.arange(1.0, 13.0).view(4, 3)
-    assert torch.equal(torch.cat(found["gradient"]), 2 * weights)  # from both processes
+    assert torch.equal(torch.cat(results["gradient"]), 2 * weights)  # from both processes
 
 
 def test_means_and_flags_are_global(two: dict[str, Any]) -> None:
-    found = two["collectives"]
-    assert found["mean"] == {"a": 0.5, "b": 2.0}
-    assert found["any"] == [True, False]
-    assert found["objects"] == ["process 0", "process 1"]
+    results = two["collectives"]
+    assert results["mean"] == {"a": 0.5, "b": 2.0}
+    assert results["any"] == [True, False]
+    assert results["objects"] == ["process 0", "process 1"]
 
 
 def test_resuming_in_two_processes_changes_nothing(two: dict[str, Any]) -> None:
-    found = two["resumed"]
-    assert found["step"] == 1
-    assert all(torch.equal(value, found["resumed"][name]) for name, value in found["straight"].items())
+    results = two["resumed"]
+    assert results["step"] == 1
+    assert all(torch.equal(value, results["resumed"][name]) for name, value in results["straight"].items())
 
 
-def test_sharded_weights_have_the_gradients_of_one_process(one: dict[str, Any], two: dict[str, Any]) -> None:
-    assert_same(two["fsdp2"], one["sigmoid/positives/dense"])
+def test_sharded_weights_have_the_gradients_of_one_process(alone: dict[str, Any], two: dict[str, Any]) -> None:
+    assert_same(two["fsdp2"], alone["sigmoid/positives/dense"])
 
 
 def test_sharded_weights_train_in_pieces_too(two: dict[str, Any]) -> None:
@@ -121,8 +121,8 @@ def test_sharded_weights_evaluate_resume_and_publish(folder: Path, two: dict[str
     model = encoder.model
     assert model.logit_scale.shape == ()
     texts: Tensor = encoder.encode_texts(["빨간 원", "파란 별"])
-    for found in two["fsdp2"]["texts"]:
-        torch.testing.assert_close(found, texts, atol=1e-6, rtol=0)
+    for embeddings in two["fsdp2"]["texts"]:
+        torch.testing.assert_close(embeddings, texts, atol=1e-6, rtol=0)
 
 
 def test_another_number_of_processes_than_asked_for_is_refused() -> None:

@@ -58,25 +58,25 @@ def accuracies() -> dict[str, object]:
 
 def test_recalls_are_those_of_koclips_metrics():
     ranks = first_ranks(SIMILARITY, marked(OWNED))
-    found = load("retrieval_recall").compute(predictions=SIMILARITY.tolist(), references=OWNED)
-    assert found == expected(recall_at(ranks))
-    assert 0 < found["recall@1"] < found["recall@5"] < 1
-    found = load("retrieval_recall").compute(predictions=SIMILARITY.tolist(), references=OWNED, ks=[2, 3])
-    assert found == expected(recall_at(ranks, ks=[2, 3]))
+    values = load("retrieval_recall").compute(predictions=SIMILARITY.tolist(), references=OWNED)
+    assert values == expected(recall_at(ranks))
+    assert 0 < values["recall@1"] < values["recall@5"] < 1
+    values = load("retrieval_recall").compute(predictions=SIMILARITY.tolist(), references=OWNED, ks=[2, 3])
+    assert values == expected(recall_at(ranks, ks=[2, 3]))
 
 
 def test_intervals_of_grouped_queries_resample_groups():
-    found = load("retrieval_recall", "grouped").compute(
+    values = load("retrieval_recall", "grouped").compute(
         predictions=SIMILARITY.tolist(), references=OWNED, groups=GROUPS
     )
-    assert found == expected(recall_at(first_ranks(SIMILARITY, marked(OWNED)), torch.tensor(GROUPS)))
-    assert found != expected(recall_at(first_ranks(SIMILARITY, marked(OWNED))))
+    assert values == expected(recall_at(first_ranks(SIMILARITY, marked(OWNED)), torch.tensor(GROUPS)))
+    assert values != expected(recall_at(first_ranks(SIMILARITY, marked(OWNED))))
 
 
 def test_accuracies_are_those_of_koclips_metrics():
-    found = load("zero_shot_accuracy").compute(predictions=SIMILARITY.tolist(), references=LABELS.tolist())
-    assert found == accuracies()
-    assert 0 < found["accuracy"] < found["accuracy@5"] < 1
+    values = load("zero_shot_accuracy").compute(predictions=SIMILARITY.tolist(), references=LABELS.tolist())
+    assert values == accuracies()
+    assert 0 < values["accuracy"] < values["accuracy@5"] < 1
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor, list], ids=["numpy", "torch", "lists"])
@@ -99,8 +99,8 @@ def test_one_by_one_is_the_same_as_all_at_once():
 
 def test_float32_similarities_are_not_rounded_to_ties():
     close = torch.tensor([[1.0, 1.0 + 2**-40], [1.0, 0.0]], dtype=torch.float64)
-    found = load("retrieval_recall").compute(predictions=close.tolist(), references=[[1], [0]])
-    assert found["recall@1"] == 1.0
+    values = load("retrieval_recall").compute(predictions=close.tolist(), references=[[1], [0]])
+    assert values["recall@1"] == 1.0
 
 
 PROCESS = """

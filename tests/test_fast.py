@@ -1,11 +1,15 @@
 """The faster kernels give the stock model's embeddings and gradients, and leave what is saved stock."""
 
+import ast
 import copy
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny import tiny_batch, tiny_dual_encoder
 from torch import nn
 from transformers import AutoModel, BertConfig, BertModel, ChineseCLIPModel, CLIPModel
@@ -13,8 +17,17 @@ from transformers.activations import QuickGELUActivation
 
 from koclip.align import lora
 from koclip.config import AdapterConfig
+from koclip.models import fast as fast_module
 from koclip.models.dual_encoder import DualEncoder
-from koclip.models.fast import LastImageLayer, LastLayer, LastTextLayer, PatchEmbedding, QuickGELU, speed_up
+from koclip.models.fast import (
+    LastEndLayer,
+    LastImageLayer,
+    LastLayer,
+    LastTextLayer,
+    PatchEmbedding,
+    QuickGELU,
+    speed_up,
+)
 from koclip.models.swap import swap_text_tower
 
 CPU = torch.device("cpu")
@@ -69,7 +82,7 @@ def test_patch_embedding_is_the_convolution(bias: bool, size: tuple[int, int]) -
 def test_quick_gelu_is_the_stock_activation() -> None:
     values = torch.linspace(-12, 12, 481, dtype=torch.float64)
     inputs = [values.clone().requires_grad_() for _ in range(2)]
-    outputs = [activation(one) for activation, one in zip((QuickGELUActivation(), QuickGELU()), inputs, strict=True)]
+    outputs = [activation(x) for activation, x in zip((QuickGELUActivation(), QuickGELU()), inputs, strict=True)]
     torch.testing.assert_close(*outputs, atol=1e-14, rtol=0)
     torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for x, y in zip(inputs, outputs, strict=True)))
 
@@ -104,8 +117,8 @@ def test_speeding_up_reaches_every_part() -> None:
     model = tiny_dual_encoder(image_layers=3, text_layers=1).model
     speed_up(model, CPU)
     kinds = [type(module) for module in model.modules()]
-    counts = {kind: kinds.count(kind) for kind in (PatchEmbedding, QuickGELU, LastLayer)}
-    assert counts == {PatchEmbedding: 1, QuickGELU: 4, LastLayer: 2}
+    counts = {kind: kinds.count(kind) for kind in (PatchEmbedding, QuickGELU, LastLayer, LastEndLayer)}
+    assert counts == {PatchEmbedding: 1, QuickGELU: 4, LastLayer: 1, LastEndLayer: 1}
     assert {model.vision_model.config._attn_implementation, model.text_model.config._attn_implementation} == {"eager"}
 
 
@@ -131,10 +144,10 @@ def test_a_sped_up_bert_text_tower_gives_the_stock_features_and_gradients(
     fast.set_attn_implementation(attention)
     expected, got = features(stock, batch), features(fast, batch)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
-    wanted, made = gradients(stock, expected), gradients(fast, got)
-    scale = max(float(gradient.abs().max()) for gradient in wanted.values())
+    expected_gradients, got_gradients = gradients(stock, expected), gradients(fast, got)
+    scale = max(float(gradient.abs().max()) for gradient in expected_gradients.values())
     assert scale > 0.1
-    torch.testing.assert_close(made, wanted, atol=1e-5 * scale, rtol=0)
+    torch.testing.assert_close(got_gradients, expected_gradients, atol=1e-5 * scale, rtol=0)
 
 
 @pytest.mark.parametrize("rates", [{"dropout": 0.3}, {"attention_dropout": 0.3}], ids=str)
@@ -189,3 +202,67 @@ def test_what_is_saved_stays_stock(kind: type, tmp_path: Path) -> None:
     assert not any(info.values())
     torch.testing.assert_close(loaded.state_dict(), stock.state_dict(), atol=0, rtol=0)
     assert not any(isinstance(module, LastLayer | LastTextLayer) for module in loaded.modules())
+
+
+def test_a_text_layer_that_is_not_given_the_end_fails() -> None:
+    """It would read the first token: every text would have the same embedding."""
+    model = tiny_dual_encoder().model
+    speed_up(model, CPU)
+    model.text_model._forward_pre_hooks.clear()  # as if transformers no longer passed unknown arguments on
+    with pytest.raises(RuntimeError, match=r"train\.fast"):
+        model.get_text_features(input_ids=tiny_batch(2)["input_ids"])
+
+
+def chains(tree: ast.AST, root: str) -> set[tuple[str, ...]]:
+    """Return the attributes that are read from the variable `root`: `root.a.b` is ("a", "b")."""
+    chains_read = set()
+    for node in ast.walk(tree):
+        names: list[str] = []
+        while isinstance(node, ast.Attribute):
+            names.append(node.attr)
+            node = node.value
+        if names and isinstance(node, ast.Name) and node.id == root:
+            chains_read.add(tuple(reversed(names)))
+    return chains_read
+
+
+def reachable(part: Any, chain: tuple[str, ...]) -> bool:
+    """Return whether an object has these attributes, one inside the other, apart from methods of tensors."""
+    for name in chain:
+        if isinstance(part, torch.Tensor):
+            return True
+        if not hasattr(part, name):
+            return False
+        part = getattr(part, name)
+    return True
+
+
+def test_every_name_of_transformers_that_is_used_is_there() -> None:
+    clip, bert = tiny_dual_encoder().model, with_bert()
+    towers = [clip.vision_model, clip.text_model, bert.vision_model, bert.text_model]
+    blocks = [clip.vision_model.encoder.layers[-1], bert.text_model.encoder.layer[-1]]
+    speed_up(clip, CPU)
+    speed_up(bert, CPU)
+    tree = ast.parse(Path(fast_module.__file__).read_text(encoding="utf-8"))
+    imported = [
+        node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "transformers" in str(node.module)
+    ]
+    for node in imported:
+        missing = [
+            name.name for name in node.names if not hasattr(importlib.import_module(str(node.module)), name.name)
+        ]
+        assert not missing, f"transformers {transformers.__version__}: {node.module} has no {missing}: adapt fast.py"
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    used = [(chain, towers) for name in functions for chain in chains(functions[name], "tower")]
+    used += [(chain, [clip.text_model]) for chain in chains(functions["_name_the_end"], "text_model")]
+    for name, block in zip(("LastLayer", "LastTextLayer"), blocks, strict=True):
+        attention = getattr(block, "self_attn", None) or block.attention
+        inner = attention if name == "LastLayer" else attention.self
+        used += [(chain, [block]) for chain in chains(classes[name], "self")]
+        used += [(chain, [inner]) for chain in chains(classes[name], "attention")]
+    assert len(used) > 25
+    for chain, parts in used:
+        kinds = ", ".join(type(part).__name__ for part in parts)
+        there = any(reachable(part, chain) for part in parts)
+        assert there, f"transformers {transformers.__version__}: no {'.'.join(chain)} in {kinds}: adapt fast.py"

@@ -41,9 +41,11 @@ def prepare(model: DualEncoder, loss: LossConfig, precision: str = "fp32") -> Tr
 
 def at_once(trainer: TrainState, pieces: Sequence[Batch]) -> Loss:
     """The plain way: every piece keeps its graph until the one backward pass."""
-    made = [trainer.model(**piece.inputs) for piece in pieces]
-    image, text, norm = (torch.cat([getattr(one, side) for one in made]) for side in ("image", "text", "text_norm"))
-    whole = Embeddings(image, text, made[0].logit_scale, made[0].logit_bias, norm)
+    outputs = [trainer.model(**piece.inputs) for piece in pieces]
+    image, text, norm = (
+        torch.cat([getattr(output, side) for output in outputs]) for side in ("image", "text", "text_norm")
+    )
+    whole = Embeddings(image, text, outputs[0].logit_scale, outputs[0].logit_bias, norm)
     loss = trainer.loss(whole, *(torch.cat(parts) for parts in zip(*(piece.targets for piece in pieces), strict=True)))
     trainer.accelerator.backward(loss.value)
     return loss
@@ -58,10 +60,14 @@ def gradients(trainer: TrainState, backward: Callable[[TrainState, Sequence[Batc
     trainer.model.train()
     torch.manual_seed(5)
     loss = backward(trainer, tiny_pieces(SIZES))
-    found = {"loss": loss.value.detach(), "rng": torch.get_rng_state()}
-    found |= {name: one.grad for name, one in trainer.dual_encoder.named_parameters() if one.grad is not None}
+    results = {"loss": loss.value.detach(), "rng": torch.get_rng_state()}
+    results |= {
+        name: parameter.grad
+        for name, parameter in trainer.dual_encoder.named_parameters()
+        if parameter.grad is not None
+    }
     trainer.model.zero_grad()
-    return found
+    return results
 
 
 def assert_equal_gradients(trainer: TrainState, cosine: float = 0.99999, ratio: float = 1e-4) -> set[str]:
@@ -69,7 +75,7 @@ def assert_equal_gradients(trainer: TrainState, cosine: float = 0.99999, ratio: 
     assert got.keys() == wanted.keys()
     torch.testing.assert_close(got.pop("loss"), wanted.pop("loss"), atol=1e-6, rtol=1e-6)
     assert torch.equal(got.pop("rng"), wanted.pop("rng"))  # what comes after draws the same numbers too
-    largest = max(one.norm() for one in wanted.values())
+    largest = max(gradient.norm() for gradient in wanted.values())
     for name, gradient in wanted.items():
         if gradient.norm() < 1e-6 * largest:  # a key's bias: zero but for rounding
             assert got[name].norm() < 1e-5 * largest
@@ -82,8 +88,8 @@ def assert_equal_gradients(trainer: TrainState, cosine: float = 0.99999, ratio: 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.name}-{loss.tile_rows}")
 def test_gradients_are_those_of_the_whole_batch(loss: LossConfig) -> None:
-    found = assert_equal_gradients(prepare(random_model(loss), loss))
-    assert {"model.logit_scale", *(["logit_bias"] if loss.name == "sigmoid" else [])} <= found
+    names = assert_equal_gradients(prepare(random_model(loss), loss))
+    assert {"model.logit_scale", *(["logit_bias"] if loss.name == "sigmoid" else [])} <= names
 
 
 def test_without_the_random_numbers_of_the_first_pass_gradients_differ(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,8 +118,8 @@ def test_lora() -> None:
         parameter.requires_grad_("lora_" in name or "logit_scale" in name)
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)  # zeros would hide half of the gradients
-    found = assert_equal_gradients(prepare(model, LOSSES[0]))
-    assert sum("lora_A" in name for name in found) > 4
+    names = assert_equal_gradients(prepare(model, LOSSES[0]))
+    assert sum("lora_A" in name for name in names) > 4
 
 
 @pytest.mark.parametrize("side", ["image", "text"])
@@ -130,8 +136,8 @@ def test_a_frozen_tower_runs_once_and_without_dropout(side: str) -> None:
     frozen[0].register_forward_hook(lambda *_: calls.append(1))
     gradients(trainer, in_pieces)
     assert len(calls) == len(SIZES)
-    found = assert_equal_gradients(trainer)
-    assert not [name for name in found if name.startswith((f"model.{tower}_model", f"model.{side_of(side)}_proj"))]
+    names = assert_equal_gradients(trainer)
+    assert not [name for name in names if name.startswith((f"model.{tower}_model", f"model.{side_of(side)}_proj"))]
 
 
 def side_of(side: str) -> str:
@@ -161,7 +167,7 @@ def test_weights_after_20_steps(loss: LossConfig, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(grad_cache, "backward", plain)
     whole = train()
     assert len(called) == 20
-    worst = max((cached[name] - one).abs().max().item() for name, one in whole.items())
+    worst = max((cached[name] - weight).abs().max().item() for name, weight in whole.items())
     assert worst <= 1e-5
 
 
@@ -183,11 +189,11 @@ def test_without_dropout_pieces_equal_the_one_forward_pass() -> None:
         [torch.nn.functional.pad(p.input_ids, (0, length - p.input_ids.shape[1]), value=pad) for p in pieces]
     )
     mask = torch.cat([torch.nn.functional.pad(p.attention_mask, (0, length - p.input_ids.shape[1])) for p in pieces])
-    made = trainer.model(torch.cat([piece.pixel_values for piece in pieces]), ids, mask)
-    literal = losses.infonce(made, torch.cat([piece.pair_ids for piece in pieces]), "positives")
+    embeddings = trainer.model(torch.cat([piece.pixel_values for piece in pieces]), ids, mask)
+    literal = losses.infonce(embeddings, torch.cat([piece.pair_ids for piece in pieces]), "positives")
     literal.value.backward()
-    wanted = {name: one.grad.clone() for name, one in trainer.dual_encoder.named_parameters()}  # type: ignore[union-attr]
+    wanted = {name: parameter.grad.clone() for name, parameter in trainer.dual_encoder.named_parameters()}  # type: ignore[union-attr]
     trainer.model.zero_grad()
     assert in_pieces(trainer, pieces).value.item() == pytest.approx(literal.value.item(), abs=1e-6)
-    for name, one in trainer.dual_encoder.named_parameters():
-        torch.testing.assert_close(one.grad, wanted[name], atol=1e-6, rtol=1e-4, msg=name)
+    for name, parameter in trainer.dual_encoder.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-6, rtol=1e-4, msg=name)

@@ -35,24 +35,24 @@ def prepare(config: PretrainConfig = CONFIG, model: DualEncoder | None = None) -
 def pieces(bad: set[int], stop: int = 30, sizes: tuple[int, ...] = (4,), value: float = NAN) -> Iterator[Batch]:
     """Batches of steps 1 to `stop`; those of `bad` steps have one picture of `value`s."""
     for step in range(1, stop + 1):
-        made = tiny_pieces(list(sizes), seed=step)
+        batches = tiny_pieces(list(sizes), seed=step)
         if step in bad:
-            pixels = made[-1].pixel_values.float()
+            pixels = batches[-1].pixel_values.float()
             pixels[0] = value
-            object.__setattr__(made[-1], "pixel_values", pixels)
-        yield from made
+            object.__setattr__(batches[-1], "pixel_values", pixels)
+        yield from batches
 
 
 def tensors(trainer: TrainState) -> dict[str, Tensor]:
-    found = {f"model.{name}": one for name, one in trainer.dual_encoder.state_dict().items()}
-    found |= {f"ema.{name}": one for name, one in trainer.averaged.state_dict().items()}
+    values = {f"model.{name}": value for name, value in trainer.dual_encoder.state_dict().items()}
+    values |= {f"ema.{name}": value for name, value in trainer.averaged.state_dict().items()}
     for number, state in enumerate(trainer.optimizer.state_dict()["state"].values()):
-        found |= {f"optimizer.{number}.{name}": one for name, one in state.items()}
-    return {name: one.clone() for name, one in found.items()}
+        values |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+    return {name: value.clone() for name, value in values.items()}
 
 
 def all_finite(trainer: TrainState) -> bool:
-    return all(bool(one.isfinite().all()) for one in tensors(trainer).values())
+    return all(bool(value.isfinite().all()) for value in tensors(trainer).values())
 
 
 @pytest.mark.parametrize("sizes", [(4,), (3, 1)], ids=["whole", "pieces"])
@@ -73,7 +73,7 @@ def test_one_nan_batch_changes_nothing_and_is_listed(sizes: tuple[int, ...], tmp
         if step == 6:
             before = tensors(trainer)
         if step == 7:
-            assert all(torch.equal(one, before[name]) for name, one in tensors(trainer).items())
+            assert all(torch.equal(value, before[name]) for name, value in tensors(trainer).items())
     assert all_finite(trainer)
     (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert (event["step"], event["kind"], event["loss"]) == (7, "bad_step", "nan")
@@ -97,7 +97,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_a_bad_step() -> None:
     list(training.steps(trainer, pieces(set(), 1), 0, 1, log_every=1))
     assert [event.kind for event in trainer.health.take_events()] == ["bad_step"]
     after = tensors(trainer)
-    assert all(torch.equal(one, after[name]) for name, one in before.items())
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
     hook.remove()
 
 
@@ -121,7 +121,7 @@ def test_ten_in_a_row_stop_the_run_and_the_last_good_checkpoint_loads(tmp_path: 
     again = prepare()
     run = Session("test", dataclasses.replace(config, resume="auto"), again.accelerator)
     assert run.load(again).step == 16  # saved among the bad steps, and as good as before them
-    assert all(torch.equal(one, seen[8][name]) for name, one in tensors(again).items())
+    assert all(torch.equal(value, seen[8][name]) for name, value in tensors(again).items())
     assert again.health.counts.in_a_row == 8
 
 

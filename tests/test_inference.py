@@ -62,7 +62,7 @@ def test_order_is_kept_whatever_the_lengths_and_the_batches(loaded: Encoder) -> 
     torch.testing.assert_close(loaded.encode_texts(texts, batch_size=2), alone, atol=1e-6, rtol=0)
     assert (alone @ alone.T).fill_diagonal_(0).max() < 0.9999  # or order could not be seen
     pictures = [picture(seed) for seed in range(5)]
-    alone = torch.cat([loaded.encode_images([one]) for one in pictures])
+    alone = torch.cat([loaded.encode_images([image]) for image in pictures])
     torch.testing.assert_close(loaded.encode_images(pictures, batch_size=2), alone, atol=1e-6, rtol=0)
     assert (alone @ alone.T).fill_diagonal_(0).max() < 0.9999
 
@@ -81,11 +81,11 @@ def test_embeddings_are_those_of_the_stock_model(loaded: Encoder) -> None:
 def test_pictures_of_any_mode(mode: str, loaded: Encoder) -> None:
     if mode == "I;16":
         gray = np.asarray(picture(0, "L"), dtype=np.uint16) * 257
-        made, same = Image.fromarray(gray), picture(0, "L").convert("RGB")
+        image, same = Image.fromarray(gray), picture(0, "L").convert("RGB")
     else:
-        made = picture(0).convert("L").convert(mode) if mode != "CMYK" else picture(0, "CMYK")
-        same = made.convert("RGB")
-    got, wanted = loaded.encode_images([made, same])
+        image = picture(0).convert("L").convert(mode) if mode != "CMYK" else picture(0, "CMYK")
+        same = image.convert("RGB")
+    got, wanted = loaded.encode_images([image, same])
     torch.testing.assert_close(got, wanted)
 
 

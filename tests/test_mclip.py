@@ -92,7 +92,7 @@ def test_mclip_refusals(tmp_path: Path) -> None:
         ({"more": torch.zeros(2)}, "left over"),
         ({"LinearTransformation.bias": torch.zeros(7)}, "of other sizes"),
     ):
-        changed: dict[str, Any] = {name: one for name, one in (weights | change).items() if one is not None}
+        changed: dict[str, Any] = {name: value for name, value in (weights | change).items() if value is not None}
         save_file(changed, directory / "model.safetensors")
         with pytest.raises(ValueError, match=f"{fault}.*expected those of an M-CLIP"):
             load(f"mclip:{directory}+{images}", "cpu")

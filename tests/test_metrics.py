@@ -185,10 +185,10 @@ def test_of_two_groups_a_resample_has_one_or_both():
 
 def test_intervals_are_scipys_percentile_bootstrap():
     values = np.random.default_rng(1).normal(size=300)
-    theirs = bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(2))
-    assert mean(torch.tensor(values)).ci95 == pytest.approx(theirs.confidence_interval, abs=0.02)
-    theirs = bootstrap((values,), np.median, n_resamples=20_000, method="percentile", rng=np.random.default_rng(2))
-    assert median(torch.tensor(values)).ci95 == pytest.approx(theirs.confidence_interval, abs=0.03)
+    reference = bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(2))
+    assert mean(torch.tensor(values)).ci95 == pytest.approx(reference.confidence_interval, abs=0.02)
+    reference = bootstrap((values,), np.median, n_resamples=20_000, method="percentile", rng=np.random.default_rng(2))
+    assert median(torch.tensor(values)).ci95 == pytest.approx(reference.confidence_interval, abs=0.03)
 
 
 def test_a_grouped_interval_is_that_of_the_groups_means():
@@ -237,13 +237,13 @@ def test_ninety_five_percent_of_the_other_intervals_hold_the_truth(monkeypatch):
     for _ in range(200):
         first, second = torch.tensor(rng.random(120) < 0.7), torch.tensor(rng.random(80) < 0.4)
         labels = torch.tensor(np.repeat([0, 1], [120, 80]))
-        found = {
+        intervals = {
             "share": (share(first), 0.7),
             "difference": (difference(first, second), 0.3),
             "median": (median(torch.tensor(rng.normal(size=100))), 0.0),
             "mean_per_class": (mean_per_class(torch.cat([first, second]), labels), 0.55),
         }
-        for name, (metric, truth) in found.items():
+        for name, (metric, truth) in intervals.items():
             held[name] += metric.ci95[0] <= truth <= metric.ci95[1]
     assert all(180 <= count <= 198 for count in held.values()), held
 
@@ -256,9 +256,9 @@ def test_mean_per_class_by_hand_and_as_scikit_learn_has_it():
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 7, 200)
     answers = np.where(rng.random(200) < 0.5, truth, rng.integers(0, 7, 200))
-    found = mean_per_class(torch.tensor(truth == answers), torch.tensor(truth))
-    assert found.value == pytest.approx(balanced_accuracy_score(truth, answers), abs=1e-12)
-    assert found.ci95[0] < found.value < found.ci95[1]
+    metric = mean_per_class(torch.tensor(truth == answers), torch.tensor(truth))
+    assert metric.value == pytest.approx(balanced_accuracy_score(truth, answers), abs=1e-12)
+    assert metric.ci95[0] < metric.value < metric.ci95[1]
 
 
 def test_difference_by_hand_and_as_scipy_has_it():
@@ -266,9 +266,9 @@ def test_difference_by_hand_and_as_scipy_has_it():
     assert (metric.value, metric.n) == (0.25, 6)
     rng = np.random.default_rng(0)
     first, second = rng.normal(1, 1, 300), rng.normal(0, 2, 200)
-    found = difference(torch.tensor(first), torch.tensor(second))
+    metric = difference(torch.tensor(first), torch.tensor(second))
     welch = ttest_ind(first, second, equal_var=False).confidence_interval()
-    assert found.ci95 == pytest.approx((welch.low, welch.high), abs=0.04)
+    assert metric.ci95 == pytest.approx((welch.low, welch.high), abs=0.04)
     assert difference(torch.ones(3), torch.ones(4)).ci95 == (0.0, 0.0)
 
 
@@ -283,9 +283,9 @@ def test_agreement_by_hand_and_as_scipy_has_it():
     people = rng.integers(1, 5, 80)
     noisy = people + 2 * rng.normal(size=80)
     for variant in ("b", "c"):
-        found = agreement(torch.tensor(noisy), torch.tensor(people), variant)
-        assert found.value == pytest.approx(kendalltau(noisy, people, variant=variant).statistic, abs=1e-12)
-        assert found.ci95[0] < found.value < found.ci95[1]
+        metric = agreement(torch.tensor(noisy), torch.tensor(people), variant)
+        assert metric.value == pytest.approx(kendalltau(noisy, people, variant=variant).statistic, abs=1e-12)
+        assert metric.ci95[0] < metric.value < metric.ci95[1]
 
 
 def test_where_all_or_none_hit_the_interval_is_wilsons_of_the_groups():

@@ -118,8 +118,8 @@ def test_resnet_starts_from_timms_weights_and_takes_other_image_sizes() -> None:
     for (name, got), wanted in zip(tower.named_parameters(), fresh.parameters(), strict=True):
         assert got.std().item() == pytest.approx(wanted.std().item(), rel=0.25, abs=1e-6), name
     assert all(block.conv3_1x1.bn.weight.abs().max() == 0 for block in tower.stages[3])
-    one, two = torch.randn(2, 2, 3, 64, 64)
-    difference = model.get_image_features(one).pooler_output - model.get_image_features(two).pooler_output
+    first, second = torch.randn(2, 2, 3, 64, 64)
+    difference = model.get_image_features(first).pooler_output - model.get_image_features(second).pooler_output
     assert difference.abs().max() > 0.01
 
 
@@ -165,8 +165,8 @@ def test_other_image_towers_train_publish_and_load(
     pixels = torch.randn(2, 3, expected_size, expected_size)
     model.eval()
     with torch.no_grad():
-        ours, theirs = (one.get_image_features(pixel_values=pixels).pooler_output for one in (model, loaded))
-    assert torch.equal(ours, theirs)
+        trained, reloaded = (clip.get_image_features(pixel_values=pixels).pooler_output for clip in (model, loaded))
+    assert torch.equal(trained, reloaded)
     stored = loaded.state_dict()
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
 
@@ -238,7 +238,8 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(preset: str) -> N
             linear.register_forward_pre_hook(lambda *_, place=place: calls.__setitem__(place, calls[place] + 1))
         image, text, scale = dual_encoder(**tiny_batch(4))[:3]
         (scale * image @ text.T).logsumexp(dim=1).sum().backward()
-        return {name: one.grad for name, one in dual_encoder.named_parameters() if one.grad is not None}, calls
+        gradients = {name: parameter.grad for name, parameter in dual_encoder.named_parameters()}
+        return {name: gradient for name, gradient in gradients.items() if gradient is not None}, calls
 
     plain, once = gradients(False)
     recomputed, twice = gradients(True)
@@ -252,7 +253,7 @@ def test_pixels_are_normalised_as_the_saved_processor_does() -> None:
     dual_encoder = tiny_dual_encoder()
     model, processor = from_scratch(tiny_config(), tiny_tokenizer())
     batch = tiny_batch(2)
-    pictures = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in batch["pixel_values"]]
+    pictures = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in batch["pixel_values"]]
     pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = model.get_image_features(pixel_values=pixels).pooler_output

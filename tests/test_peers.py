@@ -29,12 +29,12 @@ def check_contract(encoder: Encoder, width: int) -> None:
         encoder.encode_images(pictures()),
         encoder.image_features(pictures()),
     )
-    for made in (texts, images):
-        assert made.dtype == torch.float32
-        torch.testing.assert_close(made.norm(dim=1), torch.ones(len(made)))
-        assert (made @ made.T).fill_diagonal_(0).max() < 0.9999
+    for embeddings in (texts, images):
+        assert embeddings.dtype == torch.float32
+        torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(len(embeddings)))
+        assert (embeddings @ embeddings.T).fill_diagonal_(0).max() < 0.9999
     close(texts, torch.cat([encoder.encode_texts([text]) for text in TEXTS]))
-    close(images, torch.cat([encoder.encode_images([one]) for one in pictures()]))
+    close(images, torch.cat([encoder.encode_images([image]) for image in pictures()]))
     assert features.shape == (3, width)
     gray = picture(0).convert("L")
     close(*encoder.encode_images([gray, gray.convert("RGB")]).split(1))
@@ -96,7 +96,7 @@ def test_open_clip_embeds_as_its_library(tower: str, tmp_path: Path) -> None:
     model.eval()
     with torch.no_grad():
         texts = model.encode_text(open_clip.get_tokenizer(name)(TEXTS), normalize=True)
-        images = model.encode_image(torch.stack([preprocess(one) for one in pictures()]), normalize=True)
+        images = model.encode_image(torch.stack([preprocess(image) for image in pictures()]), normalize=True)
     close(encoder.encode_texts(TEXTS), texts)
     close(encoder.encode_images(pictures()), images)
     features = encoder.image_features(pictures()).clone()
@@ -159,9 +159,9 @@ def test_open_clip_tells_nllb_the_language(tmp_path: Path) -> None:
     first = encoder.fingerprint()
     model, tokens = open_clip.create_model_from_pretrained(name, return_transform=False).eval(), []
     stock = open_clip.get_tokenizer(name)
-    for language, one in (("eng_Latn", "red"), ("kor_Hang", "빨간 별"), ("eng_Latn", "abc")):
+    for language, text in (("eng_Latn", "red"), ("kor_Hang", "빨간 별"), ("eng_Latn", "abc")):
         stock.tokenizer.src_lang = language
-        tokens.append(stock([one]))
+        tokens.append(stock([text]))
         assert tokens[-1][0, 0] == stock.tokenizer.convert_tokens_to_ids(language)
     with torch.no_grad():
         wanted = model.encode_text(torch.cat(tokens), normalize=True)
@@ -227,8 +227,8 @@ def sentence_models(directory: Path) -> tuple[Path, Path]:
     for file in list(images.iterdir()):
         if file.is_file() and file.name not in ("modules.json", "config_sentence_transformers.json", "README.md"):
             file.rename(images / "0_CLIPModel" / file.name)
-    one = {"idx": 0, "name": "0", "path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"}
-    (images / "modules.json").write_text(json.dumps([one]))
+    module = {"idx": 0, "name": "0", "path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"}
+    (images / "modules.json").write_text(json.dumps([module]))
     return directory / "texts", images
 
 

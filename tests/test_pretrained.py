@@ -102,9 +102,9 @@ def test_the_pooled_output_of_a_tower_is_the_image_space(name: str, dtype: torch
         pooled = tower(pixel_values=pixels().to(dtype)).pooler_output
         got = encode_images(loaded.eval(), pixels().to(dtype))
         if not name.startswith("timm"):  # the wrapper that classifies has no pooled output
-            made = base.to(dtype)(pixel_values=pixels().to(dtype))
+            output = base.to(dtype)(pixel_values=pixels().to(dtype))
             first = name in ("google/vit", "deit")  # without a pooler of their own: the class token
-            assert torch.equal(pooled, made.last_hidden_state[:, 0] if first else made.pooler_output)
+            assert torch.equal(pooled, output.last_hidden_state[:, 0] if first else output.pooler_output)
     wanted = torch.nn.functional.normalize(pooled.float(), dim=-1)
     # On one thread some CPUs' convolutions round by where weights lie in memory: here mapped from a file, there not.
     assert (got - wanted).abs().max() <= (1e-7 if "resnet" in name else 0)
@@ -265,13 +265,13 @@ def test_a_missing_pooler_is_the_identity(name: str, kind: str, tmp_path: Path) 
     path = stored_text(tmp_path / "text", name, kind, **options)
     encoder = load_text_encoder(path)
     with torch.no_grad():
-        made = encoder(input_ids=ids())
-    assert torch.equal(made.pooler_output, made.last_hidden_state[:, 0].tanh())
+        output = encoder(input_ids=ids())
+    assert torch.equal(output.pooler_output, output.last_hidden_state[:, 0].tanh())
     image = tiny_dual_encoder(preset="timm:test_vit").model
     swapped = swap_text_tower(image, encoder).eval()
     with torch.no_grad():
         features = swapped.get_text_features(input_ids=ids()).pooler_output
-    torch.testing.assert_close(features, swapped.text_projection(made.pooler_output), atol=1e-6, rtol=0)
+    torch.testing.assert_close(features, swapped.text_projection(output.pooler_output), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["RobertaForMaskedLM", "RobertaModel"])
@@ -279,11 +279,11 @@ def test_nothing_random_is_left_in_a_text_tower(name: str, tmp_path: Path) -> No
     """Whatever the random numbers, a model comes out the same."""
     path = stored_text(tmp_path / "text", name, "roberta", pad_token_id=1)
     for image in (tiny_dual_encoder().model, tiny_dual_encoder(preset="timm:test_vit").model):
-        made = []
+        state_dicts = []
         for seed in (0, 1):
             torch.manual_seed(seed)
-            made.append(swap_text_tower(image, load_text_encoder(path)).state_dict())
-        assert all(torch.equal(value, made[1][key]) for key, value in made[0].items())
+            state_dicts.append(swap_text_tower(image, load_text_encoder(path)).state_dict())
+        assert all(torch.equal(value, state_dicts[1][key]) for key, value in state_dicts[0].items())
 
 
 def test_a_pooler_that_is_there_is_kept(tmp_path: Path) -> None:
@@ -348,12 +348,12 @@ def test_random_weights_from_a_configuration(tmp_path: Path) -> None:
     change(tmp_path, dtype="bfloat16")
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    one, same, other = (load_text_encoder(f"auto:{path}", seed) for seed in (0, 0, 1))
+    first, same, other = (load_text_encoder(f"auto:{path}", seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)  # nobody else's random numbers are touched
-    weights = [encoder.encoder.layer[1].output.dense.weight for encoder in (one, same, other)]
+    weights = [encoder.encoder.layer[1].output.dense.weight for encoder in (first, same, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
-    assert one.dtype == torch.float32
+    assert first.dtype == torch.float32
 
 
 def test_koclip_load_names_what_is_not_a_dual_encoder(tmp_path: Path) -> None:

@@ -30,9 +30,9 @@ def part(count: int, seed: int, classes: int = 4) -> Part:
 def test_a_fit_is_scikit_learns_to_1e_9() -> None:
     train, test = part(200, 1), part(100, 2)
     mine = fit(train, c=0.316)
-    theirs = LogisticRegression(C=0.316, max_iter=1000, solver="lbfgs").fit(train.features, train.labels)
+    reference = LogisticRegression(C=0.316, max_iter=1000, solver="lbfgs").fit(train.features, train.labels)
     np.testing.assert_allclose(
-        mine.predict_proba(test.features), theirs.predict_proba(test.features), atol=1e-9, rtol=0
+        mine.predict_proba(test.features), reference.predict_proba(test.features), atol=1e-9, rtol=0
     )
 
 
@@ -60,9 +60,9 @@ def test_the_probe_equals_scikit_learn_by_hand(
 ) -> None:
     """Search, refit on everything, and test, written out with scikit-learn alone."""
     train, test = part(120, 1), part(80, 2)
-    monkeypatch.setattr(probe, "_parts", lambda embedder, one: (train, test))
-    one = colours(tasks=["linear_probe"])
-    got = linear_probe(Embedder(ColourEncoder(), 8), one)["linear_probe/accuracy"]
+    monkeypatch.setattr(probe, "_parts", lambda embedder, eval_set: (train, test))
+    eval_set = colours(tasks=["linear_probe"])
+    got = linear_probe(Embedder(ColourEncoder(), 8), eval_set)["linear_probe/accuracy"]
 
     fitted, held = train_test_split(np.arange(120), test_size=0.2, stratify=train.labels, random_state=0)
 
@@ -75,7 +75,9 @@ def test_the_probe_equals_scikit_learn_by_hand(
         scores = {exponent: score(exponent) for exponent in (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)}
         for step in (1.0, 0.5, 0.25, 0.125):
             best = max(scores, key=lambda exponent: (scores[exponent], -exponent))
-            scores |= {one: score(one) for one in (best - step, best + step) if abs(one) <= 6 and one not in scores}
+            scores |= {
+                value: score(value) for value in (best - step, best + step) if abs(value) <= 6 and value not in scores
+            }
         best = max(scores, key=lambda exponent: (scores[exponent], -exponent))
         refit = LogisticRegression(C=10**best, max_iter=1000).fit(train.features, train.labels)
     assert got.value == pytest.approx(refit.score(test.features, test.labels), abs=1e-9)
@@ -118,7 +120,7 @@ def test_few_shots_never_see_the_test_images_to_choose_by(
     train = part(160, 1)
     chosen: dict[int, list[float]] = {}
     for seed in (2, 3):
-        monkeypatch.setattr(probe, "_parts", lambda embedder, one, seed=seed: (train, part(40, seed)))
+        monkeypatch.setattr(probe, "_parts", lambda embedder, eval_set, seed=seed: (train, part(40, seed)))
         monkeypatch.setattr(
             probe, "fit", lambda rows, c, seed=seed: chosen.setdefault(seed, []).append(c) or fit(rows, c)
         )

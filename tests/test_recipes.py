@@ -72,6 +72,18 @@ def test_a_run_leaves_what_the_design_says(finished):
     config.parse(config.PretrainConfig, ["--config", str(finished / "config.yaml")])
 
 
+def test_without_the_fast_layers_a_run_is_the_same_up_to_rounding(finished, tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("train.fast is false")
+
+    monkeypatch.setattr("koclip.training.setup.speed_up", refuse)
+    pretrain(*RANDOM, "--train.fast", "false", "--output_dir", str(tmp_path / "run"))
+    slow, fast = (lines(run / "metrics.jsonl") for run in (tmp_path / "run", finished))
+    assert [line["loss"] for line in slow] == pytest.approx([line["loss"] for line in fast], rel=1e-3)
+    environments = [json.loads((run / "environment.json").read_text()) for run in (tmp_path / "run", finished)]
+    assert [environment["fast"] for environment in environments] == [False, True]
+
+
 def test_the_tracker_writes_into_the_run(tmp_path):
     pretrain("--train.num_steps", "4", "--train.tracker", "tensorboard", "--output_dir", str(tmp_path / "run"))
     assert list((tmp_path / "run" / "tracker").glob("events.out.tfevents.*"))
@@ -273,7 +285,7 @@ def test_the_real_configs_run(name, shared_data, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     file = ROOT / "recipes" / "configs" / "pretrain" / f"{name}.yaml"
     sets = config.parse(config.PretrainConfig, ["--config", str(file)]).eval.sets
-    spec = json.dumps([{**config.to_dict(one), "max_images": 30, "gallery": []} for one in sets])
+    spec = json.dumps([{**config.to_dict(eval_set), "max_images": 30, "gallery": []} for eval_set in sets])
     args = ["--config", str(file), "--train.num_steps", "2", "--optim.warmup_steps", "1", "--eval.sets", spec]
     pretrain(*args, "--tokenizer.train_captions", "2000", "--output_dir", str(tmp_path / "run"), base=QUICK)
     assert (tmp_path / "run" / "results.json").exists()

@@ -52,22 +52,18 @@ SCHEMAS = {
 }
 REQUIRED = {name: ["--model", "runs/some/model"] for name in ("evaluate", "index")}
 # Ceilings that only go down. The goals: 95 files, 30 names.
-MAX_FILES, MAX_VAGUE_NAMES = 148, 2643
+MAX_FILES, MAX_VAGUE_NAMES = 131, 1368
 VAGUE_NAMES = {"one", "found", "made", "theirs", "told"}
 # Functions of more than 50 lines or 5 parameters, with the reason.
 LARGE_FUNCTIONS = {
     "koclip/losses/tiled.py _Tiled.forward": "torch.autograd.Function takes tensors by position",
     "koclip/models/dual_encoder.py DualEncoder.forward": "the parts of a Batch by name, as transformers calls a model",
     # These are rebuilt: see "The house, rebuilt".
-    "koclip/encoders/base.py in_batches": "",
-    "koclip/evaluation/report/html.py write": "",
     "koclip/publishing/card_inputs.py _data_set": "",
     "recipes/benchmarks/open_clip_peer.py OpenClip.__init__": "",
     "space/pieces.py add_examples": "",
     "space/pieces.py text_box": "",
 }
-# Where the settings that say when something happens are defined and read.
-LOOPS = {"koclip/config/training.py", "koclip/runs/session.py"}
 YAMLS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
 DOCS = [ROOT / name for name in ("README.md", "README.ko.md", "CONTRIBUTING.md", "recipes/README.md")]
 
@@ -182,14 +178,15 @@ def test_names_say_what_they_are():
 
 
 def test_the_conditions_of_the_loop_stand_once():
-    places = Counter(
+    periods = {"eval_every", "save_every", "log_every"}
+    places = [
         (path, node.attr)
         for path, tree in python_files("koclip", "recipes").items()
+        if path != "koclip/config/training.py" and not path.startswith("recipes/benchmarks")
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and node.attr in {"eval_every", "save_every", "log_every"}
-    )
-    loops = {path for path, _ in places if not path.startswith("recipes/benchmarks")}
-    assert loops == LOOPS
+        if isinstance(node, ast.Attribute) and node.attr in periods
+    ]
+    assert sorted(places) == [("koclip/runs/session.py", period) for period in sorted(periods)]
 
 
 def test_there_are_configs():

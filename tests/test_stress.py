@@ -59,7 +59,7 @@ def test_hand_checked_cases(name: str) -> None:
     for text, *seed, expected in cases:
         for number in map(int, seed or ("0", "1")):  # where nothing is drawn, every seed gives the same
             result = STRESSES[name](text, number)
-            shown = " ".join(f"{ord(one):04X}" for one in result) if name == "nfd" else result
+            shown = " ".join(f"{ord(letter):04X}" for letter in result) if name == "nfd" else result
             if shown != expected:
                 wrong.append((text, number, expected, shown))
     assert not wrong, f"(text, seed, expected, got): {wrong}"

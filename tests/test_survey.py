@@ -18,8 +18,8 @@ from koclip.data import survey
 from koclip.data.formats.files import SourceError
 from koclip.data.order import CaptionChooser
 from koclip.data.sources import MapSource, open_source
+from koclip.runs.samples import survey as learn
 from koclip.text import tokenizers
-from koclip.training import survey as learn
 
 
 class Captions(Pile):

@@ -26,10 +26,10 @@ FAMILIES = {
 def encoder(kind: str, **options: object) -> PreTrainedModel:
     torch.manual_seed(1)
     sizes = {"vocab_size": 90} if kind == "distilbert" else SIZES
-    made = AutoModel.from_config(AutoConfig.for_model(kind, **{**sizes, **FAMILIES.get(kind, {}), **options}))
-    for parameter in made.parameters():
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **{**sizes, **FAMILIES.get(kind, {}), **options}))
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)  # biases and norms too: a lost one would show
-    return made.eval()
+    return model.eval()
 
 
 @pytest.fixture
@@ -89,10 +89,10 @@ def test_hidden_states_are_the_encoders(kind, length, clip, tmp_path) -> None:
 
 
 def test_the_projection_has_clips_spread_and_the_seed_decides(clip) -> None:
-    one, same, other = (swap_text_tower(clip, encoder("bert"), seed).text_projection.weight for seed in (0, 0, 1))
-    assert torch.equal(one, same)
-    assert not torch.equal(one, other)
-    assert one.std().item() == pytest.approx(32**-0.5, rel=0.1)
+    first, same, other = (swap_text_tower(clip, encoder("bert"), seed).text_projection.weight for seed in (0, 0, 1))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert first.std().item() == pytest.approx(32**-0.5, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["modernbert", "deberta-v2", "gpt2", "t5"])
@@ -102,9 +102,9 @@ def test_encoders_of_no_stock_class_are_refused_by_name(kind, clip) -> None:
     if kind == "t5":
         sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2, "vocab_size": 90}
     config = AutoConfig.for_model(kind, **sizes)
-    made = transformers.T5EncoderModel(config) if kind == "t5" else AutoModel.from_config(config)
+    text_encoder = transformers.T5EncoderModel(config) if kind == "t5" else AutoModel.from_config(config)
     with pytest.raises(ConfigError, match=f"no stock class holds a {kind} .*bert, roberta, xlm-roberta"):
-        swap_text_tower(clip, made)
+        swap_text_tower(clip, text_encoder)
 
 
 def test_a_narrow_electra_is_refused(clip) -> None:
@@ -113,9 +113,9 @@ def test_a_narrow_electra_is_refused(clip) -> None:
 
 
 def test_an_encoder_without_a_pooler_beside_another_image_tower_is_refused(clip) -> None:
-    made = tiny_dual_encoder(preset="timm:test_vit").model
+    joint = tiny_dual_encoder(preset="timm:test_vit").model
     with pytest.raises(ConfigError, match="has no pooler"):
-        swap_text_tower(made, encoder("electra"))
+        swap_text_tower(joint, encoder("electra"))
 
 
 @pytest.mark.parametrize("kind", ["bert", "clip_text_model", "albert"])
@@ -153,5 +153,5 @@ def test_a_vit_without_a_pooler_returns_its_class_token(tmp_path) -> None:
     vit.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        made = loaded(torch.randn(2, 3, 32, 32))
-    assert torch.equal(made.pooler_output, made.last_hidden_state[:, 0])
+        output = loaded(torch.randn(2, 3, 32, 32))
+    assert torch.equal(output.pooler_output, output.last_hidden_state[:, 0])

@@ -65,11 +65,11 @@ def step(trainer: training.TrainState) -> None:
 
 
 def gradients(trainer: training.TrainState) -> dict[str, torch.Tensor]:
-    found = {}
+    by_name = {}
     for name, parameter in trainer.dual_encoder.named_parameters():
         assert parameter.grad is not None, name
-        found[name] = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
-    return found
+        by_name[name] = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+    return by_name
 
 
 def losses_and_gradients(accelerator: Accelerator) -> dict[str, object]:
@@ -87,9 +87,9 @@ def pieces_of(step: int, sizes: tuple[int, ...] = (2, 2, 1)) -> list[Batch]:
 
 def at_once(trainer: training.TrainState, pieces: Sequence[Batch]) -> Loss:
     """The plain way: one forward pass of each piece, one backward pass of them all, which synchronises once."""
-    made = [trainer.dual_encoder(**piece.inputs) for piece in pieces]
-    image, text = (torch.cat([getattr(one, side) for one in made]) for side in ("image", "text"))
-    whole = Embeddings(image, text, made[0].logit_scale, made[0].logit_bias)
+    outputs = [trainer.dual_encoder(**piece.inputs) for piece in pieces]
+    image, text = (torch.cat([getattr(output, side) for output in outputs]) for side in ("image", "text"))
+    whole = Embeddings(image, text, outputs[0].logit_scale, outputs[0].logit_bias)
     loss = trainer.loss(whole, torch.cat([piece.pair_ids for piece in pieces]))
     loss.value.backward()
     for parameter in trainer.dual_encoder.parameters():
@@ -110,15 +110,15 @@ def at_once_sharded(trainer: training.TrainState, pieces: Sequence[Batch]) -> No
         )
         for piece in pieces
     ]
-    made = trainer.model(*(torch.cat(parts) for parts in zip(*inputs, strict=True)))
-    trainer.accelerator.backward(trainer.loss(made, torch.cat([piece.pair_ids for piece in pieces])).value)
+    embeddings = trainer.model(*(torch.cat(parts) for parts in zip(*inputs, strict=True)))
+    trainer.accelerator.backward(trainer.loss(embeddings, torch.cat([piece.pair_ids for piece in pieces])).value)
 
 
 def grad_cached(accelerator: Accelerator) -> dict[str, object]:
     """Gradients in pieces and at once, with dropout, and the weights after 20 steps of either."""
     results = {}
     for name in ("infonce", "sigmoid"):
-        found: dict[str, list[object]] = {"loss": [], "gradients": [], "weights": []}
+        measured: dict[str, list[object]] = {"loss": [], "gradients": [], "weights": []}
         for backward in (at_once, cached):
             trainer = prepare(accelerator, LossConfig(name=name), patch_dropout=0.3)
             torch.manual_seed(distributed.rank())
@@ -127,13 +127,15 @@ def grad_cached(accelerator: Accelerator) -> dict[str, object]:
                 loss = backward(trainer, pieces_of(step))
                 if step == 0:
                     value = distributed.mean({"loss": loss.value.item()}, accelerator.device)["loss"]
-                    found["loss"].append(value)
-                    found["gradients"].append({key: one.clone() for key, one in gradients(trainer).items()})
+                    measured["loss"].append(value)
+                    measured["gradients"].append(
+                        {key: gradient.clone() for key, gradient in gradients(trainer).items()}
+                    )
                 trainer.optimizer.step()
                 trainer.optimizer.zero_grad()
-            found["weights"].append(trainer.dual_encoder.state_dict())
-            found.setdefault("syncs", []).append(len(syncs))
-        results[name] = found
+            measured["weights"].append(trainer.dual_encoder.state_dict())
+            measured.setdefault("syncs", []).append(len(syncs))
+        results[name] = measured
     return results
 
 
@@ -165,7 +167,7 @@ def with_one_bad_process(accelerator: Accelerator) -> dict[str, object]:
             yield piece
 
     list(training.steps(trainer, batches(), 0, 3, log_every=3))
-    weights = torch.cat([one.detach().flatten() for one in trainer.dual_encoder.parameters()])
+    weights = torch.cat([parameter.detach().flatten() for parameter in trainer.dual_encoder.parameters()])
     return {"events": distributed.gather_objects(trainer.health.take_events()), "weights": distributed.gather(weights)}
 
 
@@ -216,7 +218,7 @@ def sharded(folder: Path) -> dict[str, object]:
     accelerator = training.start(TRAIN)
     AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
     trainer = prepare(accelerator, LossConfig(name="sigmoid"))
-    loss, found = backward(trainer), gradients(trainer)
+    loss, whole = backward(trainer), gradients(trainer)
     trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
@@ -230,10 +232,10 @@ def sharded(folder: Path) -> dict[str, object]:
     open_run(folder, accelerator, resume=True).load(again)
     _, processor = from_scratch(tiny_config(), tiny_tokenizer())
     texts = []
-    for one in (trainer, again):
-        with one.evaluating() as model:
+    for current in (trainer, again):
+        with current.evaluating() as model:
             texts.append(TransformersEncoder(model, processor).encode_texts(["빨간 원", "파란 별"]))
-        step(one)  # training goes on after an evaluation
+        step(current)  # training goes on after an evaluation
     stats = [last for _, last in training.steps(again, iter(pieces_of(0, (2,))), 0, 1, log_every=1)]
     again.num_pieces = 3
     stats += [last for _, last in training.steps(again, iter(pieces_of(1)), 0, 1, log_every=1)]
@@ -242,11 +244,11 @@ def sharded(folder: Path) -> dict[str, object]:
     published.save_model(trainer, processor)
     in_pieces = {}
     for name, way in (("at once", at_once_sharded), ("pieces", cached)):
-        one = prepare(accelerator, LossConfig(name="sigmoid"))
-        way(one, pieces_of(0))
-        in_pieces[name] = {key: value.clone() for key, value in gradients(one).items()}
+        fresh = prepare(accelerator, LossConfig(name="sigmoid"))
+        way(fresh, pieces_of(0))
+        in_pieces[name] = {key: value.clone() for key, value in gradients(fresh).items()}
     return {
-        "loss": loss, "gradients": found, "scale": scale, "texts": texts, "stats": stats, "in_pieces": in_pieces,
+        "loss": loss, "gradients": whole, "scale": scale, "texts": texts, "stats": stats, "in_pieces": in_pieces,
     }  # fmt: skip
 
 

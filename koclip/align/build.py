@@ -21,7 +21,7 @@ from koclip.text import tokenizers
 
 
 def text_encoder(config: SwapConfig, clip: StockModel | PreTrainedModel) -> PreTrainedModel | None:
-    """Return the text encoder that `config` names; None if a new one is to be made.
+    """Return the text encoder that `config` names; None: a new text transformer.
 
     Raises:
         ConfigError: it cannot be loaded, or is to be that of a source of which only the image tower is taken.
@@ -46,7 +46,7 @@ def adapt(
     """Return the dual encoder to be trained, and its processor.
 
     Args:
-        config: How the text side is made.
+        config: The text side.
         clip: The source: a dual encoder, or an image tower alone.
         encoder: As `text_encoder` returned it.
         image_processor: The source's.
@@ -75,7 +75,7 @@ def load_teacher(clip: StockModel | PreTrainedModel, path: str) -> tuple[StockMo
     if not is_stock(clip):
         raise ConfigError(
             f"model.clip: {_alone(path, clip)}, and a teacher is a text tower: name a CLIP, or set distill.anchor to 0 "
-            "and align.method to one that sees images only"
+            "and align.method to a method that sees images only"
         )
     text: Any = clip.config.text_config
     return clip, tokenizers.load(path, text.max_position_embeddings, text, probes=["a photo of a cat"])
@@ -89,12 +89,12 @@ def _text_transformer(
     config: SwapConfig, clip: StockModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> CLIPTextModel:
     """Return CLIP's text transformer with random weights, as large as the source's if `config` does not say."""
-    theirs: Any = getattr(clip.config, "text_config", None)
-    width = config.text_width or getattr(theirs, "hidden_size", None)
-    layers = config.text_layers or getattr(theirs, "num_hidden_layers", None)
+    source: Any = getattr(clip.config, "text_config", None)
+    width = config.text_width or getattr(source, "hidden_size", None)
+    layers = config.text_layers or getattr(source, "num_hidden_layers", None)
     if width is None or layers is None:
         raise ConfigError(f"model.text_width, model.text_layers: name both, {_alone(config.clip, clip)}")
-    head_width = HEAD_WIDTH if theirs is None else theirs.hidden_size // theirs.num_attention_heads
+    head_width = HEAD_WIDTH if source is None else source.hidden_size // source.num_attention_heads
     check(width % head_width == 0, "model.text_width", width, f"expected a multiple of {head_width}")
     sizes = Preset(image_size=0, embed_dim=width, text_width=width, text_layers=layers, head_width=head_width)
     with torch.random.fork_rng(devices=[]):

@@ -85,12 +85,12 @@ def merge(model: StockModel, state_dict: dict[str, torch.Tensor]) -> dict[str, t
         model: The model that adapters were attached to.
         state_dict: Its weights, or an average's, or gathered ones; of a `DualEncoder` too, whose names stay.
     """
-    weights = {name: one.float() if one.is_floating_point() else one for name, one in state_dict.items()}
+    weights = {name: value.float() if value.is_floating_point() else value for name, value in state_dict.items()}
     layers = [name.removesuffix(".base_layer.weight") for name in weights if name.endswith(".base_layer.weight")]
     for layer in layers:
         parts = {name: weights.pop(name) for name in list(weights) if name.startswith(f"{layer}.")}
-        tensors = {name.removeprefix(f"{layer}."): one for name, one in parts.items()}
-        weights |= {f"{layer}.{name}": one for name, one in _merged(_config(model), tensors).items()}
+        tensors = {name.removeprefix(f"{layer}."): value for name, value in parts.items()}
+        weights |= {f"{layer}.{name}": value for name, value in _merged(_config(model), tensors).items()}
     for name in [name for name in weights if _FULL.search(name)]:
         weights[_FULL.sub(".", name)] = weights.pop(name)
         del weights[_FULL.sub(".original_module.", name)]
@@ -157,8 +157,8 @@ def save(
 def report(model: StockModel) -> str:
     """Return one line on the adapters' number and size. Call it before the model is sharded."""
     layers = sum(isinstance(module, LoraLayer) for module in model.modules())
-    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
-    total = sum(one.numel() for one in model.parameters())
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    total = sum(weight.numel() for weight in model.parameters())
     size = len(_file(model, model.state_dict()))
     return (
         f"{_kind(_config(model))}: {layers} modules, trainable {trained:,} of {total:,} parameters "
@@ -171,7 +171,7 @@ def _layers(model: StockModel, tower: str) -> str:
     numbered = re.compile(rf"{tower}\..*\.\d+\.(.+)")
     # Not subclasses: nn.MultiheadAttention reads its output projection's weight and would pass the adapter by.
     linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    tails = {found[1] for name in linear if (found := numbered.fullmatch(name))}
+    tails = {match[1] for name in linear if (match := numbered.fullmatch(name))}
     side = {"text_model": "text", "vision_model": "image"}[tower]
     kind = type(getattr(model, tower)).__name__
     check(bool(tails), "lora.target", side, f"a {kind} has no linear layers that could be adapted: take another")
@@ -189,13 +189,13 @@ def _merged(config: LoraConfig, tensors: dict[str, torch.Tensor]) -> dict[str, t
     layer: Any = box["layer"]
     layer.load_state_dict(tensors)
     layer.merge(safe_merge=True)
-    return {name: one.detach() for name, one in layer.base_layer.state_dict().items()}
+    return {name: value.detach() for name, value in layer.base_layer.state_dict().items()}
 
 
 def _file(model: StockModel, state_dict: dict[str, torch.Tensor]) -> bytes:
-    stock = {name.removeprefix("model."): one for name, one in state_dict.items()}
-    found = get_peft_model_state_dict(model, stock)
-    weights = {f"base_model.model.{name}": one.detach().cpu().contiguous() for name, one in found.items()}
+    stock = {name.removeprefix("model."): value for name, value in state_dict.items()}
+    adapter = get_peft_model_state_dict(model, stock)
+    weights = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in adapter.items()}
     # PEFT reads DoRA's magnitudes under the name that it writes and under their own; transformers only under that one.
     magnitudes = [name for name in weights if name.endswith(".lora_magnitude_vector")]
     weights |= {f"{name}.weight": weights.pop(name) for name in magnitudes}

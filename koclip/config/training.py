@@ -71,6 +71,8 @@ class TrainConfig:
         num_processes: Stop if the run was launched with another number of processes. Default: any number.
         precision: `fp32`, `bf16` or `fp16` (autocast; weights stay fp32).
         compile: Compile the model with torch.compile.
+        fast: Compute only the last layer's tokens that CLIP reads, and use faster layers on CPUs. The same embeddings
+            and gradients, up to rounding.
         ema_decay: Decay of an exponential moving average of the weights. 0: no average. If there is an average, it is
             what is evaluated and published.
         log_every: Steps between two lines of metrics.jsonl. Their `seconds` are the wall-clock time of the run so far.
@@ -92,6 +94,7 @@ class TrainConfig:
     num_processes: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
+    fast: bool = True
     ema_decay: float = 0.0
     log_every: int = 50
     eval_every: int = 0

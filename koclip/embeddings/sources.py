@@ -32,10 +32,15 @@ _KEY = "align.cache_dir"
 
 
 class Cache(NamedTuple):
-    """Where embeddings are kept, and in which type: `fp16` or `fp32`."""
+    """Where embeddings are kept, in which type (`fp16` or `fp32`), and whether faster layers compute them."""
 
     directory: Path
     dtype: str = "fp16"
+    fast: bool = True
+
+    def part(self, name: str) -> "Cache":
+        """Return the same with a folder inside of this one."""
+        return self._replace(directory=self.directory / name)
 
 
 class Images:
@@ -114,7 +119,8 @@ def image_features(
         ConfigError: the directory holds embeddings of another tower, of other views or of other images.
     """
     model = encoder.model
-    speed_up(model, accelerator.device)
+    if cache.fast:
+        speed_up(model, accelerator.device)
     encoder.to(accelerator.device).eval()
 
     def embed(piece: Piece) -> torch.Tensor:
@@ -147,8 +153,7 @@ def teacher_features(
 ) -> Shards:
     """Return the teacher's features of every caption in its language; compute those that are not stored.
 
-    Prints how many captions have no counterpart in the teacher's language, and how many rows unequal numbers of
-    captions.
+    Prints how many captions, and rows with unequal numbers of captions, have no counterpart in the teacher's language.
 
     Args:
         accelerator: Its device and precision are used.
@@ -161,7 +166,8 @@ def teacher_features(
         ConfigError: the directory holds features of another teacher or of other sentences.
     """
     model, tokenizer = teacher
-    speed_up(model, accelerator.device)
+    if cache.fast:
+        speed_up(model, accelerator.device)
     model.to(accelerator.device).eval()
 
     def embed_batch(texts: list[str]) -> torch.Tensor:

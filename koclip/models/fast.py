@@ -1,12 +1,16 @@
 """Faster ways through a stock model: the same weights, the same embeddings and gradients, less work.
 
-The state dict, the saved config and the class of the model stay stock.
+The state dict, the saved config and the class of the model stay stock. `train.fast: false` turns this off.
+
+It replaces layers of transformers and reads their attributes, which other versions may rename. pyproject.toml limits
+the version, and tests/test_fast.py checks that every name that is read here exists.
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from transformers import (
     ChineseCLIPTextModel,
@@ -42,16 +46,20 @@ def _compute_one_token(tower: Any) -> None:
     layers = tower.encoder.layer if isinstance(tower, ChineseCLIPTextModel) else tower.encoder.layers
     if isinstance(layers[-1], LastLayer | LastTextLayer):
         return
-    kinds = {ChineseCLIPTextModel: LastTextLayer, ChineseCLIPVisionModel: LastImageLayer}
+    kinds = {
+        CLIPTextModel: LastEndLayer,
+        ChineseCLIPTextModel: LastTextLayer,
+        ChineseCLIPVisionModel: LastImageLayer,
+    }
     layers[-1].__class__ = kinds.get(type(tower), LastLayer)
     if isinstance(tower, CLIPTextModel):
         tower.register_forward_pre_hook(_name_the_end, with_kwargs=True)
 
 
 def _prefers_plain_attention(tower: Any) -> bool:
-    """Return whether plain attention beats PyTorch's fused kernel in a tower on a CPU: where sequences are short."""
+    """Return whether plain attention is faster than PyTorch's fused kernel on a CPU: where sequences are short."""
     if isinstance(tower, ChineseCLIPTextModel):
-        return True  # it has room for long texts, but captions are short, and the kernel cannot drop out attention
+        return True  # captions are short, whatever the number of positions; and the kernel has no attention dropout
     if isinstance(tower, CLIPTextModel):
         return int(tower.config.max_position_embeddings) <= SHORT_SEQUENCE
     return int((tower.config.image_size // tower.config.patch_size) ** 2 + 1) <= SHORT_SEQUENCE
@@ -61,7 +69,7 @@ class PatchEmbedding(nn.Conv2d):
     """A convolution whose stride is its kernel, as a reshape and a matrix product (slow as a convolution on CPUs)."""
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Embed (B, C, H, W) as (B, D, H // patch, W // patch); what is left over at the edges is not seen."""
+        """Embed (B, C, H, W) as (B, D, H // patch, W // patch); pixels left over at the edges are not used."""
         batch, channels, height, width = pixel_values.shape
         side = self.kernel_size[0]
         rows, columns = height // side, width // side
@@ -100,6 +108,8 @@ class LastLayer(CLIPEncoderLayer):
     Of a layer's matrix products only two in twelve parts, the keys and the values, need the other tokens.
     """
 
+    needs_end = False
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -113,7 +123,13 @@ class LastLayer(CLIPEncoderLayer):
             hidden_states: (B, L, D) from the layer before.
             attention_mask: Not used: a text's end sees every token up to itself, and padding comes after it.
             end: (B,) where each text ends; None for images.
+
+        Raises:
+            RuntimeError: this is a text's layer, and `end` did not arrive. Without it the first token would be read.
         """
+        if end is None and self.needs_end:
+            version = transformers.__version__
+            raise RuntimeError(f"train.fast: transformers {version} did not pass `end` to the text layers: set false")
         attention, normed = self.self_attn, self.layer_norm1(hidden_states)
         rows = torch.arange(len(hidden_states), device=hidden_states.device)
         place = 0 if end is None else end
@@ -131,6 +147,12 @@ class LastLayer(CLIPEncoderLayer):
         token: torch.Tensor = hidden_states[rows, place] + attention.out_proj(mixed.flatten(1))  # (B, D)
         token = token + self.mlp(self.layer_norm2(token))
         return token.unsqueeze(1).expand_as(hidden_states)
+
+
+class LastEndLayer(LastLayer):
+    """The last layer of CLIP's text tower, computed for the end of each text."""
+
+    needs_end = True
 
 
 class LastImageLayer(LastLayer, ChineseCLIPVisionLayer):  # type: ignore[misc]  # equal attributes
@@ -165,7 +187,7 @@ class LastTextLayer(ChineseCLIPTextLayer):
 def _name_the_end(
     text_model: CLIPTextModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Tell the layers where each text ends, as CLIP's own pooling finds it."""
+    """Pass the place where each text ends to the layers, as CLIP's own pooling computes it."""
     input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
     return args, kwargs | {"end": (input_ids == text_model.eos_token_id).int().argmax(dim=-1)}
 

@@ -56,8 +56,9 @@ class RunDirectory:
         storage.keep_lines(self.path / "skipped.jsonl", lambda _: True)  # without a last line that was cut off
         if step < config.train.num_steps:  # a finished run keeps the settings it was trained with
             dump(config, self.path / "config.yaml")
-            facts = json.dumps(environment(distributed.world_size()), indent=2, ensure_ascii=False)
-            storage.replace_text(self.path / "environment.json", facts + "\n")
+            facts = {**environment(distributed.world_size()), "fast": config.train.fast}
+            text = json.dumps(facts, indent=2, ensure_ascii=False)
+            storage.replace_text(self.path / "environment.json", text + "\n")
         kept = [line for line in storage.read_lines(self.path / "metrics.jsonl") if line["step"] <= step]
         self._seconds_before = kept[-1].get("seconds") if kept else 0.0
 

@@ -1,11 +1,17 @@
-"""The samples that a run reads: how far its streams are, which samples it skipped, which images it has seen."""
+"""The samples that a run reads: their captions' lengths, how far its streams are, what it skipped and has seen."""
 
+import itertools
 from collections.abc import Iterator
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from koclip import distributed
-from koclip.config import ConfigError
+from koclip.config import ConfigError, DataConfig
 from koclip.data.batches import Batch, Position
-from koclip.data.sources import Skip
+from koclip.data.sources import Skip, open_source
+from koclip.data.survey import BLOCK, Survey, join, look
 from koclip.runs.directory import RunDirectory
 from koclip.training.pictures import TrainingPictures
 
@@ -70,3 +76,26 @@ class Samples:
             f"data.max_skipped_fraction: {self._num_skipped} of {self._num_drawn} samples could not be used, more "
             f"than {max_skipped_fraction:.0%}; {file} lists them, the last are:\n{last}"
         )
+
+
+def survey(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Survey]:
+    """Look at every source once; call it on every process.
+
+    Args:
+        config: The sources, and what batches are grouped by.
+        tokenizer: Measures the captions.
+
+    Raises:
+        SourceError: a source cannot be opened.
+    """
+    surveys = []
+    rank, world_size = distributed.rank(), distributed.world_size()
+    for source_config in config.sources:
+        source = open_source(source_config, config.seed)
+        blocks = look(source, config, tokenizer, rank, world_size)
+        # The bar appears where it takes longer than five seconds.
+        options: dict[str, Any] = {"unit": " rows", "unit_scale": BLOCK * world_size, "delay": 5, "disable": rank > 0}
+        mine = list(tqdm(blocks, f"reading the captions of {source_config.short_name}", **options))
+        everyone = itertools.chain(*distributed.gather_objects(mine))
+        surveys.append(join(source, config, tokenizer, list(everyone)))
+    return surveys

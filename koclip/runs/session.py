@@ -36,7 +36,7 @@ from koclip.models.save import save_stock_model
 from koclip.runs import checkpoints
 from koclip.runs.checkpoints import Checkpoints, Progress
 from koclip.runs.directory import RunDirectory
-from koclip.runs.samples import Samples
+from koclip.runs.samples import Samples, survey
 from koclip.text import tokenizers
 
 
@@ -109,7 +109,7 @@ class Session:
                 tokenizers.create(config, training_captions(self.config.data), encoder).save_pretrained(partial)
         distributed.barrier()
         tokenizer = tokenizers.load(str(directory), config.max_tokens, encoder, probes=())  # `create` has tried it
-        surveys = training.survey(self.config.data, tokenizer)
+        surveys = survey(self.config.data, tokenizer)
         self._data = [survey.facts for survey in surveys]
         self._lengths = [survey.lengths for survey in surveys]
         if self._checkpoint is not None:

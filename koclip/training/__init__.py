@@ -1,10 +1,8 @@
 """The training loop, what comes right before it, and what keeps it exact and healthy."""
 
 from koclip.training.health import DivergedError, Event
-from koclip.training.loop import TrainState, progress_text, steps
+from koclip.training.loop import StopRequest, TrainState, progress_text, steps
 from koclip.training.setup import prepare, release, start
-from koclip.training.signals import StopRequest
-from koclip.training.survey import survey
 
 __all__ = [
     "DivergedError",
@@ -16,5 +14,4 @@ __all__ = [
     "release",
     "start",
     "steps",
-    "survey",
 ]

@@ -28,7 +28,7 @@ _KNOWN: dict[str, Literal["image", "text"]] = {
     "image": "image",
     "text": "text",
     "text_norm": "text",
-}  # what is made of every pair, and by which tower
+}  # what a pair gets, and from which tower
 
 
 def backward(
@@ -47,20 +47,20 @@ def backward(
         loss: The loss over the whole batch.
         pieces: The batch of this process.
     """
-    states, made = [], []
+    states, embedded = [], []
     for piece in pieces:
         states.append(rng.states())
         with torch.no_grad():
-            made.append(model(**piece.to(accelerator.device).inputs))
-    whole = _join(made)
+            embedded.append(model(**piece.to(accelerator.device).inputs))
+    whole = _join(embedded)
     value, accuracy = loss(whole, *_targets(pieces, accelerator.device))
     value.backward()
     start = 0
-    for piece, state, first in zip(pieces, states, made, strict=True):
+    for piece, state, first in zip(pieces, states, embedded, strict=True):
         last = piece is pieces[-1]
         rows = slice(start, start := start + len(piece.keys))
         rng.restore(state)
-        # What a frozen tower made is passed in, not made again.
+        # The output of a frozen tower is passed in, not computed again.
         known = {name: getattr(first, name) for name in _KNOWN if not dual_encoder.trains(_KNOWN[name])}
         with nullcontext() if last else _unsynchronised(accelerator, model):
             again = model(**piece.to(accelerator.device).inputs | known)
@@ -84,10 +84,10 @@ def _targets(pieces: Sequence[Batch], device: torch.device) -> list[torch.Tensor
     return [torch.cat(parts).to(device) for parts in zip(*(piece.targets for piece in pieces), strict=True)]
 
 
-def _join(made: Sequence[Embeddings]) -> Embeddings:
+def _join(embedded: Sequence[Embeddings]) -> Embeddings:
     """Return the embeddings of all pieces as leaves that collect gradients; scale and bias are the same in each."""
-    image, text, norm = (torch.cat([getattr(one, name) for one in made]).requires_grad_() for name in _KNOWN)
-    scale, bias = made[0].logit_scale.detach().clone().requires_grad_(), made[0].logit_bias
+    image, text, norm = (torch.cat([getattr(piece, name) for piece in embedded]).requires_grad_() for name in _KNOWN)
+    scale, bias = embedded[0].logit_scale.detach().clone().requires_grad_(), embedded[0].logit_bias
     return Embeddings(image, text, scale, None if bias is None else bias.detach().clone().requires_grad_(), norm)
 
 

@@ -1,4 +1,4 @@
-"""Whether a step may change the model: steps whose loss or gradient is not finite may not; spikes are noted."""
+"""Skip optimizer steps whose loss or gradient is not finite; record loss spikes."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from koclip import distributed
 from koclip.config import RunError
 
 _DECAY = 0.98  # of the running mean and variance of the loss: about 50 steps
-_MIN_STEPS = 100  # good steps before a spike can be told from noise
+_MIN_STEPS = 100  # good steps before a spike can be distinguished from noise
 
 
 class Event(NamedTuple):

@@ -1,11 +1,16 @@
-"""The training loop: a generator that yields after every step. When to log, evaluate and save is the recipe's."""
+"""The training steps, a generator that yields after each, and the request to stop it.
+
+`koclip.runs.session` decides when to log, evaluate and save.
+"""
 
 import itertools
 import math
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType, TracebackType
 
 import psutil
 import torch
@@ -78,8 +83,8 @@ def steps(
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Train from `start_step` to `num_steps` and yield (step, stats) after every step.
 
-    Stats are empty but every `log_every` steps and at the end, when they hold means over the steps since the last
-    ones and over all processes. What went wrong in a step is in `state.health`.
+    `stats` is empty except every `log_every` steps and at the last step; then it holds means since the previous report,
+    over all processes. Bad steps and spikes are in `state.health`.
 
     Args:
         state: What a step changes.
@@ -117,8 +122,8 @@ def progress_text(stats: dict[str, float]) -> str:
 
 def _step(state: TrainState, step: int, pieces: Sequence[Batch]) -> dict[str, float]:
     """Do one optimizer step, unless its loss or gradient is not finite; return the step's numbers."""
-    statistics = [one for one in state.dual_encoder.model.buffers() if one.is_floating_point()]  # of batch norms
-    kept = [one.clone() for one in statistics]
+    statistics = [buffer for buffer in state.dual_encoder.model.buffers() if buffer.is_floating_point()]  # batch norms
+    kept = [buffer.clone() for buffer in statistics]
     loss = _backward(state, pieces)
     max_norm = state.max_grad_norm or float("inf")
     norm = state.accelerator.clip_grad_norm_(state.model.parameters(), max_norm)
@@ -153,12 +158,12 @@ def _backward(state: TrainState, pieces: Sequence[Batch]) -> Loss:
 
 def _numbers(state: TrainState, loss: Loss, norm: torch.Tensor) -> dict[str, float]:
     """Return a step's numbers, means over the processes, so that all of these judge the step alike."""
-    numbers = torch.stack([one.float().to(loss.value.device) for one in (*loss, norm)]).tolist()
+    numbers = torch.stack([number.float().to(loss.value.device) for number in (*loss, norm)]).tolist()
     return distributed.mean(dict(zip(_MEANS, numbers, strict=True)), state.accelerator.device)
 
 
 def _memory(device: torch.device) -> float:
-    """Return the memory in use, GiB: the peak on a GPU, without one what this process holds now."""
+    """Return the memory in use, GiB: the peak on a GPU; on a CPU what this process uses now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     held: int = psutil.Process().memory_info().rss
@@ -199,8 +204,11 @@ class _Window:
         stats = distributed.mean(local, device)
         for total in ("images_per_second", "skipped"):
             stats[total] *= distributed.world_size()
-        finite = [one for one in self.numbers if all(map(math.isfinite, one.values()))]
-        means = {name: math.fsum(one[name] for one in finite) / len(finite) if finite else math.nan for name in _MEANS}
+        finite = [numbers for numbers in self.numbers if all(map(math.isfinite, numbers.values()))]
+        means = {
+            name: math.fsum(numbers[name] for numbers in finite) / len(finite) if finite else math.nan
+            for name in _MEANS
+        }
         return (
             means
             | stats
@@ -210,3 +218,34 @@ class _Window:
                 "lr": float(max(state.scheduler.get_last_lr())),
             }
         )
+
+
+class StopRequest:
+    """While entered, remembers that SIGTERM or SIGINT asked the run to stop; a second signal ends the process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._asked = False
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def asked(self) -> bool:
+        """Return whether any process of the run was asked to stop; call it on all of them."""
+        return distributed.any_process(self._asked, self._device)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Which images a run was trained on: 8 bytes of each one's content, so that an evaluation can tell what is not new.
+"""Which images a run was trained on: 8 bytes of each image's content, so that an evaluation can tell what is not new.
 
 Each process keeps a sorted file of its own in `<run>/training_pictures/`, written anew with every checkpoint; a million
 images take 8 MB. Of images that a killed process saw after its last checkpoint, those count that the run sees again.
@@ -52,7 +52,7 @@ class TrainingPictures:
             self._sort_in()
 
     def write(self) -> None:
-        """Bring the file up to date; whoever reads it sees the old one or the new one."""
+        """Bring the file up to date; a reader sees the old file or the new file."""
         if self._file is None:
             return
         self._sort_in()
@@ -82,7 +82,7 @@ def count(ids: Ids, digests: Sequence[bytes]) -> int:
 def of_model(model: str) -> tuple[Ids | None, list[str]]:
     """Return the images that a model was trained on, and the models whose training images are not known here.
 
-    Those are the model itself and the bases it was made of, as far as their runs lie here.
+    Those are the model itself and the models it was built from, as far as their runs lie here.
 
     Args:
         model: A model's directory, with its run around it; anything else is not known.

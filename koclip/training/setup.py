@@ -61,7 +61,8 @@ def prepare(
     stage, train = stage or config.stages[0], config.train
     if _sharded(accelerator, train, stage):
         dual_encoder.lift_scalars()
-    speed_up(dual_encoder.model, accelerator.device)
+    if train.fast:
+        speed_up(dual_encoder.model, accelerator.device)
     dual_encoder.to(accelerator.device)
     ema = ema_of(dual_encoder, train.ema_decay) if train.ema_decay else None
     optim = dataclasses.replace(config.optim, lr=stage.lr)
@@ -103,13 +104,13 @@ def _sharded(accelerator: Accelerator, train: TrainConfig, stage: Stage) -> bool
     if sharded and stage.end < train.num_steps:
         raise ConfigError(
             "align.first_steps: sharded weights cannot go from one stage to the next; use DDP (recipes/accelerate/) "
-            "or run one after the other, the second from the first one's model/ with model.text_encoder: same"
+            "or train two runs, the second from the model/ of the first with model.text_encoder: same"
         )
     return sharded
 
 
 def release(state: TrainState) -> DualEncoder:
-    """Return the model of a stage that is over, out of its wrappers, for the next one to prepare."""
+    """Return the model of a finished stage without its wrappers, for the next stage to prepare."""
     state.accelerator.free_memory()
     plain: DualEncoder = state.accelerator.unwrap_model(state.model, False, keep_torch_compile=False)
     plain.zero_grad(set_to_none=True)
