@@ -104,7 +104,7 @@ def test_the_gpu_benchmarks_step_trains():
     model, processor = grad_cache.build()
     before = model.logit_scale.clone()
     batch = list(grad_cache.noise(model, 8, 4))
-    train = TrainConfig(num_steps=100, batch_size=8, micro_batch_size=4, tracker="none")
+    train = TrainConfig(num_steps=1_000, batch_size=8, micro_batch_size=4, tracker="none")
     step = gpu.koclip_step(model, processor, batch, train)
     step()
     step()
