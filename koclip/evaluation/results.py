@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, NamedTuple
 
+from koclip import storage
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.sets import EvalSet
 from koclip.metrics import Metric
@@ -174,4 +175,4 @@ def write_results(
     ordered = json.loads(json.dumps(results, sort_keys=True, allow_nan=False))
     results = {name: ordered[name] for name in results}  # the contract's order; below it, alphabetical
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    storage.replace_text(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
