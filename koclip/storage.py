@@ -26,7 +26,7 @@ _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "k
 def atomic(path: Path, shared: bool = False) -> Iterator[Path]:
     """Yield a path to write a file or a directory at. It takes the place of `path` when the block ends.
 
-    If the block raises, nothing is left behind. What a killed process leaves is removed by the next write.
+    If the block raises, what it wrote is removed. What a killed process wrote is removed by the next write.
 
     Args:
         path: The file or directory to write.

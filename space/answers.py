@@ -87,7 +87,7 @@ class Answers:
         """
         names = guard.read_labels(labels)
         templates = [templates_for(name) if whole else [template] for name in names]
-        prompts = [[prompt(one, name) for one in many] for name, many in zip(names, templates, strict=True)]
+        prompts = [[prompt(template, name) for template in many] for name, many in zip(names, templates, strict=True)]
         embedded = self._texts([text for many in prompts for text in many])
         parts = embedded.split([len(many) for many in prompts])
         classes = torch.cat([ensemble(part[None]) for part in parts])  # (C, D)
@@ -177,22 +177,22 @@ class Answers:
         if page not in range(1, last + 1):  # of whatever type
             raise RefusedError("bad_page", limit=last)
         first = (int(page) - 1) * PER_PAGE
-        found = self.index.search(queries, first + PER_PAGE)
-        pairs = zip(found.places[0, first:].tolist(), found.scores[0, first:].tolist(), strict=True)
+        results = self.index.search(queries, first + PER_PAGE)
+        pairs = zip(results.places[0, first:].tolist(), results.scores[0, first:].tolist(), strict=True)
         return [self._hit(place, score) for place, score in pairs], first
 
     def _hit(self, place: int, score: float) -> Hit:
         entry = self.index.entry(place)
-        told = entry.record.get("captions") or {}
-        caption = next((texts[0] for texts in told.values() if texts), Path(str(entry.record["key"])).stem)
+        captions = entry.record.get("captions") or {}
+        caption = next((texts[0] for texts in captions.values() if texts), Path(str(entry.record["key"])).stem)
         picture = Image.open(io.BytesIO(entry.thumbnail)) if entry.thumbnail else None
         return Hit(picture, caption[: guard.MAX_LABEL], score)
 
     def _own_captions(self) -> tuple[list[str], torch.Tensor]:
         if self._captions is None:
             records = [self.index.entry(place).record for place in range(min(len(self.index), _KEPT_CAPTIONS))]
-            told = (text for record in records for texts in record.get("captions", {}).values() for text in texts)
-            texts = list(dict.fromkeys(told))[:_KEPT_CAPTIONS]
+            captions = (text for record in records for texts in record.get("captions", {}).values() for text in texts)
+            texts = list(dict.fromkeys(captions))[:_KEPT_CAPTIONS]
             self._captions = texts, self._texts(texts) if texts else torch.zeros(0, self.index.width)
         return self._captions
 

@@ -45,10 +45,10 @@ def newest_run(root: Path = Path("runs")) -> str:
     Raises:
         ConfigError: there is none.
     """
-    found = sorted(root.glob("*/model/config.json"), key=lambda path: path.stat().st_mtime)
+    configs = sorted(root.glob("*/model/config.json"), key=lambda path: path.stat().st_mtime)
     make_one = "train one with `accelerate launch recipes/pretrain.py` (4 minutes), or name a directory or Hub id"
-    check(bool(found), "model", None, f"no run in {root}/ has a model: {make_one}: --model <directory or Hub id>")
-    return str(found[-1].parent)
+    check(bool(configs), "model", None, f"no run in {root}/ has a model: {make_one}: --model <directory or Hub id>")
+    return str(configs[-1].parent)
 
 
 def open_collection(directory: str | None, model: str, encoder: Encoder) -> ImageIndex:
@@ -77,9 +77,9 @@ def examples() -> dict[str, list[list[Any]]]:
         picture = Image.fromarray(scenes.draw(scenes.scene("test", 0, number), number))
         paths.append(str(folder / f"{index}.png"))
         picture.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS).save(paths[-1])
-    told = [scenes.captions(scenes.scene("test", 0, number)) for number in (4, 12, 21, 36)]
-    korean = ", ".join(dict.fromkeys(one["ko"][0] for one in told))
-    english = ", ".join(dict.fromkeys(one["en"][0] for one in told))
+    captions = [scenes.captions(scenes.scene("test", 0, number)) for number in (4, 12, 21, 36)]
+    korean = ", ".join(dict.fromkeys(by_language["ko"][0] for by_language in captions))
+    english = ", ".join(dict.fromkeys(by_language["en"][0] for by_language in captions))
     return {
         "classify": [
             [paths[0], korean, "{label}", False],
@@ -88,7 +88,7 @@ def examples() -> dict[str, list[list[Any]]]:
         ],
         "search": [["빨간 원"], ["노란 도형 두 개"], ["a large blue square"], ["green star"]],
         "caption": [[paths[1], ""], [paths[3], "\n".join([*korean.split(", "), *english.split(", ")])]],
-        "heatmap": [[path, one["ko"][0]] for path, one in zip(paths[1:], told[1:], strict=True)],
+        "heatmap": [[path, by_language["ko"][0]] for path, by_language in zip(paths[1:], captions[1:], strict=True)],
     }
 
 

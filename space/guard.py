@@ -139,11 +139,11 @@ class Gate:
             await _answer(send, 404)
             return
         uploads = path.rstrip("/").endswith("/upload")
-        told, most = dict(scope["headers"]).get(b"content-length", b"0"), MAX_BODY if uploads else MAX_CALL
-        if not told.isdigit() or int(told) > most:
+        length, most = dict(scope["headers"]).get(b"content-length", b"0"), MAX_BODY if uploads else MAX_CALL
+        if not length.isdigit() or int(length) > most:
             await _answer(send, 413)
             return
-        upload = self._admit(int(told) or MAX_BODY) if uploads else None  # 0: it does not say
+        upload = self._admit(int(length) or MAX_BODY) if uploads else None  # 0: it does not say
         if uploads and upload is None:
             await _answer(send, 503)
             return

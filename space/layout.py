@@ -100,11 +100,11 @@ def _classify_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: 
         the label with its particle; with `ensemble` the mean of the built-in templates is taken. `language` (ko, en) is
         that of errors.
         """
-        found = answers.classify(opened(image, language), labels, template, bool(ensemble))
-        shown = found.prompts[:_PROMPTS]
-        if more := len(found.prompts) - len(shown):
+        answer = answers.classify(opened(image, language), labels, template, bool(ensemble))
+        shown = answer.prompts[:_PROMPTS]
+        if more := len(answer.prompts) - len(shown):
             shown.append(say("more_prompts", language, count=more))
-        return found.scores, "\n".join(shown)
+        return answer.scores, "\n".join(shown)
 
     inputs, outputs = [image, labels, template, whole, language], [result, prompts]
     button.click(classify, inputs, outputs, api_name="classify", concurrency_id="model")
@@ -178,8 +178,8 @@ def _caption_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: l
         Without captions those of the collection are taken. Scores are cosine similarities.
         """
         picture = opened(image, language)
-        found = answers.captions(picture, captions)
-        rows = [[text, round(score, 3)] for text, score in found.items()]
+        scores = answers.captions(picture, captions)
+        rows = [[text, round(score, 3)] for text, score in scores.items()]
         return {"headers": headers(language), "data": rows}, captioned(answers.similar(picture))
 
     inputs, outputs = [image, captions, language], [best, gallery]

@@ -28,10 +28,10 @@ class Requests(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
-        found = (
+        matches = (
             (re.fullmatch(pattern, parts.path), name) for method, pattern, name in self.routes if method == self.command
         )
-        match, name = next(((match, name) for match, name in found if match), (None, "nothing"))
+        match, name = next(((match, name) for match, name in matches if match), (None, "nothing"))
         self.server.calls[name] += 1
         self.server.log.append(f"{self.command} {self.path}")
         self.fault = self.server.take_fault(name) or ""
@@ -56,15 +56,15 @@ class Requests(BaseHTTPRequestHandler):
     def act(self, name: str, groups: dict[str, str]) -> None:
         try:
             with self.server.lock:
-                made = getattr(self, name)(**groups)
+                result = getattr(self, name)(**groups)
         except RefusedError as refused:
             return self.answer(refused.status, {"error": str(refused)}, {"X-Error-Code": refused.code})
         if self.fault == "kill_after":
             self.server.killer()
         if self.fault in ("drop_after", "kill_after"):
             return self.hang_up()
-        if made is not None:
-            self.answer(200, made)
+        if result is not None:
+            self.answer(200, result)
         return None
 
     def nothing(self) -> None:

@@ -23,10 +23,10 @@ def entry(path: str, content: bytes, large: bool) -> dict[str, Any]:
 
 def metadata_problems(content: str) -> list[str]:
     """Return what the Hub would refuse in a card's front matter, by its documented rules that can be checked here."""
-    found = REGEX_YAML_BLOCK.search(content)
-    if not found:
+    block = REGEX_YAML_BLOCK.search(content)
+    if not block:
         return ["no front matter"]
-    values = yaml.safe_load(found[2])
+    values = yaml.safe_load(block[2])
     other = values.get("license") == "other"
     codes, ids = values.get("language") or [], [*as_list(values, "base_model"), *as_list(values, "datasets")]
     rules = {
@@ -38,7 +38,7 @@ def metadata_problems(content: str) -> list[str]:
         ),
         f'"language" must be ISO 639: {codes}': all(re.fullmatch(r"[a-z]{2,3}", code) for code in codes),
         f'"base_model" and "datasets" must be Hub ids: {ids}': all(
-            re.fullmatch(r"[\w.-]+(/[\w.-]+)?", one) for one in ids
+            re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id) for hub_id in ids
         ),
     }
     problems = [rule for rule, kept in rules.items() if not kept]
@@ -46,24 +46,29 @@ def metadata_problems(content: str) -> list[str]:
         results = ModelCardData(**values).eval_results or []
     except ValueError as error:
         return [*problems, str(error)]
-    whole = all(isinstance(one.metric_value, int | float) and one.metric_type and one.dataset_type for one in results)
+    whole = all(
+        isinstance(result.metric_value, int | float) and result.metric_type and result.dataset_type
+        for result in results
+    )
     return problems + ([] if whole else ['"model-index" has an incomplete result'])
 
 
 def space_problems(content: str) -> list[str]:
     """Return what the Hub would refuse in the front matter of a Space."""
-    found = REGEX_YAML_BLOCK.search(content)
-    values = yaml.safe_load(found[2]) if found else {}
+    block = REGEX_YAML_BLOCK.search(content)
+    values = yaml.safe_load(block[2]) if block else {}
     rules = {
         '"sdk" must be one of gradio, docker, static': values.get("sdk") in ("gradio", "docker", "static"),
         f'"colorFrom" and "colorTo" must be of {sorted(COLOURS)}': {values.get("colorFrom"), values.get("colorTo")}
         <= COLOURS,
         '"short_description" must have 60 characters or fewer': len(values.get("short_description", "")) <= 60,
-        '"models" must be Hub ids': all(re.fullmatch(r"[\w.-]+/[\w.-]+", one) for one in as_list(values, "models")),
+        '"models" must be Hub ids': all(
+            re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) for hub_id in as_list(values, "models")
+        ),
     }
     return [rule for rule, kept in rules.items() if not kept]
 
 
 def as_list(values: dict[str, Any], key: str) -> list[str]:
-    found = values.get(key) or []
-    return [found] if isinstance(found, str) else found
+    value = values.get(key) or []
+    return [value] if isinstance(value, str) else value

@@ -150,14 +150,14 @@ class Handler(XetRequests):
         look = space_problems if asked["repoType"] == "space" else metadata_problems
         problems = look(asked["content"])
         if problems:
-            self.answer(400, {"errors": [{"message": one} for one in problems], "warnings": []})
+            self.answer(400, {"errors": [{"message": problem} for problem in problems], "warnings": []})
             return None
         return {"errors": [], "warnings": []}
 
     def info(self, repo: str, revision: str = "main") -> dict[str, Any]:
         oid, tree = self.tree_of(repo, revision)
-        found = REGEX_YAML_BLOCK.search(tree["README.md"][0].decode()) if "README.md" in tree else None
-        card = yaml.safe_load(found[2]) if found else {}
+        block = REGEX_YAML_BLOCK.search(tree["README.md"][0].decode()) if "README.md" in tree else None
+        card = yaml.safe_load(block[2]) if block else {}
         return {"id": repo, "modelId": repo, "sha": oid, "private": self.repo(repo).private, "cardData": card} | {
             "siblings": [{"rfilename": path} for path in tree],
             "tags": [],
@@ -176,7 +176,7 @@ class Handler(XetRequests):
         _, tree = self.tree_of(repo, revision)
         if inside and not any(path.startswith(f"{inside}/") for path in tree):
             raise RefusedError(404, f"{inside} does not exist", "EntryNotFound")
-        return [entry(path, *one) for path, one in sorted(tree.items()) if path.startswith(inside)]
+        return [entry(path, *content) for path, content in sorted(tree.items()) if path.startswith(inside)]
 
     def variables(self, repo: str) -> dict[str, Any]:
         self.writer()
@@ -192,23 +192,23 @@ class Handler(XetRequests):
         self.writer()
         _, tree = self.tree_of(repo, revision)
         files = []
-        for one in json.loads(self.body)["files"]:
-            large = one["size"] > SMALL or one["path"].endswith(".safetensors")
-            there = tree.get(one["path"])
+        for file in json.loads(self.body)["files"]:
+            large = file["size"] > SMALL or file["path"].endswith(".safetensors")
+            there = tree.get(file["path"])
             known = {"oid": entry("", *there)["lfs"]["oid"] if there[1] else git_hash(there[0])} if there else {}
             mode = "lfs" if large else "regular"
-            files.append({"path": one["path"], "uploadMode": mode, "shouldIgnore": False, **known})
+            files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, **known})
         return {"files": files}
 
     def batch(self, repo: str) -> dict[str, Any]:
         self.writer()
         self.repo(repo)
         objects = []
-        for one in json.loads(self.body)["objects"]:
-            href = f"{self.server.url}/large/{one['oid']}"
+        for item in json.loads(self.body)["objects"]:
+            href = f"{self.server.url}/large/{item['oid']}"
             actions = {"actions": {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}}
-            there = hashlib.sha256(self.server.large.get(one["oid"], b"")).hexdigest() == one["oid"]
-            objects.append(one | ({} if there else actions))
+            there = hashlib.sha256(self.server.large.get(item["oid"], b"")).hexdigest() == item["oid"]
+            objects.append(item | ({} if there else actions))
         return {"objects": objects, "transfer": "basic"}
 
     def upload(self, oid: str) -> dict[str, Any]:

@@ -47,16 +47,16 @@ class XetRequests(Requests):
 
 def chunks(xorb: bytes) -> list[bytes]:
     """Return the chunks of a xorb, unpacked; what follows them is the client's own footer."""
-    found, place = [], 0
+    contents, place = [], 0
     while place < len(xorb) and xorb[place] == 0:  # the version of a chunk's header
         packed = int.from_bytes(xorb[place + 1 : place + 4], "little")
         kind, size = xorb[place + 4], int.from_bytes(xorb[place + 5 : place + 8], "little")
         data = xorb[place + 8 : place + 8 + packed]
         if kind:
             data = pyarrow.decompress(data, decompressed_size=size, codec="lz4", asbytes=True)
-        found.append(ungrouped(data) if kind == 2 else data)
+        contents.append(ungrouped(data) if kind == 2 else data)
         place += 8 + packed
-    return found
+    return contents
 
 
 def ungrouped(data: bytes) -> bytes:

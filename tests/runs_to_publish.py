@@ -79,7 +79,7 @@ def adapted(folder: Path, clip: str, source: Path) -> tuple[Path, Any]:
     settings = aligned(clip, "same", "lora")
     attach(model, settings.lora, new_text=False)
     with torch.no_grad():
-        for parameter in (one for one in model.parameters() if one.requires_grad):
+        for parameter in (weight for weight in model.parameters() if weight.requires_grad):
             parameter.add_(0.05)
     trained = copy.deepcopy(model).eval()
     weights = {f"model.{name}": value for name, value in model.state_dict().items()}

@@ -49,12 +49,12 @@ def test_koclips_side_trains_text_against_images_encoded_once(arguments: list[st
     start = align_speed.starting_point(options, photos.captions, tmp_path / "encoder")
     ours = align_speed.Koclip(start, align_speed.config_of(options, photos.source), tmp_path / "features")
     ours.prepare()
-    before = {name: one.clone() for name, one in ours.model.state_dict().items()}
+    before = {name: weight.clone() for name, weight in ours.model.state_dict().items()}
     ours.model.vision_model.register_forward_pre_hook(lambda *_: pytest.fail("an image was encoded again"))
     for _ in range(options.epochs):
         ours.train(2)
     trained = {
-        name.split(".")[0] for name, one in ours.model.state_dict().items() if not torch.equal(one, before[name])
+        name.split(".")[0] for name, weight in ours.model.state_dict().items() if not torch.equal(weight, before[name])
     }
     assert trained == {"text_model", "text_projection"}
     assert len(photos.files) == len(set(photos.captions)) == 16

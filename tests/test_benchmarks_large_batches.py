@@ -55,9 +55,9 @@ def test_open_clips_logit_scale_gradient_is_too_large():
 
 def test_grad_cache_measures_in_a_process_of_its_own():
     options = grad_cache.parser().parse_args(["--batch_size", "16", "--micro_batch_size", "8", "--cpu_time"])
-    found = grad_cache.run("koclip", options)
-    assert found["seconds"] > 0
-    assert set(found) == {"seconds", "megabytes"}
+    measured = grad_cache.run("koclip", options)
+    assert measured["seconds"] > 0
+    assert set(measured) == {"seconds", "megabytes"}
 
 
 def test_loss_memory_prints_every_way(capsys):

@@ -73,10 +73,10 @@ def test_the_hub_takes_its_metadata_and_it_survives_a_round_trip(run):
 
 def test_every_number_is_that_of_the_results(run):
     card = card_of(run)
-    shown = [one.split(" | ") for one in re.findall(r"^\| (scenes \| .+ \| .+ \| .+ \| [\d,]+) \|$", card.text, re.M)]
-    rows = {(section, label): rest for section, label, *rest in ((one[0], *one[1:]) for one in shown)}
+    shown = [line.split(" | ") for line in re.findall(r"^\| (scenes \| .+ \| .+ \| .+ \| [\d,]+) \|$", card.text, re.M)]
+    rows = {(section, label): rest for section, label, *rest in ((cells[0], *cells[1:]) for cells in shown)}
     languages = re.split(r"^### ", card.text.split("## Evaluation")[1].split("## Limits")[0], flags=re.M)[1:]
-    assert [one.split("\n")[0] for one in languages] == [
+    assert [heading.split("\n")[0] for heading in languages] == [
         "Korean", "English", "Between the languages", "Korean as people type it", "Pictures alone",
     ]  # fmt: skip
     for name, (value, low, high, n) in METRICS.items():
@@ -84,13 +84,15 @@ def test_every_number_is_that_of_the_results(run):
         label = f"{record.group}: {record.label()}" if record.group else record.label()
         scale = 1 if record.spec.unit == "rank" else 100
         here = [
-            one for one in shown if one[1] == label and one[4] == f"{n:,}" and number(one[2]) == rounded(value, scale)
+            cells
+            for cells in shown
+            if cells[1] == label and cells[4] == f"{n:,}" and number(cells[2]) == rounded(value, scale)
         ]
         assert here, (name, rows)
-        assert [number(one) for one in here[0][3].split(" to ")] == [rounded(low, scale), rounded(high, scale)]
+        assert [number(bound) for bound in here[0][3].split(" to ")] == [rounded(low, scale), rounded(high, scale)]
     worst = len(shown) - len(METRICS)
     assert worst == 1  # the worst rewrite, which stands there twice
-    values = {(one.dataset_config, one.metric_name): one.metric_value for one in card.data.eval_results}
+    values = {(result.dataset_config, result.metric_name): result.metric_value for result in card.data.eval_results}
     for name, (value, *_) in METRICS.items():
         (record,) = records_of({name: Metric(value, (0.0, 1.0), 1)}, SPECS)
         if record.spec.unit == "percent":
@@ -174,8 +176,8 @@ def test_data_without_a_card_are_refused_whatever_licences_say(run):
     change(run / "config.yaml", data={"sources": [source]})
     with pytest.raises(ConfigError, match=r"the data card of unknown: got .*no such file"):
         card_of(run, licenses={"unknown": "mit", "org/unknown": "mit"})
-    told = " ".join(str(PublishConfig.__doc__).split("license:")[0].split("licenses:")[1].split())
-    assert "data card" in told
+    help_text = " ".join(str(PublishConfig.__doc__).split("license:")[0].split("licenses:")[1].split())
+    assert "data card" in help_text
 
 
 @pytest.mark.parametrize("name", ["environment.json", "model/config.json"])
@@ -239,16 +241,16 @@ def test_the_card_of_a_data_set_binds_the_models_trained_on_it(run, name):
     change(run / "config.yaml", data={"sources": [{"path": "x.parquet", "name": name, "captions": {"ko": "ko"}}]})
     card = card_of(run)
     assert name in VERDICTS[card.data.get("license_name") or card.data.license]
-    (used,) = [one for one in gather(settings(run)).data if one.name == name]
+    (used,) = [data for data in gather(settings(run)).data if data.name == name]
     assert used.version.startswith("made by" if name == "scenes" else (name[:5], "no version known"))
 
 
 def test_the_commit_of_a_data_card_is_told_of_data_read_from_the_hub_only(run):
-    for path, told in (("QuoQA-NLP/KoCC12M", "revision 5cadc7b3"), ("data/kocc12m/*.tar", "no version known")):
+    for path, version in (("QuoQA-NLP/KoCC12M", "revision 5cadc7b3"), ("data/kocc12m/*.tar", "no version known")):
         source = {"path": path, "name": "kocc12m", "captions": {"ko": "txt"}}
         change(run / "config.yaml", data={"sources": [source]})
-        (used,) = [one for one in gather(settings(run)).data if one.trained]
-        assert used.version.startswith(told)
+        (used,) = [data for data in gather(settings(run)).data if data.trained]
+        assert used.version.startswith(version)
 
 
 def test_the_base_trained_here_is_part_of_the_chain(run, tmp_path):
@@ -274,8 +276,8 @@ def test_a_licence_that_nobody_tells_is_asked_for(run):
     beside(run, aligned("openai/clip-vit-base-patch32", "klue/roberta-base", "frozen_image"))
     with pytest.raises(ConfigError, match=r"licenses: the licence of openai/clip-vit-base-patch32 is not known"):
         card_of(run)
-    told = {"openai/clip-vit-base-patch32": "unstated", "klue/roberta-base": "cc-by-sa-4.0"}
-    assert card_of(run, licenses=told).data["license_name"] == "unstated-sources"
+    licenses = {"openai/clip-vit-base-patch32": "unstated", "klue/roberta-base": "cc-by-sa-4.0"}
+    assert card_of(run, licenses=licenses).data["license_name"] == "unstated-sources"
 
 
 @pytest.mark.parametrize(
@@ -289,16 +291,16 @@ def test_a_licence_that_nobody_tells_is_asked_for(run):
 )
 def test_a_card_on_the_hub_may_state_several_licences(run, monkeypatch, stated, licence):
     beside(run, aligned("openai/clip-vit-base-patch32", "same", "lora"))
-    found = SimpleNamespace(card_data={"license": stated})
-    monkeypatch.setattr(card_inputs, "HfApi", lambda: SimpleNamespace(model_info=lambda _: found))
+    info = SimpleNamespace(card_data={"license": stated})
+    monkeypatch.setattr(card_inputs, "HfApi", lambda: SimpleNamespace(model_info=lambda _: info))
     assert card_of(run).data.license == licence
 
 
 def test_a_licence_that_the_hub_calls_other_is_no_other_whatever_its_name(run, monkeypatch):
     beside(run, aligned("openai/clip-vit-base-patch32", "same", "lora"))
     for words in ({"license_name": "mit"}, {"license_name": "apache-2.0", "license_link": "LICENSE"}, {}):
-        found = SimpleNamespace(card_data={"license": "other", **words})
-        monkeypatch.setattr(card_inputs, "HfApi", lambda found=found: SimpleNamespace(model_info=lambda _: found))
+        info = SimpleNamespace(card_data={"license": "other", **words})
+        monkeypatch.setattr(card_inputs, "HfApi", lambda info=info: SimpleNamespace(model_info=lambda _: info))
         card = card_of(run)
         assert card.data["license_name"] == "terms-of-sources"
         assert f"| weights | other (“{' '.join(words.values()) or 'other'}”) |" in card.text
@@ -348,7 +350,7 @@ def test_time_and_hardware_are_told_if_known(run):
 )
 def test_the_time_is_the_logs_last(run, lines, words):
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-    told = re.findall(r"\| time \| (.+) \|", str(card_of(run)))
-    assert told == ([f"{words}, from the start to the last step"] if words else [])
+    times = re.findall(r"\| time \| (.+) \|", str(card_of(run)))
+    assert times == ([f"{words}, from the start to the last step"] if words else [])
     (run / "metrics.jsonl").unlink()
     assert "| time |" not in str(card_of(run))

@@ -179,7 +179,7 @@ def test_text_with_and_without_description():
     assert crane.text("ko", described=True) == "크레인(짐을 들어 올리는 기계)"
     assert crane.text("en", described=True) == "crane (machine that lifts loads)"
     assert beaver.text("ko", described=True) == beaver.text("ko") == "비버"
-    with pytest.raises(ConfigError, match=r"class beaver: got 'ja', named in \['ko', 'en'\]"):
+    with pytest.raises(ConfigError, match=r"class beaver: got 'ja', .*\['ko', 'en'\]"):
         beaver.text("ja")
 
 
@@ -330,13 +330,13 @@ def test_wrong_templates(tmp_path, text, error):
 
 
 def test_missing_and_unreadable_files(tmp_path):
-    with pytest.raises(ConfigError, match=r"classes: got 'cifar', expected one of \['cifar10', 'cifar100', 'stl10', "):
+    with pytest.raises(ConfigError, match=r"classes: got 'cifar', .*\['cifar10', 'cifar100', 'stl10', "):
         load_classes("cifar")
-    with pytest.raises(ConfigError, match=r"templates: got '.*', expected one of \['en', 'ko'\]"):
+    with pytest.raises(ConfigError, match=r"templates: got '.*', .*\['en', 'ko'\]"):
         load_templates(tmp_path)
     file = tmp_path / "cp949.yaml"
     file.write_bytes("- {key: a, ko: 가}".encode("cp949"))
-    with pytest.raises(ConfigError, match=r"cp949.yaml: cannot be read as YAML in UTF-8: .*decode"):
+    with pytest.raises(ConfigError, match=r"cp949\.yaml: .*UTF-8"):
         load_classes(file)
 
 

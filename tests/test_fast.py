@@ -82,9 +82,7 @@ def test_patch_embedding_is_the_convolution(bias: bool, size: tuple[int, int]) -
 def test_quick_gelu_is_the_stock_activation() -> None:
     values = torch.linspace(-12, 12, 481, dtype=torch.float64)
     inputs = [values.clone().requires_grad_() for _ in range(2)]
-    outputs = [
-        activation(values) for activation, values in zip((QuickGELUActivation(), QuickGELU()), inputs, strict=True)
-    ]
+    outputs = [activation(x) for activation, x in zip((QuickGELUActivation(), QuickGELU()), inputs, strict=True)]
     torch.testing.assert_close(*outputs, atol=1e-14, rtol=0)
     torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for x, y in zip(inputs, outputs, strict=True)))
 
@@ -146,10 +144,10 @@ def test_a_sped_up_bert_text_tower_gives_the_stock_features_and_gradients(
     fast.set_attn_implementation(attention)
     expected, got = features(stock, batch), features(fast, batch)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
-    wanted, actual = gradients(stock, expected), gradients(fast, got)
-    scale = max(float(gradient.abs().max()) for gradient in wanted.values())
+    expected_gradients, got_gradients = gradients(stock, expected), gradients(fast, got)
+    scale = max(float(gradient.abs().max()) for gradient in expected_gradients.values())
     assert scale > 0.1
-    torch.testing.assert_close(actual, wanted, atol=1e-5 * scale, rtol=0)
+    torch.testing.assert_close(got_gradients, expected_gradients, atol=1e-5 * scale, rtol=0)
 
 
 @pytest.mark.parametrize("rates", [{"dropout": 0.3}, {"attention_dropout": 0.3}], ids=str)
@@ -217,15 +215,15 @@ def test_a_text_layer_that_is_not_given_the_end_fails() -> None:
 
 def chains(tree: ast.AST, root: str) -> set[tuple[str, ...]]:
     """Return the attributes that are read from the variable `root`: `root.a.b` is ("a", "b")."""
-    found = set()
+    chains_read = set()
     for node in ast.walk(tree):
         names: list[str] = []
         while isinstance(node, ast.Attribute):
             names.append(node.attr)
             node = node.value
         if names and isinstance(node, ast.Name) and node.id == root:
-            found.add(tuple(reversed(names)))
-    return found
+            chains_read.add(tuple(reversed(names)))
+    return chains_read
 
 
 def reachable(part: Any, chain: tuple[str, ...]) -> bool:

@@ -178,7 +178,7 @@ def test_other_data_is_refused(
 ) -> None:
     build(tmp_path / "kept", pairs)
     rewrite(pairs, change)
-    with pytest.raises(ConfigError, match=rf"align.cache_dir: .*{message}.*delete .*kept.* or name another directory"):
+    with pytest.raises(ConfigError, match=rf"align.cache_dir: .*{message}.*kept"):
         build(tmp_path / "kept", pairs)
 
 
@@ -254,9 +254,9 @@ def test_another_teacher_is_refused(teacher: tuple, pairs: SourceConfig, tmp_pat
     config, model = DataConfig(sources=[pairs]), teacher[0]
     teacher_features(Accelerator(cpu=True), teacher, config, "en", Cache(tmp_path / "kept", "fp32"))
     rewrite(pairs, lambda rows: [row | {"captions_en": row["captions_en"][:1]} for row in rows])
-    with pytest.raises(ConfigError, match="it has 8 entries, 16 then"):
+    with pytest.raises(ConfigError, match=r"align\.cache_dir: .* 8 .*16 "):
         teacher_features(Accelerator(cpu=True), teacher, config, "en", Cache(tmp_path / "kept", "fp32"))
-    with pytest.raises(ConfigError, match="features: features of sentences, en, here features of sentences, ko"):
+    with pytest.raises(ConfigError, match=r"features: .* en, here .* ko"):
         teacher_features(Accelerator(cpu=True), teacher, config, "ko", Cache(tmp_path / "kept", "fp32"))
     model.text_projection.weight.data[0, 0] += 1e-3
     with pytest.raises(ConfigError, match="text tower: "):

@@ -159,7 +159,7 @@ def test_a_cell_that_names_no_file_is_left_out_and_listed(tmp_path, encoded, cel
 
 @pytest.mark.parametrize("name", ["가" * 300, "a/" * 3_000 + "b", "[", "a[/b", "**/[!", "없음*"])
 def test_a_path_that_no_file_can_have_is_not_found(tmp_path, name) -> None:
-    with pytest.raises(SourceError, match="matches no file"):
+    with pytest.raises(SourceError, match=r"\.jsonl"):
         captions_of(tmp_path / f"{name}.jsonl")
 
 
@@ -230,7 +230,7 @@ def test_a_folder_of_tables_says_what_to_write(tmp_path, records, write) -> None
         shutil.move(tmp_path / "pictures", tmp_path.parent / f"{tmp_path.name}-pictures")
     config = SourceConfig(**{**vars(source), "path": str(folder)})
     suffix = next(folder.iterdir()).suffix
-    with pytest.raises(SourceError, match=rf"tables/\*\{suffix}, or set format: (\w+) to read"):
+    with pytest.raises(SourceError, match=rf"tables/\*\{suffix}, or set format: (\w+) "):
         open_source(config)
     whole = SourceConfig(**{**vars(source), "path": str(folder / f"*{suffix}")})
     named = SourceConfig(**{**vars(config), "format": open_format(suffix)})
@@ -244,7 +244,7 @@ def open_format(suffix: str) -> str:
 
 
 def test_an_empty_folder_is_refused(tmp_path) -> None:
-    with pytest.raises(SourceError, match="without a picture"):
+    with pytest.raises(SourceError, match=tmp_path.name):
         open_source(SourceConfig(path=str(tmp_path)))
 
 

@@ -71,10 +71,10 @@ def test_the_tokenizer_says_what_pads(kind: str, image: str, tmp_path: Path) -> 
     encoded = tokenizer(TEXTS, padding=True, return_tensors="pt")
     kept = encoded["attention_mask"] == 1
     expected = hidden(original, encoded)[kept]
-    for candidate in (model, loaded):
-        assert candidate.config.text_config.pad_token_id == 1
-        assert candidate.text_model.get_input_embeddings().padding_idx == 1
-        assert torch.equal(hidden(candidate.text_model, encoded)[kept], expected)
+    for part in (model, loaded):
+        assert part.config.text_config.pad_token_id == 1
+        assert part.text_model.get_input_embeddings().padding_idx == 1
+        assert torch.equal(hidden(part.text_model, encoded)[kept], expected)
 
 
 def test_a_tokenizer_from_elsewhere_says_it_too(tmp_path: Path) -> None:
@@ -163,8 +163,8 @@ def test_what_is_left_out_of_a_siglip_is_said(kind: str, tmp_path: Path) -> None
     folder = str(saved(kind, tmp_path / "siglip"))
     with pytest.warns(UserWarning, match=r"SiglipModel, koclip takes the image tower alone\. Left out: ") as warned:
         tower, _ = load_image_side(folder)
-    messages = "".join(str(warning.message) for warning in warned)
-    assert all(part in messages for part in ("text_model", "logit_scale", "logit_bias", folder))
+    text = "".join(str(warning.message) for warning in warned)
+    assert all(part in text for part in ("text_model", "logit_scale", "logit_bias", folder))
     swapped = swap_text_tower(tower, T.BertModel(T.BertConfig(**WIDTH, vocab_size=90)))
     assert swapped.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
 
@@ -183,12 +183,12 @@ def test_no_error_denies_that_a_siglip_has_a_text_tower(kind: str, tmp_path: Pat
         with pytest.raises(ConfigError) as raised:
             attempt()
         refusals.append(str(raised.value))
-    for message in refusals:
-        assert f"of {folder} koclip takes the image tower alone" in message
-        assert "without a text tower" not in message
-        assert "has no text tower" not in message
+    for refusal in refusals:
+        assert f"of {folder} koclip takes the image tower alone" in refusal
+        assert "without a text tower" not in refusal
+        assert "has no text tower" not in refusal
     keys = ("model.text_encoder: ", "model.clip: ", "model.text_width, model.text_layers: ")
-    assert [message.startswith(key) for message, key in zip(refusals, keys, strict=True)] == [True] * 3
+    assert [refusal.startswith(key) for refusal, key in zip(refusals, keys, strict=True)] == [True] * 3
 
 
 @pytest.mark.parametrize("kind", NOT_THE_TEXTS)

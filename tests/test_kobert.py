@@ -236,17 +236,15 @@ def test_it_pads_on_the_right_and_knows_its_special_tokens(converted) -> None:
 
 
 def test_an_unknown_layout_is_named(folder, tmp_path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"no KoBERT tokenizer in .*nowhere'.*expected tokenizer_78b3253a26.model and"
-    ):
+    with pytest.raises(ConfigError, match=r"nowhere'.*tokenizer_78b3253a26\.model"):
         kobert.convert(tmp_path / "nowhere")
     model = next(folder.glob("*.model")).read_bytes()
     (tmp_path / "tokenizer_78b3253a26.model").write_bytes(model)
-    with pytest.raises(ConfigError, match=r"found \['tokenizer_78b3253a26.model'\], expected .* and vocab.txt"):
+    with pytest.raises(ConfigError, match=r"\['tokenizer_78b3253a26\.model'\].*vocab\.txt"):
         kobert.convert(tmp_path)
     (tmp_path / "vocab.txt").touch()
     (tmp_path / "tokenizer_78b3253a26.model").write_text("version https://git-lfs.github.com/spec/v1", encoding="utf-8")
-    with pytest.raises(ConfigError, match="is no sentencepiece model, perhaps a Git LFS pointer"):
+    with pytest.raises(ConfigError, match="Git LFS"):
         kobert.convert(tmp_path)
 
 

@@ -50,7 +50,7 @@ def test_the_likely_code_is_named(language: str, meant: str) -> None:
         lambda: DistillConfig(language=language),
         lambda: EvalSetConfig(templates={language: ["{}"]}, tasks=["zero_shot"]),
     ):
-        with pytest.raises(ConfigError, match=rf"(captions|language|templates).*{meant} is meant"):
+        with pytest.raises(ConfigError, match=rf"(captions|language|templates).*\b{meant}\b"):
             make()
 
 
@@ -70,7 +70,7 @@ def test_norwegian_without_quotes_is_named(tmp_path: Path, capsys: pytest.Captur
 
 def test_names_of_classes_are_in_such_languages(tmp_path: Path) -> None:
     (tmp_path / "classes.yaml").write_text("- {key: a, kr: 가}\n- {key: b, kr: 나}\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"class 0 \(a\).*'kr'.*ko is meant"):
+    with pytest.raises(ConfigError, match=r"class 0 \(a\).*'kr'.* ko "):
         load_classes(tmp_path / "classes.yaml")
 
 

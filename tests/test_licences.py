@@ -30,9 +30,9 @@ rows: {train: 10}
 def parts_of(*parts: dict[str, Any]) -> tuple[Part, ...]:
     """Read the parts of a data card that are written rightly."""
     named = [{"part": f"part {place}", "source": "its README", **part} for place, part in enumerate(parts)]
-    found, faults = read_parts(named) if named else ([], [])
+    parts, faults = read_parts(named) if named else ([], [])
     assert not faults, faults
-    return tuple(found)
+    return tuple(parts)
 
 
 def conclusion(*sources: tuple[Part, ...], wish: str = "apache-2.0") -> tuple[str, str | None]:
@@ -219,7 +219,7 @@ def test_every_mix_of_answers_of_other_terms_is_kept():
     for stated in product([True, False, "unstated"], repeat=3):
         (part,) = parts_of(words(**dict(zip(ALLOWS, stated, strict=True))))
         assert [part.commercial, part.redistribution, part.share_alike] == [
-            None if one == "unstated" else one for one in stated
+            None if answer == "unstated" else answer for answer in stated
         ]
 
 

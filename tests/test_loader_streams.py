@@ -42,23 +42,23 @@ def test_streams_through_the_loader_lose_no_row(num_workers, world_size, tokeniz
 
 
 def test_too_few_shards_for_the_readers_is_an_error(tokenizer, tars, table) -> None:
-    with pytest.raises(SourceError, match=r"shard-\*.tar' is streamed from 4 shards, too few for 6 readers"):
+    with pytest.raises(SourceError, match=r"shard-\*\.tar.* 4 shards.* 6 readers"):
         batches(config(tars, num_workers=3), tokenizer, 1, Shard(8, 0, 2))
-    with pytest.raises(SourceError, match="mixes streamed sources with others"):
+    with pytest.raises(SourceError, match=r"data\.sources"):
         batches(config(tars, table), tokenizer, 1)
 
 
 def test_a_shard_that_breaks_off_is_a_clear_error(tokenizer, tars, tmp_path) -> None:
     whole = (tmp_path / "shard-2.tar").read_bytes()
     (tmp_path / "shard-2.tar").write_bytes(whole[: len(whole) // 2 - 300] + bytes(512))
-    message = r"shard-\*.tar' cannot be read behind row \d+ of shard shard-2.tar: .*damaged.*; mend that file"
+    message = r"shard-\*\.tar.* row \d+ .*shard-2\.tar"
     with pytest.raises(SourceError, match=message):
         batches(config(tars, shuffle_buffer=1), tokenizer, 20)
 
 
 def test_resuming_a_stream_with_other_readers_is_an_error(tokenizer, tars) -> None:
     positions = [batch.position for batch in batches(config(tars, num_workers=2), tokenizer, 2)]
-    with pytest.raises(SourceError, match=r"made by 2 readers .* this run has 1"):
+    with pytest.raises(SourceError, match=r"checkpoint.* 2 readers.* 1;"):
         batches(config(tars), tokenizer, 1, start_step=2, positions=positions)
 
 
@@ -94,7 +94,5 @@ def test_unusable_rows_are_replaced_and_listed(streaming, tokenizer, flawed) -> 
 
 def test_a_source_of_nothing_usable_is_an_error(tokenizer, write_table) -> None:
     path = write_table("rows.parquet", 4, none=[None] * 4)
-    with pytest.raises(
-        SourceError, match=r"rows.parquet': 1000 samples in a row .*rows~\w+/\d/000\d: no usable caption"
-    ):
+    with pytest.raises(SourceError, match=r"rows\.parquet.* 1000 .*rows~\w+/\d/000\d"):
         batches(config(SourceConfig(path=path, captions={"ko": "none"})), tokenizer, 1)

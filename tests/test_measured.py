@@ -43,7 +43,7 @@ def say(run: Path, **values: object) -> None:
     """Put values into results.json; None takes one out."""
     file = run / "results.json"
     results = {**json.loads(file.read_text(encoding="utf-8")), **values}
-    file.write_text(json.dumps({key: one for key, one in results.items() if one is not None}), encoding="utf-8")
+    file.write_text(json.dumps({key: value for key, value in results.items() if value is not None}), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_run_that_was_copied_or_moved_still_publishes(run, tmp_path):
 
 def shift(model: Path) -> None:
     weights = load_file(model / "model.safetensors")
-    name = sorted(name for name, one in weights.items() if one.dim() > 1)[-1]
+    name = sorted(name for name, weight in weights.items() if weight.dim() > 1)[-1]
     weights[name][0, 0] += 1e-3
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
 
@@ -140,17 +140,17 @@ def test_a_model_has_one_fingerprint_in_memory_and_on_disk(kind, tmp_path):
     if kind == "swapped":
         model = swapped(tmp_path / "run", "org/clip", "klue/roberta-small")
         encoder = load(model, "cpu")
-        made = encoder.model, encoder.processor
+        loaded = encoder.model, encoder.processor
     else:
         torch.manual_seed(0)
         sizes = {"preset": "timm:test_vit", "image_size": 32} if kind == "joint" else {}
-        made = from_scratch(tiny_config(**sizes), tiny_tokenizer())
+        loaded = from_scratch(tiny_config(**sizes), tiny_tokenizer())
         model = tmp_path / "model"
-        save_stock_model(model, *made, made[0].state_dict())
+        save_stock_model(model, *loaded, loaded[0].state_dict())
     measured = load(str(model), "cpu").fingerprint()
-    assert TransformersEncoder(*made).fingerprint() == measured
-    made[0].save_pretrained(tmp_path / "again", max_shard_size="50kB")  # in several files
-    made[1].save_pretrained(tmp_path / "again")
+    assert TransformersEncoder(*loaded).fingerprint() == measured
+    loaded[0].save_pretrained(tmp_path / "again", max_shard_size="50kB")  # in several files
+    loaded[1].save_pretrained(tmp_path / "again")
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
     assert load(str(tmp_path / "again"), "cpu").fingerprint() == measured
 

@@ -165,8 +165,8 @@ def test_other_image_towers_train_publish_and_load(
     pixels = torch.randn(2, 3, expected_size, expected_size)
     model.eval()
     with torch.no_grad():
-        ours, expected = (each.get_image_features(pixel_values=pixels).pooler_output for each in (model, loaded))
-    assert torch.equal(ours, expected)
+        trained, reloaded = (clip.get_image_features(pixel_values=pixels).pooler_output for clip in (model, loaded))
+    assert torch.equal(trained, reloaded)
     stored = loaded.state_dict()
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
 
@@ -238,9 +238,8 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(preset: str) -> N
             linear.register_forward_pre_hook(lambda *_, place=place: calls.__setitem__(place, calls[place] + 1))
         image, text, scale = dual_encoder(**tiny_batch(4))[:3]
         (scale * image @ text.T).logsumexp(dim=1).sum().backward()
-        return {
-            name: parameter.grad for name, parameter in dual_encoder.named_parameters() if parameter.grad is not None
-        }, calls
+        gradients = {name: parameter.grad for name, parameter in dual_encoder.named_parameters()}
+        return {name: gradient for name, gradient in gradients.items() if gradient is not None}, calls
 
     plain, once = gradients(False)
     recomputed, twice = gradients(True)

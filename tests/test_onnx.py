@@ -29,24 +29,24 @@ def published(folder: Path) -> Path:
 @pytest.mark.parametrize("kind", ["CLIP", "ChineseCLIP", "joint ViT", "joint timm"])
 def test_graphs_equal_the_model(kind: str, tmp_path: Path) -> None:
     model_dir = saved(kind, tmp_path / "model")
-    found = export(model_dir, tmp_path)
-    assert sorted(found) == ["text_model.onnx", "vision_model.onnx"]
-    assert max(one.largest for one in found.values()) <= MOST
+    parities = export(model_dir, tmp_path)
+    assert sorted(parities) == ["text_model.onnx", "vision_model.onnx"]
+    assert max(parity.largest for parity in parities.values()) <= MOST
     encoder = koclip.load(model_dir, "cpu")
     model, processor = encoder.model, encoder.processor
-    sessions = {name: onnxruntime.InferenceSession(str(tmp_path / "onnx" / name)) for name in found}
+    sessions = {name: onnxruntime.InferenceSession(str(tmp_path / "onnx" / name)) for name in parities}
     for texts in (["별"], ["빨간 원 위의 파란 별", "a", ""], ["아주 " * 40]):
         encoded = tokenizers.encode(processor.tokenizer, texts, padding=True, return_tensors="np")
         inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-        (made,) = sessions["text_model.onnx"].run(["text_embeds"], inputs)
-        torch.testing.assert_close(torch.from_numpy(made), encoder.encode_texts(texts), atol=1e-5, rtol=0)
+        (embeddings,) = sessions["text_model.onnx"].run(["text_embeds"], inputs)
+        torch.testing.assert_close(torch.from_numpy(embeddings), encoder.encode_texts(texts), atol=1e-5, rtol=0)
     side = onnx.view_size(processor.image_processor)
     for count in (1, 3):
         pixels = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(count))
-        (made,) = sessions["vision_model.onnx"].run(["image_embeds"], {"pixel_values": pixels.numpy()})
+        (embeddings,) = sessions["vision_model.onnx"].run(["image_embeds"], {"pixel_values": pixels.numpy()})
         with torch.no_grad():
             expected = onnx.encode_images(model, pixels)
-        torch.testing.assert_close(torch.from_numpy(made), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.from_numpy(embeddings), expected, atol=1e-5, rtol=0)
 
 
 def ends_a_text(kind: str, directory: Path) -> Path:
@@ -91,12 +91,14 @@ def test_ids_as_clients_send_them_are_texts_as_the_tokenizer_cuts_them(kind: str
             for width in (None, 64):
                 padding = {"padding": "max_length", "max_length": width} if width and rows is not whole else {}
                 sent = dict(tokenizer.pad({"input_ids": rows}, padding_side=side, return_tensors="np", **padding))
-                (made,) = opened.run(["text_embeds"], {name: sent[name] for name in ("input_ids", "attention_mask")})
-                torch.testing.assert_close(torch.from_numpy(made), expected, atol=1e-5, rtol=0)
+                (embeddings,) = opened.run(
+                    ["text_embeds"], {name: sent[name] for name in ("input_ids", "attention_mask")}
+                )
+                torch.testing.assert_close(torch.from_numpy(embeddings), expected, atol=1e-5, rtol=0)
     for ids, row in zip(whole, expected, strict=True):  # one at a time, cut
         sent = {"input_ids": [ids[:longest]], "attention_mask": [[1] * len(ids[:longest])]}
-        (made,) = opened.run(["text_embeds"], sent)
-        torch.testing.assert_close(torch.from_numpy(made)[0], row, atol=1e-5, rtol=0)
+        (embeddings,) = opened.run(["text_embeds"], sent)
+        torch.testing.assert_close(torch.from_numpy(embeddings)[0], row, atol=1e-5, rtol=0)
 
 
 def test_the_probes_notice_a_graph_of_the_stock_pooling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +114,9 @@ def test_the_probes_notice_a_graph_of_the_stock_pooling(tmp_path: Path, monkeypa
 
 def test_eight_bits_and_what_they_cost(tmp_path: Path) -> None:
     model_dir = published(tmp_path)
-    found = export(model_dir, tmp_path, int8=True)
+    parities = export(model_dir, tmp_path, int8=True)
     for name in ("vision_model", "text_model"):
-        exact, small = found[f"{name}.onnx"], found[f"{name}_quantized.onnx"]
+        exact, small = parities[f"{name}.onnx"], parities[f"{name}_quantized.onnx"]
         assert exact.largest < small.largest < 0.1
         assert 0.98 < small.cosine < 1 - 1e-7
         sizes = [(tmp_path / "onnx" / f"{name}{kind}.onnx").stat().st_size for kind in ("", "_quantized")]
@@ -128,15 +130,15 @@ def test_a_graph_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [(".onnx", "differs from the model by nan"), ("_quantized.onnx", "not finite")]
+    ("name", "message"), [(".onnx", "differs from the model by nan"), ("_quantized.onnx", "not finite")]
 )
-def test_graphs_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name, told) -> None:
+def test_graphs_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name, message) -> None:
     def parity(probes, file):
         broken = file.name == f"text_model{name}"
         return onnx.Parity(float("nan") if broken else 0.0, 1.0)
 
     monkeypatch.setattr(onnx, "parity", parity)
-    with pytest.raises(RunError, match=told):
+    with pytest.raises(RunError, match=message):
         export(published(tmp_path), tmp_path, int8=True)
 
 

@@ -34,20 +34,20 @@ def test_a_missing_clip_benchmark_is_a_message_that_says_what_to_do(monkeypatch)
 
 
 def test_koclips_recalls_are_those_of_sorting():
-    found = parity.koclip_retrieval(SEVERAL)
+    numbers = parity.koclip_retrieval(SEVERAL)
     owners = torch.tensor([image for image, own in enumerate(SEVERAL.captions) for _ in own])
     texts = F.normalize(torch.stack([SEVERAL.texts[text] for own in SEVERAL.captions for text in own]), dim=-1)
     scores = texts @ F.normalize(SEVERAL.images, dim=-1).T
     for k in (1, 5, 10):
         forward = (scores.topk(k).indices == owners[:, None]).any(dim=1).double().mean()
         backward = (owners[scores.T.topk(k).indices] == torch.arange(60)[:, None]).any(dim=1).double().mean()
-        assert found[f"text_to_image/recall@{k}"] == pytest.approx(forward.item(), abs=1e-12)
-        assert found[f"image_to_text/recall@{k}"] == pytest.approx(backward.item(), abs=1e-12)
-    assert 0.1 < found["text_to_image/recall@1"] < found["text_to_image/recall@10"] < 1
+        assert numbers[f"text_to_image/recall@{k}"] == pytest.approx(forward.item(), abs=1e-12)
+        assert numbers[f"image_to_text/recall@{k}"] == pytest.approx(backward.item(), abs=1e-12)
+    assert 0.1 < numbers["text_to_image/recall@1"] < numbers["text_to_image/recall@10"] < 1
 
 
 def test_koclips_accuracies_are_those_of_sorting():
-    found = parity.koclip_zero_shot(CLASSES)
+    numbers = parity.koclip_zero_shot(CLASSES)
     prompts = [[parity.fill(template, name) for template in parity.TEMPLATES] for name in CLASSES.names]
     one_by_one = torch.stack(
         [F.normalize(torch.stack([CLASSES.texts[text] for text in own]), dim=-1) for own in prompts]
@@ -56,7 +56,7 @@ def test_koclips_accuracies_are_those_of_sorting():
     hits = (scores.argmax(dim=1) == CLASSES.labels).double()
     among_five = (scores.topk(5).indices == CLASSES.labels[:, None]).any(dim=1).double()
     by_class = [hits[CLASSES.labels == label].mean().item() for label in range(8)]
-    assert found == pytest.approx(
+    assert numbers == pytest.approx(
         {
             "zero_shot/accuracy": hits.mean().item(),
             "zero_shot/accuracy@5": among_five.mean().item(),
@@ -64,7 +64,7 @@ def test_koclips_accuracies_are_those_of_sorting():
         },
         abs=1e-12,
     )
-    assert 0.1 < found["zero_shot/accuracy"] < found["zero_shot/accuracy@5"] < 1
+    assert 0.1 < numbers["zero_shot/accuracy"] < numbers["zero_shot/accuracy@5"] < 1
 
 
 def test_captions_that_occur_twice_are_left_out_and_images_that_have_no_other():

@@ -77,7 +77,7 @@ def test_pairs_work_in_either_order(pair: str) -> None:
 
 @pytest.mark.parametrize("pair", ["", "은", "은/가", "은/는/은", "을/를 ", "/"])
 def test_unknown_pairs(pair: str) -> None:
-    with pytest.raises(ValueError, match=rf"unknown particle {re.escape(repr(pair))}; known: 은/는"):
+    with pytest.raises(ValueError, match=rf"{re.escape(repr(pair))}.*은/는"):
         particle("책", pair)
 
 
@@ -106,11 +106,11 @@ def test_named_slots() -> None:
 @pytest.mark.parametrize(
     ("template", "error"),
     [
-        ("사진", r"template '사진' has no slot; write \{\}, \{label\}"),
-        ("{who}의 사진", r"template '.*' has no slot"),
-        ("{label:을/은}", r"template '\{label:을/은\}', slot '\{label:을/은\}': unknown particle '을/은'"),
-        ("{} {color}", r"slot '\{color\}': unknown particle 'color'.*; values: label, who$"),
-        ("{} {color:을/를}", r"slot '\{color:을/를\}': unknown particle 'color:을/를'.*; values: label, who$"),
+        ("사진", r"'사진'.*\{\}, \{label\}"),
+        ("{who}의 사진", r"'\{who\}의 사진'"),
+        ("{label:을/은}", r"'\{label:을/은\}'.*'을/은'"),
+        ("{} {color}", r"'\{color\}': .*'color'.* label, who$"),
+        ("{} {color:을/를}", r"'\{color:을/를\}': .*'color:을/를'.* label, who$"),
     ],
 )
 def test_wrong_slots(template: str, error: str) -> None:

@@ -29,10 +29,10 @@ def check_contract(encoder: Encoder, width: int) -> None:
         encoder.encode_images(pictures()),
         encoder.image_features(pictures()),
     )
-    for rows in (texts, images):
-        assert rows.dtype == torch.float32
-        torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
-        assert (rows @ rows.T).fill_diagonal_(0).max() < 0.9999
+    for embeddings in (texts, images):
+        assert embeddings.dtype == torch.float32
+        torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(len(embeddings)))
+        assert (embeddings @ embeddings.T).fill_diagonal_(0).max() < 0.9999
     close(texts, torch.cat([encoder.encode_texts([text]) for text in TEXTS]))
     close(images, torch.cat([encoder.encode_images([image]) for image in pictures()]))
     assert features.shape == (3, width)

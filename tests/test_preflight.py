@@ -38,7 +38,7 @@ def model(sound: Path, tmp_path: Path) -> Path:
 
 
 def failing(checks: list[Check]) -> dict[str, str]:
-    return {one.name: "; ".join(one.problems) for one in checks if one.problems}
+    return {check.name: "; ".join(check.problems) for check in checks if check.problems}
 
 
 def edit(name: str, **values: object) -> Callable[[Path], None]:
@@ -58,7 +58,7 @@ def write(name: str, content: str) -> Callable[[Path], None]:
 
 
 def halve(model: Path) -> None:
-    weights = {name: one.half() for name, one in load_file(model / "model.safetensors").items()}
+    weights = {name: weight.half() for name, weight in load_file(model / "model.safetensors").items()}
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -122,9 +122,9 @@ def test_every_defect_of_the_files_is_found_alone(model, defect, monkeypatch, ca
     assert failing(check_files(model)) == {}
     harm(model)
     checks = check_files(model)
-    found = failing(checks)
-    assert list(found) == [name]
-    assert message in found[name]
+    problems = failing(checks)
+    assert list(problems) == [name]
+    assert message in problems[name]
     with pytest.raises(ConfigError, match="1 of 9 checks fail; nothing was pushed") as raised:
         refuse(checks)
     print_checks(checks)
@@ -223,9 +223,9 @@ def test_ids_that_are_not_the_tokenizers_are_found(model):
 def test_weights_that_the_class_does_not_know_are_found(model):
     weights = load_file(model / "model.safetensors")
     save_file(weights | {"extra": torch.zeros(2)}, model / "model.safetensors", metadata={"format": "pt"})
-    found = failing(preflight.preflight(model))
-    assert list(found) == ["loads by stock transformers alone"]
-    assert "unexpected_keys: extra" in found["loads by stock transformers alone"]
+    problems = failing(preflight.preflight(model))
+    assert list(problems) == ["loads by stock transformers alone"]
+    assert "unexpected_keys: extra" in problems["loads by stock transformers alone"]
 
 
 def test_embeddings_that_differ_are_found(model, monkeypatch):
@@ -239,10 +239,10 @@ def test_embeddings_that_differ_are_found(model, monkeypatch):
 
     monkeypatch.setattr(preflight, "load", other)
     torch.set_num_threads(1)
-    found = failing(preflight.preflight(model))
-    assert list(found) == ["embeddings are koclip's, to 0.0"]
-    assert "text embeddings differ by" in found["embeddings are koclip's, to 0.0"]
-    assert "image" not in found["embeddings are koclip's, to 0.0"]
+    problems = failing(preflight.preflight(model))
+    assert list(problems) == ["embeddings are koclip's, to 0.0"]
+    assert "text embeddings differ by" in problems["embeddings are koclip's, to 0.0"]
+    assert "image" not in problems["embeddings are koclip's, to 0.0"]
 
 
 def test_a_directory_without_a_model_is_named(tmp_path):

@@ -279,11 +279,11 @@ def test_nothing_random_is_left_in_a_text_tower(name: str, tmp_path: Path) -> No
     """Whatever the random numbers, a model comes out the same."""
     path = stored_text(tmp_path / "text", name, "roberta", pad_token_id=1)
     for image in (tiny_dual_encoder().model, tiny_dual_encoder(preset="timm:test_vit").model):
-        states = []
+        state_dicts = []
         for seed in (0, 1):
             torch.manual_seed(seed)
-            states.append(swap_text_tower(image, load_text_encoder(path)).state_dict())
-        assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+            state_dicts.append(swap_text_tower(image, load_text_encoder(path)).state_dict())
+        assert all(torch.equal(value, state_dicts[1][key]) for key, value in state_dicts[0].items())
 
 
 def test_a_pooler_that_is_there_is_kept(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ processor = AutoProcessor.from_pretrained(directory)
 encoded = processor(text=saved["captions"], padding=True, return_tensors="pt")
 assert encoded["input_ids"].tolist() == saved["input_ids"].tolist()
 answer = {"classes": [], "difference": 0.0, "problems": []}
-for one in classes:
-    model, info = one.from_pretrained(directory, output_loading_info=True)
+for kind in classes:
+    model, info = kind.from_pretrained(directory, output_loading_info=True)
     with torch.no_grad():
         logits = model.eval()(pixel_values=saved["pixels"], input_ids=saved["input_ids"],
             attention_mask=saved["attention_mask"]).logits_per_image
@@ -40,8 +40,8 @@ if joint == "CLIPModel":
     classify = pipeline("zero-shot-image-classification", model=directory)
     scores = classify(Image.new("RGB", (40, 30), "red"), candidate_labels=["빨간 원", "파란 사각형", "별"],
                       hypothesis_template="{} 사진")
-    answer["labels"] = sorted(one["label"] for one in scores)
-    answer["total"] = sum(one["score"] for one in scores)
+    answer["labels"] = sorted(score["label"] for score in scores)
+    answer["total"] = sum(score["score"] for score in scores)
 print(json.dumps(answer))
 """
 

@@ -144,8 +144,8 @@ def strings(count: int = 1_000) -> list[str]:
             return "".join(chr(rng.randrange(0xAC00, 0xD7A4)) for _ in range(rng.randrange(1, 4)))
         return rng.choice(others)
 
-    made = ["".join(part() + rng.choice(["", " ", " "]) for _ in range(rng.randrange(1, 9))) for _ in range(count)]
-    return [unicodedata.normalize("NFC", text).strip() for text in made]
+    texts = ["".join(part() + rng.choice(["", " ", " "]) for _ in range(rng.randrange(1, 9))) for _ in range(count)]
+    return [unicodedata.normalize("NFC", text).strip() for text in texts]
 
 
 def dirty(texts: list[str]) -> list[str]:
@@ -155,14 +155,14 @@ def dirty(texts: list[str]) -> list[str]:
     special = ["[SEP]", "[cls]", "</s>", "<s>", "<pad>", "<MASK>", "<unk>", "<|endoftext|>", "<|startoftext|>", "[PAD]"]
     hidden = ["[S\u200bEP]", "<|end\u00adoftext|>", "<\ufeff/s>", "<<s>/s>", "[[SEP]SEP]"]
     spaces = ["\u00a0", "\u3000", "\n", "\t", "  ", "\u2028", "\x1f", "\x85", " "]
-    made = []
+    soiled = []
     for text in texts:
         for _ in range(rng.randrange(1, 5)):
             place = rng.randrange(len(text) + 1)
             part = rng.choice(rng.choice([unseen, unseen, special, hidden, spaces]))
             text = text[:place] + part + text[place:]
-        made.append(unicodedata.normalize("NFD", text) if rng.random() < 0.5 else text)
-    return [*made, "\ufeff", "\u200d \u200b", "</s>", "<|endoftext|>" * 3, "\u3164", "\ufe0f\u115f"]
+        soiled.append(unicodedata.normalize("NFD", text) if rng.random() < 0.5 else text)
+    return [*soiled, "\ufeff", "\u200d \u200b", "</s>", "<|endoftext|>" * 3, "\u3164", "\ufe0f\u115f"]
 
 
 class Published(NamedTuple):
@@ -173,7 +173,7 @@ class Published(NamedTuple):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Published]:
-    made = {}
+    by_family = {}
     for name, family in FAMILIES.items():
         source, run, folder = (tmp_path_factory.mktemp(f"{name}-{what}") for what in ("source", "run", "model"))
         family.write(source)
@@ -184,10 +184,12 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Published]:
         text = sizes | {"vocab_size": len(trained), "pad_token_id": trained.pad_token_id}
         vision = sizes | {"image_size": 16, "patch_size": 16}
         model = ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-        processor = ChineseCLIPProcessor(image_processor=ChineseCLIPImageProcessor(), tokenizer=trained)
+        processor = ChineseCLIPProcessor(
+            image_processor=ChineseCLIPImageProcessor(crop_size={"height": 16, "width": 16}), tokenizer=trained
+        )
         save_stock_model(folder, model, processor, model.state_dict())
-        made[name] = Published(AutoTokenizer.from_pretrained(source), trained, folder)
-    return made
+        by_family[name] = Published(AutoTokenizer.from_pretrained(source), trained, folder)
+    return by_family
 
 
 STRANGER = """
@@ -219,7 +221,7 @@ def texts() -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def read(published, texts) -> dict[str, dict]:
-    asked = {"folders": {name: str(one.folder) for name, one in published.items()}, "texts": texts}
+    asked = {"folders": {name: str(tokenizer.folder) for name, tokenizer in published.items()}, "texts": texts}
     ran = subprocess.run(
         [sys.executable, "-c", STRANGER], input=json.dumps(asked), capture_output=True, text=True, check=False
     )

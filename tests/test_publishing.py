@@ -81,9 +81,9 @@ class Hub:
         assert TOKEN not in ran.stdout + ran.stderr
         return ran
 
-    def differences(self, name: str, made: Any, kind: str = "whole") -> dict[str, Any]:
+    def differences(self, name: str, loaded: Any, kind: str = "whole") -> dict[str, Any]:
         """Return what a stranger sees who loads `org/name`, compared with the model and processor `made`."""
-        encoder = made if isinstance(made, Encoder) else TransformersEncoder(*made)
+        encoder = loaded if isinstance(loaded, Encoder) else TransformersEncoder(*loaded)
         picture = self.folder / "picture.png"
         Image.linear_gradient("L").resize((50, 40)).convert("RGB").save(picture)
         expected = {"texts": TEXTS, "text": encoder.encode_texts(TEXTS)}
@@ -99,16 +99,16 @@ class Hub:
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     """Return a Hub that holds one model, org/clip."""
-    made = Hub(tmp_path_factory.mktemp("hub"))
-    made.clip = pretrained(made.folder / "clip")
-    ran = made.publish(made.clip, "clip", "--tag", "v1.0")
+    hub = Hub(tmp_path_factory.mktemp("hub"))
+    hub.clip = pretrained(hub.folder / "clip")
+    ran = hub.publish(hub.clip, "clip", "--tag", "v1.0")
     assert ran.returncode == 0, ran.stderr
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
-    for file in (path for path in made.folder.rglob("*") if path.is_file()):
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()
+    for file in (path for path in hub.folder.rglob("*") if path.is_file()):
         assert TOKEN.encode() not in file.read_bytes(), file
-    for repo in made.server.repos.values():
+    for repo in hub.server.repos.values():
         assert not any(TOKEN.encode() in content for content in repo.files.values())
 
 
@@ -172,10 +172,10 @@ def test_an_adapter_comes_back_and_so_does_the_merged_model(hub):
     model, trained = adapted(hub.folder / "adapted", "org/clip", hub.clip)
     ran = hub.publish(model, "adapted")
     assert ran.returncode == 0, ran.stderr
-    made = load(model, "cpu")
-    same(hub.differences("adapted", made), "CLIPModel")
+    loaded = load(model, "cpu")
+    same(hub.differences("adapted", loaded), "CLIPModel")
     # On one thread some CPUs round by where weights lie in memory; in one of both they are mapped from the file.
-    same(hub.differences("adapted", (trained, made.processor), "adapter"), "CLIPModel", rounding=1e-7)
+    same(hub.differences("adapted", (trained, loaded.processor), "adapter"), "CLIPModel", rounding=1e-7)
 
 
 def test_a_dry_run_needs_no_token_and_pushes_nothing(hub):
@@ -215,9 +215,9 @@ def test_a_space_shows_the_model_that_was_pushed(hub, tmp_path):
     settings = {"HF_ENDPOINT": hub.server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     with serving(tmp_path, tmp_path / "app.py", **settings, **shown.variables) as started:
         client = gradio_client.Client(started.url, verbose=False)
-        found, told, _ = client.predict("빨간 원", 1, "ko", api_name="/search")
-    assert len(found) == 12
-    assert "240" in told
+        gallery, status, _ = client.predict("빨간 원", 1, "ko", api_name="/search")
+    assert len(gallery) == 12
+    assert "240" in status
     asked = hub.server.calls["set_variable"]
     again = hub.publish(hub.clip, "clip", "--space", "org/show")
     assert again.stdout.count("nothing new") == 2

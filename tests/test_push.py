@@ -74,24 +74,24 @@ class Worker:
 def workers(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Worker]]:
     """Return a function that gives a worker: the one before if it lives. At the end no token is anywhere."""
     folder = tmp_path_factory.mktemp("home")
-    made: list[Worker] = []
+    started: list[Worker] = []
 
     def worker(token: str | None = TOKEN, fresh: bool = False, way: str = "xet") -> Worker:
-        if fresh or not made or made[-1].process.poll() is not None or made[-1].way != way:
-            made.append(Worker(hub, folder, token, way))
-        hub.killer = made[-1].process.kill
-        return made[-1]
+        if fresh or not started or started[-1].process.poll() is not None or started[-1].way != way:
+            started.append(Worker(hub, folder, token, way))
+        hub.killer = started[-1].process.kill
+        return started[-1]
 
     yield worker
-    for one in made:
-        said = one.stop()
+    for worker_process in started:
+        said = worker_process.stop()
         assert "Traceback" not in said
         assert TOKEN not in said
         assert READER not in said
     for file in (path for path in folder.rglob("*") if path.is_file()):
         assert TOKEN.encode() not in file.read_bytes(), file
     assert not any(TOKEN in line for line in hub.log)
-    assert not any(TOKEN.encode() in one for repo in hub.repos.values() for one in repo.files.values())
+    assert not any(TOKEN.encode() in content for repo in hub.repos.values() for content in repo.files.values())
 
 
 @pytest.fixture
@@ -113,8 +113,8 @@ def write(directory: Path, version: str) -> None:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    found = (path for path in directory.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in found}
+    paths = (path for path in directory.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
 
 
 def test_a_push_makes_the_repository_and_the_next_one_does_nothing(hub, workers, model):
@@ -137,16 +137,16 @@ def test_only_what_changed_is_sent_and_what_a_loader_would_read_is_deleted(hub, 
     (model / "model-00001-of-00002.safetensors").write_bytes(b"shard")
     worker.push(model, "org/changed")
     repo = hub.repos["org/changed"]
-    theirs = {"pictures/a.png": b"png", "handler.py": b"x", "notes.txt": b"x", "onnx/model.bin": b"x"}
+    foreign = {"pictures/a.png": b"png", "handler.py": b"x", "notes.txt": b"x", "onnx/model.bin": b"x"}
     stale = {"pytorch_model.bin": b"old", "onnx/text_model.onnx": b"graph of the old weights"}
-    added = {name: (content, False) for name, content in (theirs | stale).items()}
+    added = {name: (content, False) for name, content in (foreign | stale).items()}
     repo.commit(repo.trees[repo.commits[-1]] | added)
     (model / "model-00001-of-00002.safetensors").unlink()
     (model / "config.json").write_text("{}")
-    made = worker.push(model, "org/changed")
-    assert made["added"] == ["config.json"]
-    assert sorted(made["deleted"]) == sorted(["model-00001-of-00002.safetensors", *stale])
-    assert repo.files == contents(model) | theirs
+    pushed = worker.push(model, "org/changed")
+    assert pushed["added"] == ["config.json"]
+    assert sorted(pushed["deleted"]) == sorted(["model-00001-of-00002.safetensors", *stale])
+    assert repo.files == contents(model) | foreign
 
 
 def test_a_release_is_not_moved(hub, workers, model):
@@ -395,9 +395,9 @@ def test_a_file_that_cannot_be_read_is_told_at_once(monkeypatch, do):
     ids=lambda error: type(error).__name__,
 )
 def test_faults_of_the_network_are_tried_again_and_told_of_what_was_asked(monkeypatch, error):
-    tries, told = counted(raising(error), "space", monkeypatch)
-    assert (tries, type(told)) == (4, RunError)
-    assert str(told).startswith("space: pushing did not work, 4 times")
+    tries, raised = counted(raising(error), "space", monkeypatch)
+    assert (tries, type(raised)) == (4, RunError)
+    assert str(raised).startswith("space: pushing did not work, 4 times")
 
 
 def test_a_space_is_told_by_its_own_key():

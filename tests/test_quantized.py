@@ -60,34 +60,35 @@ def card_of(model: Path) -> str:
 def embedded(model: Path, pictures: Any, texts: list[str], kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Embed with graphs, one by one."""
     processor = AutoProcessor.from_pretrained(model)
-    made = []
+    sides = []
     for side, items in (("vision", pictures), ("text", texts)):
         session = onnxruntime.InferenceSession(str(model / "onnx" / f"{side}_model{kind}.onnx"))
         rows = []
         for item in items:
             inputs = processor(**({"images": item} if side == "vision" else {"text": item}), return_tensors="np")
-            rows.append(session.run(None, {one.name: inputs[one.name] for one in session.get_inputs()})[0])
-        made.append(torch.from_numpy(np.concatenate(rows)))
-    return made[0], made[1]
+            rows.append(session.run(None, {entry.name: inputs[entry.name] for entry in session.get_inputs()})[0])
+        sides.append(torch.from_numpy(np.concatenate(rows)))
+    return sides[0], sides[1]
 
 
 @pytest.mark.parametrize("language", ["ko", "en"])
 def test_the_numbers_are_those_of_the_whole_matrix(model: Path, language: str) -> None:
-    (one,) = sets(model)
-    assert len(one.images) == 60
-    found = numbers(model)
+    (eval_set,) = sets(model)
+    assert len(eval_set.images) == 60
+    measured_metrics = numbers(model)
     embedder = Embedder(load(model, "cpu"), 1)
-    plain = retrieval(embedder, one, language, embedder.images(one.images))
-    texts = list(dict.fromkeys(text for own in one.captions for text in own[language]))
-    images, captions = embedded(model, one.images, texts, "_quantized")
+    plain = retrieval(embedder, eval_set, language, embedder.images(eval_set.images))
+    texts = list(dict.fromkeys(text for own in eval_set.captions for text in own[language]))
+    images, captions = embedded(model, eval_set.images, texts, "_quantized")
     similarity = captions @ images.T
-    right = torch.tensor([[text in own[language] for own in one.captions] for text in texts])
+    right = torch.tensor([[text in own[language] for own in eval_set.captions] for text in texts])
     ranks = {"text_to_image": first_ranks(similarity, right), "image_to_text": first_ranks(similarity.T, right.T)}
     for name in RECALLS:
         task, measured = name.split("/")
         k = int(measured.split("@")[1])
         exact, int8, drop = (
-            found[f"scenes/{language}/{key}"] for key in (name, f"{task}_int8/{measured}", f"{task}_int8/drop@{k}")
+            measured_metrics[f"scenes/{language}/{key}"]
+            for key in (name, f"{task}_int8/{measured}", f"{task}_int8/drop@{k}")
         )
         assert exact["value"] == pytest.approx(plain[name].value, abs=0.02)  # one picture of 60, if two nearly tie
         assert exact["n"] == plain[name].n
@@ -95,7 +96,7 @@ def test_the_numbers_are_those_of_the_whole_matrix(model: Path, language: str) -
         assert drop["value"] == pytest.approx(exact["value"] - int8["value"])
         assert int8["n"] == drop["n"] == len(ranks[task])
         assert abs(drop["value"]) < 0.1
-    assert found[f"scenes/{language}/text_to_image/recall@5"]["value"] > 0.25  # chance: 0.08
+    assert measured_metrics[f"scenes/{language}/text_to_image/recall@5"]["value"] > 0.25  # chance: 0.08
 
 
 def test_the_card_says_what_was_measured(model: Path) -> None:
@@ -108,25 +109,25 @@ def test_the_card_says_what_was_measured(model: Path) -> None:
     assert "Measured on scenes (60 pictures; R@1 by chance: about 1.7 %)." in section
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| scenes")]
     assert [row[1] for row in rows] == ["ko"] * 4 + ["en"] * 4
-    found = numbers(model)
+    metrics = numbers(model)
     for language in ("ko", "en"):
         for name, row in zip(RECALLS, [row for row in rows if row[1] == language], strict=True):
             task, measured = name.split("/")
             k = measured.split("@")[1]
             assert row[2] == f"{task.replace('_', ' ')}, R@{k}"
             for cell, key in zip(row[3:5], (name, f"{task}_int8/{measured}"), strict=True):
-                assert float(cell) == round(100 * found[f"scenes/{language}/{key}"]["value"], 1)
-            drop = found[f"scenes/{language}/{task}_int8/drop@{k}"]
+                assert float(cell) == round(100 * metrics[f"scenes/{language}/{key}"]["value"], 1)
+            drop = metrics[f"scenes/{language}/{task}_int8/drop@{k}"]
             low, high = drop["ci95"]
-            told = [float(word.strip("()*")) for word in row[5].replace(" to ", " ").split() if word != "*"]
-            assert told == [round(100 * value, 1) for value in (drop["value"], low, high)]
+            numbers_of_cell = [float(word.strip("()*")) for word in row[5].replace(" to ", " ").split() if word != "*"]
+            assert numbers_of_cell == [round(100 * value, 1) for value in (drop["value"], low, high)]
             assert row[5].endswith("*") == (low > 0 or high < 0)
             assert row[6] == f"{drop['n']:,}"
 
 
 def test_what_is_published_names_nothing_of_this_machine(model: Path) -> None:
     assert "onnx/results.json" in publishable(model)
-    wrong = [problem for one in check_files(model, "org/name") for problem in one.problems if "onnx" in problem]
+    wrong = [problem for check in check_files(model, "org/name") for problem in check.problems if "onnx" in problem]
     assert wrong == []
     assert "command" not in (model / "onnx" / "results.json").read_text(encoding="utf-8")
 
@@ -140,7 +141,7 @@ def test_a_broken_graph_shows(model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "run" / "model"
     file = broken / "onnx" / "text_model_quantized.onnx"
     graph = onnx.load(file)
-    weights = next(one for one in reversed(graph.graph.initializer) if one.data_type == onnx.TensorProto.INT8)
+    weights = next(tensor for tensor in reversed(graph.graph.initializer) if tensor.data_type == onnx.TensorProto.INT8)
     rolled = np.roll(numpy_helper.to_array(weights), 5, axis=0)
     weights.CopyFrom(numpy_helper.from_array(rolled, weights.name))
     onnx.save(graph, file)
@@ -160,7 +161,7 @@ def test_graphs_that_were_not_asked_for_again_are_gone(model: Path, tmp_path: Pa
     measured = json.loads((model.parent / "results.json").read_text(encoding="utf-8"))["fingerprint"]
     assert read(tmp_path / "model", measured) is not None
     export(tmp_path / "model", tmp_path / "model")
-    assert sorted(one.name for one in (tmp_path / "model" / "onnx").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "model" / "onnx").iterdir()) == [
         "text_model.onnx",
         "vision_model.onnx",
     ]
@@ -180,25 +181,27 @@ def described(**changes: object) -> dict[str, object]:
 
 def test_what_is_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
     named = EvalSetConfig(source=SourceConfig(name="mine", scenes_part="test", scenes_size=20))
-    assert [one.name for one in open_sets([named], {"scenes": described()})] == ["mine"]
+    assert [eval_set.name for eval_set in open_sets([named], {"scenes": described()})] == ["mine"]
     retrieved = {"scenes": described(), "cifar10": described(tasks=["zero_shot"])}
     gallery = described(gallery=[config.to_dict(SourceConfig(scenes_part="train", scenes_size=40))])
-    assert [len(one.images) for one in open_sets([], retrieved)] == [30]
-    (one,) = open_sets([], {"scenes": gallery})
-    assert len(one.gallery["ko"]) >= 40
-    assert [len(one.images) for one in open_sets([], {"scenes": described(max_images=8)})] == [8]
+    assert [len(eval_set.images) for eval_set in open_sets([], retrieved)] == [30]
+    (eval_set,) = open_sets([], {"scenes": gallery})
+    assert len(eval_set.gallery["ko"]) >= 40
+    assert [len(eval_set.images) for eval_set in open_sets([], {"scenes": described(max_images=8)})] == [8]
     monkeypatch.setattr(quantized, "_MOST", 12)
-    assert [len(one.images) for one in open_sets([], retrieved)] == [12]
-    (one,) = open_sets([], {"cifar10": described(tasks=["zero_shot"])})
-    assert (one.name, one.config) == ("scenes", EvalSetConfig())
+    assert [len(eval_set.images) for eval_set in open_sets([], retrieved)] == [12]
+    (eval_set,) = open_sets([], {"cifar10": described(tasks=["zero_shot"])})
+    assert (eval_set.name, eval_set.config) == ("scenes", EvalSetConfig())
 
 
 @pytest.mark.parametrize("change", [{"path": "gone.parquet"}, {"colour": "red"}])
 def test_what_cannot_be_read_is_named_with_a_remedy_that_works(change: dict[str, str]) -> None:
     source = config.to_dict(SourceConfig()) | change
-    with pytest.raises(ConfigError, match=r"int8_sets: scenes, which results.json has .*(gone.parquet|colour)") as told:
+    with pytest.raises(
+        ConfigError, match=r"int8_sets: scenes, which results.json has .*(gone.parquet|colour)"
+    ) as raised:
         open_sets([], {"scenes": described(source=source)})
-    remedy = shlex.split(str(told.value)[str(told.value).index("--int8_sets") :])
+    remedy = shlex.split(str(raised.value)[str(raised.value).index("--int8_sets") :])
     cfg = config.parse(PublishConfig, ["--model", "a", "--repo_id", "org/a", "--onnx", "int8", *remedy])
     assert cfg.int8_sets == [EvalSetConfig()]
 

@@ -197,7 +197,7 @@ def test_a_shard_of_other_images_leaves_no_hole(folder, tmp_path, small, monkeyp
     cfg = config("", source=SourceConfig(path=str(table(file, folder, then)), streaming=streaming))
     build.build(cfg, ColourEncoder(), tmp_path / "index")
     table(file, folder, now)
-    with pytest.raises(ConfigError, match="belong into it" if streaming else "rows: 12, here 40"):
+    with pytest.raises(ConfigError, match="output_dir: .*shard" if streaming else "rows: 12, here 40"):
         build.build(cfg, ColourEncoder(), tmp_path / "index")
 
 
@@ -251,7 +251,7 @@ def test_an_embedding_that_is_not_finite_is_named(folder, tmp_path, small):
                 embeddings[1, 0] = torch.nan
             return embeddings
 
-    with pytest.raises(ConfigError, match=r"not finite: got \['가/09\.png'\], expected finite values"):
+    with pytest.raises(ConfigError, match=r"images.*\['가/09\.png'\]"):
         build.build(config(folder), Spoilt(), tmp_path / "index")
     assert not list((tmp_path / "index").glob("shard-*"))
 
@@ -281,7 +281,7 @@ def test_a_stopped_build_goes_on_and_gives_the_same_bytes(folder, tmp_path, smal
     _, skipped = build.build(config(folder), ColourEncoder(), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         build.build(config(folder), Dying(), tmp_path / "stopped")
-    with pytest.raises(ConfigError, match="not finished"):
+    with pytest.raises(ConfigError, match=r"index: .*stopped"):
         open_index(tmp_path / "stopped")
     (tmp_path / "stopped" / "writing-shard-000002.safetensors").write_bytes(b"half")
     encoder = ColourEncoder()
@@ -344,7 +344,7 @@ def test_approximate_search_finds_nearly_all(tmp_path):
     assert torch.allclose(likely.scores[same], exact.scores[same], atol=1e-6)
     assert quick.search(queries[:1], 2_000).places.shape == (1, 2_000)
     (tmp_path / "quick.faiss").write_bytes(b"broken")
-    with pytest.raises(ConfigError, match="is broken"):
+    with pytest.raises(ConfigError, match=r"index: .*quick\.faiss"):
         approximate.open_quick(tmp_path / "quick.faiss")
 
 
@@ -404,7 +404,7 @@ def test_another_index_is_not_overwritten(folder, tmp_path, small):
         build.build(config(folder), ColourEncoder(), target)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="holds other files"):
+    with pytest.raises(ConfigError, match=r"output_dir: .*full"):
         build.build(config(folder), ColourEncoder(), tmp_path / "full")
 
 
@@ -413,7 +413,7 @@ def test_a_folder_without_a_usable_picture_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"images: .*empty"):
         build.build(config(tmp_path / "empty"), ColourEncoder(), tmp_path / "index")
     (tmp_path / "empty" / "a.png").write_bytes(b"")
-    with pytest.raises(ConfigError, match="none can be used"):
+    with pytest.raises(ConfigError, match=r"images: .*empty"):
         build.build(config(tmp_path / "empty"), ColourEncoder(), tmp_path / "other")
 
 
@@ -437,7 +437,7 @@ def test_a_damaged_index_is_named(folder, tmp_path, small):
     with pytest.raises(ConfigError, match="expected 99"):
         open_index(target)
     (target / "embeddings.json").write_text("{")
-    with pytest.raises(ConfigError, match="is broken"):
+    with pytest.raises(ConfigError, match=r"index: .*embeddings\.json"):
         open_index(target)
 
 

@@ -20,7 +20,7 @@ def test_modules_are_named_as_every_version_that_is_allowed_knows_them(tmp_path:
     """sentence-transformers 5.4 to 6.2; `sentence_transformers.base` exists from 6 on."""
     describe(saved("CLIP", tmp_path / "model"))
     modules = json.loads((tmp_path / "model" / "modules.json").read_text(encoding="utf-8"))
-    assert [one["type"] for one in modules] == [
+    assert [module["type"] for module in modules] == [
         "sentence_transformers.models.Transformer",
         "sentence_transformers.models.Normalize",
     ]
@@ -36,9 +36,9 @@ def test_the_same_vectors(kind: str, tmp_path: Path) -> None:
     assert {name: (directory / name).read_bytes() for name in before} == before
     encoder = koclip.load(directory, "cpu")
     other = sentence_transformers.SentenceTransformer(str(directory), device="cpu")
-    made = other.encode(TEXTS, convert_to_tensor=True)
-    torch.testing.assert_close(made, encoder.encode_texts(TEXTS), atol=1e-6, rtol=0)
+    embeddings = other.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(embeddings, encoder.encode_texts(TEXTS), atol=1e-6, rtol=0)
     pictures = [Image.fromarray(scenes.draw(scenes.scene("test", 0, number), number)) for number in range(3)]
-    made = other.encode(pictures, convert_to_tensor=True)
-    torch.testing.assert_close(made, encoder.encode_images(pictures), atol=1e-6, rtol=0)
+    embeddings = other.encode(pictures, convert_to_tensor=True)
+    torch.testing.assert_close(embeddings, encoder.encode_images(pictures), atol=1e-6, rtol=0)
     assert other.similarity_fn_name == "cosine"

@@ -158,7 +158,7 @@ def test_every_reader_of_shards_refuses_a_broken_one(cut_tars, tokenizer, tmp_pa
 def test_plain_cuts_are_refused_before_anything_is_read(tars, tokenizer, tmp_path) -> None:
     data = (tmp_path / "shard-3.tar").read_bytes()
     (tmp_path / "shard-3.tar").write_bytes(data[: len(data) // 2])
-    with pytest.raises(SourceError, match=r"shard-3\.tar breaks off"):
+    with pytest.raises(SourceError, match=r"shard-3\.tar"):
         train_loader(Assembler(config(tars), tokenizer, Views(config(tars), 16)), Shard(8))
 
 

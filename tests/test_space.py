@@ -30,7 +30,7 @@ def picture(colour=(250, 5, 5), size=(40, 30)) -> Image.Image:
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> answers.Answers:
+def app(tmp_path: Path) -> answers.Answers:
     """Return answers over 30 pictures of four colours."""
     for number in range(30):
         colour = list(COLOURS.values())[number % 4]
@@ -41,12 +41,12 @@ def made(tmp_path: Path) -> answers.Answers:
     return answers.Answers(ColourEncoder(), open_index(tmp_path / "index"))
 
 
-def test_labels_are_ranked_and_prompts_have_their_particles(made):
-    found = made.classify(picture(), "파랑, 빨강、초록，, 빨강", "{label:을/를} 찍은 사진", False)
-    assert next(iter(found.scores)) == "빨강"
-    assert sum(found.scores.values()) == pytest.approx(1)
-    assert found.prompts == ["파랑을 찍은 사진", "빨강을 찍은 사진", "초록을 찍은 사진"]
-    assert made.classify(picture(), "사과", "{label:을/를} 찍은 사진", False).prompts == ["사과를 찍은 사진"]
+def test_labels_are_ranked_and_prompts_have_their_particles(app):
+    classified = app.classify(picture(), "파랑, 빨강、초록，, 빨강", "{label:을/를} 찍은 사진", False)
+    assert next(iter(classified.scores)) == "빨강"
+    assert sum(classified.scores.values()) == pytest.approx(1)
+    assert classified.prompts == ["파랑을 찍은 사진", "빨강을 찍은 사진", "초록을 찍은 사진"]
+    assert app.classify(picture(), "사과", "{label:을/를} 찍은 사진", False).prompts == ["사과를 찍은 사진"]
 
 
 @pytest.mark.parametrize(
@@ -66,80 +66,82 @@ def test_labels_are_ranked_and_prompts_have_their_particles(made):
         ("\u1112\u1161\u11ab, 새", ["한", "새"]),
     ],
 )
-def test_labels_are_lines_or_parts_of_one_line(made, text, labels):
-    assert made.classify(picture(), text, "{label}", False).prompts == labels
+def test_labels_are_lines_or_parts_of_one_line(app, text, labels):
+    assert app.classify(picture(), text, "{label}", False).prompts == labels
 
 
-def test_an_ensemble_reads_templates_of_each_labels_language(made):
-    found = made.classify(picture(), "빨강, blue", "not looked at", True)
-    assert next(iter(found.scores)) == "빨강"
+def test_an_ensemble_reads_templates_of_each_labels_language(app):
+    classified = app.classify(picture(), "빨강, blue", "not looked at", True)
+    assert next(iter(classified.scores)) == "빨강"
     korean, english = answers.templates_for("빨강"), answers.templates_for("blue")
-    assert len(found.prompts) == len(korean) + len(english)
-    assert "빨강을 찍은 사진" in found.prompts
-    assert "a photo of a blue." in found.prompts
+    assert len(classified.prompts) == len(korean) + len(english)
+    assert "빨강을 찍은 사진" in classified.prompts
+    assert "a photo of a blue." in classified.prompts
 
 
-def test_search_pages_go_on_where_the_last_ended(made):
-    first, start = made.search("파랑", 1)
-    second, then = made.search("파랑", 2)
+def test_search_pages_go_on_where_the_last_ended(app):
+    first, start = app.search("파랑", 1)
+    second, then = app.search("파랑", 2)
     assert (start, then) == (0, 12)
     assert len(first) == len(second) == 12
     assert {int(hit.caption[:2]) % 4 for hit in first[:7]} == {2}
     scores = [hit.score for hit in [*first, *second]]
     assert scores == sorted(scores, reverse=True)
     assert len({hit.caption for hit in [*first, *second]}) == 24
-    assert len(made.search("파랑", 3)[0]) == 6
+    assert len(app.search("파랑", 3)[0]) == 6
     assert first[0].picture is not None
-    assert made.similar(picture(COLOURS["초록"]))[0].score == pytest.approx(1, abs=1e-3)
+    assert app.similar(picture(COLOURS["초록"]))[0].score == pytest.approx(1, abs=1e-3)
 
 
-def test_captions_are_those_that_are_given(made):
-    found = made.captions(picture(COLOURS["파랑"]), "빨강이다\n파랑이다\n\n 노랑이다 ")
-    assert next(iter(found)) == "파랑이다"
-    assert len(found) == 3
-    assert made.captions(picture(), "") == {}  # the collection's pictures have none
+def test_captions_are_those_that_are_given(app):
+    scores = app.captions(picture(COLOURS["파랑"]), "빨강이다\n파랑이다\n\n 노랑이다 ")
+    assert next(iter(scores)) == "파랑이다"
+    assert len(scores) == 3
+    assert app.captions(picture(), "") == {}  # the collection's pictures have none
 
 
 def test_captions_are_else_those_of_the_collection(tmp_path):
     build.build(IndexConfig(model="colours", images="scenes", max_images=20), ColourEncoder(), tmp_path / "index")
     index = open_index(tmp_path / "index")
-    found = answers.Answers(ColourEncoder(), index).captions(picture(), " ")
-    told = [text for place in range(20) for texts in index.entry(place).record["captions"].values() for text in texts]
-    assert len(found) == 10
-    assert set(found) <= set(told)
+    scores = answers.Answers(ColourEncoder(), index).captions(picture(), " ")
+    texts_of_all = [
+        text for place in range(20) for texts in index.entry(place).record["captions"].values() for text in texts
+    ]
+    assert len(scores) == 10
+    assert set(scores) <= set(texts_of_all)
 
 
 @pytest.mark.parametrize(
     ("call", "key"),
     [
-        (lambda made: made.classify(picture(), "", "{label}", False), "no_labels"),
-        (lambda made: made.classify(picture(), " ,\n,\u200b", "{label}", True), "no_labels"),
-        (lambda made: made.classify(picture(), None, "{label}", True), "no_labels"),
-        (lambda made: made.classify(picture(), ",".join(map(str, range(10_000))), "{label}", False), "many_labels"),
-        (lambda made: made.classify(picture(), "가" * 1_000_000, "{label}", False), "many_labels"),
-        (lambda made: made.classify(picture(), "가" * 201, "{label}", False), "long_label"),
-        (lambda made: made.classify(picture(), "빨강", "no slot", False), "bad_template"),
-        (lambda made: made.classify(picture(), "빨강", "{label} {nonsense}", False), "bad_template"),
-        (lambda made: made.classify(picture(), "빨강", "{label.__class__}", False), "bad_template"),
-        (lambda made: made.classify(picture(), "빨강", None, False), "bad_template"),
-        (lambda made: made.classify(picture(), "빨강", "{label}" * 1_000, False), "long_label"),
-        (lambda made: made.search("", 1), "no_text"),
-        (lambda made: made.search("\u200b\x00", 1), "no_text"),
-        (lambda made: made.search("가" * 10_001, 1), "long_text"),
-        (lambda made: made.search("빨강", 0), "bad_page"),
-        (lambda made: made.search("빨강", 4), "bad_page"),
-        (lambda made: made.search("빨강", 1.5), "bad_page"),
-        (lambda made: made.search("빨강", None), "bad_page"),
-        (lambda made: made.search("빨강", float("nan")), "bad_page"),
-        (lambda made: made.search("빨강", float("inf")), "bad_page"),
-        (lambda made: made.heat(picture(), "빨강", "patches"), "no_patches"),
-        (lambda made: made.heat(picture(), "빨강", "<b>"), "bad_way"),
-        (lambda made: made.heat(picture(), " ", "cover"), "no_text"),
+        (lambda app: app.classify(picture(), "", "{label}", False), "no_labels"),
+        (lambda app: app.classify(picture(), " ,\n,\u200b", "{label}", True), "no_labels"),
+        (lambda app: app.classify(picture(), None, "{label}", True), "no_labels"),
+        (lambda app: app.classify(picture(), ",".join(map(str, range(10_000))), "{label}", False), "many_labels"),
+        (lambda app: app.classify(picture(), "가" * 1_000_000, "{label}", False), "many_labels"),
+        (lambda app: app.classify(picture(), "가" * 201, "{label}", False), "long_label"),
+        (lambda app: app.classify(picture(), "빨강", "no slot", False), "bad_template"),
+        (lambda app: app.classify(picture(), "빨강", "{label} {nonsense}", False), "bad_template"),
+        (lambda app: app.classify(picture(), "빨강", "{label.__class__}", False), "bad_template"),
+        (lambda app: app.classify(picture(), "빨강", None, False), "bad_template"),
+        (lambda app: app.classify(picture(), "빨강", "{label}" * 1_000, False), "long_label"),
+        (lambda app: app.search("", 1), "no_text"),
+        (lambda app: app.search("\u200b\x00", 1), "no_text"),
+        (lambda app: app.search("가" * 10_001, 1), "long_text"),
+        (lambda app: app.search("빨강", 0), "bad_page"),
+        (lambda app: app.search("빨강", 4), "bad_page"),
+        (lambda app: app.search("빨강", 1.5), "bad_page"),
+        (lambda app: app.search("빨강", None), "bad_page"),
+        (lambda app: app.search("빨강", float("nan")), "bad_page"),
+        (lambda app: app.search("빨강", float("inf")), "bad_page"),
+        (lambda app: app.heat(picture(), "빨강", "patches"), "no_patches"),
+        (lambda app: app.heat(picture(), "빨강", "<b>"), "bad_way"),
+        (lambda app: app.heat(picture(), " ", "cover"), "no_text"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_both_languages(made, call, key):
+def test_what_cannot_be_done_is_refused_in_both_languages(app, call, key):
     with pytest.raises(texts.RefusedError) as caught:
-        call(made)
+        call(app)
     assert caught.value.key == key
     korean, english = caught.value.message("ko"), caught.value.message("en")
     assert re.search("[가-힣]", korean)
@@ -148,23 +150,23 @@ def test_what_cannot_be_done_is_refused_in_both_languages(made, call, key):
     assert "{" not in korean.replace("{label}", "")
 
 
-def test_probabilities_have_the_models_own_scale(made):
+def test_probabilities_have_the_models_own_scale(app):
     def odds(scale):
-        made.encoder.scale = scale
-        scores = made.classify(picture((200, 60, 5)), "빨강, 초록", "{label}", False).scores
+        app.encoder.scale = scale
+        scores = app.classify(picture((200, 60, 5)), "빨강, 초록", "{label}", False).scores
         return np.log(scores["빨강"] / scores["초록"])
 
     assert odds(4.0) == pytest.approx(2 * odds(2.0), rel=1e-4)
     assert odds(2.0) > 0.1
 
 
-def test_what_takes_too_long_is_stopped(made):
+def test_what_takes_too_long_is_stopped(app):
     ticks = iter(range(0, 1_000, 15))
-    made.clock = lambda: next(ticks)
+    app.clock = lambda: next(ticks)
     with pytest.raises(texts.RefusedError, match="too_slow"):
-        made.classify(picture(), ",".join(f"빨강 {number}" for number in range(200)), "{label}", False)
+        app.classify(picture(), ",".join(f"빨강 {number}" for number in range(200)), "{label}", False)
     with pytest.raises(texts.RefusedError, match="too_slow"):
-        made.heat(picture(), "빨강", "cover")
+        app.heat(picture(), "빨강", "cover")
 
 
 def file(tmp_path: Path, content: bytes) -> Path:
@@ -228,10 +230,10 @@ def test_unusual_pictures_are_read(tmp_path):
     assert read.getpixel((5, 5))[0] > 200
 
 
-def test_a_covered_place_loses_what_was_asked_for(made):
+def test_a_covered_place_loses_what_was_asked_for(app):
     scene = Image.new("RGB", (70, 70), (120, 120, 120))
     scene.paste((250, 5, 5), (50, 50, 70, 70))
-    heat = made.heat(scene, "빨강", "cover")
+    heat = app.heat(scene, "빨강", "cover")
     assert heat.scores.shape == (7, 7)
     assert heat.scores.min() >= 0
     row, column = np.unravel_index(heat.scores.argmax(), (7, 7))
@@ -267,8 +269,8 @@ def test_patches_are_read_as_the_class_token_is():
     with torch.no_grad():
         state = model.vision_model(pixel_values=pixels).last_hidden_state
         expected = model.visual_projection(model.vision_model.post_layernorm(state[1, 1 + 4 * 2 + 3]))
-        made = patch_embeddings(model, pixels)
-    assert torch.allclose(made[1, 2, 3], torch.nn.functional.normalize(expected, dim=-1), atol=1e-6)
+        patches = patch_embeddings(model, pixels)
+    assert torch.allclose(patches[1, 2, 3], torch.nn.functional.normalize(expected, dim=-1), atol=1e-6)
     assert encoder.view == (1.0, 1.0)
     assert encoder.scale == pytest.approx(model.logit_scale.exp().item())
 

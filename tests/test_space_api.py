@@ -65,33 +65,33 @@ def test_every_call_answers_by_name(client, photo):
     scores, prompts = client.predict(
         handle_file(photo), "별, 사과, car", "{label:을/를} 찍은 사진", False, "ko", api_name="/classify"
     )
-    assert sum(one["confidence"] for one in scores["confidences"]) == pytest.approx(1, abs=1e-3)
+    assert sum(item["confidence"] for item in scores["confidences"]) == pytest.approx(1, abs=1e-3)
     assert prompts.splitlines() == ["별을 찍은 사진", "사과를 찍은 사진", "car를 찍은 사진"]
-    found, told, page = client.predict("빨간 별", 2, "en", api_name="/search")
-    assert len(found) == 12
-    assert told == "Nearest 13–24 of 30 pictures"
+    gallery, status, page = client.predict("빨간 별", 2, "en", api_name="/search")
+    assert len(gallery) == 12
+    assert status == "Nearest 13–24 of 30 pictures"
     assert page == 2
     captions, near = client.predict(handle_file(photo), "하나\n둘\n셋", "ko", api_name="/caption")
     assert {row[0] for row in captions["data"]} == {"하나", "둘", "셋"}
     assert len(near) == 12
     for way in ("cover", "patches"):
-        shown, told = client.predict(handle_file(photo), "빨간 별", way, "ko", api_name="/heatmap")
+        shown, status = client.predict(handle_file(photo), "빨간 별", way, "ko", api_name="/heatmap")
         assert shown["path"].endswith(".webp")
-        assert told
+        assert status
 
 
 def test_every_label_is_answered(client, photo):
     labels = [f"{number},000원 지폐" for number in range(1, 16)]
     scores, _ = client.predict(handle_file(photo), "\n".join(labels), "{label}", False, "ko", api_name="/classify")
-    assert {one["label"] for one in scores["confidences"]} == set(labels)
-    assert sum(one["confidence"] for one in scores["confidences"]) == pytest.approx(1, abs=1e-3)
+    assert {item["label"] for item in scores["confidences"]} == set(labels)
+    assert sum(item["confidence"] for item in scores["confidences"]) == pytest.approx(1, abs=1e-3)
 
 
 def test_the_calls_have_names_and_nothing_else_has(client):
     described = client.view_api(return_format="dict")
     assert set(described["named_endpoints"]) == {"/classify", "/search", "/caption", "/heatmap"}
     assert not described["unnamed_endpoints"]
-    taken = [one["parameter_name"] for one in described["named_endpoints"]["/classify"]["parameters"]]
+    taken = [parameter["parameter_name"] for parameter in described["named_endpoints"]["/classify"]["parameters"]]
     assert taken == ["image", "labels", "template", "ensemble", "language"]
 
 
@@ -123,10 +123,10 @@ def hostile_files(folder: Path) -> list[Path]:
     return [folder / name for name in contents]
 
 
-def is_fair(told: str, space: Space) -> None:
+def is_fair(answer: str, space: Space) -> None:
     """Check that an answer shows nothing of the inside."""
     for secret in ("Traceback", 'File "', str(space.folder), str(ROOT), "root:", "site-packages", "PIL."):
-        assert secret not in told, told[:500]
+        assert secret not in answer, answer[:500]
 
 
 def test_bad_files_get_a_message_and_no_trace(space, client, tmp_path):
@@ -183,9 +183,9 @@ def test_no_file_of_the_server_can_be_read(space):
             assert b"root:" not in body
     for path in map(str, inside):
         payload = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        told = call(space, "classify", [payload, "별", "{label}", False, "ko"])
-        assert "confidence" not in told
-        is_fair(told.replace(path, ""), space)
+        answer = call(space, "classify", [payload, "별", "{label}", False, "ko"])
+        assert "confidence" not in answer
+        is_fair(answer.replace(path, ""), space)
 
 
 def test_no_address_is_fetched(space):
@@ -216,13 +216,13 @@ def test_no_address_is_fetched(space):
         {"url": "data:image/png;base64,AAAA", "path": "", "meta": {"_type": "gradio.FileData"}},
     ]
     for payload in payloads:
-        told = call(space, "classify", [payload, "별", "{label}", False, "ko"])
-        assert "confidence" not in told, payload
-        is_fair(told, space)
+        answer = call(space, "classify", [payload, "별", "{label}", False, "ko"])
+        assert "confidence" not in answer, payload
+        is_fair(answer, space)
     for route in ("gradio_api/file=", "gradio_api/proxy=", "proxy=", "file=", "gradio_api/stream/"):
         assert ask(f"{space.url}/{route}{address}")[0] in (404, 403, 405, 422, 500)
-    told = call(space, "classify", [payloads[0], "별", "{label}", False, "ko"])
-    assert "주소로는" in json.loads(told.split("data: ")[1])["error"]
+    answer = call(space, "classify", [payloads[0], "별", "{label}", False, "ko"])
+    assert "주소로는" in json.loads(answer.split("data: ")[1])["error"]
     server.shutdown()
     assert visits == []
 
@@ -283,11 +283,11 @@ def test_without_a_model_it_says_how_to_make_one(tmp_path):
     import subprocess
 
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for args, told in (([], "recipes/pretrain.py"), (["--model", "nowhere/at-all"], "cannot be loaded")):
+    for args, message in (([], "recipes/pretrain.py"), (["--model", "nowhere/at-all"], "cannot be loaded")):
         command = [sys.executable, str(ROOT / "space" / "app.py"), *args]
         ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert ran.returncode == 2
-        assert told in ran.stderr
+        assert message in ran.stderr
         assert "Traceback" not in ran.stderr
 
 
@@ -352,7 +352,7 @@ def test_500_hostile_calls_do_no_harm(space, client, photo, tmp_path):
 
 @pytest.mark.slow
 def test_200_callers_at_once_are_all_answered(space, photo):
-    def one(number: int) -> float:
+    def caller(number: int) -> float:
         began = time.monotonic()
         # 200 clients share the two cores with the server: httpx's 5 seconds are theirs, not the server's.
         own = Client(space.url, verbose=False, download_files=False, httpx_kwargs={"timeout": 300})
@@ -368,7 +368,7 @@ def test_200_callers_at_once_are_all_answered(space, photo):
 
     began = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(200) as pool:
-        times = sorted(pool.map(one, range(200)))
+        times = sorted(pool.map(caller, range(200)))
     total = time.monotonic() - began
     print(f"200 calls in {total:.1f} s, median {times[100]:.1f} s, p95 {times[190]:.1f} s")  # noqa: T201
     assert len(times) == 200
@@ -383,9 +383,9 @@ def test_what_is_uploaded_can_be_used_by_name_only(space):
         + boundary
         + b"--\r\n"
     )
-    status, told = ask(f"{space.url}/gradio_api/upload", body, **{"Content-Type": "multipart/form-data; boundary=x"})
+    status, answer = ask(f"{space.url}/gradio_api/upload", body, **{"Content-Type": "multipart/form-data; boundary=x"})
     assert status == 200
-    path = Path(json.loads(told)[0])
+    path = Path(json.loads(answer)[0])
     assert path.name == "evil.png"
     assert "koclip-space-" in str(path)
     assert io.BytesIO(path.read_bytes()).read(4) == b"\x89PNG"

@@ -53,12 +53,12 @@ def test_the_gate_takes_no_more_uploads_in_an_hour_than_it_may_keep(monkeypatch)
 
     gate = guard.Gate(app, clock=lambda: now[0])
 
-    def ask(seconds, length, path="/gradio_api/upload", told=True):
+    def ask(seconds, length, path="/gradio_api/upload", with_length=True):
         async def receive():
             return {"type": "http.request", "body": b"x" * length}
 
         now[0] = seconds
-        headers = [(b"content-length", str(length).encode())] if told else []
+        headers = [(b"content-length", str(length).encode())] if with_length else []
         asyncio.run(gate({"type": "http", "method": "POST", "path": path, "headers": headers}, receive, send))
         return statuses[-1]
 
@@ -66,12 +66,12 @@ def test_the_gate_takes_no_more_uploads_in_an_hour_than_it_may_keep(monkeypatch)
     assert ask(10, 11_000) == 503  # together more than 20,000
     assert ask(20, 1) == 200  # 8,192 on disk
     assert ask(30, 1) == 503
-    assert ask(40, 10_000, told=False) == 503
+    assert ask(40, 10_000, with_length=False) == 503
     assert ask(50, 100_000, "/gradio_api/queue/join") == 200  # leaves nothing on disk
     assert ask(guard.KEPT + 1, 10_000) == 200  # the first is deleted
     monkeypatch.setattr(guard, "MAX_KEPT", 2 * guard.MAX_BODY)
-    assert ask(guard.KEPT + 2, 10, told=False) == 200
-    assert ask(guard.KEPT + 3, 10, told=False) == 200  # what it did not say is charged as it was
+    assert ask(guard.KEPT + 2, 10, with_length=False) == 200
+    assert ask(guard.KEPT + 3, 10, with_length=False) == 200  # what it did not say is charged as it was
 
 
 def test_what_would_take_much_memory_is_cut_off():
@@ -112,5 +112,5 @@ def test_a_body_without_a_length_is_cut_off():
         return {"type": "http.request", "body": b"x" * 2**20, "more_body": True}
 
     asyncio.run(guard.Gate(app)({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, None))
-    assert sum(len(one.get("body", b"")) for one in seen) <= guard.MAX_BODY
+    assert sum(len(event.get("body", b"")) for event in seen) <= guard.MAX_BODY
     assert seen[-1] == {"type": "http.disconnect"}

@@ -102,9 +102,9 @@ def test_encoders_of_no_stock_class_are_refused_by_name(kind, clip) -> None:
     if kind == "t5":
         sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2, "vocab_size": 90}
     config = AutoConfig.for_model(kind, **sizes)
-    model = transformers.T5EncoderModel(config) if kind == "t5" else AutoModel.from_config(config)
+    text_encoder = transformers.T5EncoderModel(config) if kind == "t5" else AutoModel.from_config(config)
     with pytest.raises(ConfigError, match=f"no stock class holds a {kind} .*bert, roberta, xlm-roberta"):
-        swap_text_tower(clip, model)
+        swap_text_tower(clip, text_encoder)
 
 
 def test_a_narrow_electra_is_refused(clip) -> None:
@@ -113,9 +113,9 @@ def test_a_narrow_electra_is_refused(clip) -> None:
 
 
 def test_an_encoder_without_a_pooler_beside_another_image_tower_is_refused(clip) -> None:
-    model = tiny_dual_encoder(preset="timm:test_vit").model
+    joint = tiny_dual_encoder(preset="timm:test_vit").model
     with pytest.raises(ConfigError, match="has no pooler"):
-        swap_text_tower(model, encoder("electra"))
+        swap_text_tower(joint, encoder("electra"))
 
 
 @pytest.mark.parametrize("kind", ["bert", "clip_text_model", "albert"])

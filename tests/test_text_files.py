@@ -122,7 +122,7 @@ def test_the_likely_encoding_of_a_short_file_is_named(tmp_path, encoding) -> Non
     likely = {"euc_kr": "cp949", "latin-1": "cp1252"}.get(encoding, encoding)
     for text in texts.get(encoding, SHORT):
         path = write(tmp_path, "pairs.csv", f"image,ko\na.png,x\nb.png,{text}\n", encoding)
-        with pytest.raises(SourceError, match=rf"pairs\.csv.* not utf-8; .*set encoding: {likely} for") as caught:
+        with pytest.raises(SourceError, match=rf"pairs\.csv.* utf-8.*encoding: {likely} ") as caught:
             open_source(source(path))
         assert encoding.startswith("utf-16") or "pairs.csv, line 3, is" in str(caught.value)
         captions(source(path, encoding=likely))
@@ -132,7 +132,7 @@ def test_the_likely_encoding_of_a_short_file_is_named(tmp_path, encoding) -> Non
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_likely_encoding_is_right_for_any_captions(tmp_path, texts, encoding) -> None:
     path = write(tmp_path, "pairs.csv", "image,ko\n" + "".join(f"a.png,{text}\n" for text in texts), encoding)
-    with pytest.raises(SourceError, match=rf"set encoding: {encoding} for this source"):
+    with pytest.raises(SourceError, match=rf"encoding: {encoding} "):
         open_source(source(path, streaming=True))
 
 
@@ -182,7 +182,7 @@ READERS = {
 def test_one_caption_in_another_encoding_is_refused_with_its_place(tmp_path, kind, streaming, reader) -> None:
     config = dataclasses.replace(one_bad(tmp_path, kind), streaming=streaming)
     place = {"csv": "line 21,", "jsonl": "line 20,", "json": "line 20,"}.get(kind, "sample '00019'")
-    with pytest.raises(SourceError, match=rf"{Path(config.path).name}, {place}.*is not utf-8.* looks like cp949"):
+    with pytest.raises(SourceError, match=rf"{Path(config.path).name}, {place}.*utf-8.* cp949"):
         READERS[reader](config)
 
 
@@ -194,13 +194,13 @@ def test_a_stream_that_breaks_later_names_the_file_and_the_row(tmp_path) -> None
     stream = open_source(source(tmp_path / "rows.jsonl", streaming=True))
     assert isinstance(stream, StreamSource)
     for read in (stream.iter_rows, lambda: stream.iter_rows(images=False), lambda: stream.rows(0, 0, 10, 0, 1)):
-        with pytest.raises(SourceError, match=r"rows\.jsonl, line 3001, is not utf-8"):
+        with pytest.raises(SourceError, match=r"rows\.jsonl, line 3001, .*utf-8"):
             list(read())
 
 
 @pytest.mark.parametrize("format", ["parquet", "arrow", "scenes", "hub"])
 def test_formats_without_an_encoding_refuse_one(tmp_path, format) -> None:
-    with pytest.raises(SourceError, match=r"encoding: got 'cp949' .*leave encoding out"):
+    with pytest.raises(SourceError, match=r"data\.sources\[\]\.encoding: got 'cp949'"):
         open_source(source(tmp_path, format=format, encoding="cp949"))
 
 
@@ -209,7 +209,7 @@ def test_metadata_of_an_image_folder(tmp_path, encoded) -> None:
     write(tmp_path, "metadata.csv", "file_name,label,ko\n0001.png,007,고양이\n", "cp949")
     (row,) = all_rows(open_source(source(tmp_path, "cp949", label="label")))
     assert (row.label, row.captions) == ("007", {"ko": ["고양이"]})
-    with pytest.raises(SourceError, match=r"metadata\.csv, line 2, is not utf-8; .* encoding: cp949"):
+    with pytest.raises(SourceError, match=r"metadata\.csv, line 2, .*utf-8.* encoding: cp949"):
         open_source(source(tmp_path, label="label"))
 
 

@@ -136,8 +136,9 @@ def test_a_loss_without_a_tiled_form_is_dense_or_refused(monkeypatch: pytest.Mon
         losses.build(LossConfig(name="only_dense"))(embeddings, captions).value,
         losses.infonce(embeddings, captions, "positives").value,
     )
-    with pytest.raises(ConfigError, match=r"loss\.tile_rows: got 2"):
-        losses.build(LossConfig(name="only_dense", tile_rows=2))
+    for function in (losses.build, losses.initial_bias):
+        with pytest.raises(ConfigError, match=r"loss\.tile_rows: got 2"):
+            function(LossConfig(name="only_dense", tile_rows=2))
 
 
 @pytest.mark.parametrize("name", ["infonce", "sigmoid"])

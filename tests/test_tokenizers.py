@@ -83,7 +83,7 @@ def test_load_checks_and_sets_the_length(tokenizer, tmp_path) -> None:
     tokenizers.forget_call_state(tokenizer)
     tokenizer.save_pretrained(tmp_path)
     assert tokenizers.load(str(tmp_path), 7).model_max_length == 7
-    with pytest.raises(ConfigError, match=r"tokenizer.path: no tokenizer can be loaded from 'nowhere/at-all'"):
+    with pytest.raises(ConfigError, match=r"^tokenizer\.path: .*'nowhere/at-all'"):
         tokenizers.load("nowhere/at-all", 7)
 
 
@@ -97,7 +97,7 @@ def test_check_refuses_an_incomplete_byte_base(tokenizer) -> None:
 def test_check_refuses_other_defects(tokenizer, tmp_path) -> None:
     tokenizer.save_pretrained(tmp_path)
     left = AutoTokenizer.from_pretrained(tmp_path, padding_side="left")
-    with pytest.raises(ConfigError, match="pads on the left"):
+    with pytest.raises(ConfigError, match="padding_side='right'"):
         tokenizers.check(left, "left")
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ConfigError, match=r"has no (eos|pad)_token_id"):
@@ -168,7 +168,7 @@ def test_a_clip_tokenizer_is_tried_on_probes_too(tokenizer) -> None:
         tokenizers.check(apart, "apart", config, ["고양이"])
     apart.backend_tokenizer.normalizer = NFD()
     tokenizers.check(apart, "apart")
-    with pytest.raises(ConfigError, match="splits Hangul syllables into jamo: '고양이'"):
+    with pytest.raises(ConfigError, match="'고양이'"):
         tokenizers.check(apart, "apart", CLIPTextConfig(), ["고양이"])
 
 

@@ -78,16 +78,16 @@ def test_a_probe_that_is_tested_on_what_it_was_fitted_on_is_refused(photos, tmp_
 
 def test_training_images_that_the_source_holds_are_left_out_of_training(photos) -> None:
     """With labels drawn at random, a probe of a model that remembers every picture is right by chance only."""
-    one = probe_set(photos("photos", range(100, 200)), photos("train", range(300)))
-    assert len(one.images) == 100
-    assert len(one.train.images) == 200
-    assert [skip.key.rsplit("/")[-1] for skip in one.train.skipped] == list(map(str, range(100, 200)))
-    assert linear_probe(Embedder(Remembering(), 50), one)["linear_probe/accuracy"].value < 0.45
+    eval_set = probe_set(photos("photos", range(100, 200)), photos("train", range(300)))
+    assert len(eval_set.images) == 100
+    assert len(eval_set.train.images) == 200
+    assert [skip.key.rsplit("/")[-1] for skip in eval_set.train.skipped] == list(map(str, range(100, 200)))
+    assert linear_probe(Embedder(Remembering(), 50), eval_set)["linear_probe/accuracy"].value < 0.45
 
 
 def test_equal_images_of_one_set_are_not_fitted_and_tested(photos) -> None:
-    one = probe_set(photos("photos", [number % 60 for number in range(240)]), None)
-    assert linear_probe(Embedder(Remembering(), 50), one)["linear_probe/accuracy"].value < 0.45
+    eval_set = probe_set(photos("photos", [number % 60 for number in range(240)]), None)
+    assert linear_probe(Embedder(Remembering(), 50), eval_set)["linear_probe/accuracy"].value < 0.45
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -98,14 +98,14 @@ def test_equal_images_of_one_set_are_not_fitted_and_tested(photos) -> None:
 def test_no_image_is_both_fitted_and_tested(photos, source, train) -> None:
     """For any two sets of images."""
     try:
-        one = probe_set(photos("photos", source), photos("train", train))
+        eval_set = probe_set(photos("photos", source), photos("train", train))
     except ConfigError:
         return
-    tested, fitted = set(one.images.digests()), set(one.train.images.digests())
+    tested, fitted = set(eval_set.images.digests()), set(eval_set.train.images.digests())
     assert not tested & fitted
-    assert len(one.images) == len(source)
-    assert len(one.train.images) + len(one.train.skipped) == len(train)
-    assert one.train.in_source == sum(number in source for number in train)
+    assert len(eval_set.images) == len(source)
+    assert len(eval_set.train.images) + len(eval_set.train.skipped) == len(train)
+    assert eval_set.train.in_source == sum(number in source for number in train)
 
 
 def training(source: SourceConfig, tested: SourceConfig, run: Path, steps: int = 6, **changes: str) -> None:

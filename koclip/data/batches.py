@@ -38,7 +38,7 @@ class Position(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A row that may become a sample: the number of its source and the seed of all that is random about it."""
+    """A row that may become a sample, the number of its source, and the seed of its random choices."""
 
     row: Row
     source: int
@@ -62,13 +62,13 @@ class Batch:
 
     @property
     def inputs(self) -> dict[str, torch.Tensor | None]:
-        """What the model takes."""
+        """The arguments of the model."""
         inputs = {"pixel_values": self.pixel_values, "input_ids": self.input_ids, "attention_mask": self.attention_mask}
         return inputs if self.image is None else inputs | {"image": self.image}
 
     @property
     def targets(self) -> tuple[torch.Tensor, ...]:
-        """What the loss takes besides the embeddings."""
+        """The arguments of the loss after the embeddings."""
         return (self.pair_ids,) if self.teacher is None else (self.pair_ids, self.teacher)
 
     @property

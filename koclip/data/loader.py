@@ -250,12 +250,12 @@ def _check_readers(streams: Sequence[StreamSource], shard: Shard, count: int, st
     readers = {position.reader for position in positions}
     if positions and readers != expected:
         raise SourceError(
-            f"the checkpoint was made by {len(readers)} readers of streamed data (data.num_workers x processes), this "
+            f"the checkpoint has {len(readers)} readers of streamed data (data.num_workers x processes), this "
             f"run has {num_readers}; resume with as many workers and processes as before"
         )
     if any(len(position.passes) != len(streams) for position in positions):
         raise SourceError(
-            f"data.sources: the checkpoint was made of {len(positions[0].passes)} streamed sources, this run has "
+            f"data.sources: the checkpoint has {len(positions[0].passes)} streamed sources, this run has "
             f"{len(streams)}; a stream can only go on among the same number of them"
         )
 

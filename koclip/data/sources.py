@@ -108,7 +108,7 @@ class StreamSource:
 
     @property
     def size(self) -> None:
-        """Only reading a stream tells how many rows it has."""
+        """The number of rows is not known before they are read."""
 
     @property
     def num_shards(self) -> int:
@@ -165,10 +165,10 @@ class StreamSource:
                     if _matches(record, self.config.where or {}):
                         yield number, record
         except UNREADABLE as error:
-            place = f"behind row {number} of" if number >= 0 else "at the start of"
+            place = f"after row {number} of" if number >= 0 else "at the start of"
             raise SourceError(
                 f"source {self.config.path!r} cannot be read {place} shard {self._shards[shard]}: {reason(error)}; "
-                "mend that file or take it out"
+                "repair that file or remove it from the source"
             ) from error
 
 
@@ -210,7 +210,7 @@ def row(
 
     Args:
         record: Its cells by column.
-        config: The source. Its key, the shard and the number tell the row from all others; the key also has its name.
+        config: The source. Its key, the shard and the number identify the row; the row's key also has its name.
         number: The row's place in what is stored, or in its shard.
         classes: The names of numbered labels.
         shard: Name of the row's shard, without a slash, if there are several.

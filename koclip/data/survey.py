@@ -1,4 +1,4 @@
-"""What is learnt of the sources before the first step: how long their captions are, and how to tell that they changed.
+"""Survey the sources before the first step: the lengths of their captions, and hashes that change when the data does.
 
 Rows are looked at in blocks, each process at its share of them, in its data workers. What all of them found is the same
 whatever their number.
@@ -32,7 +32,7 @@ Tokens = npt.NDArray[np.uint16]
 
 
 class Block(NamedTuple):
-    """What was found in some rows, or in some files of a stream."""
+    """The survey of some rows, or of some files of a stream."""
 
     digest: bytes
     captions: npt.NDArray[np.int64] = np.empty(0, np.int64)  # of each row in each language
@@ -41,7 +41,7 @@ class Block(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """What is known of a source."""
+    """The survey of a source."""
 
     facts: dict[str, Any]  # equal for equal data
     lengths: "CaptionLengths | None" = None  # of a source whose batches are grouped by them
@@ -55,7 +55,7 @@ class CaptionLengths:
 
     Args:
         languages: Those that a row may have captions in.
-        blocks: What was found in the source's rows.
+        blocks: The survey of the source's rows.
         special: Tokens that are no caption's.
         longest: Tokens at which captions are cut.
     """
@@ -134,7 +134,7 @@ def survey(source: MapSource, config: DataConfig, tokenizer: PreTrainedTokenizer
 
 
 def single_threaded() -> None:
-    """Keep tokenizers from using threads, which forked workers must not; said aloud, they do not warn about it."""
+    """Turn off the threads of tokenizers, which forked workers must not use; set explicitly, they print no warning."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -165,7 +165,7 @@ class _Blocks(Dataset[Block]):
         )
 
     def _read(self, rows: range) -> tuple[list[dict[str, list[str]]], list[Any]]:
-        """Return captions, and what tells pictures apart without reading them: the number of bytes, a file's name."""
+        """Return captions, and what identifies pictures without reading them: the number of bytes, or a file's name."""
         if self._sizes is not None:
             return self._source.captions(rows), self._sizes[rows.start : rows.stop].to_pylist()
         if not isinstance(self._source, TableSource):

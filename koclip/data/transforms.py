@@ -24,7 +24,7 @@ from koclip.config import DataConfig
 # Kinds that are read. PIL's other readers break in ways of their own (SPIDER: AttributeError), decode before their size
 # is known (ICO) or start another program (EPS: Ghostscript).
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM")
-_MPO = "MPO"  # JPEGs with further pictures behind the first, as phones write them; PIL's reader of JPEG opens them
+_MPO = "MPO"  # JPEGs with further pictures after the first, as phones write them; PIL's reader of JPEG opens them
 KINDS = ", ".join(_FORMATS)
 # Pictures that torchvision decodes faster than PIL, to the same pixels. PNG is not among them: torchvision 0.29
 # crashes the process on some broken ones, and returns 16 bits for others.
@@ -161,7 +161,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     """
     _check_form(*picture.size)
     deep = ";16" in str(getattr(picture, "tile", ""))  # of 16 bits in the file, of which PIL keeps the higher 8
-    picture.load()  # in PNG the orientation may stand behind the pixels; PIL turns TIFF as it loads it
+    picture.load()  # in PNG the orientation may come after the pixels; PIL turns TIFF as it loads it
     orientation = _orientation(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         rgb = _scaled(picture).convert("RGB")

@@ -8,7 +8,7 @@
 - `embeddings` (n, V, D) of the n items that could be embedded, in V views;
 - `records` and `thumbnails`, runs of bytes with the places where each of the n parts ends: what an index shows.
 
-Its header lists the items without embedding, with the reasons, and a checksum. It is there whole or not at all.
+Its header lists the items without embedding, with the reasons, and a checksum. A shard is complete or absent.
 """
 
 import json
@@ -48,7 +48,7 @@ class Item(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What an index keeps of one image besides its embedding."""
+    """What an index keeps of an image: what is shown with it."""
 
     record: dict[str, Any]  # key: str; captions: list of texts by language
     thumbnail: bytes = b""

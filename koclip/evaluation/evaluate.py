@@ -68,7 +68,7 @@ def _check_specs(task: Task, metrics: dict[str, Metric]) -> None:
         if record.spec not in task.specs:
             raise ValueError(
                 f"evaluation task {task.name}: got the number {record.key}, which none of its specs describes, or "
-                "which a task before it in koclip.evaluation.tasks.TASKS describes"
+                f"which another task describes more exactly: {record.spec.pattern}"
             )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, NamedTuple
 
+from koclip import storage
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.sets import EvalSet
 from koclip.metrics import Metric
@@ -57,24 +58,30 @@ class Spec:
 
     def fields(self, key: str) -> dict[str, str | int] | None:
         """Return the fields of `<task>/<metric>`; None if it does not fit the pattern."""
-        regex, whole = _compiled(self.pattern)
+        regex, whole, _ = _compiled(self.pattern)
         match = regex.fullmatch(key)
         if match is None:
             return None
         values = {name: int(value) if name in whole else value for name, value in match.groupdict().items()}
         return {**self.params, **values}
 
+    @property
+    def exactness(self) -> int:
+        """The number of letters of the pattern outside of its fields."""
+        return _compiled(self.pattern)[2]
+
 
 @cache
-def _compiled(pattern: str) -> tuple[re.Pattern[str], frozenset[str]]:
-    """Return the regular expression of a pattern, and its fields that are whole numbers."""
-    regex, whole = "", set()
+def _compiled(pattern: str) -> tuple[re.Pattern[str], frozenset[str], int]:
+    """Return the regular expression of a pattern, its fields that are whole numbers, and its letters outside fields."""
+    regex, whole, letters = "", set(), 0
     for literal, name, kind, _ in Formatter().parse(pattern):
         regex += re.escape(literal)
+        letters += len(literal)
         if name:
             regex += rf"(?P<{name}>\d+)" if kind == "d" else f"(?P<{name}>.+)"
             whole |= {name} if kind == "d" else set()
-    return re.compile(regex), frozenset(whole)
+    return re.compile(regex), frozenset(whole), letters
 
 
 class Task(NamedTuple):
@@ -136,11 +143,10 @@ def records_of(metrics: Mapping[str, Metric], specs: Iterable[Spec]) -> list[Rec
 
 
 def _described(key: str, specs: Sequence[Spec]) -> tuple[Spec, dict[str, str | int]]:
-    """Return the first spec that a key fits, and the key's fields."""
-    for spec in specs:
-        params = spec.fields(key)
-        if params is not None:
-            return spec, params
+    """Return the most exact spec that a key fits, and the key's fields."""
+    fitting = [(spec, params) for spec in specs if (params := spec.fields(key)) is not None]
+    if fitting:
+        return max(fitting, key=lambda pair: pair[0].exactness)
     return Spec(pattern=key, label=key.replace("{", "{{").replace("}", "}}")), {}
 
 
@@ -169,4 +175,4 @@ def write_results(
     ordered = json.loads(json.dumps(results, sort_keys=True, allow_nan=False))
     results = {name: ordered[name] for name in results}  # the contract's order; below it, alphabetical
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    storage.replace_text(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")

@@ -67,7 +67,7 @@ class EvalSet:
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks that are asked for, and of those that the data brings with it."""
-        return [*self.config.tasks, *(["multiple_choice"] if self.questions else [])]
+        return list(dict.fromkeys([*self.config.tasks, *(["multiple_choice"] if self.questions else [])]))
 
     @property
     def languages(self) -> list[str]:

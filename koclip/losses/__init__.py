@@ -63,9 +63,7 @@ def build(config: LossConfig, distill: DistillConfig | None = None, images: bool
     Raises:
         ConfigError: no loss has that name, or it has no tiled form and `tile_rows` is set.
     """
-    contrastive = _named(config)
-    tiles = config.tile_rows is None or contrastive.rows is not None
-    check(tiles, "loss.tile_rows", config.tile_rows, f"{config.name} has no tiled form; leave the key out")
+    _named(config)
 
     def loss(embeddings: Embeddings, pair_ids: torch.Tensor, teacher: torch.Tensor | None = None) -> Loss:
         ids = pair_ids.reshape(len(pair_ids), -1)
@@ -87,15 +85,18 @@ def initial_bias(config: LossConfig) -> float | None:
     """Return the initial bias of the logits; None for losses without a bias.
 
     Raises:
-        ConfigError: no loss has that name.
+        ConfigError: no loss has that name, or it has no tiled form and `tile_rows` is set.
     """
     return _named(config).initial_bias
 
 
 def _named(config: LossConfig) -> Contrastive:
-    """Return the contrastive loss of a configuration's name."""
+    """Return the loss that a configuration names, if it can do what the configuration asks for."""
     check(config.name in CONTRASTIVE, "loss.name", config.name, f"expected one of {', '.join(CONTRASTIVE)}")
-    return CONTRASTIVE[config.name]
+    contrastive = CONTRASTIVE[config.name]
+    tiles = config.tile_rows is None or contrastive.rows is not None
+    check(tiles, "loss.tile_rows", config.tile_rows, f"{config.name} has no tiled form; leave the key out")
+    return contrastive
 
 
 def _with_images(config: LossConfig, embeddings: Embeddings, ids: torch.Tensor) -> Loss:

@@ -1,4 +1,4 @@
-"""Build stock dual encoders from random weights and embed pairs with them. The published layout is decided here.
+"""Build stock dual encoders from random weights, and embed pairs with them.
 
 A ViT with CLIP's text transformer is a `CLIPModel`; any other image tower (the paper's ResNets among them) goes with
 it into a `VisionTextDualEncoderModel`, the stock class that holds any pair.
@@ -38,10 +38,10 @@ LEGACY_EOS_ID = 2  # transformers' CLIP pools at the largest id, not at the end 
 
 
 class DualEncoder(nn.Module):
-    """A stock dual encoder as training sees it: uint8 pixels in, `Embeddings` out.
+    """A stock dual encoder for training: uint8 pixels in, `Embeddings` out.
 
-    The sigmoid loss learns a bias that no stock class has a place for. It lives here, beside the model, and is
-    published as `logit_bias` in config.json, which rankings do not need and probabilities do.
+    The sigmoid loss learns a bias. The stock classes have no parameter for it, so it is kept beside the model and saved
+    as `logit_bias` in config.json. Probabilities need it, rankings do not.
 
     Raises:
         ConfigError: the model and the processor's tokenizer disagree on ids or on the longest text.
@@ -97,7 +97,7 @@ class DualEncoder(nn.Module):
         return (pixel_values.float() - self.pixel_mean) / self.pixel_std
 
     def trains(self, side: Literal["image", "text"]) -> bool:
-        """Return whether any parameter that makes the image or the text embeddings is trained."""
+        """Return whether any parameter of the image or the text side is trained."""
         layout = layout_of(self.model)
         names = {"image": layout.image_side, "text": layout.text_side}[side]
         return any(
@@ -213,7 +213,9 @@ def text_config(preset: Preset, tokenizer: PreTrainedTokenizerBase) -> CLIPTextC
 
 
 def check_tokenizer(model: StockModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that a model and a tokenizer agree on ids and on the longest text; nothing else would say so.
+    """Check that a model and a tokenizer agree on ids and on the longest text.
+
+    Where they disagree, embeddings are wrong without an error.
 
     Raises:
         ConfigError: they do not.
@@ -231,7 +233,7 @@ def check_tokenizer(model: StockModel, tokenizer: PreTrainedTokenizerBase) -> No
         raise ConfigError(f"the tokenizer has ids up to {largest}, the model's vocabulary {text.vocab_size} entries")
     if tokenizer.model_max_length > text.max_position_embeddings:
         raise ConfigError(
-            f"the tokenizer lets {tokenizer.model_max_length} tokens pass, the model has "
+            f"the tokenizer allows {tokenizer.model_max_length} tokens, the model has "
             f"{text.max_position_embeddings} positions; lower tokenizer.max_tokens"
         )
 

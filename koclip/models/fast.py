@@ -57,9 +57,9 @@ def _compute_one_token(tower: Any) -> None:
 
 
 def _prefers_plain_attention(tower: Any) -> bool:
-    """Return whether plain attention beats PyTorch's fused kernel in a tower on a CPU: where sequences are short."""
+    """Return whether plain attention is faster than PyTorch's fused kernel on a CPU: where sequences are short."""
     if isinstance(tower, ChineseCLIPTextModel):
-        return True  # it has room for long texts, but captions are short, and the kernel cannot drop out attention
+        return True  # captions are short, whatever the number of positions; and the kernel has no attention dropout
     if isinstance(tower, CLIPTextModel):
         return int(tower.config.max_position_embeddings) <= SHORT_SEQUENCE
     return int((tower.config.image_size // tower.config.patch_size) ** 2 + 1) <= SHORT_SEQUENCE

@@ -2,7 +2,8 @@
 
 Its `CLIP.initialize_parameters` gives the text transformer's layers below; residual branches shrink with depth. It
 leaves the ViT's layers at PyTorch's defaults; here they have the text transformer's, scaled to their own width and
-depth. (transformers' `CLIPModel` swaps the layers that read the residual stream and those that write to it.)
+depth. (transformers' `CLIPModel` gives the layers that read the residual stream the deviation of those that write to
+it, and the other way round.)
 """
 
 import timm
@@ -31,7 +32,7 @@ def initialize(model: StockModel) -> None:
 
 @torch.no_grad()
 def initialize_tower(tower: nn.Module) -> None:
-    """Draw the weights of one of CLIP's towers again, in place; others keep theirs."""
+    """Draw the weights of a CLIP tower again, in place. Towers of other classes are not changed."""
     layers = [module for module in tower.modules() if isinstance(module, CLIPEncoderLayer)]
     for layer in layers:
         _initialize_layer(layer, depth=len(layers))

@@ -1,12 +1,12 @@
 """Load what training starts from: a CLIP or an image tower whose image space stays, and a text encoder.
 
-Everything is loaded in fp32, from safetensors, into stock classes: no pickles, no remote code. Weights that are
-missing, left over or of other sizes are refused, but for what a model without head has no use for (heads) and for
-poolers, which checkpoints of other tasks lack. transformers would draw those at random; here they are
+Everything is loaded in fp32, from safetensors, into stock classes: no pickles, no remote code. Loading fails on
+missing, unexpected or mismatched weights. There are two exceptions: task heads are ignored, and a missing pooler, which
+transformers would draw at random, is replaced:
 
-- of image towers (google/vit-*): the class token (`koclip.models.swap.linear_pooler`);
-- of text encoders (checkpoints of masked language models): the tanh of the first token, an identity before it. Only
-  `VisionTextDualEncoderModel` has a use for it.
+- of image towers (google/vit-*) by one that returns the class token (`koclip.models.swap.linear_pooler`);
+- of text encoders (checkpoints of masked language models) by the tanh of the first token, after an identity. Only
+  `VisionTextDualEncoderModel` uses it.
 """
 
 import math
@@ -42,7 +42,7 @@ _CLIP, _TEXT = "model.clip", "model.text_encoder"  # the keys that errors name
 
 
 def load_image_side(path: str) -> tuple[StockModel | PreTrainedModel, Any]:
-    """Load the model whose image space is to stay, and its image processor.
+    """Load the model whose image space is kept, and its image processor.
 
     Args:
         path: Directory or Hub id of a CLIP (`CLIPModel`, `ChineseCLIPModel`, `VisionTextDualEncoderModel`), or of an
@@ -113,11 +113,11 @@ def load_text_encoder(path: str, seed: int = 0) -> PreTrainedModel:
 
 
 def take_padding(encoder: PreTrainedModel, pad_token_id: int | None) -> None:
-    """Let an encoder take a tokenizer's padding token for its own, with a warning if that was another one.
+    """Set the padding token of an encoder to the tokenizer's; warn if it was another token.
 
     multilingual-e5 and its like are BERTs whose config.json says 0 beside a tokenizer of XLM-R's, which pads with 1 and
-    begins texts with 0. Padding is masked, so that no embedding changes; but what pads gets no gradient, and a
-    `ChineseCLIPModel` loads it as zeros. Encoders that count positions from it are left as they are.
+    begins texts with 0. Padding is masked, so no embedding changes; but the padding token gets no gradient, and a
+    `ChineseCLIPModel` loads it as zeros. Encoders that count positions from the padding token are not changed.
     """
     config = encoder.config
     if pad_token_id in (None, config.pad_token_id) or config.model_type in (*COUNT_FROM_PADDING, "clip_text_model"):
@@ -142,11 +142,11 @@ def is_hub_id(name: str) -> bool:
 
 
 def read(path: str | Path, key: str, subfolder: str = "") -> tuple[Any, dict[str, list[str]]]:
-    """Load a model in fp32 and evaluation mode, and say what is wrong with its weights: kind of fault -> names.
+    """Load a model in fp32 and evaluation mode; also return the faults of its weights: kind of fault -> names.
 
     Args:
         path: Directory or Hub id.
-        key: What errors name.
+        key: The config key that errors name.
         subfolder: Where in the directory or repository the model lies.
 
     Raises:
@@ -178,7 +178,7 @@ def read_processor(path: str | Path, key: str) -> ProcessorMixin:
     """Load the image processor and the tokenizer of a dual encoder.
 
     Raises:
-        ConfigError: one of them is not there, or `key` names what needs remote code.
+        ConfigError: a file is missing, or the processor needs remote code.
     """
     expected = "preprocessor_config.json (or processor_config.json) and a tokenizer's files"
     try:

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from koclip.models.stock import layout_of, longest_text, parts, positions, set_part
 from koclip.text.tokenizers import forget_call_state
 
-# What transformers 4 knows by another name. Its `ChineseCLIPProcessor` knows no tokenizer but BERT's and cuts no image
-# out by its shorter side; `CLIPProcessor` takes any tokenizer and does what the other one does in transformers 5.
+# Names in transformers 4. Its `ChineseCLIPProcessor` takes only BERT's tokenizer and does not resize by the shorter
+# side. Its `CLIPProcessor` takes any tokenizer and does what `ChineseCLIPProcessor` does in transformers 5.
 _NAMES_IN_4 = {
     "TokenizersBackend": "PreTrainedTokenizerFast",
     "ChineseCLIPProcessor": "CLIPProcessor",
@@ -24,7 +24,7 @@ def save_stock_model(
 ) -> None:
     """Write a stock model directory from a `DualEncoder`'s state dict.
 
-    It has as many positions for texts as the tokenizer's longest text, which is how long texts were in training: every
+    It has as many positions for texts as the longest text of the tokenizer, the length of texts in training. Every
     class fails on a longer text that nobody cuts.
     """
     layout = layout_of(model)
@@ -46,7 +46,7 @@ def save_stock_model(
 
 
 def _cut_positions(model: Any, weights: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Leave the text tower as many positions as the longest text has tokens, in its configuration and `weights`."""
+    """Keep as many positions of the text tower as the longest text has tokens, in its configuration and `weights`."""
     layout, tower = layout_of(model), parts(model).text_tower
     longest = longest_text(tokenizer, tower)
     for table, rows in positions(tower).items():

@@ -1,14 +1,14 @@
-"""Give a CLIP another text encoder. Its image space stays as it is, bit for bit: image tower, projection, logit scale.
+"""Give a CLIP another text encoder. Its image space is kept bit for bit: image tower, projection, logit scale.
 
-The result is a stock class, which training works on, so that publishing converts nothing but the length of texts:
+The result is a stock class, so saving converts only the number of text positions:
 
 | image tower | text encoder | class |
 |---|---|---|
-| CLIP's ViT | BERT and its like: RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT | `ChineseCLIPModel` |
+| CLIP's ViT | BERT and similar encoders: RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT | `ChineseCLIPModel` |
 | CLIP's ViT | CLIP's text transformer, with a tokenizer of its own | `CLIPModel` |
 | any other, or CLIP's ViT | any encoder with a pooler, CLIP's text transformer | `VisionTextDualEncoderModel` |
 
-An image tower alone is given the identity for a projection: its pooled output is the image space.
+An image tower alone gets the identity as its projection: its pooled output is the image space.
 A text's embedding is a bias-free projection of its first token's last hidden state (`ChineseCLIPModel`), of its end
 token's (`CLIPModel`), or of what the encoder's pooler returns (`VisionTextDualEncoderModel`).
 """
@@ -55,7 +55,7 @@ _START_TEMPERATURE = 0.07  # the paper's, for an image tower that has none
 
 
 class _ImageSide(NamedTuple):
-    """What stays: a tower, and what makes the embeddings of its pooled output."""
+    """What is kept: a tower, the projection of its pooled output, and the logit scale."""
 
     tower: PreTrainedModel
     projection: torch.Tensor  # (D, W)
@@ -73,8 +73,8 @@ def swap_text_tower(clip: StockModel | PreTrainedModel, text_encoder: PreTrained
     Neither input is modified, except that a `VisionTextDualEncoderModel` reuses `text_encoder` instead of copying it.
 
     Args:
-        clip: A `CLIPModel`, or any dual encoder whose image side is to stay; or an image tower alone, with a pooled
-            output (B, W) and W as its `config.hidden_size`.
+        clip: A `CLIPModel` or any other stock dual encoder, whose image side is kept; or an image tower alone, with a
+            pooled output (B, W) and W as its `config.hidden_size`.
         text_encoder: The encoder, without a head.
         seed: Seed of the text projection, whose standard deviation is that of CLIP: width ** -0.5.
 
@@ -146,7 +146,7 @@ def _as_pair(image: _ImageSide, text_encoder: PreTrainedModel) -> StockModel:
             f"text encoder: this {type(text_encoder).__name__} has no pooler, whose output a "
             "VisionTextDualEncoderModel projects; load it with its pooling layer, or take a CLIP image tower"
         )
-    tower = copy.deepcopy(image.tower)  # the source may be the teacher while this one is trained
+    tower = copy.deepcopy(image.tower)  # the source may be the teacher while the copy is trained
     config = VisionTextDualEncoderConfig.from_vision_text_configs(tower.config, text_encoder.config, **image.config)
     return VisionTextDualEncoderModel(config=config, vision_model=tower, text_model=text_encoder)
 
@@ -210,9 +210,9 @@ def _check_attention(config: Any) -> None:
 
 
 def linear_pooler(vision_model: nn.Module) -> None:
-    """Make a ViT's pooler return the class token: checkpoints of google/vit-* have none, and a random one is no good.
+    """Make a ViT's pooler return the class token. Checkpoints of google/vit-* have no pooler.
 
-    The stock configuration says so (`pooler_act: linear`), so that the published model computes the same.
+    The stock configuration says so (`pooler_act: linear`), so the published model computes the same.
     """
     pooler: Any = vision_model.pooler
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A model's card, rendered from what was measured and configured. It holds no number of its own."""
+"""A model's card, rendered from the measured numbers and the configuration. It adds no number of its own."""
 
 import re
 import shlex
@@ -59,15 +59,15 @@ class Group(NamedTuple):
 
 
 class Exports(NamedTuple):
-    """What else than transformers reads the directory."""
+    """Other formats beside the model, for libraries other than transformers."""
 
     graphs: dict[str, str]  # dtype of transformers.js -> how the names of both ONNX graphs end
     sentence_transformers: bool
 
     @property
     def tags(self) -> list[str]:
-        """What the Hub finds it by."""
-        # The classes for one tower work in transformers.js, so it is to be found there; the card names them.
+        """The Hub's tags for them."""
+        # transformers.js has no class for the pair but classes for each tower, which the card names.
         graphs = ["onnx", "transformers.js"] if self.graphs else []
         return graphs + (["sentence-transformers"] if self.sentence_transformers else [])
 
@@ -89,9 +89,12 @@ def write_card(cfg: PublishConfig, facts: Facts) -> None:
     """
     directory = Path(cfg.model)
     file = directory / CARD
-    made = not file.exists() or _MARK in file.read_text(encoding="utf-8")
+    is_ours = not file.exists() or _MARK in file.read_text(encoding="utf-8")
     check(
-        made, "model", str(file), "a card that koclip did not write: move it away, and put what it says into data cards"
+        is_ours,
+        "model",
+        str(file),
+        "a card that koclip did not write: move it away, and put what it says into data cards",
     )
     card, licence = render(cfg, facts), conclude(facts.chain, cfg.license)
     card.save(file)
@@ -104,8 +107,8 @@ def render(cfg: PublishConfig, facts: Facts, year: int | None = None) -> ModelCa
     """Return the card with its metadata.
 
     Args:
-        cfg: Where the model goes, and what its makers say of it.
-        facts: What is known of it.
+        cfg: The repository, and what the model's makers state.
+        facts: Its inputs.
         year: Of publication; default: this one.
 
     Raises:
@@ -124,14 +127,14 @@ def render(cfg: PublishConfig, facts: Facts, year: int | None = None) -> ModelCa
         "kind": facts.model["architectures"][0],
         "versions": _VERSIONS.get(facts.model["architectures"][0]),
         "width": facts.model["projection_dim"],
-        "languages_en": _enumerated([_ENGLISH.get(one, one) for one in facts.languages]),
-        "languages_ko": "·".join(_KOREAN.get(one, one) for one in facts.languages),
+        "languages_en": _enumerated([_ENGLISH.get(code, code) for code in facts.languages]),
+        "languages_ko": "·".join(_KOREAN.get(code, code) for code in facts.languages),
         "max_tokens": facts.max_tokens,
         "image_size": facts.image_size,
         "headlines": list(_headlines(facts)),
         "licence": licence,
         "data": facts.data,
-        "trained": [one for one in facts.data if one.trained],
+        "trained": [data_set for data_set in facts.data if data_set.trained],
         "training": list(_training(cfg, facts)),
         "note": NOTE,
         "groups": groups,
@@ -140,7 +143,7 @@ def render(cfg: PublishConfig, facts: Facts, year: int | None = None) -> ModelCa
         "chain": list(_chain(facts)),
     }
     missing = [key for key, value in fields.items() if value in (None, "", [])]
-    check(not missing, "the card", missing, "these fields are empty: mend what they are made from")
+    check(not missing, "the card", missing, "these fields are empty: complete the inputs that they come from")
     template = files("koclip") / "assets" / "model_card.md"
     data = metadata(cfg, facts, licence)
     card: ModelCard = ModelCard.from_template(
@@ -167,7 +170,7 @@ def _what_may_be_missing(cfg: PublishConfig, facts: Facts) -> dict[str, Any]:
 def metadata(cfg: PublishConfig, facts: Facts, licence: Licence) -> ModelCardData:
     """Return the card's front matter."""
     other: dict[str, Any] = {"license_name": licence.name, "license_link": LICENCE} if licence.name else {}
-    hub_data = [one.hub_id for one in facts.data if one.trained and one.hub_id]
+    hub_data = [data_set.hub_id for data_set in facts.data if data_set.trained and data_set.hub_id]
     return ModelCardData(
         language=facts.languages,
         license=licence.id,
@@ -183,7 +186,7 @@ def metadata(cfg: PublishConfig, facts: Facts, licence: Licence) -> ModelCardDat
 
 
 def _exports(directory: Path) -> Exports:
-    """Return what lies beside the model."""
+    """Return the formats beside the model."""
     kinds = {"fp32": EXACT, "q8": INT8}
     graphs = {
         dtype: kind
@@ -261,7 +264,7 @@ def _training(cfg: PublishConfig, facts: Facts) -> Iterator[tuple[str, str]]:
     method = config.get("align", {}).get("method")
     yield "method", f"alignment, {method}" if method else "contrastive, from random weights"
     if facts.base_models:
-        yield "began with", ", ".join(f"[{one}](https://huggingface.co/{one})" for one in facts.base_models)
+        yield "began with", ", ".join(f"[{hub_id}](https://huggingface.co/{hub_id})" for hub_id in facts.base_models)
     pairs = config["train"]["batch_size"] * environment["num_processes"]
     yield "steps", f"{config['train']['num_steps']:,} of {pairs:,} pairs"
     yield "command", f"`recipes/{shlex.join(_FOLDERS.sub('', word) for word in environment['command'])}`"
@@ -304,7 +307,7 @@ def _software(environment: dict[str, Any]) -> str:
 
 
 def _chain(facts: Facts) -> Iterator[list[str]]:
-    """Yield the terms of every part that the licence depends on: source, role, part, licence, `ALLOWS`, who says so."""
+    """Yield the terms of every part: source, role, part, licence, the answers to `ALLOWS`, and who states them."""
     for source in facts.chain:
         for part in source.parts:
             yield [source.name, source.role, part.part, part.licence, *part.answers, part.source]

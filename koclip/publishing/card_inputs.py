@@ -1,4 +1,4 @@
-"""What is known of a run: its configuration, its surroundings, its numbers, its sources with their cards."""
+"""The inputs of a model's card: the run's configuration, environment and numbers, and its sources with their cards."""
 
 import json
 import shlex
@@ -29,7 +29,7 @@ _SURROUNDINGS = ("commit", "python", "packages", "cpu_threads", "gpus", "num_pro
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set and what its card says of it."""
+    """A data set, and the content of its card."""
 
     name: str
     roles: tuple[str, ...]  # of "training", "training of the base", "evaluation"
@@ -44,7 +44,7 @@ class DataSet:
 
     @property
     def role(self) -> str:
-        """What it was used for, in words."""
+        """Its uses, in words."""
         return ", ".join(self.roles)
 
     @property
@@ -54,18 +54,18 @@ class DataSet:
 
     @property
     def trained(self) -> bool:
-        """Whether the model or its base learnt from it."""
+        """Whether the model or its base was trained on it."""
         return any(role != _EVALUATION for role in self.roles)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """All that a model's card is made of."""
+    """All inputs of a model's card."""
 
     model: dict[str, Any]  # config.json
     max_tokens: int
-    reads_longer: bool  # whether the class embeds texts of more tokens, though nothing was learnt of so many
-    cleans: bool  # whether the tokenizer gives a text the ids of the clean text by itself
+    reads_longer: bool  # whether the class embeds longer texts, though it was not trained on them
+    cleans: bool  # whether the tokenizer cleans texts by itself
     image_size: int
     config: dict[str, Any]  # the run's config.yaml
     environment: dict[str, Any]
@@ -79,15 +79,18 @@ class Facts:
 
     @property
     def chain(self) -> list[Source]:
-        """All that the model's licence depends on: towers and training data."""
-        return [*self.towers, *(Source(one.role, one.name, one.parts) for one in self.data if one.trained)]
+        """The sources that the model's licence depends on: towers and training data."""
+        return [
+            *self.towers,
+            *(Source(data_set.role, data_set.name, data_set.parts) for data_set in self.data if data_set.trained),
+        ]
 
 
 def gather(cfg: PublishConfig) -> Facts:
     """Read everything that the card of `cfg.model` needs.
 
     Raises:
-        ConfigError: something is missing; the message names it and says what to do.
+        ConfigError: an input is missing; the message names it and says what to do.
     """
     directory, cards = Path(cfg.model), Path(cfg.data_cards)
     run = directory.resolve().parent
@@ -103,7 +106,7 @@ def gather(cfg: PublishConfig) -> Facts:
         else:
             more, data_of_base = _base_run(key, name, cards, cfg.licenses)
             towers, data = towers + more, data + data_of_base
-    data += [_data_set(name, _EVALUATION, cards, _path(one)) for name, one in results["data"].items()]
+    data += [_data_set(name, _EVALUATION, cards, _path(described)) for name, described in results["data"].items()]
     model = _read(directory / "config.json")
     max_tokens = _needed(directory / "tokenizer_config.json", "model_max_length")
     facts = Facts(
@@ -119,7 +122,7 @@ def gather(cfg: PublishConfig) -> Facts:
         records=records_of({name: Metric.from_dict(values) for name, values in results["metrics"].items()}, SPECS),
         data=_once(data),
         towers=list(dict.fromkeys(towers)),
-        base_models=list(dict.fromkeys(one.name for one in towers if one.role in ("clip", "text_encoder"))),
+        base_models=list(dict.fromkeys(tower.name for tower in towers if tower.role in ("clip", "text_encoder"))),
         languages=_languages(config),
     )
     _check_measured(cfg, results)
@@ -127,17 +130,17 @@ def gather(cfg: PublishConfig) -> Facts:
 
 
 def _seconds(log: Path) -> float | None:
-    found = storage.read_lines(log)
-    return found[-1].get("seconds") if found else None
+    lines = storage.read_lines(log)
+    return lines[-1].get("seconds") if lines else None
 
 
 def _once(data: list[DataSet]) -> list[DataSet]:
     """Return every data set once, with all its roles."""
-    found: dict[str, DataSet] = {}
-    for one in data:
-        before = found.get(one.name, one)
-        found[one.name] = replace(before, roles=tuple(dict.fromkeys((*before.roles, *one.roles))))
-    return list(found.values())
+    by_name: dict[str, DataSet] = {}
+    for data_set in data:
+        before = by_name.get(data_set.name, data_set)
+        by_name[data_set.name] = replace(before, roles=tuple(dict.fromkeys((*before.roles, *data_set.roles))))
+    return list(by_name.values())
 
 
 def _read_config(run: Path) -> dict[str, Any]:
@@ -150,16 +153,21 @@ def _read_config(run: Path) -> dict[str, Any]:
 
 
 def _read_results(cfg: PublishConfig, run: Path) -> dict[str, Any]:
-    file, mend = Path(cfg.results) if cfg.results else run / "results.json", _measure_again(cfg)
-    check(file.is_file(), "results", str(file), f"no such file; {mend}")
+    file, action = Path(cfg.results) if cfg.results else run / "results.json", _measure_again(cfg)
+    check(file.is_file(), "results", str(file), f"no such file; {action}")
     results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     for name in ("model", "fingerprint", "data", "metrics", "environment"):
-        check(bool(results.get(name)), f"results: {file}, {name}", results.get(name), f"expected it in there; {mend}")
+        check(
+            bool(results.get(name)),
+            f"results: {file}, {name}",
+            results.get(name),
+            f"expected it in this file; {action}",
+        )
     return results
 
 
 def _check_measured(cfg: PublishConfig, results: Mapping[str, Any]) -> None:
-    """Make sure that numbers are of the very model that is published, wherever it lay when it was measured."""
+    """Check that the numbers are those of the published model, wherever it was when it was measured."""
     own = load(cfg.model, "cpu").fingerprint()
     other = f"the numbers are of {results['model']}, which is another model or has changed since"
     expected = f"expected {own}, that of {cfg.model}: {other}; {_measure_again(cfg)}"
@@ -179,16 +187,16 @@ def _training_data(config: Mapping[str, Any], cards: Path, role: str) -> Iterato
 
 
 def _path(described: Mapping[str, Any]) -> str | None:
-    """Return where an evaluated data set was read from, as results.json describes it."""
+    """Return the path of an evaluated data set, from its description in results.json."""
     path: str | None = described.get("source", {}).get("source", {}).get("path")
     return path
 
 
 def _find_card(name: str, path: str | None, cards: Path) -> Path:
-    """Return the data card of that name, else the one that lists the file that was read: a part has no card alone."""
+    """Return the data card of that name, else the card that lists the file that was read (a part of a data set)."""
     file = cards / f"{name}.md"
     others = () if file.is_file() or path is None else sorted(cards.glob("*.md"))
-    file = next((one for one in others if path in (front_matter(one)[0].get("files") or {})), file)
+    file = next((card for card in others if path in (front_matter(card)[0].get("files") or {})), file)
     write = "write it, as data_cards/README.md says, or name the directory: --data_cards"
     listing = f", nor one that lists {path}" if path else ""
     check(file.is_file(), f"the data card of {name}", str(file), f"no such file{listing}; {write}")
@@ -221,7 +229,7 @@ def _data_set(
 
 
 def _towers(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the key and the name of what an alignment began with."""
+    """Yield the keys and names of the models that an alignment started from."""
     if "align" in config:
         yield "model.clip", config["model"]["clip"]
         if config["model"]["text_encoder"] not in (None, "same"):
@@ -229,11 +237,11 @@ def _towers(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _base_run(key: str, name: str, cards: Path, licenses: Mapping[str, str]) -> tuple[list[Source], list[DataSet]]:
-    """Return towers and data of a base that koclip trained here, and of its own base."""
+    """Return towers and data of a base that koclip trained on this machine, and of that base's own base."""
     run = Path(name).resolve().parent
     option = f"--{key.removeprefix('model.')} <its Hub id>"
-    found = (run / "config.yaml").is_file()
-    check(found, key, name, f"a directory without the run that made it, so its licence is not known: give {option}")
+    has_run = (run / "config.yaml").is_file()
+    check(has_run, key, name, f"a directory without the run that made it, so its licence is not known: give {option}")
     config = _read_config(run)
     towers: list[Source] = []
     data = list(_training_data(config, cards, "training of the base"))
@@ -248,7 +256,7 @@ def _base_run(key: str, name: str, cards: Path, licenses: Mapping[str, str]) -> 
 
 
 def _parts(hub_id: str, given: Mapping[str, str]) -> tuple[Part, ...]:
-    """Return the terms of a Hub model: what the user says, else what its card says."""
+    """Return the terms of a Hub model: those that the user states, else those of its card."""
     if hub_id in given:
         return model_parts(given[hub_id], "whoever published this")
     try:
@@ -268,12 +276,14 @@ def _parts(hub_id: str, given: Mapping[str, str]) -> tuple[Part, ...]:
 
 def _languages(config: Mapping[str, Any]) -> list[str]:
     """Return the languages of the captions that were trained on."""
-    found = []
+    languages = []
     for source in config["data"]["sources"]:
         weights = source.get("languages")
-        found += [one for one in source["captions"] if weights is None or weights.get(one, 0) > 0]
-    check(bool(found), "data.sources[].captions", found, "expected the languages of the captions in config.yaml")
-    return list(dict.fromkeys(found))
+        languages += [language for language in source["captions"] if weights is None or weights.get(language, 0) > 0]
+    check(
+        bool(languages), "data.sources[].captions", languages, "expected the languages of the captions in config.yaml"
+    )
+    return list(dict.fromkeys(languages))
 
 
 def _cleans(directory: Path) -> bool:
@@ -293,12 +303,14 @@ def _image_size(file: Path) -> int:
 def _needed(file: Path, name: str) -> Any:
     values = _read(file)
     known = name in values and values[name] not in ("", {})
-    check(known, f"{file}: {name}", values.get(name), "expected it in there: the card needs it")
+    check(known, f"{file}: {name}", values.get(name), "expected a value: the card needs it")
     return values[name]
 
 
 def _read(file: Path) -> dict[str, Any]:
-    check(file.is_file(), "model", str(file), "no such file, which the card is made from: publish what koclip wrote")
+    check(
+        file.is_file(), "model", str(file), "no such file, which the card needs: publish a directory that koclip wrote"
+    )
     try:
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # no JSON, or no UTF-8

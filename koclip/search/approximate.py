@@ -38,7 +38,7 @@ class Quick:
         index.nprobe = min(probed, index.nlist)
 
     def __len__(self) -> int:
-        """Number of images that it was made of."""
+        """Number of images in it."""
         return int(self._index.ntotal)
 
     def likely(self, query: torch.Tensor, k: int) -> torch.Tensor:
@@ -64,7 +64,7 @@ def faiss() -> Any:
 
 
 def build(rows: Sequence[torch.Tensor], width: int, path: Path) -> None:
-    """Make the approximate index of some shards' rows (n, D) bf16 each; the file is there whole or not at all.
+    """Build the approximate index of some shards' rows (n, D) bf16 each; the file is complete or absent.
 
     Raises:
         ConfigError: faiss is not installed, or there is no row.

@@ -61,7 +61,7 @@ class Collection(NamedTuple):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What tells this collection from others. A changed picture in a folder does not make it another."""
+        """What identifies this collection. It stays the same if a picture in a folder changes."""
         config = self.source.config
         if config.format == "pictures":
             names = (row.key for row in islice(self.source.iter_rows(images=False), self.max_images))
@@ -107,7 +107,7 @@ def build(config: IndexConfig, encoder: Encoder, directory: Path) -> tuple[int, 
 
 
 def _embed(config: IndexConfig, encoder: Encoder, collection: Collection, store: Store) -> tuple[list[Path], bool]:
-    """Write the shards that are missing or of other rows than now; return all that are used, and whether one is new.
+    """Write the shards that are missing or of other rows than now; return all that are used, and whether any is new.
 
     A shard takes another name than the one it takes the place of, which an index that is complete still needs.
 
@@ -194,7 +194,7 @@ def _embedding(encoder: Encoder) -> Any:
 
 
 def _read(row: Row) -> tuple[Item, Any]:
-    """Return what tells a row from what it was, and the content of its image; None where it cannot be read."""
+    """Return what identifies a row's content, and the content of its image; None if it cannot be read."""
     file = _stamp(row)  # before it is read: what is written after that changes the stamp
     row_hash = xxh3_128_digest(repr((row.key, row.captions)).encode())
     try:
@@ -235,8 +235,8 @@ def _files(source: SourceConfig) -> str:
 
 def _resized(shard: Shard, count: int) -> ConfigError:
     return ConfigError(
-        f"output_dir: {shard.path.name} was made of {shard.num_items} images, but {count} belong into it: the images "
-        "have changed since; delete the folder and run the same command again, or name another"
+        f"output_dir: {shard.path.name} holds {shard.num_items} images, expected {count}: the images "
+        "have changed; delete the folder and run the same command again, or name another"
     )
 
 

@@ -39,7 +39,7 @@ class ImageIndex:
         quick: What finds the likely ones; None looks at all.
 
     Raises:
-        ConfigError: `quick` was made of other images.
+        ConfigError: `quick` holds another number of images.
     """
 
     def __init__(self, shards: Shards, facts: dict[str, Any], quick: approximate.Quick | None = None) -> None:

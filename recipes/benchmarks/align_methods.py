@@ -51,13 +51,13 @@ def main() -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    made = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    made.add_argument("--source", default="runs/flickr8k_en_small_{seed}", help="run directory (default: %(default)s)")
-    made.add_argument("--output_dir", default="runs/align_methods", help="of all runs (default: %(default)s)")
-    made.add_argument("options", nargs="*", help="further options of recipes/align.py, behind --")
-    return made
+    cli = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    cli.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    cli.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    cli.add_argument("--source", default="runs/flickr8k_en_small_{seed}", help="run directory (default: %(default)s)")
+    cli.add_argument("--output_dir", default="runs/align_methods", help="of all runs (default: %(default)s)")
+    cli.add_argument("options", nargs="*", help="further options of recipes/align.py, behind --")
+    return cli
 
 
 def align(method: str, seed: int, args: argparse.Namespace) -> Outcome:
@@ -89,17 +89,17 @@ def recall(run: Path, language: str) -> float:
 
 def print_table(rows: dict[str, list[Outcome]], english: list[float]) -> None:
     """Print means over the seeds; the ratio is that of the means, in brackets each seed's own."""
-    each = "/".join(f"{one:.1f}" for one in english)
+    each = "/".join(f"{value:.1f}" for value in english)
     table = Table(title=f"Text to image, R@10, %. Sources, English: {statistics.fmean(english):.1f} ({each})")
     for heading in ("method", "Korean", "of the source's English", "English", "minutes", "CPU minutes", "peak GiB"):
         table.add_column(heading)
     for method, outcomes in rows.items():
-        korean = [one.korean for one in outcomes]
-        ratios = "/".join(f"{ours / theirs:.2f}" for ours, theirs in zip(korean, english, strict=True))
+        korean = [outcome.korean for outcome in outcomes]
+        ratios = "/".join(f"{ours / reference:.2f}" for ours, reference in zip(korean, english, strict=True))
         means = [statistics.fmean(column) for column in zip(*outcomes, strict=True)]
         table.add_row(
             method,
-            f"{means[0]:.1f} ({'/'.join(f'{one:.1f}' for one in korean)})",
+            f"{means[0]:.1f} ({'/'.join(f'{value:.1f}' for value in korean)})",
             f"{means[0] / statistics.fmean(english):.2f} ({ratios})",
             *(f"{mean:.1f}" for mean in means[1:]),
         )

@@ -215,29 +215,29 @@ def compare(options: argparse.Namespace, folder: Path) -> tuple[Turns, str]:
 
     images = torch.stack([ours.features.embedding(digest_of(file.read_bytes())) for file in pairs.files])
     with torch.no_grad():
-        theirs = torch.cat([model.eval().encode_text(part, True) for part in tokenize(pairs.captions).split(64)])
-    found = {
+        peer_texts = torch.cat([model.eval().encode_text(part, True) for part in tokenize(pairs.captions).split(64)])
+    by_library = {
         "koclip": TransformersEncoder(ours.model, ours.processor).encode_texts(pairs.captions),
-        "open_clip": theirs,
+        "open_clip": peer_texts,
     }
-    lines = [f"R@10 of {name}: {recall_at_10(texts, images, pairs.captions)}" for name, texts in found.items()]
+    lines = [f"R@10 of {name}: {recall_at_10(texts, images, pairs.captions)}" for name, texts in by_library.items()]
     return turns, "\n".join([f"first loss: koclip {losses[0]:.6f}, open_clip {losses[1]:.6f}", *lines])
 
 
 def table(turns: Turns, cpu_time: bool) -> str:
     """Return seconds and ratios as a Markdown table."""
-    theirs, ours = ([turn.cpu if cpu_time else turn.wall for turn in side] for side in (turns.open_clip, turns.koclip))
+    peer, ours = ([turn.cpu if cpu_time else turn.wall for turn in side] for side in (turns.open_clip, turns.koclip))
     cache = turns.cache.cpu if cpu_time else turns.cache.wall
-    epochs = [f"{statistics.median(one):.1f} ({min(one):.1f}-{max(one):.1f})" for one in (theirs, ours)]
-    totals = EPOCHS * statistics.mean(theirs), cache + EPOCHS * statistics.mean(ours)
-    _, lowest_highest = spread([one + cache / EPOCHS for one in ours], theirs).split()
+    epochs = [f"{statistics.median(seconds):.1f} ({min(seconds):.1f}-{max(seconds):.1f})" for seconds in (peer, ours)]
+    totals = EPOCHS * statistics.mean(peer), cache + EPOCHS * statistics.mean(ours)
+    _, lowest_highest = spread([seconds + cache / EPOCHS for seconds in ours], peer).split()
     cells = [*(f"{total:.1f}" for total in totals), f"{totals[0] / totals[1]:.2f} {lowest_highest}"]
     return "\n".join(
         [
             f"| {'CPU' if cpu_time else 'wall'} time, s | open_clip | koclip | ratio |",
             "|---|---|---|---|",
             f"| image features | | {cache:.1f} | |",
-            f"| an epoch | {' | '.join(epochs)} | {spread(ours, theirs)} |",
+            f"| an epoch | {' | '.join(epochs)} | {spread(ours, peer)} |",
             f"| {EPOCHS} epochs in all | {' | '.join(cells)} |",
         ]
     )
@@ -245,33 +245,33 @@ def table(turns: Turns, cpu_time: bool) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     towers = ["vit_b32", "vit_b16", "small", "tiny"]
-    made.add_argument("--image_tower", choices=towers, default="vit_b32", help="(default: vit_b32)")
-    made.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    made.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    made.add_argument("--pairs", type=int, default=512, help="photos, with a caption each (default: 512)")
-    made.add_argument("--epochs", type=int, default=EPOCHS, help="epochs to measure (default: 10)")
-    made.add_argument("--text_width", type=int, default=768, help="of the text encoder (default: 768)")
-    made.add_argument("--text_layers", type=int, default=12, help="of the text encoder (default: 12)")
-    made.add_argument("--batch_size", type=int, default=64, help="pairs per step (default: 64)")
-    made.add_argument("--num_crops", type=int, default=1, help="views of a photo that koclip keeps (default: 1)")
-    made.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default: 1e-4)")
-    made.add_argument("--cpu_time", action="store_true", help="CPU time first (for one thread, on a busy machine)")
-    made.add_argument("--data", default=str(FLICKR8K_KO), help="a data.sources[].path (default: %(default)s)")
-    made.add_argument("--vocab", default=str(VOCAB), help="a WordPiece vocabulary (default: %(default)s)")
-    return made
+    cli.add_argument("--image_tower", choices=towers, default="vit_b32", help="(default: vit_b32)")
+    cli.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    cli.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    cli.add_argument("--pairs", type=int, default=512, help="photos, with a caption each (default: 512)")
+    cli.add_argument("--epochs", type=int, default=EPOCHS, help="epochs to measure (default: 10)")
+    cli.add_argument("--text_width", type=int, default=768, help="of the text encoder (default: 768)")
+    cli.add_argument("--text_layers", type=int, default=12, help="of the text encoder (default: 12)")
+    cli.add_argument("--batch_size", type=int, default=64, help="pairs per step (default: 64)")
+    cli.add_argument("--num_crops", type=int, default=1, help="views of a photo that koclip keeps (default: 1)")
+    cli.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default: 1e-4)")
+    cli.add_argument("--cpu_time", action="store_true", help="CPU time first (for one thread, on a busy machine)")
+    cli.add_argument("--data", default=str(FLICKR8K_KO), help="a data.sources[].path (default: %(default)s)")
+    cli.add_argument("--vocab", default=str(VOCAB), help="a WordPiece vocabulary (default: %(default)s)")
+    return cli
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Print the tables."""
-    made = parser()
-    options = made.parse_args(args)
+    cli = parser()
+    options = cli.parse_args(args)
     for name in ("data", "vocab"):
         if not Path(getattr(options, name)).exists():
-            made.exit(2, f"{made.prog}: nothing at {getattr(options, name)}; name a file with --{name}\n")
+            cli.exit(2, f"{cli.prog}: nothing at {getattr(options, name)}; name a file with --{name}\n")
     if options.pairs % options.batch_size:
-        made.exit(2, f"{made.prog}: --pairs must be a multiple of --batch_size\n")
+        cli.exit(2, f"{cli.prog}: --pairs must be a multiple of --batch_size\n")
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:

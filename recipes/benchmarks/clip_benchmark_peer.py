@@ -73,11 +73,11 @@ def retrieval(
         ks: The ks.
     """
     model = _Given(images, texts)
-    found = zeroshot_retrieval.evaluate(
+    metrics = zeroshot_retrieval.evaluate(
         model, _Batches(captions), model.tokenize, "cpu", amp=False, recall_k_list=list(ks)
     )
     directions = {"image_retrieval": "text_to_image", "text_retrieval": "image_to_text"}
-    return {f"{ours}/recall@{k}": found[f"{theirs}_recall@{k}"] for theirs, ours in directions.items() for k in ks}
+    return {f"{ours}/recall@{k}": metrics[f"{peer}_recall@{k}"] for peer, ours in directions.items() for k in ks}
 
 
 def zero_shot(
@@ -93,11 +93,11 @@ def zero_shot(
     """
     model = _Given(images, texts)
     names = list(prompts)
-    found = zeroshot_classification.evaluate(
+    metrics = zeroshot_classification.evaluate(
         model, _Batches(labels, names), model.tokenize, names, prompts, "cpu", amp=False
     )
     return {
-        "zero_shot/accuracy": found["acc1"],
-        "zero_shot/accuracy@5": found["acc5"],
-        "zero_shot/mean_per_class": float(found["mean_per_class_recall"]),
+        "zero_shot/accuracy": metrics["acc1"],
+        "zero_shot/accuracy@5": metrics["acc5"],
+        "zero_shot/mean_per_class": float(metrics["mean_per_class_recall"]),
     }

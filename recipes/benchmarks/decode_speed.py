@@ -40,7 +40,7 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # any will do, and these can be un
 def jpegs(count: int, size: tuple[int, int], photos: Sequence[Image.Image]) -> list[bytes]:
     """Return `count` JPEGs of one size, quality 90: mosaics of small photos, or of drawn pictures if there are none."""
     rng = np.random.default_rng(0)
-    made = []
+    files = []
     for _ in range(count):
         mosaic = Image.new("RGB", size)
         for left in range(0, size[0], 128):
@@ -48,8 +48,8 @@ def jpegs(count: int, size: tuple[int, int], photos: Sequence[Image.Image]) -> l
                 mosaic.paste(photos[int(rng.integers(len(photos)))] if photos else drawn(rng), (left, top))
         buffer = io.BytesIO()
         mosaic.save(buffer, "JPEG", quality=90)
-        made.append(buffer.getvalue())
-    return made
+        files.append(buffer.getvalue())
+    return files
 
 
 def drawn(rng: np.random.Generator, side: int = 128) -> Image.Image:
@@ -76,10 +76,10 @@ def pipelines(config: DataConfig) -> dict[str, Callable[[bytes, int], Tensor]]:
     """Return each pipeline: from a JPEG's bytes and a seed to a crop."""
     from open_clip_peer import train_transform
 
-    theirs, ours = train_transform(CROP, mean=MEAN, std=STD), Views(config, CROP).random
+    peer, ours = train_transform(CROP, mean=MEAN, std=STD), Views(config, CROP).random
 
     def open_clip(data: bytes, seed: int) -> Tensor:
-        cropped: Tensor = theirs(Image.open(io.BytesIO(data)))
+        cropped: Tensor = peer(Image.open(io.BytesIO(data)))
         return cropped
 
     def koclip(data: bytes, seed: int) -> Tensor:
@@ -124,10 +124,10 @@ def row(size: tuple[int, int], files: Sequence[bytes], rounds: int) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--rounds", type=int, default=7, help="measured rounds (default: 7)")
-    made.add_argument("--files", type=int, default=64, help="JPEGs of each size (default: 64)")
-    return made
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--rounds", type=int, default=7, help="measured rounds (default: 7)")
+    cli.add_argument("--files", type=int, default=64, help="JPEGs of each size (default: 64)")
+    return cli
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -116,32 +116,32 @@ def main(args: Sequence[str] | None = None) -> None:
         precision=options.precision, compile=options.compile, tracker="none",
     )  # fmt: skip
     work = flops(model, batch)
-    found = {"koclip": measure(koclip_step(model, processor, batch, train), options.rounds, "koclip")}
+    measured = {"koclip": measure(koclip_step(model, processor, batch, train), options.rounds, "koclip")}
     torch.cuda.empty_cache()
     if find_spec("open_clip"):
         step = open_clip_step(model, processor, batch, options)
-        found["open_clip"] = measure(step, options.rounds, "open_clip")
+        measured["open_clip"] = measure(step, options.rounds, "open_clip")
     print(f"{torch.cuda.get_device_name()}; torch {torch.__version__}; {options.preset}, {options.precision}")
     print(f"{options.batch_size} pairs in pieces of {options.micro_batch_size}, {options.rounds} steps\n")
     print("| way | peak memory, GiB | images/s | share of the peak | koclip is faster |\n|---|---|---|---|---|")
-    for name, one in found.items():
-        seconds = statistics.median(one.seconds)
+    for name, result in measured.items():
+        seconds = statistics.median(result.seconds)
         share = work / seconds / (options.peak_tflops * 1e12)
-        ratio = spread(found["koclip"].seconds, one.seconds)
-        print(f"| {name} | {one.gib:.1f} | {options.batch_size / seconds:,.0f} | {share:.1%} | {ratio} |")
+        ratio = spread(measured["koclip"].seconds, result.seconds)
+        print(f"| {name} | {result.gib:.1f} | {options.batch_size / seconds:,.0f} | {share:.1%} | {ratio} |")
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--preset", choices=["vit_b32", "vit_b16", "vit_l14"], default="vit_b32")
-    made.add_argument("--batch_size", type=int, default=32_768, help="pairs in a step (default: 32768)")
-    made.add_argument("--micro_batch_size", type=int, default=1_024, help="pairs in a piece (default: 1024)")
-    made.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="bf16")
-    made.add_argument("--compile", action="store_true", help="torch.compile koclip's model")
-    made.add_argument("--rounds", type=int, default=3, help="measured steps (default: 3)")
-    made.add_argument("--peak_tflops", type=float, default=989.0, help="dense bf16 peak (default: 989, H100 and H200)")
-    return made
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--preset", choices=["vit_b32", "vit_b16", "vit_l14"], default="vit_b32")
+    cli.add_argument("--batch_size", type=int, default=32_768, help="pairs in a step (default: 32768)")
+    cli.add_argument("--micro_batch_size", type=int, default=1_024, help="pairs in a piece (default: 1024)")
+    cli.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="bf16")
+    cli.add_argument("--compile", action="store_true", help="torch.compile koclip's model")
+    cli.add_argument("--rounds", type=int, default=3, help="measured steps (default: 3)")
+    cli.add_argument("--peak_tflops", type=float, default=989.0, help="dense bf16 peak (default: 989, H100 and H200)")
+    return cli
 
 
 if __name__ == "__main__":

@@ -223,15 +223,15 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--batch_size", type=int, default=4096, help="pairs in the step (default: 4096)")
-    made.add_argument("--micro_batch_size", type=int, default=64, help="pairs in a piece (default: 64)")
-    made.add_argument("--check_batch_size", type=int, default=256, help="pairs of the gradient table (default: 256)")
-    made.add_argument("--rounds", type=int, default=1, help="rounds (default: 1)")
-    made.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    made.add_argument("--cpu_time", action="store_true", help="count CPU seconds (for one thread, on a busy machine)")
-    made.add_argument("--method", choices=[*METHODS, "open_clip plain"], help=argparse.SUPPRESS)
-    return made
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--batch_size", type=int, default=4096, help="pairs in the step (default: 4096)")
+    cli.add_argument("--micro_batch_size", type=int, default=64, help="pairs in a piece (default: 64)")
+    cli.add_argument("--check_batch_size", type=int, default=256, help="pairs of the gradient table (default: 256)")
+    cli.add_argument("--rounds", type=int, default=1, help="rounds (default: 1)")
+    cli.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    cli.add_argument("--cpu_time", action="store_true", help="count CPU seconds (for one thread, on a busy machine)")
+    cli.add_argument("--method", choices=[*METHODS, "open_clip plain"], help=argparse.SUPPRESS)
+    return cli
 
 
 if __name__ == "__main__":

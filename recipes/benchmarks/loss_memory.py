@@ -44,9 +44,9 @@ def features(count: int) -> Embeddings:
     random = torch.Generator().manual_seed(0)
     image, text = (torch.randn(count, WIDTH, generator=random) for _ in range(2))
     text.add_(image, alpha=0.2)
-    for one in (image, text):
-        F.normalize(one, dim=-1, out=one)
-    return Embeddings(*(one.requires_grad_() for one in (image, text, torch.tensor(20.0), torch.tensor(-8.0))))
+    for tensor in (image, text):
+        F.normalize(tensor, dim=-1, out=tensor)
+    return Embeddings(*(tensor.requires_grad_() for tensor in (image, text, torch.tensor(20.0), torch.tensor(-8.0))))
 
 
 def loss_of(way: str, name: str, count: int) -> Callable[[Embeddings], Tensor]:
@@ -55,15 +55,18 @@ def loss_of(way: str, name: str, count: int) -> Callable[[Embeddings], Tensor]:
         import open_clip
 
         clip_loss = open_clip.ClipLoss() if name == "infonce" else open_clip.SigLipLoss()
-        return lambda made: clip_loss(
-            made.image, made.text, made.logit_scale, *([made.logit_bias] if name == "sigmoid" else [])
+        return lambda embeddings: clip_loss(
+            embeddings.image,
+            embeddings.text,
+            embeddings.logit_scale,
+            *([embeddings.logit_bias] if name == "sigmoid" else []),
         )
     tile_rows = count if way == "dense" else None
     loss = losses.build(LossConfig(name=name, duplicates="negatives", tile_rows=tile_rows))
-    return lambda made: loss(made, torch.arange(count)).value
+    return lambda embeddings: loss(embeddings, torch.arange(count)).value
 
 
-def kept(loss: Callable[[Embeddings], Tensor], made: Embeddings) -> tuple[Tensor, int]:
+def kept(loss: Callable[[Embeddings], Tensor], embeddings: Embeddings) -> tuple[Tensor, int]:
     """Return the loss and the bytes that wait for its backward pass, each storage once."""
     storages: dict[int, int] = {}
 
@@ -72,7 +75,7 @@ def kept(loss: Callable[[Embeddings], Tensor], made: Embeddings) -> tuple[Tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        value = loss(made)
+        value = loss(embeddings)
     return value, sum(storages.values())
 
 
@@ -85,13 +88,13 @@ def worker(options: argparse.Namespace) -> None:
     """Measure one way at one size in this process, and print what was found as JSON."""
     torch.set_num_threads(options.threads)
     (way,), (count,) = options.ways, options.sizes
-    loss, made = loss_of(way, options.loss, count), features(count)
+    loss, embeddings = loss_of(way, options.loss, count), features(count)
     clock = time.process_time if options.cpu_time else time.perf_counter
     before, began = psutil.Process().memory_info().rss / 2**20, clock()
-    value, held = kept(loss, made)
+    value, held = kept(loss, embeddings)
     value.backward()
-    found = {"seconds": clock() - began, "megabytes": peak() - before, "value": value.item()}
-    print(json.dumps(found | {"kept": held / (2 * made.image.nbytes)}))
+    measured = {"seconds": clock() - began, "megabytes": peak() - before, "value": value.item()}
+    print(json.dumps(measured | {"kept": held / (2 * embeddings.image.nbytes)}))
 
 
 def run(way: str, count: int, options: argparse.Namespace) -> dict[str, float]:
@@ -101,8 +104,8 @@ def run(way: str, count: int, options: argparse.Namespace) -> dict[str, float]:
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{way} at {count} pairs failed:\n{done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measured
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -113,34 +116,34 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     ways = [way for way in options.ways if way != "open_clip" or find_spec("open_clip")]
     clock = "CPU time" if options.cpu_time else "wall time"
-    found: dict[tuple[int, str], list[dict[str, float]]] = {}
+    measured: dict[tuple[int, str], list[dict[str, float]]] = {}
     for count, way in tqdm([(n, way) for n in options.sizes for _ in range(options.rounds) for way in ways], "losses"):
-        found.setdefault((count, way), []).append(run(way, count, options))
+        measured.setdefault((count, way), []).append(run(way, count, options))
     print(f"{hardware()}; torch {torch.__version__}; {options.threads} thread(s), {clock}, {options.rounds} round(s)")
     print(f"{options.loss}, {WIDTH} wide, fp32\n")
     print("| pairs | loss | peak memory | kept, x features | s | faster than dense | value |")
     print("|---|---|---|---|---|---|---|")
-    for (count, way), rounds in found.items():
+    for (count, way), rounds in measured.items():
         memory, share, seconds = (
-            statistics.median(one[key] for one in rounds) for key in ("megabytes", "kept", "seconds")
+            statistics.median(result[key] for result in rounds) for key in ("megabytes", "kept", "seconds")
         )
-        dense = [one["seconds"] for one in found.get((count, "dense"), [])]
-        ratio = spread([one["seconds"] for one in rounds], dense) if dense else "-"
+        dense = [result["seconds"] for result in measured.get((count, "dense"), [])]
+        ratio = spread([result["seconds"] for result in rounds], dense) if dense else "-"
         cells = [f"{count:,}", way, f"{memory:,.0f} MB", f"{share:.2f}", f"{seconds:.1f}", ratio]
         print(f"| {' | '.join(cells)} | {rounds[0]['value']:.6f} |")
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--sizes", type=int, nargs="+", default=[4_096, 8_192, 16_384], help="pairs")
-    made.add_argument("--ways", choices=WAYS, nargs="+", default=list(WAYS), help="default: all")
-    made.add_argument("--loss", choices=["infonce", "sigmoid"], default="infonce")
-    made.add_argument("--rounds", type=int, default=1, help="rounds (default: 1)")
-    made.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    made.add_argument("--cpu_time", action="store_true", help="count CPU seconds (for one thread, on a busy machine)")
-    made.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    return made
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--sizes", type=int, nargs="+", default=[4_096, 8_192, 16_384], help="pairs")
+    cli.add_argument("--ways", choices=WAYS, nargs="+", default=list(WAYS), help="default: all")
+    cli.add_argument("--loss", choices=["infonce", "sigmoid"], default="infonce")
+    cli.add_argument("--rounds", type=int, default=1, help="rounds (default: 1)")
+    cli.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    cli.add_argument("--cpu_time", action="store_true", help="count CPU seconds (for one thread, on a busy machine)")
+    cli.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return cli
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def locked(clip: CLIPModel, encoder: Path, projection: Tensor) -> torch.nn.Modul
     )
     weights = to_open_clip(clip.state_dict())
     model.visual.load_state_dict(
-        {name.removeprefix("visual."): one for name, one in weights.items() if name.startswith("visual.")}
+        {name.removeprefix("visual."): tensor for name, tensor in weights.items() if name.startswith("visual.")}
     )
     with torch.no_grad():
         model.text.proj.weight.copy_(projection)
@@ -184,8 +184,11 @@ def adamw(model: torch.nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
-        {"params": [one for name, one in named if undecayed(name, one)], "weight_decay": 0.0},
-        {"params": [one for name, one in named if not undecayed(name, one)], "weight_decay": config.weight_decay},
+        {"params": [parameter for name, parameter in named if undecayed(name, parameter)], "weight_decay": 0.0},
+        {
+            "params": [parameter for name, parameter in named if not undecayed(name, parameter)],
+            "weight_decay": config.weight_decay,
+        },
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 

@@ -133,12 +133,12 @@ def made_up_classes(seed: int, num_classes: int = 40, num_images: int = 1_000) -
 def real_pairs(model: str, data: str, column: str, max_images: int) -> Pairs:
     """Return a model's embeddings of a table's images and captions, made by koclip."""
     source = SourceConfig(path=data, captions={"ko": column})
-    one = open_set(EvalSetConfig(source=source, max_images=max_images))
+    eval_set = open_set(EvalSetConfig(source=source, max_images=max_images))
     embedder = Embedder(koclip.load(model), batch_size=64)
-    captions = one.texts("ko")
+    captions = eval_set.texts("ko")
     texts = list(dict.fromkeys(text for own in captions for text in own))
     embedded = embedder.texts(texts)
-    return Pairs(embedder.images(one.images), dict(zip(texts, embedded, strict=True)), captions)
+    return Pairs(embedder.images(eval_set.images), dict(zip(texts, embedded, strict=True)), captions)
 
 
 def first_captions(pairs: Pairs) -> Pairs:
@@ -156,11 +156,11 @@ def unique(pairs: Pairs) -> Pairs:
 
 def koclip_retrieval(pairs: Pairs) -> Numbers:
     """Return the recalls of `koclip.evaluation.tasks.retrieval`, both directions."""
-    one = _eval_set([{"ko": own} for own in pairs.captions], EvalSetConfig())
+    eval_set = _eval_set([{"ko": own} for own in pairs.captions], EvalSetConfig())
     images = F.normalize(pairs.images, dim=-1)
-    found = retrieval.retrieval(Embedder(Given(pairs.texts), batch_size=64), one, "ko", images)
+    metrics = retrieval.retrieval(Embedder(Given(pairs.texts), batch_size=64), eval_set, "ko", images)
     names = [f"{direction}/recall@{k}" for direction in ("text_to_image", "image_to_text") for k in KS]
-    return _values(found, names)
+    return _values(metrics, names)
 
 
 def koclip_zero_shot(classes: Classes) -> Numbers:
@@ -172,10 +172,10 @@ def koclip_zero_shot(classes: Classes) -> Numbers:
         templates={"ko": list(TEMPLATES)},
     )
     named = [ClassName(str(number), {"ko": name}, {}) for number, name in enumerate(classes.names)]
-    one = _eval_set([{} for _ in classes.labels], config, named, classes.labels.tolist())
+    eval_set = _eval_set([{} for _ in classes.labels], config, named, classes.labels.tolist())
     images = F.normalize(classes.images, dim=-1)
-    found = zero_shot.zero_shot(Embedder(Given(classes.texts), batch_size=64), one, "ko", images)
-    return _values(found, ["zero_shot/accuracy", "zero_shot/accuracy@5", "zero_shot/mean_per_class"])
+    metrics = zero_shot.zero_shot(Embedder(Given(classes.texts), batch_size=64), eval_set, "ko", images)
+    return _values(metrics, ["zero_shot/accuracy", "zero_shot/accuracy@5", "zero_shot/mean_per_class"])
 
 
 def _eval_set(
@@ -188,8 +188,8 @@ def _eval_set(
     return EvalSet("given", config, Images(rows), captions, {}, classes=list(classes), labels=list(labels))
 
 
-def _values(found: dict[str, Metric], names: Sequence[str]) -> Numbers:
-    return {name: found[name].value for name in names}
+def _values(metrics: dict[str, Metric], names: Sequence[str]) -> Numbers:
+    return {name: metrics[name].value for name in names}
 
 
 def compare_retrieval(case: str, pairs: Pairs) -> list[Line]:
@@ -234,14 +234,14 @@ def table(lines: Sequence[Line]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--seeds", type=int, default=3, help="made-up embeddings are drawn so often (default: 3)")
-    made.add_argument("--model", help="a model whose embeddings are compared instead of made-up ones")
-    made.add_argument("--data", help="a table of images and captions to embed with it")
-    made.add_argument("--captions", default="captions_ko", help="its column of captions (default: captions_ko)")
-    made.add_argument("--max_images", type=int, default=0, help="images to use, the first ones (default: all)")
-    made.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    return made
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--seeds", type=int, default=3, help="made-up embeddings are drawn so often (default: 3)")
+    cli.add_argument("--model", help="a model whose embeddings are compared instead of made-up ones")
+    cli.add_argument("--data", help="a table of images and captions to embed with it")
+    cli.add_argument("--captions", default="captions_ko", help="its column of captions (default: captions_ko)")
+    cli.add_argument("--max_images", type=int, default=0, help="images to use, the first ones (default: all)")
+    cli.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    return cli
 
 
 def main(args: Sequence[str] | None = None) -> int:

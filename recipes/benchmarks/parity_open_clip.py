@@ -59,7 +59,7 @@ def compare(source: SourceConfig, num_steps: int, batch_size: int, model: ModelC
     peer = OpenClip(clip.config, optim, num_steps)
     peer.model.load_state_dict(to_open_clip(clip.state_dict()))
     peer.train([as_pairs(batch, processor.image_processor) for batch in batches])
-    return Curves(koclip_losses(DualEncoder(clip, processor), optim, batches), [one.item() for one in peer.losses])
+    return Curves(koclip_losses(DualEncoder(clip, processor), optim, batches), [loss.item() for loss in peer.losses])
 
 
 def koclip_losses(model: DualEncoder, optim: OptimConfig, batches: Sequence[Batch]) -> list[float]:
@@ -76,20 +76,20 @@ def table(curves: Curves) -> str:
     count = len(curves.koclip)
     rows = ["| step | koclip | open_clip | difference |", "|---|---|---|---|"]
     for step in sorted({*range(0, count, max(1, count // 10)), count - 1}):
-        ours, theirs = curves.koclip[step], curves.open_clip[step]
-        rows.append(f"| {step + 1} | {ours:.6f} | {theirs:.6f} | {ours - theirs:+.1e} |")
+        ours, peer = curves.koclip[step], curves.open_clip[step]
+        rows.append(f"| {step + 1} | {ours:.6f} | {peer:.6f} | {ours - peer:+.1e} |")
     verdict = "equal" if curves.difference <= TOLERANCE else "DIFFERENT"
     return "\n".join([*rows, f"{verdict}: largest difference {curves.difference:.1e}, allowed {TOLERANCE:.0e}"])
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--steps", type=int, default=50, help="optimizer steps (default: 50)")
-    made.add_argument("--batch_size", type=int, default=64, help="pairs per step (default: 64)")
-    made.add_argument("--data", help="pairs to train on: any path that data.sources[].path takes")
-    made.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    return made
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--steps", type=int, default=50, help="optimizer steps (default: 50)")
+    cli.add_argument("--batch_size", type=int, default=64, help="pairs per step (default: 64)")
+    cli.add_argument("--data", help="pairs to train on: any path that data.sources[].path takes")
+    cli.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    return cli
 
 
 def main(args: Sequence[str] | None = None) -> int:

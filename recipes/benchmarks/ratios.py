@@ -10,7 +10,7 @@ import torch
 
 def spread(own: Sequence[float], peer: Sequence[float]) -> str:
     """Return how many times faster than its peer a loop is: the median of the rounds (lowest-highest)."""
-    ratios = [theirs / ours for ours, theirs in zip(own, peer, strict=True)]
+    ratios = [other / ours for ours, other in zip(own, peer, strict=True)]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 

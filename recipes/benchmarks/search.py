@@ -89,9 +89,9 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     taken, places = [], []
     for query in queries:
         began = time.perf_counter()
-        found = search(query[None], _K)
+        results = search(query[None], _K)
         taken.append(1_000 * (time.perf_counter() - began))
-        places.append(found.places[0].tolist())
+        places.append(results.places[0].tolist())
     grouped = time.perf_counter()
     if args.way == "exact":
         index.exact(queries[:16], _K)
@@ -114,10 +114,10 @@ def alone(folder: Path, args: argparse.Namespace, **options: object) -> dict[str
     return result
 
 
-def recall(found: object, exact: object) -> float:
-    """Return the share of the exact neighbours that were found."""
-    pairs = zip(np.array(found), np.array(exact), strict=True)
-    return float(np.mean([len(set(ours) & set(theirs)) / _K for ours, theirs in pairs]))
+def recall(places: object, exact: object) -> float:
+    """Return the share of the exact neighbours among `places`."""
+    pairs = zip(np.array(places), np.array(exact), strict=True)
+    return float(np.mean([len(set(approximate) & set(expected)) / _K for approximate, expected in pairs]))
 
 
 def report(args: argparse.Namespace, folder: Path) -> None:
@@ -125,9 +125,10 @@ def report(args: argparse.Namespace, folder: Path) -> None:
     make(folder, args.rows, args.width)
     print(f"{hardware()}; {args.rows:,} x {args.width}, {args.threads} threads, {args.queries} queries, median (worst)")
     exact = {kind: alone(folder, args, way="exact", kind=kind) for kind in ("near", "far")}
-    for kind, one in exact.items():
-        told = f"{one['ms']:.0f} ms ({one['worst_ms']:.0f}), in groups of 16 {one['grouped_ms']:.0f} ms per query"
-        print(f"exact, {kind}: {told}; {one['peak_mb']:,.0f} MB (the process {one['process_mb']:,.0f} MB)")
+    for kind, measured in exact.items():
+        line = f"{measured['ms']:.0f} ms ({measured['worst_ms']:.0f}), "
+        line += f"in groups of 16 {measured['grouped_ms']:.0f} ms per query"
+        print(f"exact, {kind}: {line}; {measured['peak_mb']:,.0f} MB (the process {measured['process_mb']:,.0f} MB)")
     began = time.perf_counter()
     approximate.faiss().omp_set_num_threads(args.threads)
     shards = Shards([folder / SHARD.format(number) for number in range(-(-args.rows // ROWS))], "index")
@@ -136,24 +137,24 @@ def report(args: argparse.Namespace, folder: Path) -> None:
     print(f"approximate index made in {(time.perf_counter() - began) / 60:.1f} minutes, {size:,.0f} MB")
     for probed in (16, 32, 64, 128):
         for kind in ("near", "far"):
-            one = alone(folder, args, way="approximate", kind=kind, probed=probed)
-            share = recall(one["places"], exact[kind]["places"])
-            told = f"{one['ms']:.1f} ms ({one['worst_ms']:.1f}), recall@{_K} {share:.3f}"
-            print(f"approximate, {probed} lists, {kind}: {told}; {one['peak_mb']:,.0f} MB")
+            measured = alone(folder, args, way="approximate", kind=kind, probed=probed)
+            share = recall(measured["places"], exact[kind]["places"])
+            line = f"{measured['ms']:.1f} ms ({measured['worst_ms']:.1f}), recall@{_K} {share:.3f}"
+            print(f"approximate, {probed} lists, {kind}: {line}; {measured['peak_mb']:,.0f} MB")
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    made = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    made.add_argument("--rows", type=int, default=1_000_000)
-    made.add_argument("--width", type=int, default=512)
-    made.add_argument("--queries", type=int, default=100)
-    made.add_argument("--threads", type=int, default=2)
-    made.add_argument("--folder", default="", help="where an index lies; used by the script itself")
-    made.add_argument("--way", choices=["exact", "approximate"], default="exact")
-    made.add_argument("--kind", choices=["near", "far"], default="near")
-    made.add_argument("--probed", type=int, default=approximate.PROBED)
-    return made
+    cli = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    cli.add_argument("--rows", type=int, default=1_000_000)
+    cli.add_argument("--width", type=int, default=512)
+    cli.add_argument("--queries", type=int, default=100)
+    cli.add_argument("--threads", type=int, default=2)
+    cli.add_argument("--folder", default="", help="where an index lies; used by the script itself")
+    cli.add_argument("--way", choices=["exact", "approximate"], default="exact")
+    cli.add_argument("--kind", choices=["near", "far"], default="near")
+    cli.add_argument("--probed", type=int, default=approximate.PROBED)
+    return cli
 
 
 def main() -> None:

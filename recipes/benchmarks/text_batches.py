@@ -197,30 +197,30 @@ def table(seconds: Sequence[Sequence[Sequence[float]]], ways: Sequence[Sequence[
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument(
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument(
         "--captions", default=str(FLICKR8K_KO), help="pairs: a local data.sources[].path (default: %(default)s)"
     )
-    made.add_argument("--column", default="captions_ko", help="their captions (default: captions_ko)")
-    made.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    made.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    made.add_argument("--rounds", type=int, default=5, help="measured rounds (default: 5)")
-    made.add_argument("--batch_size", type=int, default=64, help="captions per step (default: 64)")
-    made.add_argument("--captions_per_row", type=int, default=4, help="of packed text (default: 4)")
-    made.add_argument("--width", type=int, default=256, help="of the text transformer (default: 256)")
-    made.add_argument("--layers", type=int, default=6, help="of the text transformer (default: 6)")
-    made.add_argument("--cpu_time", action="store_true", help="count CPU seconds (for one thread, on a busy machine)")
-    return made
+    cli.add_argument("--column", default="captions_ko", help="their captions (default: captions_ko)")
+    cli.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    cli.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    cli.add_argument("--rounds", type=int, default=5, help="measured rounds (default: 5)")
+    cli.add_argument("--batch_size", type=int, default=64, help="captions per step (default: 64)")
+    cli.add_argument("--captions_per_row", type=int, default=4, help="of packed text (default: 4)")
+    cli.add_argument("--width", type=int, default=256, help="of the text transformer (default: 256)")
+    cli.add_argument("--layers", type=int, default=6, help="of the text transformer (default: 6)")
+    cli.add_argument("--cpu_time", action="store_true", help="count CPU seconds (for one thread, on a busy machine)")
+    return cli
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Print the table."""
-    made = parser()
-    options = made.parse_args(args)
+    cli = parser()
+    options = cli.parse_args(args)
     if not Path(options.captions).exists():
-        made.exit(2, f"{made.prog}: no captions at {options.captions}; name a file of pairs with --captions\n")
+        cli.exit(2, f"{cli.prog}: no captions at {options.captions}; name a file of pairs with --captions\n")
     if options.batch_size % options.captions_per_row:
-        made.exit(2, f"{made.prog}: --batch_size must be a multiple of --captions_per_row\n")
+        cli.exit(2, f"{cli.prog}: --batch_size must be a multiple of --captions_per_row\n")
     torch.set_num_threads(options.threads)
     data = DataConfig(sources=[SourceConfig(path=options.captions, captions={"ko": options.column})])
     tokenizer = train_bpe(training_captions(data), vocab_size=49_152, max_tokens=CONTEXT)

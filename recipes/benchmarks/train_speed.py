@@ -163,15 +163,15 @@ def measure(options: argparse.Namespace, model_config: ModelConfig, folder: Path
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    made.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    made.add_argument("--rounds", type=int, default=5, help="measured rounds (default: 5)")
-    made.add_argument("--batches", type=int, default=8, help="steps of a round (default: 8)")
-    made.add_argument("--batch_size", type=int, default=64, help="pairs per step (default: 64)")
-    made.add_argument("--cpu_time", action="store_true", help="count CPU seconds (for one thread, on a busy machine)")
-    made.add_argument("--data", help="pairs to take captions from: any path that data.sources[].path takes")
-    return made
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    cli.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    cli.add_argument("--rounds", type=int, default=5, help="measured rounds (default: 5)")
+    cli.add_argument("--batches", type=int, default=8, help="steps of a round (default: 8)")
+    cli.add_argument("--batch_size", type=int, default=64, help="pairs per step (default: 64)")
+    cli.add_argument("--cpu_time", action="store_true", help="count CPU seconds (for one thread, on a busy machine)")
+    cli.add_argument("--data", help="pairs to take captions from: any path that data.sources[].path takes")
+    return cli
 
 
 def main(args: Sequence[str] | None = None, model: ModelConfig = MODEL) -> None:

@@ -169,6 +169,7 @@ def crash_everywhere(before: Path, work: Callable[[Path], object], check: Callab
     whole = Disk(root)
     with watching(whole):
         work(root)
+    assert {"open", "write", "fsync"} <= set(whole.operations)  # else nothing was watched
     for last in range(len(whole.operations)):
         copy()
         disk = Disk(root, last)

@@ -53,7 +53,7 @@ class Source(Protocol):
 
     @property
     def size(self) -> int | None:
-        """Number of rows, None where only reading them tells."""
+        """Number of rows; None if it is not known before they are read."""
 
     def iter_rows(self, images: bool = True) -> Iterator[Row]:
         """Yield every row in stored order. Without `images` only the captions count; the rest may be missing."""

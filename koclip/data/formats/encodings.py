@@ -111,12 +111,12 @@ def likely_encoding(data: bytes) -> str | None:
 
 
 def _marked(data: bytes) -> str | None:
-    """Return the encoding that a byte-order mark tells."""
+    """Return the encoding that a byte-order mark names; None without a mark."""
     return next((name for mark, name in _BOMS.items() if data.startswith(mark)), None)
 
 
 def _decoded(data: bytes, encoding: str) -> str:
-    """Return the text in data, but for a character cut at its end; "" if it is not in this encoding."""
+    """Return the text in data, without a character that is cut at its end; "" if it is not in this encoding."""
     try:
         return str(codecs.getincrementaldecoder(encoding)().decode(data))
     except UnicodeDecodeError:

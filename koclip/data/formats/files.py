@@ -1,7 +1,7 @@
-"""Find the files of a source, by name or pattern, and tell their format.
+"""Find the files of a source, by name or pattern, and their format.
 
 A file that exists is taken by its name, whatever characters are in it; patterns are read here, once: `datasets` would
-read them again in the names that they match. It is told the files with their sizes and times of change.
+read them again in the names that they match. It gets a list of files, with their sizes and times of change.
 """
 
 import fnmatch
@@ -45,7 +45,7 @@ def is_folder(path: str | Path) -> bool:
 
 
 def suffix_of(path: str) -> str:
-    """Return the end of a file's name that tells its format, in lower case: .csv of A.CSV and of a.csv.gz."""
+    """Return the end of a file's name that is for its format, in lower case: .csv of A.CSV and of a.csv.gz."""
     name = Path(urlsplit(path).path if path.startswith(("http://", "https://")) else path).name.lower()
     for ending in _COMPRESSED:
         name = name.removesuffix(ending)
@@ -56,7 +56,7 @@ def file_format(config: SourceConfig) -> str:
     """Return the name of a source's format: what it says, or for `auto` what its files look like.
 
     Raises:
-        SourceError: there is no format of that name, or `auto` cannot tell it.
+        SourceError: there is no format of that name, or `auto` does not recognize it.
     """
     if config.format != "auto":
         if config.format not in formats():
@@ -77,7 +77,7 @@ def file_format(config: SourceConfig) -> str:
     names = {known.get(suffix) for suffix in suffixes}
     if None in names or len(names) > 1:
         raise SourceError(
-            f"source {config.path!r}: the format of {len(files)} files, {files[0]} the first, cannot be told: their "
+            f"source {config.path!r}: the format of {len(files)} files, {files[0]} the first, is not clear: their "
             f"suffixes are {suffixes}, expected one kind of {sorted(known)}; name the files, or set format"
         )
     return str(names.pop())
@@ -108,7 +108,7 @@ def find(path: str, kind: str | None = None) -> list[str]:
     """Return the files that a path names, absolute and sorted: itself, or what it matches as a pattern.
 
     Args:
-        path: A file; or a pattern with `*`, `?`, `[...]` and `**`, which stand for no hidden names.
+        path: A file; or a pattern with `*`, `?`, `[...]` and `**`, which match no hidden names.
         kind: Format of the files to take where `path` is a folder; default: none of them.
     """
     place = locate(path)
@@ -136,7 +136,7 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def listed(files: Sequence[str]) -> DataFilesList:
-    """Return files as `datasets` takes them: as they are, and told apart from those that had these names before.
+    """Return files as `datasets` takes them: as they are, and with what identifies their content.
 
     It would know a file by its path and `mtime` only, and give the rows of one that has been replaced since.
 

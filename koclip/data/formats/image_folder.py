@@ -112,7 +112,7 @@ def _with_classes(files: Sequence[str]) -> list[Picture]:
 
 
 def _read(part: str | Sequence[Picture], task: Task) -> Iterator[Record]:
-    """Yield the rows of a metadata file; or pictures, but for those that a metadata file names."""
+    """Yield the rows of a metadata file; or the pictures that no metadata file names."""
     if isinstance(part, str):
         yield from _metadata(part, task)
         return

@@ -73,7 +73,7 @@ class Thing(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture. `kind` says which fact the captions tell."""
+    """What is in a picture. `kind` says which fact the captions state."""
 
     kind: Kind
     things: tuple[Thing, ...]
@@ -132,14 +132,14 @@ def pair_question(scene: Scene) -> tuple[dict[str, list[str]], int]:
 
 
 def relation_question(scene: Scene) -> tuple[dict[str, list[str]], int]:
-    """Return the four relations of the scene's two objects, told by language, and the place of the true one."""
+    """Return the four relations of the scene's two objects in words, by language, and the place of the true one."""
     answers = [relation_captions(scene.things[0], relation, scene.things[1]) for relation in RELATIONS]
     texts = {language: [caption[language][0] for caption in answers] for language in ("ko", "en")}
     return texts, list(RELATIONS).index(scene.relation)
 
 
 def size_question(scene: Scene) -> tuple[dict[str, list[str]], int]:
-    """Return both sizes of the scene's object, told by language, and the place of the true one."""
+    """Return both sizes of the scene's object in words, by language, and the place of the true one."""
     first = scene.things[0]
     ko, en = korean(first.colour, first.shape), english(first.colour, first.shape)
     texts = {"ko": [f"{word} {ko}" for word in SIZES.values()], "en": [f"a {size} {en}" for size in SIZES]}
@@ -147,7 +147,7 @@ def size_question(scene: Scene) -> tuple[dict[str, list[str]], int]:
 
 
 def count_question(scene: Scene) -> tuple[dict[str, list[str]], int]:
-    """Return the possible counts of the scene's objects, told by language, and the place of the true one."""
+    """Return the possible counts of the scene's objects in words, by language, and the place of the true one."""
     first, count = scene.things[0], len(scene.things)
     ko = korean(first.colour, first.shape)
     plural = english(first.colour, first.shape, count=2)

@@ -36,7 +36,7 @@ UNREADABLE = (
     *(DatasetsError, tarfile.TarError, zlib.error, lzma.LZMAError),
 )
 KEYS = ("__key__", "__url__", "id")  # columns that name a row
-_PEEKED = 5  # rows that tell the columns of a stream
+_PEEKED = 5  # rows of a stream that its columns are read from
 _PARTS = 64  # of a stream of what `save_to_disk` has saved, at most
 
 
@@ -52,7 +52,7 @@ def open_table(config: SourceConfig, kind: str, seed: int) -> Table | MapSource:
         table = formats()[kind].open(config, seed)
         if isinstance(table, MapSource):
             return table
-        # A stream may tell its columns by its rows only.
+        # The columns of a stream may only be known from its rows.
         heads: list[Any] = [table.features] if table.features else list(table.take(_PEEKED))
     except UNREADABLE as error:
         raise _unreadable(config, kind, error) from error

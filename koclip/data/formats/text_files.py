@@ -25,7 +25,7 @@ from koclip.data.formats import Format, Table, column_names, dig, has_column
 from koclip.data.formats.encodings import FileError, read_lines, read_text
 from koclip.data.formats.files import SourceError, files_of, is_remote, stamp, suffix_of
 
-_PEEKED = 1_000  # rows that tell the columns of a stream
+_PEEKED = 1_000  # rows of a stream that its columns are read from
 _BATCH = 10_000  # rows written at once
 _VERSION = 2  # of the files that are kept
 _JSON = json.JSONDecoder(parse_constant=lambda _: None)  # NaN is a missing value
@@ -70,7 +70,7 @@ Layout = tuple[str, str]  # what a document is, and the body of a generator of i
 
 
 class Task(NamedTuple):
-    """What is read and how. What is kept of it on disk is known by it."""
+    """What is read, and how. A hash of it names the file that the rows are kept in."""
 
     path: str
     read: Callable[[Any, "Task"], Iterator[Mapping[str, Any]]]  # yields the rows of a file

@@ -89,7 +89,7 @@ def _samples(files: Sequence[str], columns: Columns) -> Iterator[Fields]:
     A column that is not read is there, without a value.
 
     Raises:
-        ShardError: a shard is broken off or damaged, a text cannot be read, or samples cannot be told apart.
+        ShardError: a shard is broken off or damaged, a text cannot be read, or two samples have one name.
     """
     for file in files:
         keys: set[str] = set()
@@ -166,7 +166,7 @@ def _members(file: str) -> Iterator[tuple[str, bytes]]:
                     raise tarfile.ReadError(f"{path} is a link or a device; pack with tar --dereference")
                 shard.members = []  # type: ignore[attr-defined]  # or it keeps the headers of all
     except _BROKEN as error:
-        place = f"behind {path!r}" if path else "at its beginning"
+        place = f"after {path!r}" if path else "at its beginning"
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise ShardError(f"shard {file} breaks off or is damaged {place}: {reason}; copy or pack it again") from error
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from koclip import storage
 from koclip.evaluation.report.table import NOTE, Line, Section
 from koclip.evaluation.run import notes
 
@@ -77,7 +78,7 @@ def write(
         note=NOTE,
         best=_best,
     )
-    (run / "report.html").write_text(text, encoding="utf-8")
+    storage.replace_text(run / "report.html", text)
 
 
 def _notes(name: str, models: Sequence[Model]) -> list[str]:

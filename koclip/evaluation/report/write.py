@@ -84,7 +84,7 @@ def write(
     said = {name: notes({labels[model]: own[name] for model, own in data.items()}) for name in names}
     rows = sections(list(records.values()), templates)
     if rows:
-        (run / "table.md").write_text(markdown(rows, list(labels.values()), warnings, said), encoding="utf-8")
+        storage.replace_text(run / "table.md", markdown(rows, list(labels.values()), warnings, said))
         print_tables(rows, list(labels.values()), warnings, said)
     skipped = len(storage.read_lines(run / "skipped.jsonl"))
     if skipped:

@@ -13,6 +13,6 @@ TASKS: tuple[Task, ...] = (
     zero_shot.SHIFT,
     probe.FEW_SHOT,
     retrieval.STRESS,
-    multiple_choice.TASK,  # its pattern fits many names, so it comes last
+    multiple_choice.TASK,
 )
 SPECS: tuple[Spec, ...] = tuple(spec for task in TASKS for spec in task.specs)

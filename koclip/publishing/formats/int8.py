@@ -1,4 +1,4 @@
-"""What the 8 bits of `onnx/*_quantized.onnx` lose in retrieval: measured, kept beside the graphs, told by the card."""
+"""The loss of retrieval by the 8 bits of `onnx/*_quantized.onnx`: measured, kept beside the graphs, for the card."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ _HEADINGS = ("data set", "language", "measure", "fp32", "int8", "lost", "n")
 
 
 class Losses(NamedTuple):
-    """What people read of a measurement: two sentences, and rows of `_HEADINGS` between them."""
+    """A measurement as text: a sentence, rows of `_HEADINGS`, and another sentence."""
 
     files: str
     rows: list[tuple[str, ...]]
@@ -42,10 +42,9 @@ class Losses(NamedTuple):
 
 
 class _Graphs:
-    """The graphs of both towers. They see one picture or text at a time, as a browser has them.
+    """The graphs of both towers. They get one image or text at a time, as in a browser.
 
-    The range that activations are rounded in is that of a whole batch, so with others beside it each would come out
-    differently.
+    Activations are rounded within the range of their batch, so embeddings would depend on the rest of a batch.
     """
 
     def __init__(self, folder: Path, kind: str, processor: ProcessorMixin) -> None:
@@ -72,19 +71,21 @@ class _Graphs:
 def open_sets(
     named: Sequence[EvalSetConfig], evaluated: Mapping[str, Any], limit: PixelLimit = PIXEL_LIMIT
 ) -> list[EvalSet]:
-    """Open what is measured on; there is at least one.
+    """Open the sets to measure on, at least one.
 
     Args:
         named: Sets that the user names.
-        evaluated: Those of results.json, by name, of which the ones with retrieval are taken if none is named; the
-            built-in scenes if there is none of them either.
+        evaluated: The sets of results.json, by name. If the user names none, those with retrieval are used; if there
+            are none, the built-in scenes.
         limit: The most pixels of an image.
 
     Raises:
-        ConfigError: one cannot be read here.
+        ConfigError: a set cannot be read on this machine.
     """
-    told = {name: one.get("source", {}) for name, one in evaluated.items()}
-    retrievals = {} if named else {name: one for name, one in told.items() if "retrieval" in one.get("tasks", ())}
+    sources = {name: described.get("source", {}) for name, described in evaluated.items()}
+    retrievals = (
+        {} if named else {name: source for name, source in sources.items() if "retrieval" in source.get("tasks", ())}
+    )
     opened = []
     for name, values in retrievals.items():
         try:
@@ -94,13 +95,13 @@ def open_sets(
                 f"int8_sets: {name}, which results.json has numbers of, cannot be read here: {error}. Name data that "
                 f"can, as `sets` of recipes/evaluate.py does, or the built-in scenes: {_SCENES}"
             ) from error
-    return opened or [open_set(one, limit) for one in named or [EvalSetConfig()]]
+    return opened or [open_set(config, limit) for config in named or [EvalSetConfig()]]
 
 
 def _again(values: Mapping[str, Any]) -> EvalSetConfig:
-    """Return what a set's retrieval needs of its description."""
+    """Return the configuration of a set's retrieval, from its description in results.json."""
     most = min(values.get("max_images") or _MOST, _MOST)
-    gallery = [SourceConfig(**one) for one in values.get("gallery", [])]
+    gallery = [SourceConfig(**value) for value in values.get("gallery", [])]
     share = values.get("max_skipped_fraction", EvalSetConfig.max_skipped_fraction)
     source = SourceConfig(**values["source"])
     return EvalSetConfig(source=source, gallery=gallery, max_images=most, max_skipped_fraction=share)
@@ -109,25 +110,25 @@ def _again(values: Mapping[str, Any]) -> EvalSetConfig:
 def measure(directory: Path, sets: Sequence[EvalSet], model: str) -> Losses:
     """Compare the retrieval of a model's graphs in int8 with that of those in fp32; write onnx/results.json.
 
-    That file is as every results.json: recall of both, and `drop@k`, what int8 loses of it.
+    It has the form of every results.json: the recall of both, and `drop@k`, the loss by int8.
 
     Args:
         directory: The model's, with all four graphs in onnx/.
-        sets: What to measure on; every language that a set has.
-        model: What results.json calls it.
+        sets: The sets to measure on, in every language that they have.
+        model: The model's name in results.json.
     """
     processor = AutoProcessor.from_pretrained(directory)
     both = [_Graphs(directory / FOLDER, kind, processor) for kind in (EXACT, INT8)]
     metrics: dict[str, Metric] = {}
-    for one in sets:
-        images = [graphs.images(one.images) for graphs in both]
-        for language in one.languages:
-            captions = collect(one.texts(language), one.gallery.get(language, []))
+    for eval_set in sets:
+        images = [graphs.images(eval_set.images) for graphs in both]
+        for language in eval_set.languages:
+            captions = collect(eval_set.texts(language), eval_set.gallery.get(language, []))
             exact, int8 = zip(images, (graphs.texts(captions.texts) for graphs in both), strict=True)
-            found = approximated(captions, exact, int8, _NAME)
-            metrics |= {f"{one.name}/{language}/{name}": metric for name, metric in found.items()}
+            metrics_of_set = approximated(captions, exact, int8, _NAME)
+            metrics |= {f"{eval_set.name}/{language}/{name}": metric for name, metric in metrics_of_set.items()}
     # No path and no command: this file is published.
-    data = {one.name: counts(one) for one in sets}
+    data = {eval_set.name: counts(eval_set) for eval_set in sets}
     environment = {name: value for name, value in surroundings().items() if name != "command"}
     measured = Measured(model, load(str(directory), "cpu").fingerprint())
     write_results(directory / FOLDER / RESULTS, measured, data, metrics, environment)
@@ -153,13 +154,15 @@ def _losses(folder: Path) -> Losses:
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     metrics = {name: Metric.from_dict(values) for name, values in results["metrics"].items()}
     exact, int8 = (_megabytes(folder, kind) for kind in (EXACT, INT8))
-    counts = {name: one["images"] for name, one in results["data"].items()}
-    told = [f"{name} ({count:,} pictures; R@1 by chance: about {100 / count:.2g} %)" for name, count in counts.items()]
-    rows = [f"{name}: {note}." for name, one in results["data"].items() for note in notes({name: one})]
+    counts = {name: described["images"] for name, described in results["data"].items()}
+    counted = [
+        f"{name} ({count:,} pictures; R@1 by chance: about {100 / count:.2g} %)" for name, count in counts.items()
+    ]
+    rows = [f"{name}: {note}." for name, described in results["data"].items() for note in notes({name: described})]
     return Losses(
         f"`{FOLDER}/*{INT8}.onnx` keep weights in 8 bits: {int8:,.1f} MB in the place of {exact:,.1f} MB.",
         list(_rows(records_of(metrics, SPECS))),
-        " ".join([f"Measured on {', '.join(told)}.", *rows, _LOST]),
+        " ".join([f"Measured on {', '.join(counted)}.", *rows, _LOST]),
     )
 
 
@@ -168,7 +171,7 @@ def _megabytes(folder: Path, kind: str) -> float:
 
 
 def print_losses(losses: Losses) -> None:
-    """Print what has been measured."""
+    """Print a measurement."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in _HEADINGS:
         table.add_column(heading, justify="left" if heading in _HEADINGS[:3] else "right")

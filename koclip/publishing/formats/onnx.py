@@ -1,4 +1,4 @@
-"""Export a dual encoder as two ONNX graphs, and prove that ONNX Runtime computes the same embeddings.
+"""Export a dual encoder as two ONNX graphs, and check that ONNX Runtime computes the same embeddings.
 
 `onnx/vision_model.onnx` takes pixel_values (B, 3, H, W) and gives image_embeds (B, D); `onnx/text_model.onnx` takes
 input_ids and attention_mask (B, L) and gives text_embeds (B, D); both of unit norm, B and L free. Files and names are
@@ -33,12 +33,12 @@ from koclip.models.stock import longest_text
 FOLDER = "onnx"
 SIDES = ("vision_model", "text_model")
 EXACT, INT8 = "", "_quantized"  # kinds of graphs, as their names end
-RESULTS = "results.json"  # what the graphs in int8 lose (`koclip.publishing.formats.int8`)
+RESULTS = "results.json"  # the loss by int8 (`koclip.publishing.formats.int8`)
 FILES = (*(f"{side}{kind}.onnx" for side in SIDES for kind in (EXACT, INT8)), RESULTS)
-MOST = 1e-4  # largest difference of a number of an embedding that is taken for rounding
+MOST = 1e-4  # largest difference of a number of an embedding that counts as rounding
 _OPSET = 18
 _TEXT_INPUTS = ("input_ids", "attention_mask")
-_PROBES = 32  # pictures, and captions in each language, that graphs are tried on
+_PROBES = 32  # images, and captions in each language, to check graphs with
 
 
 class _Images(nn.Module):
@@ -76,7 +76,7 @@ class _Texts(nn.Module):
 
 
 class Probe(NamedTuple):
-    """What a graph is tried on, and what the model makes of it."""
+    """Inputs to check a graph with, and the model's embeddings of them."""
 
     inputs: dict[str, torch.Tensor]
     expected: torch.Tensor  # (B, D)
@@ -93,12 +93,12 @@ class Parity(NamedTuple):
 
 
 def export(directory: str | Path, output: Path, int8: bool = False) -> dict[str, Parity]:
-    """Write a model's graphs to `output`/onnx, in the place of earlier ones; return how they differ, by file name.
+    """Write a model's graphs to `output`/onnx, instead of earlier ones; return their differences, by file name.
 
     Args:
         directory: A dual encoder that `koclip.load` loads.
-        output: Where the folder `onnx` goes.
-        int8: Write `*_quantized.onnx`, too: weights in 8 bits per channel, activations quantized as they come.
+        output: The folder `onnx` is made there.
+        int8: Write `*_quantized.onnx`, too: weights in 8 bits per channel, activations quantized dynamically.
 
     Raises:
         ConfigError: the packages are not installed.
@@ -109,14 +109,14 @@ def export(directory: str | Path, output: Path, int8: bool = False) -> dict[str,
     model, processor = encoder.model, encoder.processor
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    for name in FILES:  # those of other weights, and what was not asked for this time
+    for name in FILES:  # graphs of other weights, and formats that were not requested this time
         (folder / name).unlink(missing_ok=True)
     differences: dict[str, Parity] = {}
     for name, (side, probes) in zip(SIDES, (_image_side(model, processor), _text_side(model, processor)), strict=True):
         file = folder / f"{name}.onnx"
         _write(side.eval(), probes[0].inputs, file)
         differences[file.name] = parity(probes, file)
-        if not differences[file.name].largest <= MOST:  # so written, NaN is too much
+        if not differences[file.name].largest <= MOST:  # also true for NaN
             raise RunError(
                 f"{file} differs from the model by {differences[file.name].largest:.1e}, more than {MOST:.0e}"
             )
@@ -125,7 +125,9 @@ def export(directory: str | Path, output: Path, int8: bool = False) -> dict[str,
             quantize(file, small)
             differences[small.name] = parity(probes, small)
             if not math.isfinite(differences[small.name].largest):
-                raise RunError(f"{small} gives values that are not finite: 8 bits do not do for it; take --onnx fp32")
+                raise RunError(
+                    f"{small} gives values that are not finite: 8 bits are not enough for it; use --onnx fp32"
+                )
     return differences
 
 
@@ -146,15 +148,15 @@ def session(file: Path) -> Any:
 
 
 def run(opened: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return the embeddings (B, D) that an opened graph makes."""
-    (made,) = opened.run(None, {name: one.numpy() for name, one in inputs.items()})
-    return torch.from_numpy(made)
+    """Return the embeddings (B, D) of an opened graph."""
+    (embeddings,) = opened.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    return torch.from_numpy(embeddings)
 
 
 def _write(side: nn.Module, inputs: Mapping[str, torch.Tensor], file: Path) -> None:
     batch = torch.export.Dim("batch", min=1)
     length = torch.export.Dim("length", min=1)
-    shapes = {name: {0: batch} if one.dim() == 4 else {0: batch, 1: length} for name, one in inputs.items()}
+    shapes = {name: {0: batch} if tensor.dim() == 4 else {0: batch, 1: length} for name, tensor in inputs.items()}
     output = "image_embeds" if "pixel_values" in inputs else "text_embeds"
     with _quiet():
         torch.onnx.export(
@@ -173,25 +175,27 @@ def _write(side: nn.Module, inputs: Mapping[str, torch.Tensor], file: Path) -> N
 
 @torch.no_grad()
 def _image_side(model: StockModel, processor: ProcessorMixin) -> tuple[nn.Module, list[Probe]]:
-    """Return what is exported for images, and scenes to try it on."""
+    """Return the module to export for images, and scenes to check it with."""
     side = view_size(processor.image_processor)
     drawn = [scenes.scene("test", 0, number) for number in range(_PROBES)]
-    pictures = [Image.fromarray(scenes.draw(one, number)).resize((side, side)) for number, one in enumerate(drawn)]
+    pictures = [Image.fromarray(scenes.draw(scene, number)).resize((side, side)) for number, scene in enumerate(drawn)]
     pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
     return _Images(model), [Probe({"pixel_values": pixels}, encode_images(model, pixels))]
 
 
 @torch.no_grad()
 def _text_side(model: StockModel, processor: ProcessorMixin) -> tuple[nn.Module, list[Probe]]:
-    """Return what is exported for texts, and captions to try it on: whole, and as clients send them.
+    """Return the module to export for texts, and captions to check it with: whole, and as clients send them.
 
-    Those are padded on either side, too long, or cut without the end token. What is expected of all of them is what the
-    tokenizer's own truncation gives.
+    Clients pad on either side, send texts that are too long, or cut them without the end token. The expected embedding
+    is always that of the tokenizer's own truncation.
     """
     tokenizer: Any = processor.tokenizer
     longest = longest_text(tokenizer, model.text_model)
     drawn = [scenes.scene("test", 0, number) for number in range(_PROBES)]
-    captions = [text for one in drawn for language in scenes.LANGUAGES for text in scenes.captions(one)[language][:1]]
+    captions = [
+        text for scene in drawn for language in scenes.LANGUAGES for text in scenes.captions(scene)[language][:1]
+    ]
     long = [" ".join(texts * (longest // 2)) for texts in (captions[:2], captions[2:4])]
     tokens = [tokenizer(text, verbose=False)["input_ids"] for text in (*captions[:4], *long)]
     last = tokens[0][-1]
@@ -204,7 +208,7 @@ def _text_side(model: StockModel, processor: ProcessorMixin) -> tuple[nn.Module,
         odd = [tokenizer.pad(sent, padding_side=where, return_tensors="pt") for where in ("left", "right")]
     return side, [
         Probe({name: given[name] for name in _TEXT_INPUTS}, encode_texts(model, *(fits[name] for name in _TEXT_INPUTS)))
-        for given, fits in ((whole, whole), *((one, cut) for one in odd))
+        for given, fits in ((whole, whole), *((padded, cut) for padded in odd))
     ]
 
 
@@ -218,7 +222,7 @@ def _quantizer() -> Any:
 
     def quantize(file: Path, small: Path) -> None:
         graph = onnx.load(file)
-        del graph.graph.value_info[:]  # shapes from before weights were folded, which the quantizer would stumble over
+        del graph.graph.value_info[:]  # shapes from before weights were folded break the quantizer
         with _quiet():
             quantize_dynamic(graph, small, per_channel=True, weight_type=QuantType.QInt8)
 
@@ -227,7 +231,7 @@ def _quantizer() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out what exporters say of their own insides."""
+    """Silence the exporters' warnings about themselves."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)

@@ -15,7 +15,7 @@ _MODULES = (
 
 
 def describe(directory: Path) -> list[Path]:
-    """Write what sentence-transformers reads into a model's directory; return the files."""
+    """Write the files that sentence-transformers needs into a model's directory; return them."""
     features = {side: f"get_{side}_features" for side in ("text", "image")}
     contents = {
         MODULES: [
