@@ -121,7 +121,7 @@ PATCHES: dict[str, dict[str, str | tuple[tuple[str, str], ...]]] = {
         "align/methods.py": (
             (
                 '    "distill": _WEIGHTS,\n',
-                '    "distill": _WEIGHTS,\n    "toy_way": _WEIGHTS._replace(attach=lambda model, config: "A toy way."),\n',
+                '    "distill": _WEIGHTS,\n    "toy_way": _WEIGHTS._replace(attach=lambda *_: "A toy way."),\n',
             ),
         ),
     },
