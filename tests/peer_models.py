@@ -8,7 +8,7 @@ from typing import Any
 import sentencepiece
 import torch
 import transformers as T
-from test_kobert import CORPUS
+from helpers.kobert_files import CORPUS
 from tiny import tiny_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import BPE

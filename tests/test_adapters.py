@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.gradients import LOSSES, assert_equal_gradients, prepare
 from peft import AutoPeftModel, PeftModel
 from safetensors.torch import load_file
-from test_grad_cache import LOSSES, assert_equal_gradients, prepare
 from tiny import tiny_batch, tiny_config, tiny_dual_encoder, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from align_runs import align, arguments, write_encoder, write_pairs, write_source
+from helpers.tokenizer_families import FAMILIES, strings
 from peft import AutoPeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from test_published_tokenizers import FAMILIES, strings
 from transformers import AutoModel, AutoTokenizer, ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
 import koclip

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from align_runs import arguments, write_encoder, write_pairs, write_source
 from dying_alignments import Moment, Place, run
+from helpers.tokenizer_families import FAMILIES
 from sources_on_disk import write_tar
-from test_published_tokenizers import FAMILIES
 from transformers import AutoTokenizer
 
 STEPS, FIRST = 8, 4  # a checkpoint every second step

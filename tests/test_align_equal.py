@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from align_runs import align, arguments, write_encoder, write_pairs, write_source
+from helpers.tokenizer_families import FAMILIES
 from safetensors.torch import load_file, save_file
-from test_published_tokenizers import FAMILIES
 from transformers import AutoTokenizer, CLIPVisionModel
 from transformers.models.chinese_clip.modeling_chinese_clip import ChineseCLIPVisionModel
 

@@ -4,9 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from test_grad_cache import SIZES, assert_equal_gradients
-from test_losses import random_embeddings
-from tiny import tiny_dual_encoder, tiny_pieces
+from helpers.gradients import SIZES, assert_equal_gradients
+from tiny import random_embeddings, tiny_dual_encoder, tiny_pieces
 
 from koclip import losses, training
 from koclip.config import DistillConfig, LossConfig, OptimConfig, PretrainConfig, Stage, TrainConfig
@@ -90,7 +89,7 @@ def taught_pieces(sizes: list[int], seed: int = 0, images: bool = False) -> list
 @pytest.mark.parametrize("images", [False, True], ids=["sentences", "known images"])
 def test_pieces_have_the_gradient_of_the_batch(images: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All three terms, with the image tower frozen and never run."""
-    monkeypatch.setattr("test_grad_cache.tiny_pieces", lambda sizes: taught_pieces(sizes, images=images))
+    monkeypatch.setattr("helpers.gradients.tiny_pieces", lambda sizes: taught_pieces(sizes, images=images))
     encoder = tiny_dual_encoder(temperature=0.5)
     for module in (encoder.model.vision_model, encoder.model.visual_projection):
         module.requires_grad_(False)

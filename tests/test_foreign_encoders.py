@@ -98,9 +98,7 @@ def test_where_positions_count_from_padding_it_is_refused(kind: str, tmp_path: P
     folder = str(encoder_beside_xlmr(tmp_path, kind))
     encoder = load_text_encoder(folder)
     assert encoder.config.pad_token_id == 0
-    with pytest.raises(
-        ConfigError, match=f"its pad token has id 1, the {kind} encoder's config.json says pad_token_id 0"
-    ):
+    with pytest.raises(ConfigError, match=f"id 1, the {kind} .*pad_token_id 0"):
         tokenizers.load(folder, 40, encoder.config, TEXTS[:2])
 
 
@@ -118,7 +116,7 @@ def test_a_tokenizer_of_another_vocabulary_says_nothing_of_padding(tmp_path: Pat
     bert_tokenizer().save_pretrained(folder)
     encoder = load_text_encoder(str(folder))
     assert encoder.config.pad_token_id == 3
-    with pytest.raises(ConfigError, match="vocabulary 20 entries"):
+    with pytest.raises(ConfigError, match=r"\b20\b"):
         tokenizers.load(str(folder), 40, encoder.config, TEXTS[:2])
 
 
@@ -161,7 +159,7 @@ NOT_THE_TEXTS = {
 @pytest.mark.parametrize("kind", SIGLIPS)
 def test_what_is_left_out_of_a_siglip_is_said(kind: str, tmp_path: Path) -> None:
     folder = str(saved(kind, tmp_path / "siglip"))
-    with pytest.warns(UserWarning, match=r"SiglipModel, koclip takes the image tower alone\. Left out: ") as warned:
+    with pytest.warns(UserWarning, match=r"^model\.clip: .*SiglipModel") as warned:
         tower, _ = load_image_side(folder)
     text = "".join(str(warning.message) for warning in warned)
     assert all(part in text for part in ("text_model", "logit_scale", "logit_bias", folder))
@@ -172,7 +170,7 @@ def test_what_is_left_out_of_a_siglip_is_said(kind: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("kind", SIGLIPS)
 def test_no_error_denies_that_a_siglip_has_a_text_tower(kind: str, tmp_path: Path) -> None:
     folder = str(saved(kind, tmp_path / "siglip"))
-    with pytest.warns(UserWarning, match="image tower alone"):
+    with pytest.warns(UserWarning, match=r"^model\.clip: "):
         tower, processor = load_image_side(folder)
     refusals = []
     for attempt in (
@@ -194,7 +192,7 @@ def test_no_error_denies_that_a_siglip_has_a_text_tower(kind: str, tmp_path: Pat
 @pytest.mark.parametrize("kind", NOT_THE_TEXTS)
 def test_text_towers_that_cannot_be_taken_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     folder = str(saved(kind, tmp_path / "dual"))
-    with pytest.raises(ConfigError, match=rf"^model.text_encoder: {folder} is a {NOT_THE_TEXTS[kind]}, a dual encoder"):
+    with pytest.raises(ConfigError, match=rf"^model.text_encoder: {folder} is a {NOT_THE_TEXTS[kind]}"):
         load_text_encoder(folder)
 
 

@@ -162,7 +162,7 @@ def test_load_refuses_weights_of_another_class(tmp_path: Path, directory: Path) 
     save_stock_model(tmp_path / "joint", joint.model, processor, joint.state_dict())
     koclip.load(tmp_path / "joint", device="cpu")
     shutil.copy(directory / "config.json", tmp_path / "joint")  # a CLIPModel's, on other weights
-    with pytest.raises(ConfigError, match=r"does not hold exactly the weights of a CLIPModel.*missing_keys"):
+    with pytest.raises(ConfigError, match=r"CLIPModel.*missing_keys"):
         koclip.load(tmp_path / "joint", device="cpu")
 
 
@@ -186,6 +186,6 @@ def test_load_refuses_weights_of_other_sizes(tmp_path: Path, directory: Path) ->
 
 def test_a_device_that_is_not_here_is_named():
     for name in ("cuda:99", "nowhere"):
-        with pytest.raises(ConfigError, match=f"device: got '{name}', which cannot be used here"):
+        with pytest.raises(ConfigError, match=f"^device: .*{name}"):
             usable(name)
     assert usable("cpu").type == "cpu"

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_dual_encoder
+from tiny import random_embeddings, tiny_batch, tiny_dual_encoder
 from torch import Tensor
 
 from koclip.config import LossConfig
@@ -19,13 +19,6 @@ TWINS = torch.tensor([7, 8, 7])  # the first and the third caption are the same
 
 def embeddings(table: Tensor = TABLE, scale: float = 1.0, bias: float | None = None) -> Embeddings:
     return Embeddings(table, torch.eye(len(table)), torch.tensor(scale), None if bias is None else torch.tensor(bias))
-
-
-def random_embeddings(count: int, seed: int = 0) -> Embeddings:
-    generator = torch.Generator().manual_seed(seed)
-    image, text = torch.nn.functional.normalize(torch.randn(2, count, 8, generator=generator), dim=-1)
-    leaves = [leaf.clone().requires_grad_() for leaf in (image, text, torch.tensor(9.0), torch.tensor(-4.0))]
-    return Embeddings(*leaves)
 
 
 def cross_entropy(logits: list[float], shares: list[float]) -> float:

@@ -84,7 +84,7 @@ def test_mclip_refusals(tmp_path: Path) -> None:
     assert "expected mclip:<text model>+<any of these, for images>" in refusal(f"mclip:{directory}")
     wider = saved("SigLIP", tmp_path / "wider")
     assert "got [(1, 32), (1, 24), (1, 32)], expected (1, D), (1, D)" in refusal(f"mclip:{directory}+{wider}")
-    with pytest.raises(ValueError, match=r"config\.json lacks 'modelBase'"):
+    with pytest.raises(ValueError, match="modelBase"):
         load(f"mclip:{images}+{images}", "cpu")
     weights = load_file(directory / "model.safetensors")
     for change, fault in (
@@ -94,9 +94,9 @@ def test_mclip_refusals(tmp_path: Path) -> None:
     ):
         changed: dict[str, Any] = {name: value for name, value in (weights | change).items() if value is not None}
         save_file(changed, directory / "model.safetensors")
-        with pytest.raises(ValueError, match=f"{fault}.*expected those of an M-CLIP"):
+        with pytest.raises(ValueError, match=fault):
             load(f"mclip:{directory}+{images}", "cpu")
     (directory / "model.safetensors").unlink()
     torch.save(weights, directory / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"cannot be loaded.*Expected config\.json.*model\.safetensors"):
+    with pytest.raises(ValueError, match=r"^model: .*model\.safetensors"):
         load(f"mclip:{directory}+{images}", "cpu")

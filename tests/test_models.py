@@ -199,14 +199,14 @@ def test_towers_without_a_pooled_image_are_refused(kind: str, tmp_path: Path) ->
 
 def test_end_token_2_is_refused() -> None:
     vocab = {"a": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}
-    with pytest.raises(ConfigError, match="end token has id 2"):
+    with pytest.raises(ConfigError, match="id 2"):
         from_scratch(tiny_config(), CLIPTokenizer(vocab=vocab, merges=[], model_max_length=16))
 
 
 def test_tokenizer_that_differs_from_the_model_is_refused() -> None:
     model, processor = from_scratch(tiny_config(), tiny_tokenizer())
     check_tokenizer(model, tiny_tokenizer())
-    with pytest.raises(ConfigError, match="24 positions"):
+    with pytest.raises(ConfigError, match=r"\b25\b.*\b24\b"):
         check_tokenizer(model, tiny_tokenizer(max_tokens=25))
     for name in ("eos_token_id", "pad_token_id"):
         text = model.config.text_config
@@ -216,7 +216,7 @@ def test_tokenizer_that_differs_from_the_model_is_refused() -> None:
             DualEncoder(model, processor)
         setattr(text, name, right)
     model.config.text_config.vocab_size -= 1
-    with pytest.raises(ConfigError, match="vocabulary"):
+    with pytest.raises(ConfigError, match=str(model.config.text_config.vocab_size)):
         DualEncoder(model, processor)
 
 

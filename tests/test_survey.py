@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.kobert_files import CORPUS
+from helpers.tokenizer_families import FAMILIES, LENGTH
 from loading import Pile, config, stream
-from test_published_tokenizers import CORPUS, FAMILIES, LENGTH
 
 from koclip.config import DataConfig, SourceConfig
 from koclip.data import survey

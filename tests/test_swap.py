@@ -103,18 +103,18 @@ def test_encoders_of_no_stock_class_are_refused_by_name(kind, clip) -> None:
         sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2, "vocab_size": 90}
     config = AutoConfig.for_model(kind, **sizes)
     text_encoder = transformers.T5EncoderModel(config) if kind == "t5" else AutoModel.from_config(config)
-    with pytest.raises(ConfigError, match=f"no stock class holds a {kind} .*bert, roberta, xlm-roberta"):
+    with pytest.raises(ConfigError, match=f"{kind} .*bert, roberta, xlm-roberta"):
         swap_text_tower(clip, text_encoder)
 
 
 def test_a_narrow_electra_is_refused(clip) -> None:
-    with pytest.raises(ConfigError, match="embeds tokens in 16 dimensions and computes in 32"):
+    with pytest.raises(ConfigError, match=r"\b16\b.*\b32\b"):
         swap_text_tower(clip, encoder("electra", embedding_size=16))
 
 
 def test_an_encoder_without_a_pooler_beside_another_image_tower_is_refused(clip) -> None:
     joint = tiny_dual_encoder(preset="timm:test_vit").model
-    with pytest.raises(ConfigError, match="has no pooler"):
+    with pytest.raises(ConfigError, match="pooler"):
         swap_text_tower(joint, encoder("electra"))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_losses import random_embeddings
+from tiny import random_embeddings
 from torch import Tensor
 
 from koclip import losses

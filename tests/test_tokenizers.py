@@ -7,9 +7,9 @@ import warnings
 from pathlib import Path
 
 import pytest
-from test_kobert import CORPUS
-from test_kobert import write as write_kobert
-from test_published_tokenizers import BERT, FAMILIES, KLUE, settle, wordpiece
+from helpers.kobert_files import CORPUS
+from helpers.kobert_files import write as write_kobert
+from helpers.tokenizer_families import BERT, FAMILIES, KLUE, settle, wordpiece
 from tokenizers.normalizers import NFD
 from tokenizers.processors import TemplateProcessing
 from transformers import (

@@ -5,6 +5,7 @@ from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from koclip.config import ModelConfig
 from koclip.data.batches import Batch
+from koclip.losses.pairs import Embeddings
 from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.text.tokenizers import train_bpe
 
@@ -60,3 +61,10 @@ def tiny_pieces(sizes: list[int], seed: int = 0) -> list[Batch]:
             )
         )
     return pieces
+
+
+def random_embeddings(count: int, seed: int = 0) -> Embeddings:
+    generator = torch.Generator().manual_seed(seed)
+    image, text = torch.nn.functional.normalize(torch.randn(2, count, 8, generator=generator), dim=-1)
+    leaves = [leaf.clone().requires_grad_() for leaf in (image, text, torch.tensor(9.0), torch.tensor(-4.0))]
+    return Embeddings(*leaves)

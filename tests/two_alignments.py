@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from align_runs import align, arguments, write_encoder, write_pairs, write_source
-from test_published_tokenizers import FAMILIES
+from helpers.tokenizer_families import FAMILIES
 from transformers import AutoTokenizer
 
 from koclip import distributed
