@@ -127,13 +127,13 @@ def test_two_processes_give_the_same_results_to_the_last_digit(
 ) -> None:
     args = ["--config", str(folder / "suite.yaml"), "--model", str(folder / "run0" / "model")]
     torchrun(str(RECIPE), *args, *places(folder, "two"), count=2)
-    one, two = ((folder / name / "results.json").read_text(encoding="utf-8") for name in ("alone", "two"))
-    mine, theirs = json.loads(one), json.loads(two)
-    for results in (mine, theirs):
+    alone_text, two_text = ((folder / name / "results.json").read_text(encoding="utf-8") for name in ("alone", "two"))
+    by_one_process, by_two_processes = json.loads(alone_text), json.loads(two_text)
+    for results in (by_one_process, by_two_processes):
         del results["environment"]["command"]
         results["environment"].pop("cpu_threads")
-    assert mine == theirs
-    assert json.dumps(mine["metrics"]) == json.dumps(theirs["metrics"])  # the order, too
+    assert by_one_process == by_two_processes
+    assert json.dumps(by_one_process["metrics"]) == json.dumps(by_two_processes["metrics"])  # the order, too
 
 
 def test_several_models_stand_side_by_side(folder: Path, alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,11 +144,11 @@ def test_several_models_stand_side_by_side(folder: Path, alone: Path, capsys: py
     table = (folder / "both" / "table.md").read_text(encoding="utf-8")
     assert "run0" in table
     assert "run1" in table
-    one, other = (
+    measured_alone, beside_another = (
         json.loads((folder / path / "results.json").read_text(encoding="utf-8"))["metrics"]
         for path in ("alone", "both/run0")
     )
-    assert one == other  # another model beside it changes nothing
+    assert measured_alone == beside_another  # another model beside it changes nothing
 
 
 def test_kept_embeddings_make_the_second_evaluation_the_same(
@@ -206,5 +206,5 @@ def test_processes_that_do_not_find_each_other_are_refused(folder: Path, monkeyp
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     asked = config.parse(config.EvaluateConfig, ["--config", str(folder / "suite.yaml"), "--model", "any"])
-    with pytest.raises(config.ConfigError, match="2 processes were launched and do not find each other"):
+    with pytest.raises(config.ConfigError, match=r"2 processes .*ACCELERATE_USE_CPU=true"):
         processes(dataclasses.replace(asked, device=None))

@@ -40,8 +40,8 @@ def opened(source: SourceConfig, **changes: Any) -> EvalSet:
     return open_set(EvalSetConfig(source=source, classes=classes, **{"tasks": ["zero_shot"], **changes}))
 
 
-def found(one: EvalSet) -> list[str]:
-    return [one.classes[label].key for label in one.labels]
+def keys_of(eval_set: EvalSet) -> list[str]:
+    return [eval_set.classes[label].key for label in eval_set.labels]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def found(one: EvalSet) -> list[str]:
     ],
 )
 def test_labels_that_fit_one_way_are_read_that_way(tmp_path, labels, keys, expected) -> None:
-    assert found(opened(write(tmp_path, labels, keys))) == expected
+    assert keys_of(opened(write(tmp_path, labels, keys))) == expected
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,9 @@ def test_labels_that_fit_no_way_or_two_are_refused(tmp_path, labels, keys, error
 
 def test_numbers_that_are_said_to_be_places_are(tmp_path) -> None:
     """As in a part of a data set that has no image of some classes."""
-    one = opened(write(tmp_path, [1, 2, 1], WORDS), labels="number")
-    assert found(one) == ["dog", "bird", "dog"]
-    assert one.labels_by == "number: 0 = cat, 1 = dog, 2 = bird"
+    eval_set = opened(write(tmp_path, [1, 2, 1], WORDS), labels="number")
+    assert keys_of(eval_set) == ["dog", "bird", "dog"]
+    assert eval_set.labels_by == "number: 0 = cat, 1 = dog, 2 = bird"
     with pytest.raises(ConfigError, match="no class '3'"):
         opened(write(tmp_path, [3, 0], WORDS), labels="number")
     with pytest.raises(ConfigError, match="no class '0'"):
@@ -143,9 +143,9 @@ def test_names_of_numbers_are_the_tables_own(tmp_path, streaming) -> None:
         features = datasets.Features({"image": datasets.Image(), **features})
         table = datasets.Dataset.from_dict({"image": images, next(iter(features.keys() - {"image"})): cells}, features)
         table.to_parquet(source.path)
-        one = opened(SourceConfig(path=source.path, label=label, captions={}, streaming=streaming))
-        assert found(one) == ["dog", "bird", "cat"] * 3 + ["dog"] * 30
-        assert [skip.reason for skip in one.skipped] == ["no class"] * 3
+        eval_set = opened(SourceConfig(path=source.path, label=label, captions={}, streaming=streaming))
+        assert keys_of(eval_set) == ["dog", "bird", "cat"] * 3 + ["dog"] * 30
+        assert [skip.reason for skip in eval_set.skipped] == ["no class"] * 3
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -157,12 +157,12 @@ def test_whatever_is_read_is_by_key_or_by_place(tmp_path, keys, data) -> None:
     """For any keys and labels: all are keys, all are places, or the set is refused."""
     labels = data.draw(st.lists(st.sampled_from([*keys, "0", "1", "2", "3", "x"]), min_size=12, max_size=24))
     try:
-        one = opened(write(tmp_path, labels, keys))
+        eval_set = opened(write(tmp_path, labels, keys))
     except ConfigError:
         return
     if set(labels) <= set(keys):
-        assert found(one) == labels
+        assert keys_of(eval_set) == labels
     else:
-        assert found(one) == [keys[int(label)] for label in labels]
+        assert keys_of(eval_set) == [keys[int(label)] for label in labels]
         assert set(labels) == {str(place) for place in range(len(keys))}
         assert not [key for key in keys if key.isdecimal()]

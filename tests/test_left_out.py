@@ -41,12 +41,12 @@ def photos(tmp_path: Path, encoded) -> Any:
     return write
 
 
-def shown(run: Path, one: EvalSet) -> dict[str, Any]:
+def shown(run: Path, eval_set: EvalSet) -> dict[str, Any]:
     """Evaluate and present a set as recipes/evaluate.py does, and return what results.json says of it."""
     embedder = Embedder(ColourEncoder(), 8)
     run.mkdir(exist_ok=True)
-    write(run, [Evaluated("some/model", run, embedder, evaluate(embedder, [one]))], [one], surroundings(), [])
-    return json.loads((run / "results.json").read_text(encoding="utf-8"))["data"][one.name]
+    write(run, [Evaluated("some/model", run, embedder, evaluate(embedder, [eval_set]))], [eval_set], surroundings(), [])
+    return json.loads((run / "results.json").read_text(encoding="utf-8"))["data"][eval_set.name]
 
 
 @pytest.mark.parametrize("column", ["image", "ko"])
@@ -71,9 +71,9 @@ def test_every_part_of_a_set_has_that_limit(tmp_path, photos, part) -> None:
     }[part]
     with pytest.raises(ConfigError, match=rf"max_skipped_fraction: 12 of 44 rows of .*\({part}"):
         open_set(EvalSetConfig(source=good, **classes, **asked))
-    one = open_set(EvalSetConfig(source=good, **classes, **asked, max_skipped_fraction=0.3))
-    assert len(one.all_skipped()) == 12
-    facts = shown(tmp_path / "run", one)["parts"]
+    eval_set = open_set(EvalSetConfig(source=good, **classes, **asked, max_skipped_fraction=0.3))
+    assert len(eval_set.all_skipped()) == 12
+    facts = shown(tmp_path / "run", eval_set)["parts"]
     ((name, counts),) = facts.items()
     assert name.startswith(part)
     assert (counts["rows"], counts["skipped"]) == (44, 12)
@@ -104,13 +104,13 @@ def test_every_row_is_used_or_listed(tmp_path, encoded, usable) -> None:
     source = SourceConfig(path=str(tmp_path / "rows.parquet"), captions={"ko": "ko"})
     refused = usable.count(False) > 0.5 * len(usable) or usable.count(True) < 2
     try:
-        one = open_set(EvalSetConfig(source=source, max_skipped_fraction=0.5))
+        eval_set = open_set(EvalSetConfig(source=source, max_skipped_fraction=0.5))
     except ConfigError:
         assert refused
         return
     assert not refused
-    assert one.num_rows == len(rows) == len(one.images) + len(one.skipped)
-    assert [skip.key for skip in one.skipped] == [f"{source.key}/{n}" for n, good in enumerate(usable) if not good]
+    assert eval_set.num_rows == len(rows) == len(eval_set.images) + len(eval_set.skipped)
+    assert [skip.key for skip in eval_set.skipped] == [f"{source.key}/{n}" for n, good in enumerate(usable) if not good]
 
 
 def test_max_images_does_not_cut_what_probes_are_fitted_on(tmp_path, encoded) -> None:
@@ -125,10 +125,10 @@ def test_max_images_does_not_cut_what_probes_are_fitted_on(tmp_path, encoded) ->
         SourceConfig(path=str(path), label="key", captions={}) for path in (file, tmp_path / "sorted.parquet")
     )
     classes = str(tmp_path / "classes.yaml")
-    one = open_set(EvalSetConfig(source=test, classes=classes, tasks=["linear_probe"], train=train, max_images=12))
-    assert len(one.images) == 12
-    assert sorted(one.train.labels) == [number for number in range(4) for _ in range(6)]
-    facts = shown(tmp_path / "run", one)
+    eval_set = open_set(EvalSetConfig(source=test, classes=classes, tasks=["linear_probe"], train=train, max_images=12))
+    assert len(eval_set.images) == 12
+    assert sorted(eval_set.train.labels) == [number for number in range(4) for _ in range(6)]
+    facts = shown(tmp_path / "run", eval_set)
     assert facts["cut"]
     assert "cut" not in facts["parts"]["train"]
 
@@ -139,7 +139,7 @@ def test_a_sorted_file_that_max_images_cuts_is_warned_of(tmp_path, encoded) -> N
     pq.write_table(pa.Table.from_pylist(sorted(rows, key=lambda row: row["number"])), tmp_path / "colours.parquet")
     source = SourceConfig(path=str(tmp_path / "colours.parquet"), label="key", captions={})
     for present_classes in (False, True):
-        one = open_set(
+        eval_set = open_set(
             EvalSetConfig(
                 source=source,
                 classes=str(tmp_path / "classes.yaml"),
@@ -148,8 +148,8 @@ def test_a_sorted_file_that_max_images_cuts_is_warned_of(tmp_path, encoded) -> N
                 present_classes=present_classes,
             )
         )
-        assert re.search(r"2 of 4 classes have no image.*blue, yellow; max_images", one.warnings[0])
-    assert shown(tmp_path / "run", one)["absent_classes"] == 2
+        assert re.search(r"2 of 4 classes have no image.*blue, yellow; max_images", eval_set.warnings[0])
+    assert shown(tmp_path / "run", eval_set)["absent_classes"] == 2
     assert "2 of 4 classes have no image and are left out" in (tmp_path / "run" / "table.md").read_text(
         encoding="utf-8"
     )
@@ -167,9 +167,9 @@ def test_training_images_that_lack_a_tested_class_are_refused(tmp_path, encoded,
 def test_rows_of_classes_that_are_left_out_are_listed(tmp_path, encoded, colours) -> None:
     file = write_colours(tmp_path / "two.parquet", encoded, colours=("노랑", "빨강"))
     other = SourceConfig(path=str(tmp_path / "colours.parquet"), label="key", captions={})
-    one = colours(path=file, present_classes=True, shifted={"x": other}, tasks=["shift"])
-    assert len(one.shifted["x"].images) + len(one.shifted["x"].skipped) == 24
-    assert {skip.reason for skip in one.shifted["x"].skipped} == {
+    eval_set = colours(path=file, present_classes=True, shifted={"x": other}, tasks=["shift"])
+    assert len(eval_set.shifted["x"].images) + len(eval_set.shifted["x"].skipped) == 24
+    assert {skip.reason for skip in eval_set.shifted["x"].skipped} == {
         f"no image of the source is of its class, {name} (present_classes)" for name in ("green", "blue")
     }
 

@@ -36,8 +36,8 @@ def test_every_rating_counts(rated: Path) -> None:
     assert len(scores) == 32
     for variant in ("b", "c"):
         expected = kendalltau(scores, ratings, variant=variant).statistic
-        found = metrics[f"agreement/kendall_tau_{variant}"]
-        assert found.value == pytest.approx(expected, abs=0.02)  # fp32 breaks some ties
+        tau = metrics[f"agreement/kendall_tau_{variant}"]
+        assert tau.value == pytest.approx(expected, abs=0.02)  # fp32 breaks some ties
         assert metrics[f"agreement/kendall_tau_{variant}"].n == 32
     assert metrics["agreement/kendall_tau_b"].ci95[0] > 0
 
@@ -49,8 +49,8 @@ def test_captions_are_composed(rated: Path) -> None:
     decomposed.write_text(unicodedata.normalize("NFD", rated.read_text(encoding="utf-8")), encoding="utf-8")
     for file in rated.parent.glob("*.png"):
         file.with_name(unicodedata.normalize("NFD", file.name)).write_bytes(file.read_bytes())
-    one, other = (read_ratings(RatingsConfig(path=str(path), language="ko")) for path in (rated, decomposed))
-    assert [caption for _, caption, _ in one] == [caption for _, caption, _ in other]
+    composed, from_nfd = (read_ratings(RatingsConfig(path=str(path), language="ko")) for path in (rated, decomposed))
+    assert [caption for _, caption, _ in composed] == [caption for _, caption, _ in from_nfd]
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ def on_the_line(base: float) -> tuple[Metric, Metric]:
 
 def test_a_model_on_the_line_has_none() -> None:
     others = [on_the_line(base) for base in (0.2, 0.4, 0.6)]
-    found = effective_robustness(*on_the_line(0.5), others)
-    assert found.value == pytest.approx(0, abs=1e-12)
-    assert found.ci95 == pytest.approx((-0.02, 0.02))
+    robustness = effective_robustness(*on_the_line(0.5), others)
+    assert robustness.value == pytest.approx(0, abs=1e-12)
+    assert robustness.ci95 == pytest.approx((-0.02, 0.02))
 
 
 def test_what_is_above_the_line_is_robustness() -> None:
@@ -37,7 +37,7 @@ def test_accuracies_of_0_and_1_have_a_logit() -> None:
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_line_takes_three_others(count: int) -> None:
     with pytest.raises(ValueError, match=f"got {count}"):
-        effective_robustness(accuracy(0.5), accuracy(0.5), [on_the_line(0.1 * (1 + one)) for one in range(count)])
+        effective_robustness(accuracy(0.5), accuracy(0.5), [on_the_line(0.1 * (1 + number)) for number in range(count)])
 
 
 def test_it_is_added_where_the_other_models_allow_it() -> None:
@@ -47,9 +47,9 @@ def test_it_is_added_where_the_other_models_allow_it() -> None:
 
     results = {str(base): metrics(base) for base in (0.2, 0.4, 0.6)}
     add_effective_robustness(results)
-    assert all(len(one) == 2 for one in results.values())  # two others draw no line
+    assert all(len(own) == 2 for own in results.values())  # two others draw no line
     results["0.7"] = metrics(0.7)
     add_effective_robustness(results)
-    for one in results.values():
-        assert one["emoji/ko/shift_blob/effective_robustness"].value == pytest.approx(0, abs=1e-9)
-        assert len(one) == 3
+    for own in results.values():
+        assert own["emoji/ko/shift_blob/effective_robustness"].value == pytest.approx(0, abs=1e-9)
+        assert len(own) == 3

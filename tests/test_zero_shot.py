@@ -18,9 +18,11 @@ from koclip.text.prompts import fill, has_particle, spelt_out
 TEMPLATES = {"ko": ["{label} 사진", "{label:을/를} 찍은 사진", "이것은 {label:이다/다}."], "en": ["a photo of {label}"]}
 
 
-def run(task: Callable[..., dict], one: EvalSet, language: str = "ko", encoder: ColourEncoder | None = None) -> dict:
+def run(
+    task: Callable[..., dict], eval_set: EvalSet, language: str = "ko", encoder: ColourEncoder | None = None
+) -> dict:
     embedder = Embedder(encoder or ColourEncoder(), 8)
-    return task(embedder, one, language, embedder.images(one.images))
+    return task(embedder, eval_set, language, embedder.images(eval_set.images))
 
 
 def test_an_ensemble_is_the_mean_of_unit_norm_prompts_of_unit_norm_again() -> None:
@@ -28,7 +30,10 @@ def test_an_ensemble_is_the_mean_of_unit_norm_prompts_of_unit_norm_again() -> No
     names = ["빨강", "파랑"]
     prompts = classifier(embedder, names, TEMPLATES["ko"])
     by_hand = torch.stack(
-        [F.normalize(embedder.texts([fill(one, name) for one in TEMPLATES["ko"]]).mean(dim=0), dim=0) for name in names]
+        [
+            F.normalize(embedder.texts([fill(template, name) for template in TEMPLATES["ko"]]).mean(dim=0), dim=0)
+            for name in names
+        ]
     )
     assert torch.equal(prompts[1, 2], embedder.texts(["이것은 파랑이다."])[0])
     torch.testing.assert_close(ensemble(prompts), by_hand, atol=1e-7, rtol=0)
@@ -83,10 +88,10 @@ def test_descriptions_are_compared_on_the_names_that_have_one(colours: Callable[
 
 
 def test_without_classes_captions_are_the_names(colours: Callable[..., EvalSet]) -> None:
-    one = colours(None, {"ko": "name"})
-    assert names_of(one, "ko").plain == list(ENGLISH)
-    assert run(zero_shot, one)["zero_shot/accuracy"].value == 1.0
-    assert "zero_shot/mean_per_class" not in run(zero_shot, one)
+    eval_set = colours(None, {"ko": "name"})
+    assert names_of(eval_set, "ko").plain == list(ENGLISH)
+    assert run(zero_shot, eval_set)["zero_shot/accuracy"].value == 1.0
+    assert "zero_shot/mean_per_class" not in run(zero_shot, eval_set)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ IMAGES = "images"  # in the place of the language, for tasks that read no text
 Unit = Literal["percent", "points", "rank", "number"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Spec:
     """Describes the numbers whose names fit a pattern.
 

@@ -45,20 +45,9 @@ def _check(eval_set: EvalSet) -> None:
         )
 
 
-TASK = Task(
-    "multiple_choice",
-    run,
-    _languages,
-    (
-        Spec(
-            pattern="{question}/accuracy",
-            label="{question}, accuracy",
-            headline={"ko": "한국어 이름으로 분류한 정확도"},
-            watched=True,
-        ),
-    ),
-    _check,
-)
+_HEADLINE = {"ko": "한국어 이름으로 분류한 정확도"}
+_ACCURACY = Spec("{question}/accuracy", "{question}, accuracy", headline=_HEADLINE, watched=True)
+TASK = Task("multiple_choice", run, _languages, (_ACCURACY,), _check)
 
 
 def questions_of(source: SourceConfig) -> list[Question]:

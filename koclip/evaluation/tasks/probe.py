@@ -201,28 +201,22 @@ LINEAR_PROBE = Task(
     lambda _: [IMAGES],
     (
         Spec(
-            pattern="linear_probe/accuracy",
-            label="linear probe",
+            "linear_probe/accuracy",
+            "linear probe",
             summary="images whose class a linear probe finds",
             chart=("shots", "all images"),
             hub_task=_HUB,
             watched=True,
         ),
-        Spec(pattern="linear_probe/mean_per_class", label="linear probe, mean over classes", hub_task=_HUB),
+        Spec("linear_probe/mean_per_class", "linear probe, mean over classes", hub_task=_HUB),
     ),
     check_probes,
 )
+_SHOTS = "few_shot/accuracy_{shots:d}_shots"
 FEW_SHOT = Task(
     "few_shot",
     few_shot,
     lambda _: [IMAGES],
-    (
-        Spec(
-            pattern="few_shot/accuracy_{shots:d}_shots",
-            label="probe on {shots} per class",
-            chart=("shots", "few"),
-            hub_task=_HUB,
-        ),
-    ),
+    (Spec(_SHOTS, "probe on {shots} per class", chart=("shots", "few"), hub_task=_HUB),),
     check_probes,
 )

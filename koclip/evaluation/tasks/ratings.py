@@ -96,18 +96,14 @@ def _check(eval_set: EvalSet) -> None:
         )
 
 
+_MEANING = "agreement with people's ratings, Kendall's tau c"
 TASK = Task(
     "ratings",
     run,
     _languages,
     (
-        Spec(
-            pattern="agreement/kendall_tau_c",
-            label="agreement with people, tau c",
-            unit="number",
-            summary="agreement with people's ratings, Kendall's tau c",
-        ),
-        Spec(pattern="agreement/kendall_tau_b", label="agreement with people, tau b", unit="number"),
+        Spec("agreement/kendall_tau_c", "agreement with people, tau c", "number", summary=_MEANING),
+        Spec("agreement/kendall_tau_b", "agreement with people, tau b", "number"),
     ),
     _check,
 )

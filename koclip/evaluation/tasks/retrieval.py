@@ -2,14 +2,14 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from koclip.config import ConfigError
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.ranking import search
-from koclip.evaluation.results import MAIN, Spec, Task
+from koclip.evaluation.results import MAIN, Spec, Task, Unit
 from koclip.evaluation.sets import EvalSet
 from koclip.metrics import KS, Metric, mean, recall_at
 from koclip.text.korean.stress import STRESSES
@@ -166,23 +166,15 @@ def _recall_specs(protocol: str, group: str) -> list[Spec]:
     specs = []
     for direction, words in _DIRECTIONS.items():
         for k in KS:
-            main = group == MAIN
-            first = main and (direction, k) == ("text_to_image", 10)  # the number that stands for all
-            specs.append(
-                Spec(
-                    pattern=f"{direction}{protocol}/recall@{k}",
-                    label=f"{words}, R@{k}",
-                    group=group,
-                    params={"direction": words, "k": k},
-                    summary="captions that find their image among the first 10" if first else "",
-                    chart=("recall", "") if main else ("", ""),
-                    headline=_HEADLINE if first else {},
-                    hub_task=_HUB,
-                    watched=first,
-                )
-            )
-        name = f"{direction}{protocol}/median_rank"
-        specs.append(Spec(pattern=name, label=f"{words}, median rank", unit="rank", group=group, hub_task=_HUB))
+            name, label = f"{direction}{protocol}/recall@{k}", f"{words}, R@{k}"
+            params: dict[str, str | int] = {"direction": words, "k": k}
+            chart = ("recall", "") if group == MAIN else ("", "")
+            spec = Spec(name, label, group=group, params=params, chart=chart, hub_task=_HUB)
+            if (name, group) == ("text_to_image/recall@10", MAIN):  # the number that stands for all
+                meaning = "captions that find their image among the first 10"
+                spec = replace(spec, summary=meaning, headline=_HEADLINE, watched=True)
+            specs.append(spec)
+        specs.append(Spec(f"{direction}{protocol}/median_rank", f"{words}, median rank", "rank", group, hub_task=_HUB))
     return specs
 
 
@@ -191,35 +183,25 @@ def _approximated_specs() -> list[Spec]:
     specs = []
     for direction, words in _DIRECTIONS.items():
         for k in _KS_APPROXIMATED:
+            name, label = f"{direction}_{{approximation}}", f"{words}, R@{k}"
             params: dict[str, str | int] = {"direction": words, "k": k}
-            label, name = f"{words}, R@{k}", f"{direction}_{{approximation}}"
-            specs.append(Spec(pattern=f"{name}/recall@{k}", label=label, group="{approximation}", params=params))
-            lost = "{approximation}, lost"
-            specs.append(Spec(pattern=f"{name}/drop@{k}", label=label, group=lost, unit="points", params=params))
+            specs.append(Spec(f"{name}/recall@{k}", label, group="{approximation}", params=params))
+            specs.append(Spec(f"{name}/drop@{k}", label, "points", "{approximation}, lost", params))
     return specs
 
 
 def _stress_specs() -> list[Spec]:
-    specs = [
-        Spec(
-            pattern=f"stress_{{rewrite}}/drop@{k}",
-            label="{rewrite}",
-            unit="points",
-            group=f"R@{k} lost by rewritten captions",
-            params={"k": k},
-            worst=f"R@{k} lost, worst rewrite",
-            summary="points of that lost by the worst rewriting of captions" if k == 10 else "",
-            chart=("stress", "lost"),
-            card="Korean as people type it",
-        )
-        for k in _KS
-    ]
+    """Return what the numbers of `stress` are called."""
+    specs = [Spec("stress_{rewrite}/changed", "{rewrite}", group="Captions that a rewrite changes")]
     for k in _KS:
-        group, chart = f"R@{k} of rewritten captions", ("stress", "kept")
-        pattern = f"stress_{{rewrite}}/recall@{k}"
-        specs.append(Spec(pattern=pattern, label="{rewrite}", group=group, params={"k": k}, chart=chart))
-    changed = "Captions that a rewrite changes"
-    return [*specs, Spec(pattern="stress_{rewrite}/changed", label="{rewrite}", group=changed)]
+        lost, kept = (f"stress_{{rewrite}}/{kind}@{k}" for kind in ("drop", "recall"))
+        group, params = f"R@{k} of rewritten captions", {"k": k}
+        specs.append(Spec(kept, "{rewrite}", group=group, params=params, chart=("stress", "kept")))
+        spec = Spec(lost, "{rewrite}", "points", f"R@{k} lost by rewritten captions", params, chart=("stress", "lost"))
+        meaning = "points of that lost by the worst rewriting of captions" if k == 10 else ""
+        worst = f"R@{k} lost, worst rewrite"
+        specs.append(replace(spec, worst=worst, summary=meaning, card="Korean as people type it"))
+    return specs
 
 
 def _captioned(
@@ -250,28 +232,20 @@ RETRIEVAL = Task(
         *_approximated_specs(),
     ),
 )
+_GAP = "first less second language"
+_COMPARED: tuple[tuple[str, str, Unit, str], ...] = (
+    ("gap@1", f"R@1, {_GAP}", "points", ""),
+    ("gap@10", f"R@10, {_GAP}", "points", f"points of R@10, {_GAP}"),
+    ("same_image", "same nearest image in both", "percent", ""),
+)
 _BETWEEN = "Between the languages"
 LANGUAGES = Task(
     "languages",
     _captioned(lambda embedder, part, pair, images: languages(embedder, part, _pairs(part)[pair], images)),
     lambda eval_set: list(_pairs(eval_set)),
-    (
-        Spec(
-            pattern="languages/gap@1",
-            label="R@1, first less second language",
-            unit="points",
-            card=_BETWEEN,
-            hub_task=_HUB,
-        ),
-        Spec(
-            pattern="languages/gap@10",
-            label="R@10, first less second language",
-            unit="points",
-            summary="points of R@10, first less second language",
-            card=_BETWEEN,
-            hub_task=_HUB,
-        ),
-        Spec(pattern="languages/same_image", label="same nearest image in both", card=_BETWEEN, hub_task=_HUB),
+    tuple(
+        Spec(f"languages/{name}", label, unit, summary=summary, card=_BETWEEN, hub_task=_HUB)
+        for name, label, unit, summary in _COMPARED
     ),
 )
 STRESS = Task(

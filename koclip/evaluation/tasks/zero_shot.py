@@ -199,70 +199,46 @@ def add_effective_robustness(results: dict[str, dict[str, Metric]]) -> None:
                 metrics[f"{record.dataset}/{record.language}/{record.task}/effective_robustness"] = robustness
 
 
-_BY_PROMPT = "Accuracy by kind of prompt"
+_BARE, _ALONE = "zero_shot_name/gain_over_ensemble", "zero_shot_template_{template:d}"
+_LESS_BARE = "Each template alone, less the bare name"
 ZERO_SHOT = Task(
     "zero_shot",
     lambda embedder, eval_set, language: zero_shot(embedder, eval_set, language, embedder.images(eval_set.images)),
     lambda eval_set: eval_set.languages,
     (
         Spec(
-            pattern="zero_shot/accuracy",
-            label="zero-shot accuracy",
+            "zero_shot/accuracy",
+            "zero-shot accuracy",
             summary="images whose class is found by its name",
             chart=("shots", "zero-shot"),
             headline={"ko": "한국어 이름으로 분류한 정확도"},
             watched=True,
         ),
-        Spec(pattern="zero_shot/mean_per_class", label="zero-shot, mean over classes"),
-        Spec(pattern="zero_shot/accuracy@5", label="zero-shot, among the first 5"),
-        Spec(pattern="zero_shot_single/gain_over_ensemble", label="first template less all", unit="points"),
-        Spec(
-            pattern="zero_shot_name/gain_over_ensemble",
-            label="bare name less all templates",
-            unit="points",
-            chart=("templates", "bare"),
-        ),
-        Spec(pattern="zero_shot_particles/gain", label="right particles less spelt out", unit="points"),
-        Spec(pattern="zero_shot_described/gain", label="described names less plain", unit="points"),
-        Spec(pattern="zero_shot_described/gain_ambiguous", label="the same, ambiguous names", unit="points"),
-        Spec(
-            pattern="zero_shot_template_{template:d}/accuracy",
-            label="template {template:02d}",
-            group="Each template alone, accuracy",
-        ),
-        Spec(
-            pattern="zero_shot_template_{template:d}/gain_over_name",
-            label="template {template:02d}",
-            unit="points",
-            group="Each template alone, less the bare name",
-            chart=("templates", "gain"),
-        ),
-        Spec(pattern="zero_shot_{prompt}/accuracy", label="{prompt}", group=_BY_PROMPT),
+        Spec("zero_shot/mean_per_class", "zero-shot, mean over classes"),
+        Spec("zero_shot/accuracy@5", "zero-shot, among the first 5"),
+        Spec("zero_shot_single/gain_over_ensemble", "first template less all", "points"),
+        Spec(_BARE, "bare name less all templates", "points", chart=("templates", "bare")),
+        Spec("zero_shot_particles/gain", "right particles less spelt out", "points"),
+        Spec("zero_shot_described/gain", "described names less plain", "points"),
+        Spec("zero_shot_described/gain_ambiguous", "the same, ambiguous names", "points"),
+        Spec(f"{_ALONE}/accuracy", "template {template:02d}", group="Each template alone, accuracy"),
+        Spec(f"{_ALONE}/gain_over_name", "template {template:02d}", "points", _LESS_BARE, chart=("templates", "gain")),
+        Spec("zero_shot_{prompt}/accuracy", "{prompt}", group="Accuracy by kind of prompt"),
     ),
 )
-_UNDER_SHIFT = "Accuracy under shift"
-_BASE = Spec(
-    pattern="shift_none/accuracy",
-    label="accuracy without shift",
-    params={"name": ""},
-    chart=("shift", "base"),
-    watched=True,
-)
-_SHIFTED = Spec(pattern="shift_{name}/accuracy", label="{name}", group=_UNDER_SHIFT, chart=("shift", "shifted"))
+_UNDER_SHIFT, _NONE = "Accuracy under shift", {"name": ""}
+_BASE = Spec("shift_none/accuracy", "accuracy without shift", params=_NONE, chart=("shift", "base"), watched=True)
+_SHIFTED = Spec("shift_{name}/accuracy", "{name}", group=_UNDER_SHIFT, chart=("shift", "shifted"))
+_SEVERITY = "shift_{name}/accuracy_severity_{severity:d}"
 SHIFT = Task(
     "shift",
     lambda embedder, eval_set, language: shift(embedder, eval_set, language, embedder.images(eval_set.images)),
     lambda eval_set: eval_set.languages,
     (
         _BASE,
-        Spec(pattern="shift_{name}/drop", label="accuracy lost, {name}", unit="points"),
-        Spec(pattern="shift_{name}/effective_robustness", label="effective robustness, {name}", unit="points"),
-        Spec(
-            pattern="shift_{name}/accuracy_severity_{severity:d}",
-            label="{name}, severity {severity}",
-            group=_UNDER_SHIFT,
-            chart=("shift", "severity"),
-        ),
+        Spec("shift_{name}/drop", "accuracy lost, {name}", "points"),
+        Spec("shift_{name}/effective_robustness", "effective robustness, {name}", "points"),
+        Spec(_SEVERITY, "{name}, severity {severity}", group=_UNDER_SHIFT, chart=("shift", "severity")),
         _SHIFTED,
     ),
 )
