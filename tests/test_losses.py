@@ -1,6 +1,9 @@
 """Losses: against tables worked by hand, a stock model, and a naive double loop."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,3 +137,11 @@ def test_gradients_reach_both_towers_the_scale_and_the_bias(name: str) -> None:
     # A key's bias shifts all scores of a query alike.
     assert not [name for name in still if not name.endswith("k_proj.bias")]
     assert (dual_encoder.logit_bias is not None) == (name == "sigmoid")
+
+
+def test_an_unknown_loss_is_refused_before_any_data_is_read() -> None:
+    recipe = Path(__file__).parents[1] / "recipes" / "pretrain.py"
+    words = [sys.executable, str(recipe), "--loss.name", "infonse", "--data.sources", "[{path: missing.parquet}]"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("pretrain.py: error: loss.name: got 'infonse'")

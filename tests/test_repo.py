@@ -51,8 +51,8 @@ SCHEMAS = {
     "index": IndexConfig,
 }
 REQUIRED = {name: ["--model", "runs/some/model"] for name in ("evaluate", "index")}
-# Ceilings that only go down. The goals: 95 files, 30 names.
-MAX_FILES, MAX_VAGUE_NAMES = 127, 177
+# Ceilings that only go down. The goal is 95 files.
+MAX_FILES, MAX_VAGUE_NAMES = 127, 0
 VAGUE_NAMES = {"one", "found", "made", "theirs", "told"}
 # Functions of more than 50 lines or 5 parameters, with the reason.
 LARGE_FUNCTIONS = {
