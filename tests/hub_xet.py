@@ -6,7 +6,7 @@ Formats: https://huggingface.co/docs/xet/xorb and https://huggingface.co/docs/xe
 import hashlib
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,10 @@ _VERIFIED, _METADATA = 1 << 31, 1 << 30
 
 
 class XetRequests(Requests):
-    """What a client asks for that uploads by Xet."""
+    """What a client asks for that uploads by Xet. The server's handler has the other methods."""
+
+    writer: Callable[[], None]
+    tree_of: Callable[[str, str], tuple[str, dict[str, tuple[bytes, bool]]]]
 
     def xet_token(self, repo: str, revision: str) -> dict[str, Any]:
         self.writer()

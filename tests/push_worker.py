@@ -4,9 +4,18 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import SupportsIndex
 
 sleep = time.sleep
-time.sleep = lambda seconds: sleep(seconds / 100)  # of the client's waits and koclip's
+
+
+def sleep_less(seconds: float | SupportsIndex) -> None:
+    """Shorten the waits of the client and of koclip."""
+    assert isinstance(seconds, int | float)
+    sleep(seconds / 100)
+
+
+time.sleep = sleep_less
 
 from koclip.config import ConfigError, RunError  # noqa: E402
 from koclip.publishing.checks import publishable  # noqa: E402

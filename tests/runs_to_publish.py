@@ -41,7 +41,7 @@ METRICS = {
     "scenes/images/linear_probe/accuracy": (0.777, 0.75, 0.8, 500),
 }
 SCENES = config.DataConfig(
-    num_crops=1, sources=(config.SourceConfig(path="scenes", captions={"ko": "captions_ko", "en": "captions_en"}),)
+    num_crops=1, sources=[config.SourceConfig(path="scenes", captions={"ko": "captions_ko", "en": "captions_en"})]
 )
 
 
@@ -59,8 +59,13 @@ def swapped(folder: Path, clip: str, text_encoder: str) -> Path:
     torch.manual_seed(1)
     tokenizer = tiny_tokenizer()
     source, processor = from_scratch(tiny_config(), tokenizer)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-    ids = {"pad_token_id": 4, "bos_token_id": 2, "eos_token_id": 3}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
+    ids: dict[str, Any] = {"pad_token_id": 4, "bos_token_id": 2, "eos_token_id": 3}
     model: Any = swap_text_tower(source, BertModel(BertConfig(**sizes, **ids, vocab_size=len(bert_tokenizer()))))
     stir(model)
     with torch.no_grad():

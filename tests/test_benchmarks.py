@@ -20,6 +20,7 @@ from koclip.text.tokenizers import train_bpe
 BENCHMARKS = Path(__file__).parents[1] / "recipes" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # as Python does for the script that it runs
 
+import clip_shapes  # noqa: E402
 import decode_speed  # noqa: E402
 import gpu  # noqa: E402
 import grad_cache  # noqa: E402
@@ -63,8 +64,8 @@ def test_weights_under_open_clips_names_are_the_same_weights():
     assert sum(tensor.numel() for tensor in converted.values()) == sum(tensor.numel() for tensor in state.values())
     assert not [name for name in converted if "_model." in name or "q_proj" in name]
     fused = converted["transformer.resblocks.1.attn.in_proj_weight"]
-    attention = model.text_model.encoder.layers[1].self_attn
-    assert torch.equal(fused[64:128], attention.k_proj.weight)
+    attention = model.get_submodule("text_model.encoder.layers.1.self_attn")
+    assert torch.equal(fused[64:128], attention.get_parameter("k_proj.weight"))
     assert torch.equal(converted["visual.proj"], model.visual_projection.weight.T)
 
 
@@ -86,7 +87,7 @@ def test_padding_and_ratios():
 
 def test_koclip_and_trainer_take_turns():
     tokenizer = tiny_tokenizer(max_tokens=pairs.CONTEXT)
-    model, processor = from_scratch(tiny_config(), tokenizer)
+    model, processor = clip_shapes.build_clip(tiny_config(), tokenizer)
     ours = copy.deepcopy(model)
     before = model.logit_scale.clone()
     batches = pairs.record(DataConfig(sources=[SourceConfig(scenes_size=64)]), tokenizer, 32, batch_size=4, count=2)

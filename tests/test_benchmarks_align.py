@@ -59,12 +59,15 @@ def test_koclips_side_trains_text_against_images_encoded_once(arguments: list[st
     assert trained == {"text_model", "text_projection"}
     assert len(photos.files) == len(set(photos.captions)) == 16
     assert len(ours.features) == 16
-    assert len(ours.first_batch().pixel_values) == align_speed.CHECKED
+    pixels = ours.first_batch().pixel_values
+    assert pixels is not None
+    assert len(pixels) == align_speed.CHECKED
 
 
 def test_the_totals_have_the_cache_in_them() -> None:
-    seconds = [[align_speed.Seconds(wall, wall / 2) for wall in side] for side in ((8, 12), (1, 2))]
-    rows = align_speed.table(align_speed.Turns(*seconds, cache=align_speed.Seconds(2, 1)), cpu_time=False).splitlines()
+    peer, koclip = ([align_speed.Seconds(wall, wall / 2) for wall in side] for side in ((8, 12), (1, 2)))
+    turns = align_speed.Turns(peer, koclip, cache=align_speed.Seconds(2, 1))
+    rows = align_speed.table(turns, cpu_time=False).splitlines()
     assert rows[-1] == "| 10 epochs in all | 100.0 | 17.0 | 5.88 (5.45-6.67) |"
     assert rows[-2] == "| an epoch | 10.0 (8.0-12.0) | 1.5 (1.0-2.0) | 7.00 (6.00-8.00) |"
 

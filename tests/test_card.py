@@ -67,8 +67,8 @@ def test_the_hub_takes_its_metadata_and_it_survives_a_round_trip(run):
     assert metadata_problems(str(card)) == []
     again = ModelCard(str(card))
     assert again.data.to_dict() == card.data.to_dict()
-    assert again.data.pipeline_tag == "zero-shot-image-classification"
-    assert again.data.language == ["ko", "en"]
+    assert again.data["pipeline_tag"] == "zero-shot-image-classification"
+    assert again.data["language"] == ["ko", "en"]
 
 
 def test_every_number_is_that_of_the_results(run):
@@ -92,7 +92,7 @@ def test_every_number_is_that_of_the_results(run):
         assert [number(bound) for bound in here[0][3].split(" to ")] == [rounded(low, scale), rounded(high, scale)]
     worst = len(shown) - len(METRICS)
     assert worst == 1  # the worst rewrite, which stands there twice
-    values = {(result.dataset_config, result.metric_name): result.metric_value for result in card.data.eval_results}
+    values = {(result.dataset_config, result.metric_name): result.metric_value for result in card.data["eval_results"]}
     for name, (value, *_) in METRICS.items():
         (record,) = records_of({name: Metric(value, (0.0, 1.0), 1)}, SPECS)
         if record.spec.unit == "percent":
@@ -164,7 +164,7 @@ def test_a_part_of_a_data_set_has_the_card_that_lists_its_file(run):
     source = {"path": "../shared/data/emoji_dev.parquet", "name": "emoji_blob"}
     change(run / "results.json", data={"emoji_blob": {"source": {"source": source}}})
     assert "| emoji_blob | evaluation | ko, en | noto 1,350," in card_of(run).text
-    assert card_of(run).data.license == "apache-2.0"  # what it is measured on does not bind it
+    assert card_of(run).data["license"] == "apache-2.0"  # what it is measured on does not bind it
     source["path"] = "mine/emoji_dev.parquet"
     change(run / "results.json", data={"emoji_blob": {"source": {"source": source}}})
     with pytest.raises(ConfigError, match="no such file, nor one that lists mine/"):
@@ -208,7 +208,7 @@ def test_a_non_commercial_source_makes_the_model_so_and_the_card_says_it(run):
     cfg = settings(run)
     write_card(cfg, gather(cfg))
     card = ModelCard.load(run / "model" / CARD)
-    assert card.data.license == "other"
+    assert card.data["license"] == "other"
     assert card.data["license_name"] == "non-commercial-sources"
     assert metadata_problems(str(card)) == []
     assert "may not be used commercially: flickr8k_ko. See [LICENSE.md](LICENSE.md)" in card.text
@@ -240,7 +240,7 @@ CARDS = sorted(file.stem for file in (ROOT / "data_cards").glob("*.md") if file.
 def test_the_card_of_a_data_set_binds_the_models_trained_on_it(run, name):
     change(run / "config.yaml", data={"sources": [{"path": "x.parquet", "name": name, "captions": {"ko": "ko"}}]})
     card = card_of(run)
-    assert name in VERDICTS[card.data.get("license_name") or card.data.license]
+    assert name in VERDICTS[card.data.get("license_name") or card.data["license"]]
     (used,) = [data for data in gather(settings(run)).data if data.name == name]
     assert used.version.startswith("made by" if name == "scenes" else (name[:5], "no version known"))
 
@@ -258,15 +258,15 @@ def test_the_base_trained_here_is_part_of_the_chain(run, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(run, base)
     source = config.SourceConfig(path="flickr8k_ko", captions={"en": "en"})
-    beside(base, config.PretrainConfig(data=config.DataConfig(sources=(source,))))
+    beside(base, config.PretrainConfig(data=config.DataConfig(sources=[source])))
     beside(run, aligned(str(base / "model"), "same", "lora"))
     card = card_of(run)
-    assert card.data.license == "other"
-    assert card.data.base_model is None
+    assert card.data["license"] == "other"
+    assert card.data["base_model"] is None
     assert "| flickr8k_ko | training of the base |" in card.text
     named = card_of(run, clip="org/base", licenses={"org/base": "mit"})
-    assert named.data.license == "apache-2.0"
-    assert named.data.base_model == ["org/base"]
+    assert named.data["license"] == "apache-2.0"
+    assert named.data["base_model"] == ["org/base"]
     (base / "config.yaml").unlink()
     with pytest.raises(ConfigError, match=r"model.clip: got .*its licence is not known: give --clip <its Hub id>"):
         card_of(run)
@@ -293,7 +293,7 @@ def test_a_card_on_the_hub_may_state_several_licences(run, monkeypatch, stated, 
     beside(run, aligned("openai/clip-vit-base-patch32", "same", "lora"))
     info = SimpleNamespace(card_data={"license": stated})
     monkeypatch.setattr(card_inputs, "HfApi", lambda: SimpleNamespace(model_info=lambda _: info))
-    assert card_of(run).data.license == licence
+    assert card_of(run).data["license"] == licence
 
 
 def test_a_licence_that_the_hub_calls_other_is_no_other_whatever_its_name(run, monkeypatch):
@@ -334,7 +334,7 @@ def test_time_and_hardware_are_told_if_known(run):
     text = str(card_of(run, training_time="20 minutes"))
     assert "| time | 20 minutes |" in text
     assert "| hardware | NVIDIA H200 and NVIDIA H200, 2 processes |" in text
-    assert ENVIRONMENT["commit"][:12] in text
+    assert str(ENVIRONMENT["commit"])[:12] in text
 
 
 @pytest.mark.parametrize(

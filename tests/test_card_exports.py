@@ -57,7 +57,7 @@ def test_tags_and_usage_follow_the_files_that_are_there(run, files, tags, sectio
         (run / "model" / name).parent.mkdir(exist_ok=True)
         (run / "model" / name).write_bytes(b"")
     card = card_of(run)
-    assert card.data.tags == ["clip", "koclip", "korean", *tags]
+    assert card.data["tags"] == ["clip", "koclip", "korean", *tags]
     assert metadata_problems(str(card)) == []
     assert re.findall(r"^### (.+)$", card.text.split("## Data")[0], re.M) == ["transformers", "koclip", *sections]
 

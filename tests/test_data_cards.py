@@ -107,7 +107,8 @@ LOADED = [(card, block) for card in CARDS for block in blocks(card) if "../share
 @pytest.mark.parametrize(("card", "block"), LOADED, ids=lambda value: getattr(value, "stem", ""))
 def test_the_call_of_a_card_loads_the_files_at_hand(card, block, monkeypatch):
     monkeypatch.chdir(ROOT)
-    facts, names = front_matter(card), {}
+    facts = front_matter(card)
+    names: dict[str, Any] = {}
     exec(block, names)
     parts = names["data"]
     assert sum(len(part) for part in parts.values()) == sum(facts["rows"].values())

@@ -220,6 +220,18 @@ def test_a_broken_record_is_refused(text: str, pairs: SourceConfig, tmp_path: Pa
         build(tmp_path / "kept", pairs)
 
 
+def test_features_of_an_older_format_are_refused(pairs: SourceConfig, tmp_path: Path) -> None:
+    build(tmp_path / "kept", pairs)
+    facts = json.loads((tmp_path / "kept" / "embeddings.json").read_text())
+    (tmp_path / "kept" / "embeddings.json").write_text(json.dumps(facts | {"format": 3}))
+    with pytest.raises(ConfigError, match=r"align\.cache_dir: .*kept, format: got 3"):
+        build(tmp_path / "kept", pairs)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "features.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"align\.cache_dir: .*old, format"):
+        build(tmp_path / "old", pairs)
+
+
 def test_data_that_changes_under_a_run_is_noticed(pairs: SourceConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"align\.cache_dir"):
         build(tmp_path / "kept", pairs).embedding(digest_of(b"another image"))

@@ -15,6 +15,7 @@ import koclip
 from koclip.config import ConfigError
 from koclip.encoders import Encoder
 from koclip.encoders.specs import usable
+from koclip.evaluation.embed import Embedder
 from koclip.models.dual_encoder import from_scratch
 from koclip.models.save import save_stock_model
 
@@ -123,7 +124,8 @@ def test_raw_texts_reach_the_tokenizer_as_they_are(loaded: Encoder, monkeypatch:
     monkeypatch.setattr(loaded, "_embed_texts", lambda batch: batches.append(batch) or embed(batch))
     loaded.encode_texts(texts, raw=True)
     loaded.encode_texts(texts)
-    assert batches == [texts[::-1], ["별", "빨간 별"]]  # from short to long
+    Embedder(loaded, 8).texts(texts)
+    assert batches == [texts[::-1], ["별", "빨간 별"], texts[::-1]]  # from short to long
 
 
 def test_similarity_is_scaled_cosine_plus_bias(loaded: Encoder, directory: Path, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
     results = (run / "results.json").read_text(encoding="utf-8")
     (run / "results.json").write_text(results.replace(str(trained), str(run)), encoding="utf-8")
     source = config.SourceConfig(path="mine.csv", name="mine", captions={"ko": "ko"})
-    config.dump(config.PretrainConfig(data=config.DataConfig(sources=(source,))), run / "config.yaml")
+    config.dump(config.PretrainConfig(data=config.DataConfig(sources=[source])), run / "config.yaml")
     shutil.copytree(Path(__file__).parents[1] / "data_cards", run / "cards")
     return run
 
@@ -93,10 +93,10 @@ def with_terms(run: Path, terms: object) -> ModelCard | None:
 @every_sentence
 def test_the_licence_of_a_data_card(run, sentence):
     card = with_terms(run, {"license": sentence})
-    assert card is None or card.data.license not in FREE
+    assert card is None or card.data["license"] not in FREE
     (run / "cards" / "mine.md").write_text(CARD.format(terms=f"license: {sentence!r}"), "utf-8")
     card = card_of(run)
-    assert card is None or card.data.license not in FREE
+    assert card is None or card.data["license"] not in FREE
 
 
 @every_sentence
@@ -112,7 +112,7 @@ def test_the_fields_of_a_data_card(run, sentence):
         {"id": "none", "words": sentence, **free},
     ):
         card = with_terms(run, {"licenses": [{**right, **part}]})
-        assert card is None or (card.data.license == "other" and card.data["license_name"])
+        assert card is None or (card.data["license"] == "other" and card.data["license_name"])
         if card is not None and "words" in part:
             assert " ".join(sentence.split()).replace("|", "\\|") in card.text
 
@@ -122,7 +122,7 @@ def test_the_licence_of_a_tower_in_words(run, sentence):
     beside(run, aligned(CLIP, "same", "lora"))
     card = card_of(run, licenses={CLIP: sentence})
     assert card is not None
-    assert card.data.license == "other"
+    assert card.data["license"] == "other"
     if sentence != "none":
         assert f"{' '.join(sentence.split())}".replace("|", "\\|") in card.text
 
@@ -132,5 +132,5 @@ def test_a_card_that_is_written_rightly_gives_what_it_says(run):
     for id_, licence in (("cc-by-4.0", "apache-2.0"), ("cc-by-sa-4.0", "cc-by-sa-4.0"), ("cc-by-nc-4.0", "other")):
         card = with_terms(run, {"licenses": [{**right, "id": id_}]})
         assert card is not None
-        assert card.data.license == licence
+        assert card.data["license"] == licence
         assert f"| mine | training | captions | {id_} |" in card.text

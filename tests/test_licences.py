@@ -30,9 +30,9 @@ rows: {train: 10}
 def parts_of(*parts: dict[str, Any]) -> tuple[Part, ...]:
     """Read the parts of a data card that are written rightly."""
     named = [{"part": f"part {place}", "source": "its README", **part} for place, part in enumerate(parts)]
-    parts, faults = read_parts(named) if named else ([], [])
+    known, faults = read_parts(named) if named else ([], [])
     assert not faults, faults
-    return tuple(parts)
+    return tuple(known)
 
 
 def conclusion(*sources: tuple[Part, ...], wish: str = "apache-2.0") -> tuple[str, str | None]:
@@ -217,7 +217,8 @@ def test_the_answers_that_an_id_gives_may_be_repeated(tmp_path):
 
 def test_every_mix_of_answers_of_other_terms_is_kept():
     for stated in product([True, False, "unstated"], repeat=3):
-        (part,) = parts_of(words(**dict(zip(ALLOWS, stated, strict=True))))
+        answers: dict[str, Any] = dict(zip(ALLOWS, stated, strict=True))
+        (part,) = parts_of(words(**answers))
         assert [part.commercial, part.redistribution, part.share_alike] == [
             None if answer == "unstated" else answer for answer in stated
         ]

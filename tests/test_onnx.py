@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -57,7 +58,7 @@ def ends_a_text(kind: str, directory: Path) -> Path:
         if kind == "legacy CLIP":  # reads the largest id, which is the end token
             model.config.text_config.eos_token_id = model.text_model.eos_token_id = 2
         if kind == "joint, CLIP's text tower":
-            sizes = {**WIDTH, "image_size": 32, "patch_size": 8}
+            sizes: dict[str, Any] = {**WIDTH, "image_size": 32, "patch_size": 8}
             model = joint(transformers.ViTModel(transformers.ViTConfig(**sizes)), model.text_model)
             processor = joint_processor(processor.tokenizer)
         draw(model)

@@ -19,6 +19,8 @@ def test_formats_pass_the_pre_flight(tmp_path: Path, capsys: pytest.CaptureFixtu
     spec = importlib.util.spec_from_file_location(
         "publish_recipe", Path(__file__).parents[1] / "recipes" / "publish.py"
     )
+    assert spec is not None
+    assert spec.loader is not None
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
     args = ["--model", str(directory), "--repo_id", "org/name", "--dry_run", "--onnx", "int8"]

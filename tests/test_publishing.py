@@ -66,6 +66,7 @@ class Hub:
         self.server = HubServer({TOKEN: "write"})
         self.folder = folder
         self.homes = 0
+        self.clip = folder / "clip" / "model"  # of the model org/clip
 
     def run(self, *command: str, token: str | None = TOKEN, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
         """Run Python with an empty home, near this Hub."""

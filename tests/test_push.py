@@ -371,8 +371,13 @@ def counted(do: Callable[[], None], key: str, monkeypatch: pytest.MonkeyPatch) -
     """Return how often `repeat` tries, and what it raises."""
     tries: list[int] = []
     monkeypatch.setattr(push, "_WAIT", 0)
+
+    def attempt() -> None:
+        tries.append(1)
+        do()
+
     with pytest.raises((ConfigError, RunError)) as raised:
-        push.repeat(lambda: [tries.append(1), do()], "pushing", key)
+        push.repeat(attempt, "pushing", key)
     return len(tries), raised.value
 
 

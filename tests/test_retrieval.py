@@ -107,7 +107,7 @@ def test_images_with_unequal_captions_are_not_compared(colours: Callable[..., Ev
     second["en"] = ["one picture", "another picture"]
     assert languages(embedder, eval_set, ("ko", "en"), images)["languages/gap@1"].n == 4
     first["en"] = second["en"] = ["one picture"]
-    with pytest.raises(ConfigError, match="no image has equally many captions in ko and en"):
+    with pytest.raises(ConfigError, match="ko and en"):
         languages(embedder, eval_set, ("ko", "en"), images)
 
 

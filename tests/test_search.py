@@ -441,6 +441,14 @@ def test_a_damaged_index_is_named(folder, tmp_path, small):
         open_index(target)
 
 
+def test_an_index_of_an_older_format_is_refused(folder, tmp_path, small):
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "index.json").write_text('{"format": 3, "num_images": 2}')
+    for use in (open_index, lambda target: build.build(config(folder), ColourEncoder(), target)):
+        with pytest.raises(ConfigError, match=r"(index|output_dir): .*index, format"):
+            use(tmp_path / "index")
+
+
 RECIPE = TESTS.parent / "recipes" / "index.py"
 
 

@@ -1,4 +1,4 @@
-"""koclip.data.formats.shards: a shard gives all its samples, or is refused by name; so do its samples."""
+"""koclip.data.formats.webdataset: a shard gives all its samples, or is refused by name; so do its samples."""
 
 import bz2
 import functools

@@ -5,6 +5,7 @@ import re
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -227,7 +228,9 @@ def test_unusual_pictures_are_read(tmp_path):
     moving = encoded(picture(), "GIF", save_all=True, append_images=[picture((0, 0, 250))])
     read, moves = guard.read_picture(file(tmp_path, moving))
     assert moves
-    assert read.getpixel((5, 5))[0] > 200
+    pixel = read.getpixel((5, 5))
+    assert isinstance(pixel, tuple)
+    assert pixel[0] > 200
 
 
 def test_a_covered_place_loses_what_was_asked_for(app):
@@ -260,8 +263,9 @@ def test_patches_are_read_as_the_class_token_is():
 
     from koclip.models.dual_encoder import from_scratch
 
-    model, processor = from_scratch(tiny_config(), tiny_tokenizer())
-    encoder = TransformersEncoder(model.eval(), processor)
+    built, processor = from_scratch(tiny_config(), tiny_tokenizer())
+    model: Any = built.eval()
+    encoder = TransformersEncoder(model, processor)
     patches = encoder.patches(picture(size=(80, 60)))
     assert patches.shape == (4, 4, 32)
     assert torch.allclose(patches.norm(dim=-1), torch.ones(4, 4), atol=1e-5)

@@ -46,7 +46,8 @@ def visit(space, browser):
         page = context.new_page()
         page.set_default_timeout(20_000)
         page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("dialog", lambda dialog: (faults.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("dialog", lambda dialog: faults.append(f"dialog: {dialog.message}"))
+        page.on("dialog", lambda dialog: dialog.dismiss())
         page.goto(space.url)
         page.get_by_role("heading", name=say("title", "ko")).wait_for()
         if language == "en":

@@ -69,10 +69,10 @@ def test_a_probe_that_is_tested_on_what_it_was_fitted_on_is_refused(photos, tmp_
     source = photos("photos", range(60))
     shutil.copy(source.path, tmp_path / "copy.parquet")
     for train in (source, SourceConfig(path=str(tmp_path / "copy.parquet"), label="key", captions={})):
-        with pytest.raises(ConfigError, match=r"eval\.sets\[\]\.train: .*all of its 60 images are in the source"):
+        with pytest.raises(ConfigError, match=r"eval\.sets\[\]\.train: .* 60 "):
             probe_set(source, train)
     part = photos("part", range(20, 60))
-    with pytest.raises(ConfigError, match="all of its 40 images"):
+    with pytest.raises(ConfigError, match=r"eval\.sets\[\]\.train: .* 40 "):
         probe_set(source, part)
 
 

@@ -45,7 +45,7 @@ from koclip.models.dual_encoder import DualEncoder
 from koclip.text.tokenizers import train_bpe
 
 MODEL = ModelConfig(preset="small", image_size=64)
-OPTIM = OptimConfig(max_grad_norm=0)  # gradients as they are
+OPTIM = OptimConfig(max_grad_norm=0, warmup_steps=0)  # gradients as they are
 METHODS = ("one piece", "plain", "koclip", "open_clip")
 WORDS = [f"{first}{second}" for first in "가나다라마바사" for second in "각난달람"]
 

@@ -16,7 +16,7 @@ from koclip.config import DataConfig, SourceConfig
 from koclip.data.batches import Assembler, Batch
 from koclip.data.loader import train_loader
 from koclip.data.order import Shard
-from koclip.data.sources import MapSource, open_source
+from koclip.data.sources import open_source
 from koclip.data.transforms import Views, read
 from koclip.text.normalize import usable
 
@@ -54,9 +54,8 @@ class Pairs(NamedTuple):
 def some_pairs(path: str, count: int, folder: Path) -> Pairs:
     """Write the first `count` photos of a source, and the first Korean caption of each, to `folder`."""
     source = open_source(SourceConfig(path=path, captions={"ko": "captions_ko"}))
-    assert isinstance(source, MapSource)
     files, captions = [], []
-    for number, row in enumerate(source.rows(range(count))):
+    for number, row in enumerate(itertools.islice(source.iter_rows(), count)):
         content = read(row.image)
         assert isinstance(content, bytes)
         files.append(folder / f"{number:06}.jpg")

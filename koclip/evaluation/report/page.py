@@ -82,7 +82,7 @@ def write(
 
 
 def _notes(name: str, models: Sequence[Model]) -> list[str]:
-    """Return what is said of a data set; nothing of ratings."""
+    """Return the notes on a data set; none on ratings."""
     facts = {model.label: model.data[name] for model in models if name in model.data}
     if not facts:
         return []
