@@ -52,7 +52,7 @@ SCHEMAS = {
 }
 REQUIRED = {name: ["--model", "runs/some/model"] for name in ("evaluate", "index")}
 # Ceilings that only go down. The goals: 95 files, 30 names.
-MAX_FILES, MAX_VAGUE_NAMES = 131, 1368
+MAX_FILES, MAX_VAGUE_NAMES = 127, 177
 VAGUE_NAMES = {"one", "found", "made", "theirs", "told"}
 # Functions of more than 50 lines or 5 parameters, with the reason.
 LARGE_FUNCTIONS = {
