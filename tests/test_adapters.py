@@ -14,9 +14,8 @@ from tiny import tiny_batch, tiny_config, tiny_dual_encoder, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from koclip.align import adapter_base
-from koclip.align.adapter_base import AdapterBase
-from koclip.align.lora import BASE, attach, base_weights, merge, report, save
+from koclip.align import lora
+from koclip.align.lora import BASE, AdapterBase, attach, base_weights, merge, report, save
 from koclip.config import AdapterConfig, ConfigError
 from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.models.fast import speed_up
@@ -165,7 +164,7 @@ def test_a_text_projection_that_is_not_new_is_frozen(tmp_path: Path) -> None:
     assert difference(embed(loaded), embed(model)) == (0.0, 0.0)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "someone/clip"
-    assert adapter_base.read(tmp_path / "adapter") == AdapterBase("someone/clip", "same", "LoRA")
+    assert lora.read_base(tmp_path / "adapter") == AdapterBase("someone/clip", "same", "LoRA")
     assert 'AutoModel.from_pretrained("someone/clip")' in (tmp_path / "adapter" / "README.md").read_text()
 
 
@@ -202,7 +201,7 @@ def test_saved_adapters_are_loaded_by_peft(image: str, text: str, config: Adapte
     weights_and_settings = {"adapter_config.json", "adapter_model.safetensors"}
     assert {file.name for file in folder.iterdir()} == weights_and_settings | {"adapter_base.json", "README.md"}
     method = "DoRA" if config.dora else "LoRA"
-    assert adapter_base.read(folder) == AdapterBase(None, "klue/roberta-base", method)  # the CLIP is a directory here
+    assert lora.read_base(folder) == AdapterBase(None, "klue/roberta-base", method)  # the CLIP is a directory here
     named = [file.name for file in folder.iterdir() if str(tmp_path).encode() in file.read_bytes()]
     assert named == ["adapter_config.json"]
     assert 'load_text_encoder("klue/roberta-base")' in (folder / "README.md").read_text()

@@ -12,8 +12,8 @@ from runs_to_publish import adapted, pretrained
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from koclip.align import adapter_base
-from koclip.align.adapter_base import AdapterBase
+from koclip.align import lora
+from koclip.align.lora import AdapterBase
 from koclip.config import ConfigError
 from koclip.publishing import checks as file_checks
 from koclip.publishing import preflight
@@ -175,7 +175,7 @@ def test_an_adapter_whose_base_is_a_directory_is_refused_until_it_is_named(sound
     settings = json.loads((model / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert settings["base_model_name_or_path"] == "org/base"
     assert 'from_pretrained("org/base")' in (model / "adapter" / "README.md").read_text(encoding="utf-8")
-    assert adapter_base.read(model / "adapter") == AdapterBase("org/base", "same", "LoRA")
+    assert lora.read_base(model / "adapter") == AdapterBase("org/base", "same", "LoRA")
     edit("adapter/adapter_config.json", base_model_name_or_path="/home/me/base")(model)
     assert {"adapter's base can be found", "nothing of this machine"} == set(failing(check_files(model)))
 
@@ -196,7 +196,7 @@ def test_a_base_that_koclip_builds_is_said_to_be_in_no_repository(sound, tmp_pat
     assert failing(check_files(model)) == {}
     readme = (model / "adapter" / "README.md").read_text(encoding="utf-8")
     assert readme == "load_image_side('org/base'), load_text_encoder('org/text')"
-    assert adapter_base.read(model / "adapter") == AdapterBase("org/base", "org/text", "LoRA")
+    assert lora.read_base(model / "adapter") == AdapterBase("org/base", "org/text", "LoRA")
     check_base(model)  # asks nobody
     with pytest.raises(OSError, match=BUILT):
         AutoModel.from_pretrained(model / "adapter")

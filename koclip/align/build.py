@@ -12,8 +12,7 @@ from transformers import (
 
 from koclip.config import ConfigError, SwapConfig, check
 from koclip.models.dual_encoder import checkpoint_gradients, text_config
-from koclip.models.initialize import initialize_tower
-from koclip.models.presets import HEAD_WIDTH, Preset
+from koclip.models.presets import HEAD_WIDTH, Preset, initialize_tower
 from koclip.models.pretrained import load_text_encoder, take_padding
 from koclip.models.stock import StockModel, is_stock, layout_of, parts
 from koclip.models.swap import swap_text_tower

@@ -7,7 +7,10 @@ configuration and its methods; only its state dict has other names, which `merge
 """
 
 import copy
+import dataclasses
+import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,53 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from koclip.align.adapter_base import FOLDER, SAME, AdapterBase
 from koclip.config import AdapterConfig, check
 from koclip.models.pretrained import is_hub_id
 from koclip.models.stock import StockModel
+
+FOLDER, FILE = "adapter", "adapter_base.json"
+SAME = "same"
+
+
+@dataclass(frozen=True)
+class AdapterBase:
+    """The base of an adapter.
+
+    Args:
+        base_model: Hub id of `model.clip`; None if that was a local directory.
+        text_encoder: Hub id of `model.text_encoder`; `same` if the base keeps its text tower; None if that was a local
+            directory.
+        method: `LoRA` or `DoRA`.
+    """
+
+    base_model: str | None
+    text_encoder: str | None
+    method: str
+
+    @property
+    def is_built(self) -> bool:
+        """Whether koclip built the base from two models, so that no repository holds it."""
+        return self.text_encoder != SAME
+
+    @property
+    def unnamed(self) -> list[str]:
+        """The configuration keys whose Hub ids are not known."""
+        ids = {"model.clip": self.base_model, "model.text_encoder": self.text_encoder}
+        return [key for key, hub_id in ids.items() if hub_id is None]
+
+    def write(self, folder: Path) -> None:
+        """Write the file into `folder`, which is adapter/."""
+        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        (folder / FILE).write_text(text, encoding="utf-8")
+
+
+def read_base(folder: Path) -> AdapterBase | None:
+    """Read the file of `folder`, which is adapter/; return None if it is missing, broken or of other keys."""
+    try:
+        return AdapterBase(**json.loads((folder / FILE).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
 
 _TOWERS = {"text": ("text_model",), "image": ("vision_model",), "both": ("text_model", "vision_model")}
 BASE = "adapter_base"  # folder beside a model's, with what a swapped model's adapter adapts

@@ -29,8 +29,7 @@ from transformers import (
 
 from koclip.config import ConfigError, ModelConfig, check
 from koclip.losses.pairs import Embeddings
-from koclip.models.initialize import initialize
-from koclip.models.presets import Preset, resolve, tower_config
+from koclip.models.presets import Preset, initialize, resolve, tower_config
 from koclip.models.stock import StockModel, layout_of, parts, set_part
 
 MAX_LOGIT_SCALE = math.log(100)  # the paper's cap on the temperature

@@ -11,13 +11,13 @@ from typing import Any
 from huggingface_hub import ModelCard, get_token
 from safetensors import SafetensorError, safe_open
 
-from koclip.align import adapter_base
+from koclip.align import lora
 from koclip.config import check
 from koclip.models.pretrained import is_hub_id
 from koclip.publishing.formats import onnx, sentence_transformers
 
 CARD, LICENCE = "README.md", "LICENSE.md"
-ADAPTER = adapter_base.FOLDER
+ADAPTER = lora.FOLDER
 # The base in adapter_config.json if no repository holds it. It is no Hub id, so an error that quotes it helps.
 BUILT = "built by koclip, see README.md of this folder"
 FOLDERS = (".", ADAPTER, onnx.FOLDER, sentence_transformers.FOLDER)  # the folders of a repository
@@ -74,7 +74,7 @@ def name_base(directory: Path, clip: str | None, text_encoder: str | None) -> No
         text_encoder: Hub id of `model.text_encoder`.
     """
     folder = directory / ADAPTER
-    base, file = adapter_base.read(folder), folder / "adapter_config.json"
+    base, file = lora.read_base(folder), folder / "adapter_config.json"
     settings = _read(file) if file.is_file() else {}
     if base is None or not settings:  # missing or broken: a check says so
         return
@@ -200,9 +200,9 @@ def _base(directory: Path) -> list[str]:
     base = _read(file).get("base_model_name_or_path")
     if base not in (None, BUILT):
         return [] if is_hub_id(base) else [f"{ADAPTER}/adapter_config.json names {base!r}, which is no Hub id"]
-    facts = adapter_base.read(directory / ADAPTER)
+    facts = lora.read_base(directory / ADAPTER)
     if facts is None:
-        return [f"{ADAPTER}/ does not say what it adapts: no {adapter_base.FILE}"]
+        return [f"{ADAPTER}/ does not say what it adapts: no {lora.FILE}"]
     if facts.unnamed or not facts.is_built:
         keys = [f"<{key}>" for key in facts.unnamed]
         return [f"{ADAPTER}/ does not say what it adapts: {', '.join(keys) or 'no base_model_name_or_path'}"]

@@ -27,8 +27,7 @@ from koclip.data.formats import (
     top_column,
     webdataset,
 )
-from koclip.data.formats.encodings import FileError
-from koclip.data.formats.files import SourceError, files_of, is_folder, is_remote, stamp, walk
+from koclip.data.formats.files import FileError, SourceError, files_of, is_folder, is_remote, stamp, walk
 
 # What `datasets` and the readers below it raise on files that are missing or broken.
 UNREADABLE = (

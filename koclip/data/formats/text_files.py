@@ -22,8 +22,16 @@ from xxhash import xxh3_128_hexdigest
 from koclip import storage
 from koclip.config import SourceConfig
 from koclip.data.formats import Format, Table, column_names, dig, has_column
-from koclip.data.formats.encodings import FileError, read_lines, read_text
-from koclip.data.formats.files import SourceError, files_of, is_remote, stamp, suffix_of
+from koclip.data.formats.files import (
+    FileError,
+    SourceError,
+    files_of,
+    is_remote,
+    read_lines,
+    read_text,
+    stamp,
+    suffix_of,
+)
 
 _PEEKED = 1_000  # rows of a stream that its columns are read from
 _BATCH = 10_000  # rows written at once

@@ -24,8 +24,7 @@ from datasets.download.streaming_download_manager import xopen
 
 from koclip.config import SourceConfig
 from koclip.data.formats import Format
-from koclip.data.formats.encodings import FileError, decode
-from koclip.data.formats.files import files_of, is_remote
+from koclip.data.formats.files import FileError, decode, files_of, is_remote
 
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # of a sample, of a column
 _UNPACK: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
