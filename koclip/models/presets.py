@@ -1,6 +1,7 @@
 """Sizes and initial weights of the CLIP paper's models, of small models for a CPU, and of others.
 
-The sizes are those of Radford et al. 2021, tables 19 and 20. The others are image towers that timm or transformers' AutoModel builds.
+The sizes are those of Radford et al. 2021, tables 19 and 20. The others are image towers that timm or transformers'
+AutoModel builds.
 
 The ResNets are timm's ports of the paper's towers. They differ from the paper in one point: the output projection of
 its attention pool has a bias, the joint class's `visual_projection`, which takes its place, has none. So a model has
