@@ -18,9 +18,8 @@ from texts import RefusedError
 from koclip.encoders import Encoder, NoPatchesError
 from koclip.evaluation.tasks.zero_shot import ensemble
 from koclip.search import ImageIndex
-from koclip.text.classes import load_templates
+from koclip.text.classes import fill, load_templates
 from koclip.text.korean.hangul import is_syllable
-from koclip.text.prompts import fill
 
 PER_PAGE = 12  # pictures
 MAX_PAGE = 50
@@ -82,7 +81,7 @@ class Answers:
         Args:
             image: The picture.
             labels: One per line, or a single line of them, separated by commas.
-            template: With a slot for the label (`koclip.text.prompts`).
+            template: With a slot for the label (`koclip.text.classes`).
             whole: Take the mean of all built-in templates of each label's language instead.
         """
         names = guard.read_labels(labels)

@@ -119,7 +119,7 @@ def bert_tokenizer() -> Any:
     from peer_models import LETTERS
     from transformers import BertTokenizer
 
-    from koclip.text.cleaning import cleaning
+    from koclip.text.tokenizers import cleaning
 
     special = ["[UNK]", "[MASK]", "[CLS]", "[SEP]", "[PAD]"]
     entries = [*special, *LETTERS, *(f"##{letter}" for letter in LETTERS)]

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from koclip.config import ConfigError
-from koclip.text.classes import load_classes, load_templates
-from koclip.text.prompts import fill
+from koclip.text.classes import fill, load_classes, load_templates
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 200, "stl10": 10}

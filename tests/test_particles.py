@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from koclip.text.classes import fill
 from koclip.text.korean.particles import _PAIRS, attach, final_consonant, particle
-from koclip.text.prompts import fill
 
 CASES = [
     line.split("\t")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from koclip.config import ConfigError
 from koclip.data.sources import Row
 from koclip.embeddings import store
-from koclip.evaluation import ranking
+from koclip.evaluation import embed
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate
 from koclip.evaluation.images import Images
@@ -194,7 +194,7 @@ def test_blocks_of_queries_are_ranked_as_all_at_once(monkeypatch: pytest.MonkeyP
     generator = torch.Generator().manual_seed(0)
     queries, gallery = torch.rand(37, 8, generator=generator), torch.rand(50, 8, generator=generator)
     positives = [[number, (7 * number) % 50] for number in range(37)]
-    whole = ranking.search(queries, gallery, positives, spread=False)
-    monkeypatch.setattr(ranking, "_QUERIES", 5)
-    for all_at_once, in_blocks in zip(whole, ranking.search(queries, gallery, positives, spread=False), strict=True):
+    whole = embed.search(queries, gallery, positives, spread=False)
+    monkeypatch.setattr(embed, "_QUERIES", 5)
+    for all_at_once, in_blocks in zip(whole, embed.search(queries, gallery, positives, spread=False), strict=True):
         assert torch.equal(all_at_once, in_blocks)

@@ -5,9 +5,9 @@ import unicodedata
 
 import pytest
 
+from koclip.text.classes import fill
 from koclip.text.korean.particles import attach, final_consonant, particle
 from koclip.text.normalize import clean_captions, normalize, usable
-from koclip.text.prompts import fill
 
 
 @pytest.mark.parametrize(

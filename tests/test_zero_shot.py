@@ -13,7 +13,7 @@ from koclip.data.corruptions import CORRUPTIONS, corrupt
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.sets import EvalSet
 from koclip.evaluation.tasks.zero_shot import classifier, ensemble, names_of, shift, zero_shot
-from koclip.text.prompts import fill, has_particle, spelt_out
+from koclip.text.classes import fill, has_particle, spelt_out
 
 TEMPLATES = {"ko": ["{label} 사진", "{label:을/를} 찍은 사진", "이것은 {label:이다/다}."], "en": ["a photo of {label}"]}
 

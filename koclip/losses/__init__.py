@@ -13,8 +13,7 @@ import torch
 
 from koclip import distributed
 from koclip.config import DistillConfig, LossConfig, check
-from koclip.losses.contrastive import infonce, sigmoid
-from koclip.losses.distillation import distillation
+from koclip.losses.contrastive import distillation, infonce, sigmoid
 from koclip.losses.pairs import CAPTION, IMAGE, SENTENCE, Embeddings, Loss
 from koclip.losses.tiled import InfoNCERows, Rows, SigmoidRows, tiled
 

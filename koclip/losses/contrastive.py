@@ -1,4 +1,4 @@
-"""The contrastive losses as their papers write them: all similarities at once."""
+"""The contrastive losses as their papers write them, all similarities at once; and distances to a teacher."""
 
 import torch
 import torch.nn.functional as F
@@ -62,3 +62,22 @@ def with_bias(embeddings: Embeddings) -> tuple[torch.Tensor, torch.Tensor, torch
     if bias is None:
         raise ValueError("the sigmoid loss needs a bias: build DualEncoder with losses.initial_bias(config)")
     return image, text, scale, bias
+
+
+def distillation(embeddings: Embeddings, teacher: torch.Tensor, cosine: float, mse: float) -> torch.Tensor:
+    """Return the weighted sum of two distances from texts to the teacher's features, means over B pairs.
+
+    Args:
+        embeddings: With `text` (B, D) and `text_norm` (B,).
+        teacher: (B, D) features, not normalised.
+        cosine: Weight of 1 - cosine similarity.
+        mse: Weight of the mean squared error of the features before normalisation.
+    """
+    value = torch.zeros((), device=teacher.device)
+    if cosine:
+        value = value + cosine * (1 - F.cosine_similarity(embeddings.text, teacher, dim=-1)).mean()
+    if mse:
+        assert embeddings.text_norm is not None, "the texts' features before normalisation are needed"
+        features = embeddings.text * embeddings.text_norm.unsqueeze(-1)
+        value = value + mse * F.mse_loss(features, teacher)
+    return value

@@ -6,13 +6,14 @@ is a language and holds the name in it. A name that means several things may car
     - {key: crane, ko: 크레인, en: crane, description: {ko: 짐을 들어 올리는 기계, en: machine that lifts loads}}
     - {key: heron, ko: 왜가리, en: heron}
 
-A template file lists templates by kind of picture, with the slots of `koclip.text.prompts`. The first of a kind is its
+A template file lists templates by kind of picture, with the slots of `fill`. The first of a kind is its
 single prompt:
 
     photo: ["{label:을/를} 찍은 사진", "{label} 사진"]
     drawing: ["{label:을/를} 그린 그림"]
 """
 
+import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,8 +24,56 @@ from typing import Any
 import yaml
 
 from koclip.config import ConfigError, check, check_languages, locate
+from koclip.text.korean.particles import attach, particle
 from koclip.text.normalize import normalize
-from koclip.text.prompts import fill
+
+_SLOT = re.compile(r"\{([^{}]*)\}")
+
+
+def has_particle(template: str) -> bool:
+    """Tell whether a template has a slot for a particle: {label:을/를} or {을/를}."""
+    return any("/" in slot[1] for slot in _SLOT.finditer(template))
+
+
+def spelt_out(template: str) -> str:
+    """Return a template with both forms of each particle, for any name: {label:을/를} becomes {label}을(를)."""
+
+    def both(slot: re.Match[str]) -> str:
+        value, colon, pair = slot[1].rpartition(":")
+        return (f"{{{value}}}" if colon else "") + particle("", pair) if "/" in pair else slot[0]
+
+    return _SLOT.sub(both, template)
+
+
+def fill(template: str, label: str, **others: str) -> str:
+    """Return the template with its slots filled.
+
+    `{}` and `{label}` stand for `label`, `{who}` for `others["who"]`, `{label:을/를}` for a value with its particle,
+    and `{이/가}` for the particle that fits what stands before it.
+
+    Raises:
+        ValueError: the template has no slot for `label`, or a slot that is neither a value nor a known particle.
+    """
+    values = {**others, "": label, "label": label}
+    slots = [(slot, *slot[1].partition(":")[::2]) for slot in _SLOT.finditer(template)]
+    if not any(key in ("", "label") for _, key, _ in slots):
+        raise ValueError(
+            f"template {template!r} has no slot; write {{}}, {{label}} or {{label:을/를}} where the class name goes"
+        )
+    filled, end = "", 0
+    for slot, key, pair in slots:
+        filled += template[end : slot.start()]
+        try:
+            if key in values:
+                filled += attach(values[key], pair) if pair else values[key]
+            else:
+                filled += particle(filled, slot[1])
+        except ValueError as error:
+            known = ", ".join(["label", *others])
+            raise ValueError(f"template {template!r}, slot {slot[0]!r}: {error}; values: {known}") from None
+        end = slot.end()
+    return filled + template[end:]
+
 
 _CLASSES = "expected a list of classes such as {key: crane, ko: 크레인, en: crane}"
 _TEMPLATES = "expected lists of templates by kind of picture, such as {photo: ['{label} 사진']}"

@@ -1,4 +1,4 @@
-"""Train a byte-level BPE in CLIP's layout; load and check any tokenizer."""
+"""Train a byte-level BPE in CLIP's layout; load and check any tokenizer; put the cleaning of texts into its files."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
@@ -22,7 +22,67 @@ from transformers import (
 )
 
 from koclip.config import ConfigError, TokenizerConfig
-from koclip.text.cleaning import cleaning
+from koclip.text.normalize import BARE, FILLERS, INVISIBLE, SPACES, SPECIAL, normalize
+
+_KEPT = (
+    *("model_max_length", "padding_side", "truncation_side", "model_input_names", "extra_special_tokens"),
+    *("clean_up_tokenization_spaces",),
+)
+# A decomposed syllable, a decomposed accent, every character that is removed, and a special token hidden by them.
+_PROBE = f"\u1112\u1161\u11ab e\u0301 {FILLERS}a{INVISIBLE}b{SPACES}c<s>d[SEP]<|endoftext|>e[\u200bMASK]"
+
+
+def cleaning(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that gives any text the ids of `koclip.text.normalize.normalize(text)`.
+
+    Clean texts keep their ids, and koclip trains on clean texts. The result is a stock `PreTrainedTokenizerFast` whose
+    normalizer begins with the cleaning. That class reads all of tokenizer.json; `BertTokenizer`, `CLIPTokenizer`,
+    `XLMRobertaTokenizer` and others build their own normalizer when they are loaded. A tokenizer that already cleans
+    is returned unchanged.
+
+    `split_special_tokens` in tokenizer_config.json makes transformers remove special tokens from a text; without it,
+    transformers finds them before the text is normalised. transformers.js does not know this setting.
+
+    Two differences from `normalize` remain: HTML entities are not replaced, and decomposed characters beyond the Basic
+    Multilingual Plane that Unicode 12 or later brought keep other ids.
+    """
+    if _cleans(tokenizer):
+        return tokenizer
+    cleaner = PreTrainedTokenizerFast(  # with a copy of the backend
+        tokenizer_object=tokenizer.backend_tokenizer,
+        split_special_tokens=True,
+        **{name: getattr(tokenizer, name) for name in _KEPT},
+        **tokenizer.special_tokens_map,
+    )
+    backend = cleaner.backend_tokenizer
+    own = backend.normalizer
+    backend.normalizer = normalizers.Sequence([*_steps(), *([] if own is None else [own])])
+    if suffix := getattr(backend.model, "end_of_word_suffix", None):  # `CLIPTokenizer` takes it away in its own code
+        ends = (decoders.Replace(suffix, " "), decoders.Strip(" ", 0, 1))
+        backend.decoder = decoders.Sequence([backend.decoder, *ends])
+    return cleaner
+
+
+def _steps() -> list[normalizers.Normalizer]:
+    """Return `normalize`, step by step."""
+    return [
+        normalizers.Replace(Regex(f"[{FILLERS}]"), " "),
+        normalizers.Replace(Regex(f"[{INVISIBLE}]"), ""),
+        normalizers.NFC(),
+        normalizers.Replace(Regex(SPECIAL), " "),
+        normalizers.Replace(Regex(f"[{SPACES}]+"), " "),
+        normalizers.Strip(),
+        normalizers.Replace(Regex(f"^[ {BARE}]+$"), ""),
+    ]
+
+
+def _cleans(tokenizer: PreTrainedTokenizerBase) -> bool:
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if normalizer is None or not tokenizer.split_special_tokens:
+        return False
+    dirty, clean = (normalizer.normalize_str(text) for text in (_PROBE, normalize(_PROBE)))
+    return bool(dirty == clean)
+
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 # Characters that together hold every byte that UTF-8 text can hold.

@@ -32,8 +32,7 @@ from koclip.evaluation.images import Images
 from koclip.evaluation.sets import EvalSet, open_set
 from koclip.evaluation.tasks import retrieval, zero_shot
 from koclip.metrics import KS, Metric
-from koclip.text.classes import ClassName
-from koclip.text.prompts import fill, spelt_out
+from koclip.text.classes import ClassName, fill, spelt_out
 
 TOLERANCE = 1e-6
 WIDTH = 64  # of made-up embeddings

@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from koclip.evaluation.embed import Embedder
-from koclip.evaluation.ranking import search
+from koclip.evaluation.embed import Embedder, search
 from koclip.evaluation.report.charts import COLOURS, FEWER, GREY, OTHER_COLOUR
 from koclip.evaluation.sets import EvalSet
 from koclip.evaluation.tasks.retrieval import collect

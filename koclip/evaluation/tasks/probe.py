@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from koclip import distributed
 from koclip.config import ConfigError
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.ranking import share as shared
+from koclip.evaluation.embed import share as shared
 from koclip.evaluation.results import IMAGES, Spec, Task
 from koclip.evaluation.sets import EvalSet
 from koclip.metrics import Metric, mean, mean_per_class, share

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from koclip.config import ConfigError
-from koclip.evaluation.embed import Embedder
-from koclip.evaluation.ranking import search
+from koclip.evaluation.embed import Embedder, search
 from koclip.evaluation.results import MAIN, Spec, Task, Unit
 from koclip.evaluation.sets import EvalSet
 from koclip.metrics import KS, Metric, mean, recall_at

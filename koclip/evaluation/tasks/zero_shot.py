@@ -9,13 +9,11 @@ import torch.nn.functional as F
 from scipy.special import expit, logit
 
 from koclip.data.corruptions import SEVERITIES
-from koclip.evaluation.embed import Embedder
-from koclip.evaluation.ranking import search
+from koclip.evaluation.embed import Embedder, search
 from koclip.evaluation.results import Spec, Task, records_of
 from koclip.evaluation.sets import EvalSet
 from koclip.metrics import Metric, difference, mean, mean_per_class, share
-from koclip.text.classes import templates_of_kind
-from koclip.text.prompts import fill, has_particle, spelt_out
+from koclip.text.classes import fill, has_particle, spelt_out, templates_of_kind
 
 _FEWEST = 3  # other models that a line is drawn through
 _EDGE = 0.5  # images; the logit of 0 and 1 is infinite
