@@ -67,6 +67,10 @@ def with_bias(embeddings: Embeddings) -> tuple[torch.Tensor, torch.Tensor, torch
 def distillation(embeddings: Embeddings, teacher: torch.Tensor, cosine: float, mse: float) -> torch.Tensor:
     """Return the weighted sum of two distances from texts to the teacher's features, means over B pairs.
 
+    The targets are the source CLIP's text features of the English translation of a sentence, as in M-CLIP (Carlsson et
+    al. 2022) and AltCLIP (Chen et al. 2022). A third way is the contrastive loss with the teacher's embeddings in the
+    place of images (`losses.build`).
+
     Args:
         embeddings: With `text` (B, D) and `text_norm` (B,).
         teacher: (B, D) features, not normalised.

@@ -1,7 +1,8 @@
 """Clean captions: NFC, single spaces, no HTML entities, no invisible characters, no strings of special tokens.
 
 The public patterns are used twice: by `normalize` in Python, and by `koclip.text.tokenizers` in the files of a
-tokenizer. They mean the same in Python, in `tokenizers` (Oniguruma) and in transformers.js: no flags, no classes such as \\w.
+tokenizer. They mean the same in Python, in `tokenizers` (Oniguruma) and in transformers.js: no flags, no classes such
+as \\w.
 """
 
 import ast
