@@ -145,10 +145,14 @@ def test_graphs_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: pyt
 
 def test_nothing_else_is_written(tmp_path: Path) -> None:
     """No path of this machine in a graph, and one file each."""
-    export(published(tmp_path), tmp_path)
-    assert sorted(file.name for file in (tmp_path / "onnx").iterdir()) == ["text_model.onnx", "vision_model.onnx"]
+    import sys
+
+    export(published(tmp_path), tmp_path, int8=True)
+    names = [f"{side}{kind}.onnx" for side in ("text_model", "vision_model") for kind in ("", "_quantized")]
+    assert sorted(file.name for file in (tmp_path / "onnx").iterdir()) == names
     for file in (tmp_path / "onnx").iterdir():
-        assert str(tmp_path).encode() not in file.read_bytes()
+        for path in (str(tmp_path), koclip.__file__, sys.prefix, "site-packages", "0x7"):
+            assert path.encode() not in file.read_bytes()
 
 
 def test_the_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

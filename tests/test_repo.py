@@ -52,17 +52,15 @@ SCHEMAS = {
 }
 REQUIRED = {name: ["--model", "runs/some/model"] for name in ("evaluate", "index")}
 # Ceilings that only go down. The goal is 95 files.
-MAX_FILES, MAX_VAGUE_NAMES = 127, 0
+MAX_FILES, MAX_VAGUE_NAMES = 120, 0
 VAGUE_NAMES = {"one", "found", "made", "theirs", "told"}
 # Functions of more than 50 lines or 5 parameters, with the reason.
 LARGE_FUNCTIONS = {
     "koclip/losses/tiled.py _Tiled.forward": "torch.autograd.Function takes tensors by position",
     "koclip/models/dual_encoder.py DualEncoder.forward": "the parts of a Batch by name, as transformers calls a model",
-    # These are rebuilt: see "The house, rebuilt".
-    "koclip/publishing/card_inputs.py _data_set": "",
-    "recipes/benchmarks/open_clip_peer.py OpenClip.__init__": "",
-    "space/pieces.py add_examples": "",
-    "space/pieces.py text_box": "",
+    "recipes/benchmarks/open_clip_peer.py OpenClip.__init__": "open_clip's own training options",
+    "space/pieces.py add_examples": "what an event of gradio takes: inputs, outputs and a function",
+    "space/pieces.py text_box": "it passes options on to gradio",
 }
 YAMLS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
 DOCS = [ROOT / name for name in ("README.md", "README.ko.md", "CONTRIBUTING.md", "recipes/README.md")]
@@ -155,6 +153,7 @@ def test_files_and_functions_stay_short():
             if length > 50 or len(parameters) > 5:
                 large.add(f"{path} {name}")
     assert large <= set(LARGE_FUNCTIONS), f"more than 50 lines or 5 parameters: {large - set(LARGE_FUNCTIONS)}"
+    assert set(LARGE_FUNCTIONS) <= large, f"no longer large: {set(LARGE_FUNCTIONS) - large}"
 
 
 def identifiers(tree: ast.Module) -> Iterator[str]:

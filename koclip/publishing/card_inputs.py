@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import HfApi
@@ -106,7 +106,9 @@ def gather(cfg: PublishConfig) -> Facts:
         else:
             more, data_of_base = _base_run(key, name, cards, cfg.licenses)
             towers, data = towers + more, data + data_of_base
-    data += [_data_set(name, _EVALUATION, cards, _path(described)) for name, described in results["data"].items()]
+    data += [
+        _data_set(name, _EVALUATION, cards, _Place(_path(described))) for name, described in results["data"].items()
+    ]
     model = _read(directory / "config.json")
     max_tokens = _needed(directory / "tokenizer_config.json", "model_max_length")
     facts = Facts(
@@ -183,7 +185,7 @@ def _training_data(config: Mapping[str, Any], cards: Path, role: str) -> Iterato
     for values in config["data"]["sources"]:
         source = SourceConfig(path=values["path"], name=values.get("name"))
         hub_id = source.path if is_hub_id(source.path) and "/" in source.path else None
-        yield _data_set(source.short_name, role, cards, source.path, hub_id, values.get("revision"))
+        yield _data_set(source.short_name, role, cards, _Place(source.path, hub_id, values.get("revision")))
 
 
 def _path(described: Mapping[str, Any]) -> str | None:
@@ -203,13 +205,19 @@ def _find_card(name: str, path: str | None, cards: Path) -> Path:
     return file
 
 
-def _data_set(
-    name: str, role: str, cards: Path, path: str | None, hub_id: str | None = None, revision: str | None = None
-) -> DataSet:
-    file = _find_card(name, path, cards)
+class _Place(NamedTuple):
+    """Where a data set was read from."""
+
+    path: str | None
+    hub_id: str | None = None
+    revision: str | None = None
+
+
+def _data_set(name: str, role: str, cards: Path, place: _Place) -> DataSet:
+    file = _find_card(name, place.path, cards)
     card = read_data_card(file)
     checksums = [f"{Path(path).name} sha256 {digest[:12]}" for path, digest in card.files.items()]
-    revision = revision or (card.revision if path == (card.hub or path) else None)
+    revision = place.revision or (card.revision if place.path == (card.hub or place.path) else None)
     versions = [f"revision {revision}"] if revision else checksums
     unknown = "no version known" if card.is_unverified else "made by koclip's code"
     return DataSet(
@@ -224,7 +232,7 @@ def _data_set(
         version=", ".join(versions) or unknown,
         limits=card.limits,
         harms=card.harms,
-        hub_id=hub_id,
+        hub_id=place.hub_id,
     )
 
 

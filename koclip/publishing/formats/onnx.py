@@ -159,10 +159,9 @@ def _write(side: nn.Module, inputs: Mapping[str, torch.Tensor], file: Path) -> N
     shapes = {name: {0: batch} if tensor.dim() == 4 else {0: batch, 1: length} for name, tensor in inputs.items()}
     output = "image_embeds" if "pixel_values" in inputs else "text_embeds"
     with _quiet():
-        torch.onnx.export(
+        program = torch.onnx.export(
             side,
             tuple(inputs.values()),
-            str(file),
             input_names=list(inputs),
             output_names=[output],
             dynamic_shapes=shapes,
@@ -171,6 +170,12 @@ def _write(side: nn.Module, inputs: Mapping[str, torch.Tensor], file: Path) -> N
             dynamo=True,
             verbose=False,
         )
+    assert program is not None  # with dynamo=True
+    proto = program.model_proto
+    # PyTorch notes the source of every node: stack traces with paths of this machine, and addresses in memory.
+    for part in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
+        part.ClearField("metadata_props")
+    file.write_bytes(proto.SerializeToString())
 
 
 @torch.no_grad()
