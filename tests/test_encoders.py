@@ -1,10 +1,7 @@
 """Every class of dual encoder, opened by name, embeds as its own stock call does."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
 
-import koclip
 from koclip.config import ConfigError
 from koclip.encoders import load
 from koclip.encoders.transformers import TransformersEncoder
@@ -303,57 +299,3 @@ def test_a_fingerprint_forgets_where_towers_came_from(tmp_path: Path) -> None:
         assert parts[0] in (tmp_path / name / "config.json").read_text()
         fingerprints.add(load(str(tmp_path / name), "cpu").fingerprint())
     assert len(fingerprints) == 1
-
-
-TOY = """
-import torch
-from koclip.encoders.base import Encoder
-
-FORM = "toy:<width>"
-
-
-def open_spec(spec, device):
-    return Toy(int(spec.partition(":")[2]), spec)
-
-
-class Toy(Encoder):
-    def __init__(self, width, name):
-        super().__init__(torch.nn.Identity(), None, name)
-        self.width = width
-
-    def unknown_share(self, texts):
-        return 0.0
-
-    def fingerprint(self):
-        return self.name
-
-    def _embed_images(self, images):
-        return torch.ones(len(images), self.width)
-
-    def _embed_texts(self, texts):
-        return torch.ones(len(texts), self.width)
-
-    _image_features = _embed_images
-"""
-
-
-def test_a_new_kind_of_encoder_is_one_file(tmp_path: Path) -> None:
-    """It is loaded by its spec, and errors list its form."""
-    shutil.copytree(Path(koclip.__file__).parent, tmp_path / "koclip", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "koclip" / "encoders" / "toy.py").write_text(TOY)
-    script = """
-import koclip
-encoder = koclip.load("toy:5", "cpu")
-print(tuple(encoder.encode_texts(["별"] * 3).shape), encoder.name)
-try:
-    koclip.load("toi:5", "cpu")
-except ValueError as error:
-    print(error)
-"""
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert ran.returncode == 0, ran.stderr
-    shape, error = ran.stdout.splitlines()
-    assert shape == "(3, 5) toy:5"
-    assert "toi:5" in error
-    assert "toy:<width>" in error

@@ -46,24 +46,32 @@ def toy(embeddings, pair_ids, duplicates):
     distance = (embeddings.image - embeddings.text).square().sum(dim=-1).mean()
     return Loss(distance * embeddings.logit_scale, distance.detach())
 '''
-TASK = '''"""How alike a caption and its image are."""
+TASK = '''"""Which captions hold the digit 1."""
+
+import torch
 
 from koclip.evaluation.results import Spec, Task
 from koclip.metrics import share
 
 
 def _run(embedder, eval_set, language):
-    images = embedder.images(eval_set.images)
-    first = [next(iter(texts), "") for texts in eval_set.texts(language)]
-    similarity = (images * embedder.texts(first)).sum(dim=-1)
-    return {"toy_task/likeness": share(similarity > -2)}
+    captions = [text for texts in eval_set.texts(language) for text in texts]
+    return {"toy_task/accuracy": share(torch.tensor(["1" in text for text in captions]))}
 
 
 TASK = Task(
     "toy_task",
     _run,
-    lambda eval_set: list(eval_set.languages),
-    (Spec(pattern="toy_task/likeness", label="likeness of toys", summary="Toys are alike."),),
+    lambda eval_set: eval_set.languages,
+    (
+        Spec(
+            pattern="toy_task/accuracy",
+            label="captions of toys",
+            summary="captions with a digit",
+            chart=("toys", ""),
+            headline={"ko": "숫자 있는 설명"},
+        ),
+    ),
 )
 '''
 ENCODER = '''"""A model of koclip under another name."""
@@ -171,8 +179,8 @@ def write_pictures(folder: Path, records: list[dict]) -> list[tuple[Path, str]]:
     return rows
 
 
-def run(project: Path, recipe: str, *args: str) -> str:
-    """Run a recipe of the copy; return what it prints."""
+def run(project: Path, recipe: str, *args: str, code: int = 0) -> str:
+    """Run a recipe of the copy, which exits with `code`; return what it prints."""
     command = [sys.executable, str(project / "recipes" / f"{recipe}.py"), *args]
     done = subprocess.run(
         command,
@@ -183,7 +191,7 @@ def run(project: Path, recipe: str, *args: str) -> str:
         check=False,
         timeout=300,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
@@ -205,25 +213,27 @@ def trained(project: Path) -> tuple[Path, str]:
     return project / "runs" / "toy", output
 
 
-def likeness(file: Path) -> float:
-    results = json.loads(file.read_text(encoding="utf-8"))
-    return results["metrics"]["rows/ko/toy_task/likeness"]["value"]
+def measured(run: Path) -> str:
+    """Return the number of the new task as tables show it."""
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    return f"{100 * results['metrics']['rows/ko/toy_task/accuracy']['value']:.1f}"
 
 
-def test_a_format_a_loss_and_a_task_reach_results_table_and_report(trained: tuple[Path, str]) -> None:
+def test_a_format_a_loss_and_a_task_reach_results_table_report_and_picture(trained: tuple[Path, str]) -> None:
     directory, output = trained
-    assert likeness(directory / "results.json") == 1.0
-    assert "likeness of toys" in output
-    assert "likeness of toys" in (directory / "table.md").read_text(encoding="utf-8")
-    report = (directory / "report.html").read_text(encoding="utf-8")
-    assert "likeness of toys" in report
-    assert "Toys are alike." in report
+    assert measured(directory) == "25.0"
+    assert "captions of toys" in output
+    assert "| captions of toys | ko | 16 | 25.0 (" in (directory / "table.md").read_text(encoding="utf-8")
+    assert "captions with a digit" in (directory / "report.html").read_text(encoding="utf-8")
+    assert (directory / "pictures" / "toys-rows.png").is_file()
 
 
 def test_a_task_reaches_the_card(project: Path, trained: tuple[Path, str]) -> None:
     directory, _ = trained
     run(project, "publish", "--model", str(directory / "model"), "--repo_id", "toys/toy", "--dry_run")
-    assert "likeness of toys" in (directory / "model" / "README.md").read_text(encoding="utf-8")
+    card = (directory / "model" / "README.md").read_text(encoding="utf-8")
+    assert "| rows | captions of toys | 25.0 |" in card
+    assert "숫자 있는 설명: 25.0 %" in card
 
 
 def test_a_way_to_align_trains(project: Path, trained: tuple[Path, str]) -> None:
@@ -231,12 +241,13 @@ def test_a_way_to_align_trains(project: Path, trained: tuple[Path, str]) -> None
     source = ("--model.clip", str(directory / "model"), "--data.num_crops", "1", "--tokenizer.vocab_size", "600")
     output = run(project, "align", *TRAINING, *source, "--align.method", "toy_way", "--output_dir", "runs/aligned")
     assert "A toy way." in output
-    assert likeness(project / "runs" / "aligned" / "results.json") == 1.0
+    assert measured(project / "runs" / "aligned") == "25.0"
 
 
-def test_an_encoder_is_evaluated(project: Path, trained: tuple[Path, str]) -> None:
+def test_an_encoder_is_evaluated_and_named_in_errors(project: Path, trained: tuple[Path, str]) -> None:
     directory, _ = trained
-    spec = f"toy:{directory / 'model'}"
-    output = run(project, "evaluate", "--model", spec, "--sets", SETS, "--output_dir", "runs/measured")
-    assert "likeness of toys" in output
+    arguments = ("--sets", SETS, "--output_dir", "runs/measured")
+    output = run(project, "evaluate", "--model", f"toy:{directory / 'model'}", *arguments)
+    assert "captions of toys" in output
     assert next((project / "runs" / "measured").rglob("results.json"))
+    assert "toy:<directory>" in run(project, "evaluate", "--model", "toi:5", *arguments, code=2)
