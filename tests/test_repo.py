@@ -176,6 +176,14 @@ def test_names_say_what_they_are():
     assert count <= MAX_VAGUE_NAMES, f"{count} uses of {sorted(VAGUE_NAMES)}: use the name of the thing"
 
 
+def test_the_report_knows_no_task():
+    for path, tree in python_files("koclip/evaluation/report").items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("koclip.evaluation.tasks"):
+                assert node.module == "koclip.evaluation.tasks", path
+                assert {alias.name for alias in node.names} <= {"SPECS", "TASKS"}, path
+
+
 def test_the_conditions_of_the_loop_stand_once():
     periods = {"eval_every", "save_every", "log_every"}
     places = [

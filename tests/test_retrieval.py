@@ -15,11 +15,11 @@ from koclip.config import ConfigError
 from koclip.data.sources import Row
 from koclip.embeddings import store
 from koclip.evaluation import embed
-from koclip.evaluation.embed import Embedder
+from koclip.evaluation.embed import Embedder, collect
 from koclip.evaluation.evaluate import evaluate
 from koclip.evaluation.images import Images
 from koclip.evaluation.sets import EvalSet
-from koclip.evaluation.tasks.retrieval import approximated, collect, languages, retrieval, stress
+from koclip.evaluation.tasks.retrieval import approximated, languages, retrieval, stress
 from koclip.metrics import first_ranks, mean
 from koclip.text.korean.stress import STRESSES
 

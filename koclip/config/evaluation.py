@@ -7,7 +7,7 @@ from koclip.config.checks import all_faults, check, check_languages
 from koclip.config.data import SourceConfig
 
 LABELLED = ("linear_probe", "few_shot")  # tasks that need classes, which captions are not
-NAMED = ("zero_shot", "shift")  # tasks that read the names of classes
+CLASS_TASKS = ("zero_shot", "shift")  # tasks that read the names of classes
 CAPTIONED = ("retrieval", "languages", "stress")  # tasks that read captions
 
 
@@ -115,7 +115,7 @@ class EvalSetConfig:
 
     def _check_used(self) -> None:
         """No setting is given that the tasks asked for do not use."""
-        named = set(self.tasks) & set(NAMED)
+        named = set(self.tasks) & set(CLASS_TASKS)
         from_files = any(isinstance(templates, str) for templates in self.templates.values())
         for name, used, wanted in (
             ("templates", named, "the task zero_shot or shift"),

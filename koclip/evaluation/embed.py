@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +20,26 @@ from koclip.evaluation.images import Images
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _QUERIES = 4_096  # ranked at once; always as many, so that the number of processes changes no bit
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Distinct captions and their images. Equal captions are one caption with several images."""
+
+    texts: list[str]  # at the end those of the gallery, which no image has
+    images: list[list[int]]  # by caption that an image has: the images
+    texts_of: list[list[int]]  # by image: its captions
+
+
+def collect(captions: list[list[str]], gallery: list[str]) -> Captions:
+    """Return the distinct captions of the images and of the gallery."""
+    place = {text: number for number, text in enumerate(dict.fromkeys(text for own in captions for text in own))}
+    images: list[list[int]] = [[] for _ in place]
+    for image, own in enumerate(captions):
+        for text in dict.fromkeys(own):
+            images[place[text]].append(image)
+    others = [text for text in dict.fromkeys(gallery) if text not in place]
+    return Captions([*place, *others], images, [[place[text] for text in dict.fromkeys(own)] for own in captions])
 
 
 def search(

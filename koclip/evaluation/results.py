@@ -6,12 +6,14 @@ the only code that reads a name; tables, charts, pages and cards read records.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, NamedTuple
+
+import torch
 
 from koclip import storage
 from koclip.evaluation.embed import Embedder
@@ -92,6 +94,8 @@ class Task(NamedTuple):
     languages: Callable[[EvalSet], Sequence[str]]  # that it can be run in
     specs: tuple[Spec, ...]
     check: Callable[[EvalSet], None] | None = None  # raises a ConfigError if the set does not suffice
+    # By language, the numbers (C, C) of images by class and answer, which are drawn.
+    confusions: Callable[[Embedder, EvalSet], Iterator[tuple[str, torch.Tensor]]] | None = None
 
 
 @dataclass(frozen=True)

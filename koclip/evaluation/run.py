@@ -21,7 +21,6 @@ from accelerate import Accelerator
 from koclip import distributed, storage
 from koclip.config import ConfigError, EvaluateConfig, dump, to_dict
 from koclip.evaluation.sets import EvalSet
-from koclip.evaluation.tasks.zero_shot import asked_templates
 from koclip.storage import environment
 from koclip.training import pictures
 
@@ -105,7 +104,7 @@ def _described(eval_set: EvalSet) -> dict[str, Any]:
         facts["captions"] = {name: sum(map(len, eval_set.texts(name))) for name in eval_set.config.source.captions}
     if "languages" in eval_set.config.tasks:
         facts["pairs"] = _pairs(eval_set.captioned)
-    templates = asked_templates(eval_set)
+    templates = eval_set.used_templates
     return facts | ({"parts": parts} if parts else {}) | ({"templates": templates} if templates else {})
 
 

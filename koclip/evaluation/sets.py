@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from koclip.config import ConfigError, EvalSetConfig, SourceConfig, check
-from koclip.config.evaluation import CAPTIONED
+from koclip.config.evaluation import CAPTIONED, CLASS_TASKS
 from koclip.data.corruptions import CORRUPTIONS
 from koclip.data.sources import Row, Skip, SourceError, open_source
 from koclip.data.transforms import PIXEL_LIMIT, ImageError, PixelLimit, decode
@@ -91,6 +91,17 @@ class EvalSet:
     def texts(self, language: str) -> list[list[str]]:
         """Return each image's usable captions in a language."""
         return [usable(captions.get(language, [])) for captions in self.captions]
+
+    def templates(self, language: str) -> list[str]:
+        """Return the templates of a language: those listed, or those of a file, or the bare name."""
+        asked = self.config.templates.get(language, ["{}"])
+        return templates_of_kind(asked, self.config.template_kind, f"eval.sets[].templates.{language}")
+
+    @property
+    def used_templates(self) -> dict[str, list[str]]:
+        """The templates that the classes are put in, by language; none if no task does."""
+        used = set(CLASS_TASKS) & set(self.config.tasks)
+        return {language: self.templates(language) for language in self.languages} if used else {}
 
     def pairs(self, first: str, second: str) -> list[list[tuple[str, str]]]:
         """Return each image's captions in two languages that correspond: both stand at the same place.

@@ -1,7 +1,6 @@
 """Pictures that need the model: queries with their nearest images, and confusion matrices of classes."""
 
 import textwrap
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,11 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from koclip.evaluation.embed import Embedder, search
+from koclip.evaluation.embed import Embedder, collect, search
 from koclip.evaluation.report.charts import COLOURS, FEWER, GREY, OTHER_COLOUR
 from koclip.evaluation.sets import EvalSet
-from koclip.evaluation.tasks.retrieval import collect
-from koclip.evaluation.tasks.zero_shot import classifier, ensemble, names_of, templates_of
 from koclip.text.classes import ClassName
 
 _SHOWN = 6  # images per query
@@ -67,22 +64,7 @@ def queries(embedder: Embedder, eval_set: EvalSet) -> Figure | None:
     return figure
 
 
-def confusions(embedder: Embedder, eval_set: EvalSet) -> Iterator[tuple[str, Figure]]:
-    """Yield a confusion matrix of the classes for each language; nothing for a set without classes."""
-    if not eval_set.classes:
-        return
-    labels = torch.tensor(eval_set.labels)
-    images = embedder.images(eval_set.images)
-    for language in eval_set.languages:
-        templates = templates_of(eval_set, language)
-        classes = ensemble(classifier(embedder, names_of(eval_set, language).plain, templates))
-        answers = search(images, classes, labels[:, None].tolist(), embedder.spread)[1]
-        size = len(eval_set.classes)
-        counts = torch.bincount(labels * size + answers, minlength=size**2).view(size, size).numpy()
-        yield language, _confusion(counts, eval_set, language)
-
-
-def _confusion(counts: Counts, eval_set: EvalSet, language: str) -> Figure:
+def confusion(counts: Counts, eval_set: EvalSet, language: str) -> Figure:
     """Draw `counts` (C, C) of images by class and answer, in percent of each class's images."""
     chosen = most_confused(counts, _ALL_CLASSES)
     names = [_both_names(eval_set.classes[place]) for place in chosen]

@@ -13,13 +13,12 @@ from koclip.evaluation.embed import Embedder
 from koclip.evaluation.evaluate import evaluate, warnings_of
 from koclip.evaluation.report import page
 from koclip.evaluation.report.charts import charts, korean_style, save
-from koclip.evaluation.report.grids import confusions, queries
+from koclip.evaluation.report.grids import confusion, queries
 from koclip.evaluation.report.table import Templates, markdown, print_tables, sections
 from koclip.evaluation.results import Measured, Record, records_of, write_results
 from koclip.evaluation.run import described, labels_of, notes
 from koclip.evaluation.sets import EvalSet
-from koclip.evaluation.tasks import SPECS
-from koclip.evaluation.tasks.zero_shot import asked_templates
+from koclip.evaluation.tasks import SPECS, TASKS
 from koclip.metrics import Metric
 
 _TRAINING = "training.png"
@@ -78,7 +77,7 @@ def write(
         keep(model, eval_sets, environment)
     labels = labels_of([model.model for model in evaluated])
     records = {model.model: records_of(model.metrics, SPECS) for model in evaluated}
-    templates = {eval_set.name: asked_templates(eval_set) for eval_set in eval_sets}
+    templates = {eval_set.name: eval_set.used_templates for eval_set in eval_sets}
     data = {model.model: described(eval_sets, model.model) for model in evaluated}
     names = dict.fromkeys(name for own in data.values() for name in own)
     said = {name: notes({labels[model]: own[name] for model, own in data.items()}) for name in names}
@@ -136,9 +135,10 @@ def _figures(
     figure = queries(embedder, eval_set)
     if figure is not None:
         yield "queries", figure
-    if "zero_shot" in eval_set.tasks:
-        for language, figure in confusions(embedder, eval_set):
-            yield f"confusion-{language}", figure
+    for task in TASKS:
+        if task.confusions and task.name in eval_set.tasks:
+            for language, counts in task.confusions(embedder, eval_set):
+                yield f"confusion-{language}", confusion(counts.numpy(), eval_set, language)
 
 
 def training_figure(log: Path, final: Mapping[str, Metric]) -> Figure:

@@ -2,12 +2,12 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from koclip.config import ConfigError
-from koclip.evaluation.embed import Embedder, search
+from koclip.evaluation.embed import Captions, Embedder, collect, search
 from koclip.evaluation.results import MAIN, Spec, Task, Unit
 from koclip.evaluation.sets import EvalSet
 from koclip.metrics import KS, Metric, mean, recall_at
@@ -17,26 +17,6 @@ _KS = (1, 10)  # of comparisons
 _KS_APPROXIMATED = (1, 5)
 _DIRECTIONS = {"text_to_image": "text to image", "image_to_text": "image to text"}
 _Ranks = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Captions:
-    """Distinct captions and their images. Equal captions are one caption with several images."""
-
-    texts: list[str]  # at the end those of the gallery, which no image has
-    images: list[list[int]]  # by caption that an image has: the images
-    texts_of: list[list[int]]  # by image: its captions
-
-
-def collect(captions: list[list[str]], gallery: list[str]) -> Captions:
-    """Return the distinct captions of the images and of the gallery."""
-    place = {text: number for number, text in enumerate(dict.fromkeys(text for own in captions for text in own))}
-    images: list[list[int]] = [[] for _ in place]
-    for image, own in enumerate(captions):
-        for text in dict.fromkeys(own):
-            images[place[text]].append(image)
-    others = [text for text in dict.fromkeys(gallery) if text not in place]
-    return Captions([*place, *others], images, [[place[text] for text in dict.fromkeys(own)] for own in captions])
 
 
 def retrieval(embedder: Embedder, eval_set: EvalSet, language: str, images: torch.Tensor) -> dict[str, Metric]:

@@ -1,6 +1,6 @@
 """Zero-shot classification by the names of the classes, and its accuracy under distribution shift."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from koclip.evaluation.embed import Embedder, search
 from koclip.evaluation.results import Spec, Task, records_of
 from koclip.evaluation.sets import EvalSet
 from koclip.metrics import Metric, difference, mean, mean_per_class, share
-from koclip.text.classes import fill, has_particle, spelt_out, templates_of_kind
+from koclip.text.classes import fill, has_particle, spelt_out
 
 _FEWEST = 3  # other models that a line is drawn through
 _EDGE = 0.5  # images; the logit of 0 and 1 is infinite
@@ -51,19 +51,6 @@ def _owned(eval_set: EvalSet, language: str, names: list[str]) -> tuple[list[lis
     return [owned[image] for image in images], images
 
 
-def templates_of(eval_set: EvalSet, language: str) -> list[str]:
-    """Return the templates of a language: those listed, or those of a file, or the bare name."""
-    asked = eval_set.config.templates.get(language, ["{}"])
-    return templates_of_kind(asked, eval_set.config.template_kind, f"eval.sets[].templates.{language}")
-
-
-def asked_templates(eval_set: EvalSet) -> dict[str, list[str]]:
-    """Return the templates that a set's classes are put in, by language."""
-    if not {"zero_shot", "shift"} & set(eval_set.config.tasks):
-        return {}
-    return {language: templates_of(eval_set, language) for language in eval_set.languages}
-
-
 def classifier(embedder: Embedder, names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
     """Return one unit-norm embedding per name and template, (C, T, D)."""
     prompts = [fill(template, name) for name in names for template in templates]
@@ -85,7 +72,7 @@ def zero_shot(embedder: Embedder, eval_set: EvalSet, language: str, images: torc
     template alone, compared with the bare name; `zero_shot_particles` all templates with particles, compared with
     `zero_shot_naive`, the same with "을(를)" spelt out. Gains are of accuracy, image by image.
     """
-    names, templates = names_of(eval_set, language), templates_of(eval_set, language)
+    names, templates = names_of(eval_set, language), eval_set.templates(language)
     shown = images[names.images]
     prompts = classifier(embedder, names.plain, templates)
 
@@ -138,7 +125,7 @@ def shift(embedder: Embedder, eval_set: EvalSet, language: str, images: torch.Te
     (ImageNet-C without its weights).
     """
     names = names_of(eval_set, language)
-    classes = ensemble(classifier(embedder, names.plain, templates_of(eval_set, language)))
+    classes = ensemble(classifier(embedder, names.plain, eval_set.templates(language)))
     base = search(images[names.images], classes, names.owned, embedder.spread)[0] < 1
     metrics = {"shift_none/accuracy": share(base)}
     for name, other in eval_set.shifted.items():
@@ -199,6 +186,21 @@ def add_effective_robustness(results: dict[str, dict[str, Metric]]) -> None:
 
 _BARE, _ALONE = "zero_shot_name/gain_over_ensemble", "zero_shot_template_{template:d}"
 _LESS_BARE = "Each template alone, less the bare name"
+
+
+def confusions(embedder: Embedder, eval_set: EvalSet) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the numbers (C, C) of images by class and answer, for each language; nothing for a set without classes."""
+    if not eval_set.classes:
+        return
+    labels, size = torch.tensor(eval_set.labels), len(eval_set.classes)
+    images = embedder.images(eval_set.images)
+    for language in eval_set.languages:
+        names = names_of(eval_set, language).plain
+        classes = ensemble(classifier(embedder, names, eval_set.templates(language)))
+        answers = search(images, classes, labels[:, None].tolist(), embedder.spread)[1]
+        yield language, torch.bincount(labels * size + answers, minlength=size**2).view(size, size)
+
+
 ZERO_SHOT = Task(
     "zero_shot",
     lambda embedder, eval_set, language: zero_shot(embedder, eval_set, language, embedder.images(eval_set.images)),
@@ -223,6 +225,7 @@ ZERO_SHOT = Task(
         Spec(f"{_ALONE}/gain_over_name", "template {template:02d}", "points", _LESS_BARE, chart=("templates", "gain")),
         Spec("zero_shot_{prompt}/accuracy", "{prompt}", group="Accuracy by kind of prompt"),
     ),
+    confusions=confusions,
 )
 _UNDER_SHIFT, _NONE = "Accuracy under shift", {"name": ""}
 _BASE = Spec("shift_none/accuracy", "accuracy without shift", params=_NONE, chart=("shift", "base"), watched=True)

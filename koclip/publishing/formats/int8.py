@@ -15,13 +15,14 @@ from koclip.config import ConfigError, EvalSetConfig, SourceConfig, check
 from koclip.data.transforms import PIXEL_LIMIT, PixelLimit
 from koclip.encoders import load
 from koclip.encoders.base import in_batches
+from koclip.evaluation.embed import collect
 from koclip.evaluation.images import Images
 from koclip.evaluation.report.table import cell, console, sections
 from koclip.evaluation.results import Measured, Record, records_of, write_results
 from koclip.evaluation.run import counts, notes, surroundings
 from koclip.evaluation.sets import EvalSet, open_set
 from koclip.evaluation.tasks import SPECS
-from koclip.evaluation.tasks.retrieval import approximated, collect
+from koclip.evaluation.tasks.retrieval import approximated
 from koclip.metrics import Metric
 from koclip.publishing.formats.onnx import EXACT, FOLDER, INT8, RESULTS, SIDES, run, session
 from koclip.text import tokenizers
