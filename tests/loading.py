@@ -14,12 +14,12 @@ from koclip.config import DataConfig, SourceConfig
 from koclip.data import loader
 from koclip.data.batches import Assembler, Batch
 from koclip.data.loader import Start, train_loader
-from koclip.data.order import Shard
+from koclip.data.order import BatchPart
 from koclip.data.sources import MapSource, Row, StreamSource
 from koclip.data.transforms import Views
 
 SCENES = SourceConfig(scenes_size=80)
-ALONE = Shard(8)
+ALONE = BatchPart(8)
 
 
 def config(source: SourceConfig, *others: SourceConfig, **options) -> DataConfig:
@@ -27,7 +27,7 @@ def config(source: SourceConfig, *others: SourceConfig, **options) -> DataConfig
 
 
 def batches(
-    config: DataConfig, tokenizer, count: int, shard: Shard = ALONE, start_step: int = 0, positions: Sequence = ()
+    config: DataConfig, tokenizer, count: int, shard: BatchPart = ALONE, start_step: int = 0, positions: Sequence = ()
 ) -> list[Batch]:
     assembler = Assembler(config, tokenizer, Views(config, 16))
     return list(itertools.islice(train_loader(assembler, shard, Start(start_step, positions)), count))

@@ -19,7 +19,7 @@ from torch import Tensor
 from koclip.config import DataConfig, SourceConfig
 from koclip.data.batches import Assembler, Precomputed, Sample
 from koclip.data.loader import train_loader, training_captions
-from koclip.data.order import CaptionChooser, Shard
+from koclip.data.order import BatchPart, CaptionChooser
 from koclip.data.sources import Row, Skip, open_source, row_captions
 from koclip.data.survey import survey
 from koclip.data.transforms import digest_of
@@ -198,7 +198,7 @@ def test_a_tokenizer_is_trained_on_captions_alone(tmp_path: Path, encoded) -> No
 def test_batches_hold_no_empty_caption(tmp_path: Path, encoded, tokenizer) -> None:
     source = write(tmp_path / "rows.parquet", [GAPS] * 8, encoded)
     config = DataConfig(sources=[source], num_workers=0)
-    batches = list(itertools.islice(train_loader(Assembler(config, tokenizer, None), Shard(4)), 6))
+    batches = list(itertools.islice(train_loader(Assembler(config, tokenizer, None), BatchPart(4)), 6))
     empty = tokenizer("")["input_ids"]
     assert min(int(length) for batch in batches for length in batch.attention_mask.sum(1)) > len(empty)
 

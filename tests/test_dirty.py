@@ -19,7 +19,7 @@ from tiny import tiny_tokenizer
 from koclip.config import DataConfig, EvalSetConfig, IndexConfig, SourceConfig
 from koclip.data.batches import Assembler
 from koclip.data.loader import train_loader
-from koclip.data.order import Shard
+from koclip.data.order import BatchPart
 from koclip.data.sources import Row, open_source
 from koclip.data.transforms import Views, read
 from koclip.encoders import load
@@ -66,7 +66,7 @@ def test_every_row_is_used_or_listed(data: dirty.Dirty) -> None:
     used, listed = rows(data)
     config = DataConfig(sources=data.sources, length_pool=1)
     size = next(size for size in (25, 5) if (len(used) + len(listed)) % size == 0)
-    batches = train_loader(Assembler(config, tiny_tokenizer(), Views(config, 32)), Shard(size))
+    batches = train_loader(Assembler(config, tiny_tokenizer(), Views(config, 32)), BatchPart(size))
     batches = list(itertools.islice(batches, (len(used) + len(listed)) // size))
     assert {key for batch in batches for key in batch.keys} == {row.key for row in used}
     left_out = [skip.key for batch in batches for skip in batch.skipped]

@@ -33,12 +33,12 @@ def only(**weights: float) -> DistillConfig:
     ],
 )
 def test_each_distance_by_hand(distill: DistillConfig, expected: float) -> None:
-    loss = losses.build(LossConfig(), distill, images=False)(MADE, IDS, TEACHER)
+    loss = losses.build_loss(LossConfig(), distill, images=False)(MADE, IDS, TEACHER)
     assert loss.value.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_teacher_takes_the_place_of_images() -> None:
-    taught = losses.build(LossConfig(), only(contrastive=0.5), images=False)(MADE, IDS, TEACHER)
+    taught = losses.build_loss(LossConfig(), only(contrastive=0.5), images=False)(MADE, IDS, TEACHER)
     unit = torch.nn.functional.normalize(TEACHER, dim=-1)
     wanted = losses.infonce(MADE._replace(image=unit), torch.arange(2))
     assert taught.value.item() == pytest.approx(0.5 * wanted.value.item(), rel=1e-6)
@@ -50,9 +50,9 @@ def test_the_anchor_weighs_the_teacher_against_images() -> None:
     pairs = pairs._replace(text_norm=torch.ones(6))
     ids = torch.arange(6)[:, None].expand(6, 3)
     distill = DistillConfig(anchor=0.3, mse=1.0)
-    images = losses.build(LossConfig())(pairs, ids)
-    alone = losses.build(LossConfig(), distill, images=False)(pairs, ids, teacher)
-    both = losses.build(LossConfig(), distill)(pairs, ids, teacher)
+    images = losses.build_loss(LossConfig())(pairs, ids)
+    alone = losses.build_loss(LossConfig(), distill, images=False)(pairs, ids, teacher)
+    both = losses.build_loss(LossConfig(), distill)(pairs, ids, teacher)
     torch.testing.assert_close(both.value, images.value + 0.3 * alone.value)
     assert both.accuracy == images.accuracy
 
@@ -60,7 +60,7 @@ def test_the_anchor_weighs_the_teacher_against_images() -> None:
 def test_equal_sentences_are_no_negatives_of_each_other() -> None:
     """Two captions of the same image have different sentences; two of the same sentence have one target."""
     pairs, teacher = random_embeddings(4), torch.randn(4, 8)
-    build = losses.build(LossConfig(duplicates="masked"), only(contrastive=1.0), images=False)
+    build = losses.build_loss(LossConfig(duplicates="masked"), only(contrastive=1.0), images=False)
     distinct = torch.tensor([[0, 0, 0], [1, 1, 1], [2, 2, 2], [3, 3, 3]])
     same_image, same_sentence = distinct.clone(), distinct.clone()
     same_image[1, 1], same_sentence[1, 2] = 0, 0
@@ -71,7 +71,7 @@ def test_equal_sentences_are_no_negatives_of_each_other() -> None:
 
 def test_without_the_teachers_features_there_is_an_error() -> None:
     with pytest.raises(ValueError, match="teacher"):
-        losses.build(LossConfig(), DistillConfig(), images=False)(MADE, IDS)
+        losses.build_loss(LossConfig(), DistillConfig(), images=False)(MADE, IDS)
 
 
 def taught_pieces(sizes: list[int], seed: int = 0, images: bool = False) -> list[Batch]:

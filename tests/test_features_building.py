@@ -15,7 +15,7 @@ from tiny import tiny_dual_encoder, tiny_tokenizer
 from koclip.config import ConfigError, DataConfig, SourceConfig
 from koclip.data.batches import Assembler, Batch, MissingError, Precomputed
 from koclip.data.loader import train_loader
-from koclip.data.order import Shard
+from koclip.data.order import BatchPart
 from koclip.data.sources import open_source
 from koclip.data.transforms import Views, digest_of
 from koclip.embeddings import fill, sources
@@ -104,7 +104,7 @@ def test_a_picture_that_comes_twice_has_one_embedding(pairs: SourceConfig, tmp_p
 
 
 def batches(config: DataConfig, steps: int = 8, known: Precomputed | None = None) -> list[Batch]:
-    loader = train_loader(Assembler(config, tiny_tokenizer(), Views(config, 32), known), Shard(4))
+    loader = train_loader(Assembler(config, tiny_tokenizer(), Views(config, 32), known), BatchPart(4))
     return list(itertools.islice(loader, steps))
 
 

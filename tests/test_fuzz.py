@@ -22,7 +22,7 @@ from PIL import Image
 
 from koclip.config import DataConfig, SourceConfig
 from koclip.data.batches import Assembler, Sample
-from koclip.data.order import Shard
+from koclip.data.order import BatchPart
 from koclip.data.sources import Skip, row
 from koclip.data.transforms import ImageError, Views, decode
 from koclip.text.normalize import clean_captions, normalize
@@ -286,7 +286,7 @@ def test_an_attacked_source_gives_full_batches_and_lists_what_it_left_out(attack
     source = dataclasses.replace(source, streaming=streaming)
     # A worker decodes: its death would be a failed test, not the end of all tests. The pools hold every row once.
     options = {"num_workers": 1, "shuffle_buffer": 500, "max_image_pixels": MAX_PIXELS, "length_pool": 5}
-    drawn = batches(config(source, **options, word_dropout=0.2), tokenizer, 2 * COUNT // 20, Shard(20))
+    drawn = batches(config(source, **options, word_dropout=0.2), tokenizer, 2 * COUNT // 20, BatchPart(20))
     for batch in drawn:
         assert (batch.pixel_values.shape, len(batch.keys), len(batch.input_ids)) == ((20, 3, 16, 16), 20, 20)
         assert batch.num_drawn == 20 + len(batch.skipped)

@@ -16,7 +16,7 @@ from sources_on_disk import all_rows, colour
 
 from koclip.config import EvalSetConfig, SourceConfig
 from koclip.data.formats.files import SourceError
-from koclip.data.order import Shard
+from koclip.data.order import BatchPart
 from koclip.data.sources import Row, open_source
 from koclip.evaluation.sets import open_set
 
@@ -110,7 +110,7 @@ def test_training_lists_them_too(tmp_path, picture, tokenizer) -> None:
     picture(*names)
     write_metadata(tmp_path, "csv", [(name, f"{name} 사진") for name in [*names[:7], "gone.png"]])
     source = SourceConfig(path=str(tmp_path), captions={"ko": "text"})
-    drawn = batches(config(source), tokenizer, 9, Shard(1))
+    drawn = batches(config(source), tokenizer, 9, BatchPart(1))
     used = {key.rsplit("/", 1)[1] for batch in drawn for key in batch.keys}
     left = {skip.key.rsplit("/", 1)[1] for batch in drawn for skip in batch.skipped}
     assert used == set(names[:7])

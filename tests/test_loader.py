@@ -11,7 +11,7 @@ from loading import SCENES, assert_equal, batches, config
 from koclip.config import ConfigError, DataConfig, SourceConfig
 from koclip.data.batches import Position
 from koclip.data.loader import training_captions
-from koclip.data.order import CaptionChooser, MapOrder, Shard
+from koclip.data.order import BatchPart, CaptionChooser, MapOrder
 from koclip.data.sources import open_source
 from koclip.data.survey import survey
 
@@ -40,12 +40,12 @@ def test_duplicates_have_equal_ids(tokenizer, write_table) -> None:
 
 
 def test_every_row_comes_once_per_epoch_in_another_order(tokenizer, table) -> None:
-    keys = [key for batch in batches(config(table, length_pool=1), tokenizer, 25, Shard(4)) for key in batch.keys]
+    keys = [key for batch in batches(config(table, length_pool=1), tokenizer, 25, BatchPart(4)) for key in batch.keys]
     first, second = keys[:50], keys[50:100]
     assert sorted(first) == sorted(second) == sorted(set(keys))
     assert len(set(keys)) == 50
     assert first != second != sorted(second)
-    pooled = [key for batch in batches(config(table), tokenizer, 75, Shard(4)) for key in batch.keys]
+    pooled = [key for batch in batches(config(table), tokenizer, 75, BatchPart(4)) for key in batch.keys]
     assert set(Counter(pooled).values()) == {6}
 
 
@@ -86,8 +86,8 @@ def test_the_loader_leaves_pytorchs_generator_alone(tokenizer, table, num_worker
 
 def test_two_processes_share_one_processs_batches(tokenizer, table) -> None:
     data = config(table, SCENES)
-    whole = batches(data, tokenizer, 7, Shard(8))
-    halves = [batches(data, tokenizer, 7, Shard(4, rank, 2)) for rank in (0, 1)]
+    whole = batches(data, tokenizer, 7, BatchPart(8))
+    halves = [batches(data, tokenizer, 7, BatchPart(4, rank, 2)) for rank in (0, 1)]
     for batch, *parts in zip(whole, *halves, strict=True):
         assert batch.keys == [key for part in parts for key in part.keys]
         assert torch.equal(batch.pixel_values, torch.cat([part.pixel_values for part in parts]))
@@ -98,7 +98,7 @@ def test_pieces_make_up_the_batches(tokenizer, table) -> None:
     """Uneven ones too; each is padded to its own longest caption, and nothing is dropped at an epoch's end."""
     data = config(table, crop_scale=(0.5, 1.0))
     whole = batches(data, tokenizer, 13)
-    pieces = batches(data, tokenizer, 3 * 13, Shard(8, micro_batch_size=3))
+    pieces = batches(data, tokenizer, 3 * 13, BatchPart(8, micro_batch_size=3))
     assert [len(piece.keys) for piece in pieces] == [3, 3, 2] * 13
     for number, batch in enumerate(whole):
         parts = pieces[3 * number : 3 * number + 3]
@@ -106,13 +106,13 @@ def test_pieces_make_up_the_batches(tokenizer, table) -> None:
         assert torch.equal(batch.pixel_values, torch.cat([part.pixel_values for part in parts]))
         assert torch.equal(batch.pair_ids, torch.cat([part.pair_ids for part in parts]))
         assert max(part.input_ids.shape[1] for part in parts) == batch.input_ids.shape[1]
-    resumed = batches(data, tokenizer, 6, Shard(8, micro_batch_size=3), start_step=11)
+    resumed = batches(data, tokenizer, 6, BatchPart(8, micro_batch_size=3), start_step=11)
     assert_equal(pieces[33:], resumed)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resumed_pieces_of_a_stream_equal_uninterrupted_ones(tokenizer, tars, num_workers) -> None:
-    data, shard = config(tars, num_workers=num_workers), Shard(9, micro_batch_size=3)
+    data, shard = config(tars, num_workers=num_workers), BatchPart(9, micro_batch_size=3)
     whole = batches(data, tokenizer, 30, shard)
     assert {len(piece.keys) for piece in whole} == {3}
     seen = {piece.position.reader: piece.position for piece in whole[:12] if piece.position}
@@ -194,7 +194,7 @@ def test_a_row_without_one_language_gives_the_other(tokenizer) -> None:
 
 
 def test_captions_change_from_epoch_to_epoch(tokenizer, table) -> None:
-    drawn = batches(config(table, length_pool=1), tokenizer, 100, Shard(5))
+    drawn = batches(config(table, length_pool=1), tokenizer, 100, BatchPart(5))
     captions: dict[str, set[int]] = {}
     for batch in drawn:
         for key, number in zip(batch.keys, batch.pair_ids[:, 0].tolist(), strict=True):
@@ -218,7 +218,7 @@ def test_training_captions_come_from_all_sources_in_turn(table, tars) -> None:
 def test_the_order_of_many_rows_is_cheap(tokenizer) -> None:
     source, data = open_source(SCENES), config(SCENES)
     lengths = [survey(source, data, tokenizer).lengths]
-    order = MapOrder([source], CaptionChooser(data), Shard(8), 10**6, lengths)
+    order = MapOrder([source], CaptionChooser(data), BatchPart(8), 10**6, lengths)
     assert order.epoch_size == 80
     assert len(next(iter(order))) == 8
 
@@ -228,7 +228,7 @@ def test_shared_data_load(kind, shared_data, tokenizer) -> None:
     captions = {"ko": "captions_ko"} if kind.startswith("flickr") else {"ko": "name_ko", "en": "name_en"}
     where = {"vendor": ["noto"]} if kind == "emoji_dev" else None
     source = SourceConfig(path=str(shared_data / f"{kind}.parquet"), captions=captions, where=where)
-    drawn = batches(config(source), tokenizer, 10, Shard(16))
+    drawn = batches(config(source), tokenizer, 10, BatchPart(16))
     assert sum(len(batch.skipped) for batch in drawn) == 0
     assert len({key for batch in drawn for key in batch.keys}) == 160
 

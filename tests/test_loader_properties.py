@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from loading import Pile, assert_equal, batches, config, opening, stream
 
 from koclip.data.batches import Batch, Position
-from koclip.data.order import Shard
+from koclip.data.order import BatchPart
 
 QUICK = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 STREAMS = settings(QUICK, max_examples=25)
@@ -73,7 +73,7 @@ def test_a_row_is_used_once_an_epoch_or_listed_and_replaced_by_one_of_its_source
     used, listed = Counter[str](), Counter[str]()
     with opening(*sources) as configs:
         for rank in range(world_size):
-            shard = Shard(batch_size, rank, world_size, data.draw(st.integers(1, batch_size), "micro_batch_size"))
+            shard = BatchPart(batch_size, rank, world_size, data.draw(st.integers(1, batch_size), "micro_batch_size"))
             for piece in batches(config(*configs, length_pool=pool), tokenizer, steps * len(shard.pieces), shard):
                 used.update(piece.keys)
                 listed.update(skip.key for skip in piece.skipped)
@@ -97,11 +97,11 @@ def test_processes_pieces_and_resumed_runs_have_the_batches_of_one_process(
     options = {"length_pool": data.draw(st.integers(1, 3)), "crop_scale": (0.5, 1.0), "word_dropout": 0.2}
     with opening(*sources) as configs:
         read = config(*configs, **options)
-        alone = batches(read, tokenizer, steps, Shard(batch_size * world_size))
+        alone = batches(read, tokenizer, steps, BatchPart(batch_size * world_size))
         parts = []
         for rank in range(world_size):
             micro = data.draw(st.integers(1, batch_size), "micro_batch_size")
-            shard = Shard(batch_size, rank, world_size, micro)
+            shard = BatchPart(batch_size, rank, world_size, micro)
             count = (steps - start) * len(shard.pieces)
             parts.append(in_steps(batches(read, tokenizer, count, shard, start_step=start), steps - start))
     for batch, *pieces in zip(alone[start:], *parts, strict=True):
@@ -131,12 +131,13 @@ def test_a_stream_uses_or_lists_every_row_in_pieces_of_any_size_and_resumed(
     stop = data.draw(st.integers(1, steps - 1), "stop")
     micros = [None, *(size for size in range(1, batch_size) if batch_size % size == 0)]
     first, second = (
-        Shard(batch_size, rank, world_size, data.draw(st.sampled_from(micros), "micro_batch_size")) for _ in range(2)
+        BatchPart(batch_size, rank, world_size, data.draw(st.sampled_from(micros), "micro_batch_size"))
+        for _ in range(2)
     )
     opened = [stream(*arguments) for arguments in sources]
     with opening(*opened) as configs:
         read = config(*configs, length_pool=pool, shuffle_buffer=3)
-        alone = batches(read, tokenizer, steps, Shard(batch_size, rank, world_size))
+        alone = batches(read, tokenizer, steps, BatchPart(batch_size, rank, world_size))
         part = batches(read, tokenizer, stop * len(first.pieces), first)
         positions = [Position(reader, passes=((0, 0),) * len(sources)) for reader in range(world_size)]
         positions[rank] = part[-1].position
@@ -155,9 +156,9 @@ def test_a_stream_uses_or_lists_every_row_in_pieces_of_any_size_and_resumed(
 def test_a_stream_goes_on_in_pieces_of_another_size(num_workers, micro, tokenizer, tars) -> None:
     """48 pairs in batches of 8: six steps are one epoch, wherever the run stops and in whatever pieces it goes on."""
     data = config(tars, num_workers=num_workers, length_pool=3)
-    whole_run = batches(data, tokenizer, 12, Shard(8))
+    whole_run = batches(data, tokenizer, 12, BatchPart(8))
     for stop in (1, 2, 5):
-        before, after = (Shard(8, micro_batch_size=size) for size in micro)
+        before, after = (BatchPart(8, micro_batch_size=size) for size in micro)
         part = batches(data, tokenizer, stop * len(before.pieces), before)
         positions = {piece.position.reader: piece.position for piece in part}
         rest = batches(
@@ -177,8 +178,8 @@ def test_a_stream_goes_on_in_pieces_of_another_size(num_workers, micro, tokenize
 def test_a_stream_goes_on_in_batches_of_another_size_where_that_is_accepted(tokenizer, tars) -> None:
     """`resume_with: [train.batch_size]`: no row is lost, none comes again."""
     data = config(tars, length_pool=3)
-    part = batches(data, tokenizer, 2, Shard(8))
-    rest = batches(data, tokenizer, 20, Shard(4), start_step=2, positions=[part[-1].position])
+    part = batches(data, tokenizer, 2, BatchPart(8))
+    rest = batches(data, tokenizer, 20, BatchPart(4), start_step=2, positions=[part[-1].position])
     counts = Counter(key for batch in [*part, *rest] for key in batch.keys)
     assert set(counts.values()) == {2}
     assert len(counts) == 48
@@ -187,9 +188,9 @@ def test_a_stream_goes_on_in_batches_of_another_size_where_that_is_accepted(toke
 @pytest.mark.parametrize("micro", [3, 5, 8])
 def test_uneven_pieces_of_a_stream_make_up_its_batches(micro, tokenizer, tars) -> None:
     data = config(tars, crop_scale=(0.5, 1.0))
-    shard = Shard(8, micro_batch_size=micro)
+    shard = BatchPart(8, micro_batch_size=micro)
     pieces = in_steps(batches(data, tokenizer, 5 * len(shard.pieces), shard), 5)
-    for batch, parts in zip(batches(data, tokenizer, 5, Shard(8)), pieces, strict=True):
+    for batch, parts in zip(batches(data, tokenizer, 5, BatchPart(8)), pieces, strict=True):
         assert [len(part.keys) for part in parts] == [piece.stop - piece.start for piece in shard.pieces]
         assert whole([batch]) == whole(parts)
         assert all(part.attention_mask.sum(dim=1).max() == part.input_ids.shape[1] for part in parts)
@@ -201,16 +202,18 @@ def test_broken_rows_do_not_change_how_a_run_resumes(streaming, num_workers, tok
     """At any step; a stream is not read with two workers: it is one file."""
     source = type(flawed)(**{**vars(flawed), "streaming": streaming})
     data = config(source, num_workers=0 if streaming else num_workers, crop_scale=(0.5, 1.0))
-    alone = batches(data, tokenizer, 14, Shard(10))
+    alone = batches(data, tokenizer, 14, BatchPart(10))
     for step in (1, 5, 9):
         positions = [alone[step - 1].position] if streaming else []
-        assert_equal(alone[step:], batches(data, tokenizer, 14 - step, Shard(10), start_step=step, positions=positions))
+        assert_equal(
+            alone[step:], batches(data, tokenizer, 14 - step, BatchPart(10), start_step=step, positions=positions)
+        )
 
 
 def test_two_processes_replace_broken_rows_as_one_does(tokenizer, flawed) -> None:
     data = config(flawed, crop_scale=(0.5, 1.0))
-    alone = batches(data, tokenizer, 10, Shard(20))
-    halves = [in_steps(batches(data, tokenizer, 30, Shard(10, rank, 2, 4)), 10) for rank in (0, 1)]
+    alone = batches(data, tokenizer, 10, BatchPart(20))
+    halves = [in_steps(batches(data, tokenizer, 30, BatchPart(10, rank, 2, 4)), 10) for rank in (0, 1)]
     assert sum(len(batch.skipped) for batch in alone) > 10
     for batch, *parts in zip(alone, *halves, strict=True):
         assert whole([batch]) == whole([piece for part in parts for piece in part])

@@ -9,7 +9,7 @@ from koclip.config import SourceConfig
 from koclip.data.batches import Position
 from koclip.data.formats.files import SourceError
 from koclip.data.loader import MixedRows
-from koclip.data.order import Shard
+from koclip.data.order import BatchPart
 from koclip.data.sources import open_source
 
 
@@ -35,7 +35,7 @@ def test_streams_through_the_loader_lose_no_row(num_workers, world_size, tokeniz
     keys = [
         key
         for rank in range(world_size)
-        for batch in batches(data, tokenizer, count, Shard(4, rank, world_size))
+        for batch in batches(data, tokenizer, count, BatchPart(4, rank, world_size))
         for key in batch.keys
     ]
     assert len(set(keys)) == len(keys) == 48
@@ -43,7 +43,7 @@ def test_streams_through_the_loader_lose_no_row(num_workers, world_size, tokeniz
 
 def test_too_few_shards_for_the_readers_is_an_error(tokenizer, tars, table) -> None:
     with pytest.raises(SourceError, match=r"shard-\*\.tar.* 4 shards.* 6 readers"):
-        batches(config(tars, num_workers=3), tokenizer, 1, Shard(8, 0, 2))
+        batches(config(tars, num_workers=3), tokenizer, 1, BatchPart(8, 0, 2))
     with pytest.raises(SourceError, match=r"data\.sources"):
         batches(config(tars, table), tokenizer, 1)
 
@@ -77,7 +77,7 @@ def test_resuming_a_stream_reads_no_finished_epoch_again(tars, monkeypatch) -> N
 @pytest.mark.parametrize("streaming", [False, True])
 def test_unusable_rows_are_replaced_and_listed(streaming, tokenizer, flawed) -> None:
     source = SourceConfig(**{**vars(flawed), "streaming": streaming})
-    drawn = batches(config(source), tokenizer, 30, Shard(10))
+    drawn = batches(config(source), tokenizer, 30, BatchPart(10))
     assert all(len(batch.keys) == len(batch.pixel_values) == len(batch.input_ids) == 10 for batch in drawn)
     assert all(batch.num_drawn == 10 + len(batch.skipped) for batch in drawn)
     numbers = {key.rsplit("/", 1)[1][:3] for batch in drawn for key in batch.keys}
@@ -89,7 +89,7 @@ def test_unusable_rows_are_replaced_and_listed(streaming, tokenizer, flawed) -> 
     assert "FileNotFoundError" in skipped["020"].reason
     assert "not an image" in skipped["010"].reason
     assert {skip.source for skip in skipped.values()} == {flawed.path}
-    assert_equal(drawn, batches(config(source), tokenizer, 30, Shard(10)))
+    assert_equal(drawn, batches(config(source), tokenizer, 30, BatchPart(10)))
 
 
 def test_a_source_of_nothing_usable_is_an_error(tokenizer, write_table) -> None:

@@ -25,7 +25,7 @@ from koclip import metrics
 from koclip.config import ConfigError, DataConfig, EvalSetConfig, SourceConfig
 from koclip.data.batches import Assembler
 from koclip.data.loader import train_loader
-from koclip.data.order import Shard
+from koclip.data.order import BatchPart
 from koclip.data.transforms import Views
 from koclip.encoders import Encoder
 from koclip.evaluation.embed import Embedder
@@ -254,7 +254,7 @@ def test_a_row_without_its_own_pair_brings_none_to_its_picture(tmp_path: Path) -
 
 def test_training_knows_equal_pictures_in_whatever_rows_and_files(tmp_path: Path, tokenizer: Any) -> None:
     config = DataConfig(sources=[one_file_per_row(tmp_path, pairs()[:20])], num_workers=0)
-    batch = next(train_loader(Assembler(config, tokenizer, Views(config, 8)), Shard(20)))
+    batch = next(train_loader(Assembler(config, tokenizer, Views(config, 8)), BatchPart(20)))
     captions = [tokenizer.decode(ids, skip_special_tokens=True).split()[0] for ids in batch.input_ids]
     images = batch.pair_ids[:, 1].tolist()
     assert sorted(captions) == sorted(text.split()[0] for _, text in pairs()[:20])

@@ -25,7 +25,7 @@ from koclip.config import DataConfig, EvalSetConfig, SourceConfig
 from koclip.data.batches import Assembler
 from koclip.data.formats.files import SourceError
 from koclip.data.loader import train_loader, training_captions
-from koclip.data.order import Shard
+from koclip.data.order import BatchPart
 from koclip.data.sources import open_source
 from koclip.data.transforms import Views
 from koclip.embeddings.fill import SourceShards
@@ -159,7 +159,7 @@ def test_plain_cuts_are_refused_before_anything_is_read(tars, tokenizer, tmp_pat
     data = (tmp_path / "shard-3.tar").read_bytes()
     (tmp_path / "shard-3.tar").write_bytes(data[: len(data) // 2])
     with pytest.raises(SourceError, match=r"shard-3\.tar"):
-        train_loader(Assembler(config(tars), tokenizer, Views(config(tars), 16)), Shard(8))
+        train_loader(Assembler(config(tars), tokenizer, Views(config(tars), 16)), BatchPart(8))
 
 
 @pytest.fixture

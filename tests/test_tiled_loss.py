@@ -33,10 +33,10 @@ def value_and_gradients(loss: losses.LossFn, embeddings: Embeddings, captions: T
 def test_tiles_equal_the_dense_loss(name: str, mode: str, tile_rows: int) -> None:
     captions = torch.tensor([0, 1, 0, 2, 3, 1, 4, 5, 0, 6, 7, 8, 9, 2, 11, 12, 1])
     dense = value_and_gradients(
-        losses.build(LossConfig(name=name, duplicates=mode, tile_rows=99)), random_embeddings(17), captions
+        losses.build_loss(LossConfig(name=name, duplicates=mode, tile_rows=99)), random_embeddings(17), captions
     )
     tiled = value_and_gradients(
-        losses.build(LossConfig(name=name, duplicates=mode, tile_rows=tile_rows)), random_embeddings(17), captions
+        losses.build_loss(LossConfig(name=name, duplicates=mode, tile_rows=tile_rows)), random_embeddings(17), captions
     )
     assert len(dense) == (5 if name == "infonce" else 6)
     for wanted, got in zip(dense, tiled, strict=True):
@@ -51,14 +51,14 @@ def test_tiles_equal_the_dense_loss_where_images_repeat(name: str, mode: str) ->
     ids = torch.stack([captions, images], dim=1)
     dense, tiled = (
         value_and_gradients(
-            losses.build(LossConfig(name=name, duplicates=mode, tile_rows=rows)), random_embeddings(9), ids
+            losses.build_loss(LossConfig(name=name, duplicates=mode, tile_rows=rows)), random_embeddings(9), ids
         )
         for rows in (99, 4)
     )
     for wanted, got in zip(dense, tiled, strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-6)
     if mode != "negatives":
-        alone = losses.build(LossConfig(name=name, duplicates=mode))(random_embeddings(9), captions)
+        alone = losses.build_loss(LossConfig(name=name, duplicates=mode))(random_embeddings(9), captions)
         assert abs(alone.value - dense[0]) > 1e-3  # that images repeat matters
 
 
@@ -69,7 +69,9 @@ def test_tiles_pass_gradcheck(name: str) -> None:
     captions = torch.tensor([0, 1, 0, 2, 3])
 
     def loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        return losses.build(LossConfig(name=name, tile_rows=2))(Embeddings(image, text, scale, bias), captions).value
+        return losses.build_loss(LossConfig(name=name, tile_rows=2))(
+            Embeddings(image, text, scale, bias), captions
+        ).value
 
     torch.set_default_dtype(torch.float64)
     try:
@@ -97,13 +99,13 @@ def test_8192_pairs_keep_little_more_than_the_features(name: str) -> None:
     """Bar: at most 1.2 times the features; by default, without any setting."""
     embeddings = large_embeddings(8_192, 512)
     features = 2 * embeddings.image.nbytes
-    assert saved_bytes(losses.build(LossConfig(name=name)), embeddings) <= 1.2 * features
+    assert saved_bytes(losses.build_loss(LossConfig(name=name)), embeddings) <= 1.2 * features
 
 
 def test_the_dense_loss_keeps_many_times_the_features() -> None:
     """The check above can fail."""
     embeddings = large_embeddings(2_048, 64)
-    dense = saved_bytes(losses.build(LossConfig(tile_rows=2_048)), embeddings)
+    dense = saved_bytes(losses.build_loss(LossConfig(tile_rows=2_048)), embeddings)
     assert dense > 10 * 2 * embeddings.image.nbytes
 
 
@@ -112,7 +114,9 @@ def test_the_dense_loss_keeps_many_times_the_features() -> None:
 def test_8192_pairs_have_the_dense_loss_and_gradients(name: str) -> None:
     captions = torch.arange(8_192)
     results = [
-        value_and_gradients(losses.build(LossConfig(name=name, tile_rows=rows)), large_embeddings(8_192, 512), captions)
+        value_and_gradients(
+            losses.build_loss(LossConfig(name=name, tile_rows=rows)), large_embeddings(8_192, 512), captions
+        )
         for rows in (8_192, None)
     ]
     for wanted, got in zip(*results, strict=True):
@@ -122,7 +126,7 @@ def test_8192_pairs_have_the_dense_loss_and_gradients(name: str) -> None:
 @pytest.mark.parametrize("tile_rows", [1, 99, None])
 def test_an_unknown_loss_is_refused_before_it_sees_data(tile_rows: int | None) -> None:
     config = LossConfig(name="a_new_loss", tile_rows=tile_rows)
-    for function in (losses.build, losses.initial_bias):
+    for function in (losses.build_loss, losses.initial_bias):
         with pytest.raises(ConfigError, match=r"loss\.name: got 'a_new_loss'"):
             function(config)
 
@@ -133,10 +137,10 @@ def test_a_loss_without_a_tiled_form_is_dense_or_refused(monkeypatch: pytest.Mon
     monkeypatch.setitem(losses.TILE_SIZE, "cpu", 1)  # 64 rows in a tile
     monkeypatch.setattr(losses, "tiled", lambda *_: pytest.fail("tiled"))
     assert torch.equal(
-        losses.build(LossConfig(name="only_dense"))(embeddings, captions).value,
+        losses.build_loss(LossConfig(name="only_dense"))(embeddings, captions).value,
         losses.infonce(embeddings, captions, "positives").value,
     )
-    for function in (losses.build, losses.initial_bias):
+    for function in (losses.build_loss, losses.initial_bias):
         with pytest.raises(ConfigError, match=r"loss\.tile_rows: got 2"):
             function(LossConfig(name="only_dense", tile_rows=2))
 
@@ -146,7 +150,7 @@ def test_a_loss_without_a_tiled_form_is_dense_or_refused(monkeypatch: pytest.Mon
 def test_a_way_with_duplicates_that_is_not_known_is_refused(name: str, tile_rows: int) -> None:
     config = LossConfig(name=name, duplicates="positive", tile_rows=tile_rows)
     with pytest.raises(ConfigError, match=r"loss\.duplicates: got 'positive'"):
-        losses.build(config)(random_embeddings(4), torch.arange(4))
+        losses.build_loss(config)(random_embeddings(4), torch.arange(4))
 
 
 def test_few_rows_are_refused_by_name() -> None:

@@ -130,7 +130,7 @@ def kept(run: Path) -> list[int] | None:
     """Return the images that a run has kept."""
     from koclip.training import pictures
 
-    ids = pictures.read(run)
+    ids = pictures.read_ids(run)
     return None if ids is None else ids.tolist()
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from koclip.config import DataConfig
 from koclip.data.batches import Assembler, Batch, Candidate, Position
-from koclip.data.order import Draw, MapOrder, Shard, generator, row_seed
+from koclip.data.order import BatchPart, Draw, MapOrder, generator, row_seed
 from koclip.data.sources import MapSource, Row, SourceError, StreamSource, open_source
 from koclip.data.survey import CaptionLengths, single_threaded, survey
 from koclip.text.normalize import usable
@@ -65,20 +65,20 @@ class MapPairs(Dataset[Batch]):
 class StreamPairs(IterableDataset[Batch]):
     """Batches of streamed rows. Each reader (a worker of a process) has shards, pools and batches of its own."""
 
-    def __init__(self, sources: Sequence[StreamSource], assembler: Assembler, shard: Shard, start: Start) -> None:
-        self._sources, self._assembler, self._shard, self._step = sources, assembler, shard, start.step
+    def __init__(self, sources: Sequence[StreamSource], assembler: Assembler, part: BatchPart, start: Start) -> None:
+        self._sources, self._assembler, self._part, self._step = sources, assembler, part, start.step
         self._start = {position.reader: position for position in start.positions}
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
         # The loader asks its workers in turn, from 0: after a resume the first of them must play the next reader.
-        reader = self._shard.rank * count + (number + self._step) % count
+        reader = self._part.rank * count + (number + self._step) % count
         position = self._start.get(reader, Position(reader))
-        rows = MixedRows(self._sources, self._assembler.config, position, self._shard.world_size * count)
-        draws = PooledDraws(rows, self._assembler, self._shard.batch_size, position)
+        rows = MixedRows(self._sources, self._assembler.config, position, self._part.world_size * count)
+        draws = PooledDraws(rows, self._assembler, self._part.batch_size, position)
         while True:
-            batch = self._assembler.fill(itertools.islice(draws, self._shard.batch_size))
+            batch = self._assembler.fill(itertools.islice(draws, self._part.batch_size))
             yield dataclasses.replace(batch, position=draws.position)
 
 
@@ -185,15 +185,15 @@ class _Endless(Iterator[Row]):
 
 def train_loader(
     assembler: Assembler,
-    shard: Shard,
+    part: BatchPart,
     start: Start | None = None,
     lengths: Sequence[CaptionLengths | None] = (),
 ) -> Iterator[Batch]:
-    """Yield this process's batches, without end; if the shard has pieces, piece by piece.
+    """Yield this process's batches, without end; if the part has pieces, piece by piece.
 
     Args:
         assembler: Makes the batches, of the sources of its config.
-        shard: This process's part of the global batch.
+        part: This process's part of the global batch.
         start: Where a resumed run begins.
         lengths: Those of the captions of every source, as `survey` returns them; default: they are measured now.
 
@@ -208,15 +208,15 @@ def train_loader(
         maps = cast(list[MapSource], sources)
         if not lengths and config.length_pool > 1:
             lengths = [survey(source, config, assembler.tokenizer).lengths for source in maps]
-        order = MapOrder(maps, assembler.chooser, shard, start.step, lengths)
+        order = MapOrder(maps, assembler.chooser, part, start.step, lengths)
         return _load(MapPairs(maps, assembler), config.num_workers, sampler=order)
     if len(streams) < len(sources):
         raise SourceError("data.sources mixes streamed sources with others; set streaming: true on all of them or none")
-    _check_readers(streams, shard, max(1, config.num_workers), start)
-    pairs = StreamPairs(streams, assembler, shard, start)
+    _check_readers(streams, part, max(1, config.num_workers), start)
+    pairs = StreamPairs(streams, assembler, part, start)
     # Readers make whole batches, so that the size of the pieces does not decide which rows are in them.
-    batches = _load(pairs, config.num_workers, prefetch=max(1, PREFETCH // len(shard.pieces)))
-    return itertools.chain.from_iterable(batch.cut(shard.pieces) for batch in batches)
+    batches = _load(pairs, config.num_workers, prefetch=max(1, PREFETCH // len(part.pieces)))
+    return itertools.chain.from_iterable(batch.cut(part.pieces) for batch in batches)
 
 
 def _load(pairs: Dataset[Batch], num_workers: int, prefetch: int = PREFETCH, **options: Any) -> Iterator[Batch]:
@@ -235,10 +235,10 @@ def _load(pairs: Dataset[Batch], num_workers: int, prefetch: int = PREFETCH, **o
     )
 
 
-def _check_readers(streams: Sequence[StreamSource], shard: Shard, count: int, start: Start) -> None:
+def _check_readers(streams: Sequence[StreamSource], part: BatchPart, count: int, start: Start) -> None:
     """Check that every reader (`count` per process) has a shard of every stream, and its position."""
     done, positions = range(start.first_step, start.step), start.positions
-    num_readers = shard.world_size * count
+    num_readers = part.world_size * count
     for stream in streams:
         if stream.num_shards < num_readers:
             raise SourceError(
@@ -246,7 +246,7 @@ def _check_readers(streams: Sequence[StreamSource], shard: Shard, count: int, st
                 "readers (data.num_workers x processes); write it in more files, set fewer workers or streaming: false"
             )
     started = {step % count for step in done[:count]}  # they are asked in turn
-    expected = {rank * count + reader for rank in range(shard.world_size) for reader in started}
+    expected = {rank * count + reader for rank in range(part.world_size) for reader in started}
     readers = {position.reader for position in positions}
     if positions and readers != expected:
         raise SourceError(

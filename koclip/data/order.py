@@ -90,7 +90,7 @@ class CaptionChooser:
         return [word for word in words if rng.random() >= self.config.word_dropout] or [rng.choice(words)]
 
 
-class Shard(NamedTuple):
+class BatchPart(NamedTuple):
     """This process's part of every global batch of `batch_size * world_size` pairs, in pieces."""
 
     batch_size: int
@@ -114,7 +114,7 @@ class MapOrder(Sampler[list[Draw]]):
     Args:
         sources: The sources.
         chooser: Draws the captions, whose lengths batches are grouped by.
-        shard: This process's part.
+        part: This process's part.
         start_step: Steps already done.
         lengths: Those of the captions of every source (`koclip.data.survey`); not needed where `length_pool` is 1.
     """
@@ -123,11 +123,11 @@ class MapOrder(Sampler[list[Draw]]):
         self,
         sources: Sequence[MapSource],
         chooser: CaptionChooser,
-        shard: Shard,
+        part: BatchPart,
         start_step: int,
         lengths: Sequence[CaptionLengths | None] = (),
     ) -> None:
-        self._sources, self._chooser, self._shard, self._start_step = sources, chooser, shard, start_step
+        self._sources, self._chooser, self._part, self._start_step = sources, chooser, part, start_step
         self._config, self._lengths = chooser.config, lengths
         self._num_groups = _groups_per_epoch(sources)
         self._cached: tuple[int, npt.NDArray[np.int64]] | None = None
@@ -139,7 +139,7 @@ class MapOrder(Sampler[list[Draw]]):
         return sum(count * source.group for count, source in groups)
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        batch_size, rank, world_size, _ = self._shard
+        batch_size, rank, world_size, _ = self._part
         global_batch = batch_size * world_size
         pool, skip = divmod(self._start_step, self._config.length_pool)
         size = self._config.length_pool * global_batch
@@ -148,7 +148,7 @@ class MapOrder(Sampler[list[Draw]]):
             starts = self._rng(pool, 1).permutation(range(0, size, global_batch))
             for start in starts[skip:]:
                 first = start + rank * batch_size
-                for piece in self._shard.pieces:
+                for piece in self._part.pieces:
                     yield draws[first : first + batch_size][piece]
             pool, skip = pool + 1, 0
 

@@ -20,7 +20,7 @@ from koclip.losses.tiled import InfoNCERows, Rows, SigmoidRows, tiled
 TILE_SIZE = {"cpu": 2**20, "cuda": 2**26}  # similarities in memory at a time, but
 MIN_TILE_ROWS = 64  # rows at least: thinner products are slow
 
-__all__ = ["CONTRASTIVE", "Contrastive", "Loss", "LossFn", "build", "infonce", "initial_bias", "sigmoid", "tiled"]
+__all__ = ["CONTRASTIVE", "Contrastive", "Loss", "LossFn", "build_loss", "infonce", "initial_bias", "sigmoid", "tiled"]
 
 
 class Contrastive(NamedTuple):
@@ -51,7 +51,7 @@ class LossFn(Protocol):
         """
 
 
-def build(config: LossConfig, distill: DistillConfig | None = None, images: bool = True) -> LossFn:
+def build_loss(config: LossConfig, distill: DistillConfig | None = None, images: bool = True) -> LossFn:
     """Return the loss that a configuration names.
 
     Args:

@@ -69,7 +69,7 @@ def distillation(embeddings: Embeddings, teacher: torch.Tensor, cosine: float, m
 
     The targets are the source CLIP's text features of the English translation of a sentence, as in M-CLIP (Carlsson et
     al. 2022) and AltCLIP (Chen et al. 2022). A third way is the contrastive loss with the teacher's embeddings in the
-    place of images (`losses.build`).
+    place of images (`losses.build_loss`).
 
     Args:
         embeddings: With `text` (B, D) and `text_norm` (B,).

@@ -188,7 +188,7 @@ def read_facts(directory: Path) -> dict[str, Any]:
     return facts
 
 
-def read(directory: Path, state: TrainState, start: int = 0) -> Progress:
+def restore(directory: Path, state: TrainState, start: int = 0) -> Progress:
     """Put the state in `directory` into `state` and this process's generators; call it on every process.
 
     Learning rate, weight decay and the like are not read: they follow from the configuration and the step. A checkpoint

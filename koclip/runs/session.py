@@ -23,7 +23,7 @@ from koclip.config import (
 )
 from koclip.data.batches import Assembler, Batch, Precomputed
 from koclip.data.loader import Start, train_loader, training_captions
-from koclip.data.order import Shard
+from koclip.data.order import BatchPart
 from koclip.data.survey import CaptionLengths
 from koclip.data.transforms import PixelLimit, views_for
 from koclip.encoders.transformers import TransformersEncoder
@@ -222,7 +222,7 @@ class Session:
 
     def load(self, state: training.TrainState, start: int = 0) -> Progress:
         """Put the newest intact checkpoint into `state`; without a checkpoint the stage begins at step `start`."""
-        progress = checkpoints.read(self._checkpoint, state, start) if self._checkpoint else Progress(start)
+        progress = checkpoints.restore(self._checkpoint, state, start) if self._checkpoint else Progress(start)
         self._checkpoint = None
         self.samples.positions = {position.reader: position for position in progress.positions}
         self.directory.rewind(progress.step)
@@ -251,7 +251,7 @@ class Session:
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         loader = train_loader(
             Assembler(config, processor.tokenizer, views, precomputed),
-            Shard(train.batch_size, rank, world_size, train.micro_batch_size),
+            BatchPart(train.batch_size, rank, world_size, train.micro_batch_size),
             Start(progress.step, progress.all_positions, stage.start),
             self._lengths,
         )

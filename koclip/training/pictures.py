@@ -64,14 +64,14 @@ class TrainingPictures:
         self._waiting, self._count = [], 0
 
 
-def read(run: Path) -> Ids | None:
+def read_ids(run: Path) -> Ids | None:
     """Return the ids of all images that a run was trained on, sorted; None if it has not kept them."""
     files = sorted((run / _FOLDER).glob("*.npy"))
     return np.unique(np.concatenate([np.load(file) for file in files])) if files else None
 
 
 def count(ids: Ids, digests: Sequence[bytes]) -> int:
-    """Return how many images, by their digests, are among those of `read`."""
+    """Return how many images, by their digests, are among those of `read_ids`."""
     if not len(ids) or not digests:
         return 0
     own = np.array([image_id(digest) for digest in digests], dtype=np.int64)
@@ -90,7 +90,7 @@ def of_model(model: str) -> tuple[Ids | None, list[str]]:
     run = Path(model).resolve().parent
     file = run / "config.yaml"
     config = yaml.safe_load(file.read_text(encoding="utf-8")) if Path(model).is_dir() and file.is_file() else {}
-    own = read(run) if config else None
+    own = read_ids(run) if config else None
     known, unknown = [] if own is None else [own], [_short(model)] if own is None else []
     section = config.get("model")  # of an evaluation, a name
     base = section.get("clip") if isinstance(section, dict) else None

@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from koclip.config import AlignConfig, ConfigError, OptimConfig, PretrainConfig, Stage, TrainConfig
-from koclip.data.order import Shard
-from koclip.losses import build
+from koclip.data.order import BatchPart
+from koclip.losses import build_loss
 from koclip.models.dual_encoder import DualEncoder
 from koclip.models.fast import speed_up
 from koclip.optim import adamw, layer_rates, warmup_cosine
@@ -76,9 +76,9 @@ def prepare(
         dual_encoder=accelerator.unwrap_model(wrapped, keep_torch_compile=False),
         optimizer=wrapped_optimizer,
         scheduler=warmup_cosine(optimizer, optim, stage.end, stage.start),
-        loss=build(config.loss, stage.distill, stage.images),
+        loss=build_loss(config.loss, stage.distill, stage.images),
         max_grad_norm=optim.max_grad_norm,
-        num_pieces=len(Shard(train.batch_size, micro_batch_size=train.micro_batch_size).pieces),
+        num_pieces=len(BatchPart(train.batch_size, micro_batch_size=train.micro_batch_size).pieces),
         health=Health(train.max_bad_steps, train.spike_sigmas),
         ema=ema,
     )

@@ -50,7 +50,7 @@ from koclip.align.methods import set_trainable
 from koclip.config import AlignConfig, DataConfig, ModelConfig, OptimConfig, SourceConfig, SwapConfig, TrainConfig
 from koclip.data.batches import Assembler, Batch, Precomputed
 from koclip.data.loader import train_loader
-from koclip.data.order import Shard
+from koclip.data.order import BatchPart
 from koclip.data.transforms import digest_of, view_size, views_for
 from koclip.embeddings.sources import Cache, image_features
 from koclip.encoders.transformers import TransformersEncoder
@@ -159,12 +159,14 @@ class Koclip:
         self.trainer = training.prepare(accelerator, dual_encoder, config)
         known = Precomputed(images=self.features)
         assembler = Assembler(config.data, self.processor.tokenizer, self._views, known)
-        batches = train_loader(assembler, Shard(config.train.batch_size))
+        batches = train_loader(assembler, BatchPart(config.train.batch_size))
         self._steps = training.steps(self.trainer, batches, 0, config.train.num_steps, config.train.log_every)
 
     def first_batch(self) -> Batch:
         """Return the first few pairs of training, with pixels."""
-        return next(train_loader(Assembler(self._config.data, self.processor.tokenizer, self._views), Shard(CHECKED)))
+        return next(
+            train_loader(Assembler(self._config.data, self.processor.tokenizer, self._views), BatchPart(CHECKED))
+        )
 
     def train(self, num_steps: int) -> None:
         """Take the next steps."""

@@ -62,7 +62,7 @@ def loss_of(way: str, name: str, count: int) -> Callable[[Embeddings], Tensor]:
             *([embeddings.logit_bias] if name == "sigmoid" else []),
         )
     tile_rows = count if way == "dense" else None
-    loss = losses.build(LossConfig(name=name, duplicates="negatives", tile_rows=tile_rows))
+    loss = losses.build_loss(LossConfig(name=name, duplicates="negatives", tile_rows=tile_rows))
     return lambda embeddings: loss(embeddings, torch.arange(count)).value
 
 

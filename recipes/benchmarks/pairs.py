@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessor, PreTrainedTokenizerBase
 from koclip.config import DataConfig, SourceConfig
 from koclip.data.batches import Assembler, Batch
 from koclip.data.loader import train_loader
-from koclip.data.order import Shard
+from koclip.data.order import BatchPart
 from koclip.data.sources import open_source
 from koclip.data.transforms import Views, read
 from koclip.text.normalize import usable
@@ -72,7 +72,9 @@ def record(
 ) -> list[Batch]:
     """Return the first `count` batches of a training run."""
     return list(
-        itertools.islice(train_loader(Assembler(data, tokenizer, Views(data, image_size)), Shard(batch_size)), count)
+        itertools.islice(
+            train_loader(Assembler(data, tokenizer, Views(data, image_size)), BatchPart(batch_size)), count
+        )
     )
 
 
