@@ -19,7 +19,7 @@ from koclip.data.batches import Batch
 from koclip.models.dual_encoder import DualEncoder
 from koclip.runs.session import Session
 from koclip.training import DivergedError, TrainState
-from koclip.training.health import Health
+from koclip.training.loop import Health
 
 CONFIG = PretrainConfig(
     train=TrainConfig(batch_size=4, num_steps=30, tracker="none", max_bad_steps=10, ema_decay=0.9),

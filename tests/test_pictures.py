@@ -18,9 +18,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from koclip.config import DataConfig, IndexConfig
 from koclip.data.batches import Assembler, Sample
-from koclip.data.corruptions import CORRUPTIONS, corrupt
 from koclip.data.sources import Row, Skip
-from koclip.data.transforms import ImageError, Views, decode
+from koclip.data.transforms import CORRUPTIONS, ImageError, Views, corrupt, decode
 from koclip.embeddings.sources import Images
 from koclip.encoders.transformers import TransformersEncoder
 from koclip.evaluation import images

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fake_encoder import ENGLISH, ColourEncoder, write_colours
 
 from koclip.config import ConfigError, SourceConfig
-from koclip.data.corruptions import CORRUPTIONS, corrupt
+from koclip.data.transforms import CORRUPTIONS, corrupt
 from koclip.evaluation.embed import Embedder
 from koclip.evaluation.sets import EvalSet
 from koclip.evaluation.tasks.zero_shot import classifier, ensemble, names_of, shift, zero_shot

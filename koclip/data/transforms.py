@@ -1,4 +1,4 @@
-"""Decode any picture to RGB and cut training crops out of it, in uint8: the model normalises on its device."""
+"""Decode any picture to RGB, cut training crops out of it, corrupt it; in uint8: the model normalises on its device."""
 
 import dataclasses
 import json
@@ -6,6 +6,7 @@ import random
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -17,9 +18,10 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 from xxhash import xxh3_128_digest
 
-from koclip.config import DataConfig
+from koclip.config import DataConfig, check
 
 # Kinds that are read. PIL's other readers break in ways of their own (SPIDER: AttributeError), decode before their size
 # is known (ICO) or start another program (EPS: Ghostscript).
@@ -325,3 +327,69 @@ def view_size(processor: Any) -> int:
 def views_for(config: DataConfig, processor: Any) -> Views:
     """Return the views of `config` in the size of a stock image processor, whose own is the view of evaluation."""
     return Views(config, view_size(processor), centre_view(processor))
+
+
+_Corruption = Callable[[torch.Tensor, int, torch.Generator], torch.Tensor]  # of an image and a severity, 0 to 4
+SEVERITIES = (1, 2, 3, 4, 5)
+
+
+def _noise(image: torch.Tensor, severity: int, generator: torch.Generator) -> torch.Tensor:
+    deviation = 255 * (0.04, 0.08, 0.12, 0.18, 0.26)[severity]
+    noisy = image + deviation * torch.randn(image.shape, generator=generator)
+    return noisy.round().clamp(0, 255).to(torch.uint8)
+
+
+def _blur(image: torch.Tensor, severity: int, generator: torch.Generator) -> torch.Tensor:
+    relative = (0.004, 0.008, 0.012, 0.018, 0.026)[severity]
+    sigma = 0.4 + relative * min(image.shape[1:])  # a kernel below 0.4 pixels changes nothing
+    height, width = image.shape[1:]
+    radii = [min(max(1, round(3 * sigma)), side - 1) for side in (width, height)]  # one row alone is not blurred
+    blurred: torch.Tensor = F.gaussian_blur(image, [2 * radius + 1 for radius in radii], sigma)
+    return blurred
+
+
+def _contrast(image: torch.Tensor, severity: int, generator: torch.Generator) -> torch.Tensor:
+    adjusted: torch.Tensor = F.adjust_contrast(image, (0.6, 0.45, 0.3, 0.2, 0.1)[severity])
+    return adjusted
+
+
+def _brightness(image: torch.Tensor, severity: int, generator: torch.Generator) -> torch.Tensor:
+    adjusted: torch.Tensor = F.adjust_brightness(image, (1.2, 1.4, 1.6, 1.8, 2.1)[severity])
+    return adjusted
+
+
+def _jpeg(image: torch.Tensor, severity: int, generator: torch.Generator) -> torch.Tensor:
+    compressed: torch.Tensor = F.jpeg(image, (40, 25, 15, 10, 5)[severity])
+    return compressed
+
+
+def _pixels(image: torch.Tensor, severity: int, generator: torch.Generator) -> torch.Tensor:
+    height, width = image.shape[1:]
+    kept = (0.7, 0.55, 0.4, 0.3, 0.2)[severity]
+    small = F.resize(image, [max(1, round(kept * height)), max(1, round(kept * width))], F.InterpolationMode.BILINEAR)
+    large: torch.Tensor = F.resize(small, [height, width], F.InterpolationMode.NEAREST)
+    return large
+
+
+CORRUPTIONS: dict[str, _Corruption] = {
+    "noise": _noise,
+    "blur": _blur,
+    "contrast": _contrast,
+    "brightness": _brightness,
+    "jpeg": _jpeg,
+    "pixels": _pixels,
+}
+
+
+def corrupt(image: torch.Tensor, name: str, severity: int, seed: int) -> torch.Tensor:
+    """Return a corrupted copy of an image (3, H, W) uint8; equal seeds give equal noise.
+
+    The kinds are from ImageNet-C (Hendrycks and Dietterich 2019). The strengths are not: they are relative to the
+    image's side, so that they look alike on 32 and on 500 pixels.
+
+    Raises:
+        ConfigError: there is no such corruption, or the severity is not 1 to 5.
+    """
+    check(name in CORRUPTIONS, "eval.sets[].corruptions", name, f"expected some of {list(CORRUPTIONS)}")
+    check(severity in SEVERITIES, "severity", severity, "expected 1 to 5")
+    return CORRUPTIONS[name](image, severity - 1, torch.Generator().manual_seed(seed))

@@ -9,9 +9,8 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 from xxhash import xxh3_128
 
-from koclip.data.corruptions import corrupt
 from koclip.data.sources import Row
-from koclip.data.transforms import PIXEL_LIMIT, ImageError, PixelLimit, decode, digest_of, read
+from koclip.data.transforms import PIXEL_LIMIT, ImageError, PixelLimit, corrupt, decode, digest_of, read
 
 _Captions = dict[str, list[str]]
 
@@ -21,7 +20,7 @@ class Images(Sequence[Image.Image]):
 
     Args:
         rows: Rows whose images can be decoded.
-        corruption: Name of a corruption (`koclip.data.corruptions`), its severity 1 to 5 and a seed.
+        corruption: Name of a corruption (`koclip.data.transforms`), its severity 1 to 5 and a seed.
         limit: The most pixels of an image.
     """
 

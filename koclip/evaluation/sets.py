@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 from koclip.config import ConfigError, EvalSetConfig, SourceConfig, check
 from koclip.config.evaluation import CAPTIONED, CLASS_TASKS
-from koclip.data.corruptions import CORRUPTIONS
 from koclip.data.sources import Row, Skip, SourceError, open_source
-from koclip.data.transforms import PIXEL_LIMIT, ImageError, PixelLimit, decode
+from koclip.data.transforms import CORRUPTIONS, PIXEL_LIMIT, ImageError, PixelLimit, decode
 from koclip.evaluation.images import Images, first_images, first_rows, merged
 from koclip.evaluation.labels import NAMED, few, numbering, read_labels
 from koclip.text.classes import ClassName, load_classes, templates_of_kind

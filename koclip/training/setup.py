@@ -13,8 +13,7 @@ from koclip.losses import build_loss
 from koclip.models.dual_encoder import DualEncoder
 from koclip.models.fast import speed_up
 from koclip.optim import adamw, layer_rates, warmup_cosine
-from koclip.training.health import Health
-from koclip.training.loop import TrainState, ema_of
+from koclip.training.loop import Health, TrainState, ema_of
 
 
 def start(config: TrainConfig) -> Accelerator:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from scipy.special import expit, logit
 
-from koclip.data.corruptions import SEVERITIES
+from koclip.data.transforms import SEVERITIES
 from koclip.evaluation.embed import Embedder, search
 from koclip.evaluation.results import Spec, Task, records_of
 from koclip.evaluation.sets import EvalSet
