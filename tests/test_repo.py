@@ -62,6 +62,21 @@ LARGE_FUNCTIONS = {
     "space/pieces.py add_examples": "what an event of gradio takes: inputs, outputs and a function",
     "space/pieces.py text_box": "it passes options on to gradio",
 }
+WRITES = {"write_text", "write_bytes", "savefig", "save_file", "save_pretrained"}
+# They write into a temporary folder, or into the one that storage.atomic or a new checkpoint gives them.
+WRITERS = {
+    "koclip/storage.py",
+    "koclip/align/lora.py",
+    "koclip/embeddings/store.py",
+    "koclip/evaluation/report/charts.py",
+    "koclip/models/save.py",
+    "koclip/publishing/clean_load.py",
+    "koclip/publishing/formats/onnx.py",
+    "koclip/publishing/preflight.py",
+    "koclip/publishing/push.py",
+    "koclip/runs/checkpoints.py",
+    "koclip/runs/session.py",
+}
 YAMLS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
 DOCS = [ROOT / name for name in ("README.md", "README.ko.md", "CONTRIBUTING.md", "recipes/README.md")]
 
@@ -174,6 +189,13 @@ def test_names_say_what_they_are():
     assert counts["self"] > 500
     count = sum(counts[name] for name in VAGUE_NAMES)
     assert count <= MAX_VAGUE_NAMES, f"{count} uses of {sorted(VAGUE_NAMES)}: use the name of the thing"
+
+
+def test_files_are_written_whole_by_the_storage_alone():
+    for path, tree in python_files("koclip").items():
+        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        names = {call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "") for call in calls}
+        assert not names & WRITES or path in WRITERS, f"{path} calls {names & WRITES}: write through koclip.storage"
 
 
 def test_the_report_knows_no_task():

@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from koclip import storage
 from koclip.config import AdapterConfig, check
 from koclip.models.pretrained import is_hub_id
 from koclip.models.stock import StockModel
@@ -57,7 +58,7 @@ class AdapterBase:
     def write(self, folder: Path) -> None:
         """Write the file into `folder`, which is adapter/."""
         text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
-        (folder / FILE).write_text(text, encoding="utf-8")
+        storage.replace_text(folder / FILE, text)
 
 
 def read_base(folder: Path) -> AdapterBase | None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from koclip import storage
 from koclip.config import PublishConfig, check
 from koclip.evaluation.report.table import NOTE, Cell, Line, sections
 from koclip.evaluation.results import IMAGES, MAIN, Spec
@@ -97,10 +98,10 @@ def write_card(cfg: PublishConfig, facts: Facts) -> None:
         "a card that koclip did not write: move it away, and put what it says into data cards",
     )
     card, licence = render(cfg, facts), conclude(facts.chain, cfg.license)
-    card.save(file)
+    storage.replace_text(file, str(card))
     (directory / LICENCE).unlink(missing_ok=True)
     if licence.name:
-        (directory / LICENCE).write_text(_terms(cfg, facts, licence), encoding="utf-8")
+        storage.replace_text(directory / LICENCE, _terms(cfg, facts, licence))
 
 
 def render(cfg: PublishConfig, facts: Facts, year: int | None = None) -> ModelCard:

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, get_token
 from safetensors import SafetensorError, safe_open
 
+from koclip import storage
 from koclip.align import lora
 from koclip.config import check
 from koclip.models.pretrained import is_hub_id
@@ -83,13 +84,14 @@ def name_base(directory: Path, clip: str | None, text_encoder: str | None) -> No
     name = BUILT if base.is_built else base.base_model
     if name and not is_hub_id(settings.get("base_model_name_or_path") or ""):
         settings["base_model_name_or_path"] = name
-        file.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+        storage.replace_text(file, text + "\n")
     readme = folder / CARD
     if readme.is_file():
         text = readme.read_text(encoding="utf-8")
         for placeholder, hub_id in (("<model.clip>", clip), ("<model.text_encoder>", text_encoder)):
             text = text.replace(placeholder, hub_id or placeholder)
-        readme.write_text(text, encoding="utf-8")
+        storage.replace_text(readme, text)
 
 
 def check_files(directory: Path, repo_id: str | None = None, adapter: bool = True) -> list[Check]:

@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
+from koclip import storage
 from koclip.evaluation.report.table import percent
 from koclip.evaluation.results import Record
 from koclip.metrics import KS, Metric
@@ -274,8 +275,8 @@ def korean_style() -> Iterator[None]:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a picture, and create its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI, facecolor="white")
+    with storage.atomic(path) as partial:
+        figure.savefig(partial, dpi=_DPI, facecolor="white")
 
 
 def colour(language: str) -> str:

@@ -46,7 +46,8 @@ def report(run: Path, embedder: Embedder, eval_sets: Sequence[EvalSet]) -> dict[
     with korean_style():
         save(training_figure(run / "metrics.jsonl", metrics), run / "pictures" / _TRAINING)
     if eval_sets:
-        eval_sets[0].images[0].save(run / "pictures" / "example.png")
+        with storage.atomic(run / "pictures" / "example.png") as partial:
+            eval_sets[0].images[0].save(partial)
     evaluated = Evaluated(str(run / "model"), run, embedder, metrics)
     write(run, [evaluated], eval_sets, environment, warnings_of(embedder, eval_sets))
     return metrics

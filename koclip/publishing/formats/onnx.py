@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 from transformers import ProcessorMixin
 
+from koclip import storage
 from koclip.config import ConfigError, RunError
 from koclip.data.formats import scenes
 from koclip.data.transforms import view_size
@@ -122,7 +123,8 @@ def export(directory: str | Path, output: Path, int8: bool = False) -> dict[str,
             )
         if int8:
             small = folder / f"{name}{INT8}.onnx"
-            quantize(file, small)
+            with storage.atomic(small) as partial:
+                quantize(file, partial)
             differences[small.name] = parity(probes, small)
             if not math.isfinite(differences[small.name].largest):
                 raise RunError(
@@ -175,7 +177,8 @@ def _write(side: nn.Module, inputs: Mapping[str, torch.Tensor], file: Path) -> N
     # PyTorch notes the source of every node: stack traces with paths of this machine, and addresses in memory.
     for part in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
         part.ClearField("metadata_props")
-    file.write_bytes(proto.SerializeToString())
+    with storage.atomic(file) as partial:
+        partial.write_bytes(proto.SerializeToString())
 
 
 @torch.no_grad()

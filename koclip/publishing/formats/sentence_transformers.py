@@ -7,6 +7,8 @@ model's methods embeds what. No weight is written twice, and the directory stays
 import json
 from pathlib import Path
 
+from koclip import storage
+
 MODULES, FOLDER = "modules.json", "1_Normalize"
 _MODULES = (
     ("", "sentence_transformers.models.Transformer"),
@@ -35,7 +37,6 @@ def describe(directory: Path) -> list[Path]:
     files = []
     for name, content in contents.items():
         file = directory / name
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        storage.replace_text(file, json.dumps(content, indent=2) + "\n")
         files.append(file)
     return files
