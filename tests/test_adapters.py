@@ -171,7 +171,7 @@ def test_a_text_projection_that_is_not_new_is_frozen(tmp_path: Path) -> None:
 def test_towers_without_linear_layers_are_refused() -> None:
     model = tiny_dual_encoder(preset="timm:test_resnet").model
     attach(model, AdapterConfig(target="text"))
-    with pytest.raises(ConfigError, match=r"lora\.target: got 'image', a TimmWrapperModel has no linear layers"):
+    with pytest.raises(ConfigError, match=r"lora\.target: got 'image', .*TimmWrapperModel"):
         attach(tiny_dual_encoder(preset="timm:test_resnet").model, AdapterConfig(target="both"))
 
 

@@ -167,14 +167,14 @@ def test_a_part_of_a_data_set_has_the_card_that_lists_its_file(run):
     assert card_of(run).data["license"] == "apache-2.0"  # what it is measured on does not bind it
     source["path"] = "mine/emoji_dev.parquet"
     change(run / "results.json", data={"emoji_blob": {"source": {"source": source}}})
-    with pytest.raises(ConfigError, match="no such file, nor one that lists mine/"):
+    with pytest.raises(ConfigError, match="mine/"):
         card_of(run)
 
 
 def test_data_without_a_card_are_refused_whatever_licences_say(run):
     source = {"path": "org/unknown", "name": "unknown", "captions": {"ko": "ko"}}
     change(run / "config.yaml", data={"sources": [source]})
-    with pytest.raises(ConfigError, match=r"the data card of unknown: got .*no such file"):
+    with pytest.raises(ConfigError, match=r"data card of unknown: got .*unknown\.md"):
         card_of(run, licenses={"unknown": "mit", "org/unknown": "mit"})
     help_text = " ".join(str(PublishConfig.__doc__).split("license:")[0].split("licenses:")[1].split())
     assert "data card" in help_text
@@ -183,7 +183,7 @@ def test_data_without_a_card_are_refused_whatever_licences_say(run):
 @pytest.mark.parametrize("name", ["environment.json", "model/config.json"])
 def test_a_file_that_is_broken_is_named(run, name):
     (run / name).write_text('{"a": ', encoding="utf-8")
-    with pytest.raises(ConfigError, match=f"model: .*{name} cannot be read: Expecting value"):
+    with pytest.raises(ConfigError, match=f"model: .*{name} "):
         card_of(run)
 
 
@@ -268,13 +268,13 @@ def test_the_base_trained_here_is_part_of_the_chain(run, tmp_path):
     assert named.data["license"] == "apache-2.0"
     assert named.data["base_model"] == ["org/base"]
     (base / "config.yaml").unlink()
-    with pytest.raises(ConfigError, match=r"model.clip: got .*its licence is not known: give --clip <its Hub id>"):
+    with pytest.raises(ConfigError, match=r"model\.clip: got .*--clip <"):
         card_of(run)
 
 
 def test_a_licence_that_nobody_tells_is_asked_for(run):
     beside(run, aligned("openai/clip-vit-base-patch32", "klue/roberta-base", "frozen_image"))
-    with pytest.raises(ConfigError, match=r"licenses: the licence of openai/clip-vit-base-patch32 is not known"):
+    with pytest.raises(ConfigError, match=r"licenses: .*openai/clip-vit-base-patch32"):
         card_of(run)
     licenses = {"openai/clip-vit-base-patch32": "unstated", "klue/roberta-base": "cc-by-sa-4.0"}
     assert card_of(run, licenses=licenses).data["license_name"] == "unstated-sources"
@@ -323,7 +323,7 @@ def test_the_card_says_what_becomes_of_long_and_of_unclean_texts(run):
 def test_a_card_of_somebody_else_is_kept(run):
     (run / "model" / CARD).write_text("# Mine\n", encoding="utf-8")
     cfg = settings(run)
-    with pytest.raises(ConfigError, match="a card that koclip did not write: move it away"):
+    with pytest.raises(ConfigError, match=r"model: got .*README\.md"):
         write_card(cfg, gather(cfg))
     assert (run / "model" / CARD).read_text() == "# Mine\n"
 

@@ -76,9 +76,7 @@ def test_changed_data_is_refused_and_accepted_by_name(
 ) -> None:
     """The checkpoint and the logs are as they were until it is accepted."""
     change(stopped, name)
-    with pytest.raises(
-        ConfigError, match=r"resume: the data changed since the checkpoint: source pairs: .*data\.sources"
-    ):
+    with pytest.raises(ConfigError, match=r"resume: .*source pairs: .*data\.sources"):
         go_on(stopped)
     assert go_on(stopped, "data.sources") == [1, 2, 3]
     said = capsys.readouterr().out

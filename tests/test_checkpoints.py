@@ -118,7 +118,7 @@ def test_no_intact_checkpoint_is_an_error_and_not_a_new_start(saved: Path, tmp_p
     for file in (folder / "checkpoints").rglob("state.safetensors"):
         file.write_bytes(b"")
     for _ in range(2):  # the second time they are already out of the way
-        with pytest.raises(RunError, match=r"no checkpoint in .* is intact .*damaged-step-00000003"):
+        with pytest.raises(RunError, match=r"resume: .*damaged-step-00000003"):
             open_run(folder, prepare())
     assert len(list((folder / "checkpoints").glob("damaged-step-*"))) == 3
 
@@ -144,7 +144,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(saved: Path, tmp_path: Path) 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
-        with pytest.raises(RunError, match=r"step-00000004 could not be written.*checkpoints before it are intact"):
+        with pytest.raises(RunError, match=r"step-00000004.*--resume auto"):
             run.save(trainer, 4, keep=1, wait=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -341,5 +341,5 @@ def test_another_number_of_processes_may_go_on_with_the_same_global_batch() -> N
 
 
 def test_an_unknown_name_of_a_change_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"resume_with: optim\.rate is not a key"):
+    with pytest.raises(ConfigError, match=r"resume_with: optim\.rate "):
         check_changes(to_dict(CONFIG), to_dict(CONFIG), (1, 1), ("optim.rate",))

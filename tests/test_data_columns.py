@@ -69,9 +69,7 @@ def test_where_keeps_rows_by_value_and_their_stored_numbers(tmp_path, records, s
 @pytest.mark.parametrize("wrong", [{"image": "picture"}, {"captions": {"ko": "caption"}}, {"where": {"kind": ["x"]}}])
 def test_a_missing_column_is_named_with_those_that_exist(write, wrong, tmp_path, records) -> None:
     config = SourceConfig(**{**vars(write(tmp_path, records)), **wrong})
-    with pytest.raises(
-        SourceError, match=r"has no column \['(picture|caption|kind)'\]; its columns are \[.*\]"
-    ) as caught:
+    with pytest.raises(SourceError, match=r"column \['(picture|caption|kind)'\].*\[.*\]") as caught:
         open_source(config)
     assert "\n" not in str(caught.value)
 

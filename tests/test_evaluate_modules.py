@@ -152,9 +152,9 @@ def test_what_cannot_be_measured_is_refused_with_the_reason(name, inputs, messag
 
 
 def test_unknown_options_are_refused_with_the_reason():
-    with pytest.raises(ValueError, match="expected default or grouped"):
+    with pytest.raises(ValueError, match="default or grouped"):
         load("retrieval_recall", "by_image")
-    with pytest.raises(ValueError, match=r"ks: got \[0\]; expected numbers from 1"):
+    with pytest.raises(ValueError, match=r"ks: got \[0\]"):
         load("retrieval_recall").compute(predictions=[[0.1, 0.2]] * 2, references=[[0], [1]], ks=[0])
     with pytest.raises(ValueError, match="groups"):
         load("retrieval_recall", "grouped").compute(predictions=[[0.1, 0.2]] * 2, references=[[0], [1]])

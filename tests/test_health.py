@@ -114,7 +114,7 @@ def test_ten_in_a_row_stop_the_run_and_the_last_good_checkpoint_loads(tmp_path: 
             if step % 4 == 0:
                 run.save(trainer, step, keep=5, wait=True)
 
-    with pytest.raises(DivergedError, match=r"10 steps in a row.*events\.jsonl"):
+    with pytest.raises(DivergedError, match=r"10 .*events\.jsonl"):
         train()
     assert max(seen) == 18
     assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 10

@@ -151,7 +151,7 @@ def test_other_columns_of_pictures(tmp_path, picture) -> None:
     write_metadata(tmp_path, "csv", [("a.png", "가")], column="left_file_name")
     assert names_and_captions(opened(tmp_path, image="left")) == [("a.png", ["가"]), ("b.png", [])]
     for image in ("image", "right"):
-        with pytest.raises(SourceError, match=rf"no column \['{image}'\]; its columns are .*'left_file_name'"):
+        with pytest.raises(SourceError, match=rf"\['{image}'\].*'left_file_name'"):
             opened(tmp_path, image=image)
 
 
@@ -174,7 +174,7 @@ def test_folders_are_classes(tmp_path, picture, streaming) -> None:
 @pytest.mark.parametrize("names", [["a/1.png", "a/2.png"], ["a/1.png", "b/c/2.png"], ["1.png", "a/2.png"]])
 def test_folders_that_are_no_classes(tmp_path, picture, names) -> None:
     picture(*names)
-    with pytest.raises(SourceError, match=r"no column \['label'\]; its columns are \['image'\]"):
+    with pytest.raises(SourceError, match=r"\['label'\].*\['image'\]"):
         opened(tmp_path, label="label", captions={})
 
 

@@ -118,7 +118,7 @@ def test_all_parts_of_a_set_are_read_the_same_way(tmp_path, part) -> None:
     other = write(tmp_path, [0, 1, 2] * 3, WORDS, "other")
     named = write(tmp_path, WORDS * 3, WORDS)
     asked = {"train": other, "tasks": ["linear_probe"]} if part == "train" else {"shifted": {"x": other}}
-    with pytest.raises(ConfigError, match=r"no class '0' of image other~\w+/0 \((train|shifted\.x)\)"):
+    with pytest.raises(ConfigError, match=r"'0' .*other~\w+/0 \((train|shifted\.x)\)"):
         opened(named, **asked)
     numbered = write(tmp_path, [0, 1, 2] * 3, WORDS)
     assert opened(numbered, **asked).everything()[1].labels == [0, 1, 2] * 3
@@ -127,7 +127,7 @@ def test_all_parts_of_a_set_are_read_the_same_way(tmp_path, part) -> None:
 def test_numbers_of_a_shifted_set_that_lacks_classes_are_refused(tmp_path) -> None:
     """Data sets of shifted pictures often have a part of the classes, and numbers of their own."""
     other = write(tmp_path, [0, 1, 1], WORDS, "other")
-    with pytest.raises(ConfigError, match=r"2 of the list's 3 has no image in shifted\.x"):
+    with pytest.raises(ConfigError, match=r"2 .*3 .*shifted\.x"):
         opened(write(tmp_path, [0, 1, 2], WORDS), shifted={"x": other})
 
 

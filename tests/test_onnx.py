@@ -109,7 +109,7 @@ def test_the_probes_notice_a_graph_of_the_stock_pooling(tmp_path: Path, monkeypa
         return onnx.encode_texts(self.model, input_ids[:, :40], attention_mask[:, :40])
 
     monkeypatch.setattr(onnx._Texts, "forward", stock)
-    with pytest.raises(RunError, match="differs from the model by"):
+    with pytest.raises(RunError, match=r"text_model\.onnx|vision_model\.onnx"):
         export(ends_a_text("CLIP", tmp_path / "model"), tmp_path)
 
 
@@ -126,7 +126,7 @@ def test_eight_bits_and_what_they_cost(tmp_path: Path) -> None:
 
 def test_a_graph_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx, "MOST", 0.0)
-    with pytest.raises(RunError, match="differs from the model by"):
+    with pytest.raises(RunError, match=r"text_model\.onnx|vision_model\.onnx"):
         export(published(tmp_path), tmp_path)
 
 

@@ -226,7 +226,7 @@ def test_shards_that_mix_kinds_of_pictures(tmp_path, encoded) -> None:
     assert all(min(colour(row)) > 190 for row in rows)
     only = all_rows(open_source(source_of(tmp_path / "*.tar", image="png")))
     assert sum(row.image is not None for row in only) == 2
-    with pytest.raises(SourceError, match=r"no column \['gif', 'tif'\]; its columns are \['__key__'"):
+    with pytest.raises(SourceError, match=r"\['gif', 'tif'\].*\['__key__'"):
         open_source(source_of(tmp_path / "*.tar", image=["gif", "tif"]))
 
 
@@ -285,7 +285,7 @@ def test_a_link_in_a_shard_is_refused(tmp_path) -> None:
             info.type, info.linkname = kind, "a.png" if kind == tarfile.LNKTYPE else ""
             archive.addfile(info)
     (tmp_path / "links.tar").write_bytes(buffer.getvalue())
-    with pytest.raises(SourceError, match=r"links\.tar.*a\.txt is a link"):
+    with pytest.raises(SourceError, match=r"links\.tar.*a\.txt"):
         captions_of(tmp_path / "links.tar")
 
 

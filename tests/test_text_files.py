@@ -255,7 +255,7 @@ def test_columns_may_be_missing_in_some_rows_but_not_in_all(tmp_path, streaming)
     path = write(tmp_path, "rows.jsonl", "\n".join(map(json.dumps, rows)))
     config = source(path, captions={"ko": "ko", "en": "meta.en"}, streaming=streaming)
     assert captions(config) == [{}, {"ko": ["개"], "en": ["a dog"]}, {}]
-    with pytest.raises(SourceError, match=r"no column \['meta.ko'\]; its columns are \['image', 'ko', 'meta.en'\]"):
+    with pytest.raises(SourceError, match=r"\['meta\.ko'\].*\['image', 'ko', 'meta\.en'\]"):
         open_source(source(path, captions={"ko": "meta.ko"}, streaming=streaming))
 
 
