@@ -11,7 +11,7 @@ from tiny import random_embeddings, tiny_batch, tiny_dual_encoder
 from torch import Tensor
 
 from koclip.config import LossConfig
-from koclip.losses import Loss, build, infonce, initial_bias, sigmoid
+from koclip.losses import Loss, build_loss, infonce, initial_bias, sigmoid
 from koclip.losses.pairs import Embeddings
 
 # With these texts the similarities of images (rows) and texts (columns) are the table itself.
@@ -118,7 +118,7 @@ def test_sigmoid_needs_a_bias() -> None:
 @pytest.mark.parametrize("name", ["infonce", "sigmoid"])
 @pytest.mark.parametrize("mode", ["negatives", "masked", "positives"])
 def test_order_of_the_pairs_does_not_matter(name: str, mode: str) -> None:
-    loss = build(LossConfig(name=name, duplicates=mode))
+    loss = build_loss(LossConfig(name=name, duplicates=mode))
     pairs, captions = random_embeddings(7), torch.tensor([0, 1, 0, 2, 3, 1, 4])
     order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
     shuffled = pairs._replace(image=pairs.image[order], text=pairs.text[order])
@@ -129,7 +129,7 @@ def test_order_of_the_pairs_does_not_matter(name: str, mode: str) -> None:
 def test_gradients_reach_both_towers_the_scale_and_the_bias(name: str) -> None:
     config = LossConfig(name=name)
     dual_encoder = tiny_dual_encoder(logit_bias=initial_bias(config))
-    loss: Loss = build(config)(dual_encoder(**tiny_batch(4)), torch.arange(4))
+    loss: Loss = build_loss(config)(dual_encoder(**tiny_batch(4)), torch.arange(4))
     loss.value.backward()
     still = [
         name for name, weight in dual_encoder.named_parameters() if weight.grad is None or weight.grad.abs().max() == 0
