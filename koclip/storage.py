@@ -38,9 +38,8 @@ def atomic(path: Path, shared: bool = False) -> Iterator[Path]:
     try:
         yield partial
         put(partial, path)
-    except BaseException:
-        _remove(partial)
-        raise
+    finally:
+        _remove(partial)  # there is none after `put`
 
 
 def put(partial: Path, path: Path) -> None:

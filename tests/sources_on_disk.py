@@ -19,6 +19,27 @@ EXPECTED = [
     (colour, {"ko": [name, f"{name} 사진"], "en": [f"number {n}"]}) for n, (name, colour) in enumerate(COLOURS.items())
 ]
 CAPTIONS = {"ko": "captions_ko", "en": "caption_en"}
+# A new format: a file of koclip/data/formats.
+TOY_FORMAT = '''"""Rows as `<image file>|<caption>`, one on each line."""
+
+from koclip.data.formats import Format
+from koclip.data.formats.files import files_of
+from koclip.data.formats.text_files import open_records
+
+
+def _records(file, task):
+    for line in open(file, encoding="utf-8"):
+        image, caption = line.rstrip("\\n").split("|")
+        yield {"image": image, "text": caption}
+
+
+def _open(config, seed):
+    files = files_of(config, "toy")
+    return open_records(config, _records, files, [""] * len(files))
+
+
+FORMATS = {"toy": Format(_open, (".toy",))}
+'''
 Records = list[dict[str, object]]
 
 

@@ -6,6 +6,7 @@ from sources_on_disk import (
     CAPTIONS,
     COLOURS,
     EXPECTED,
+    TOY_FORMAT,
     WRITERS,
     all_rows,
     annotations,
@@ -143,32 +144,11 @@ def test_shared_flickr(shared_data) -> None:
     assert decode(first.image, 10**8).shape == (3, 128, 128)
 
 
-TOY = """
-from koclip.data.formats import Format
-from koclip.data.formats.files import files_of
-from koclip.data.formats.text_files import open_records
-
-
-def _records(file, task):
-    for line in open(file, encoding="utf-8"):
-        image, caption = line.rstrip("\\n").split("|")
-        yield {"image": image, "text": caption}
-
-
-def _open(config, seed):
-    files = files_of(config, "toy")
-    return open_records(config, _records, files, [""] * len(files))
-
-
-FORMATS = {"toy": Format(_open, (".toy",))}
-"""
-
-
 @pytest.fixture
 def toy_format(tmp_path, monkeypatch):
     """A new format: one file among the others."""
     (tmp_path / "formats").mkdir()
-    (tmp_path / "formats" / "toy_lines.py").write_text(TOY)
+    (tmp_path / "formats" / "toy_lines.py").write_text(TOY_FORMAT)
     monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(tmp_path / "formats")])
     for cached in (formats.formats, formats.formats_by_suffix):
         cached.cache_clear()

@@ -12,30 +12,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from sources_on_disk import TOY_FORMAT
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {"빨강": (220, 30, 30), "초록": (30, 180, 60), "파랑": (40, 60, 220), "노랑": (230, 210, 40)}
 
-FORMAT = '''"""Rows as `<image file>|<caption>`, one on each line."""
-
-from koclip.data.formats import Format
-from koclip.data.formats.files import files_of
-from koclip.data.formats.text_files import open_records
-
-
-def _records(file, task):
-    for line in open(file, encoding="utf-8"):
-        image, caption = line.rstrip("\\n").split("|")
-        yield {"image": image, "text": caption}
-
-
-def _open(config, seed):
-    files = files_of(config, "toy")
-    return open_records(config, _records, files, [""] * len(files))
-
-
-FORMATS = {"toy": Format(_open, (".toy",))}
-'''
 LOSS = '''"""The squared distance of each pair."""
 
 from koclip.losses.pairs import Loss
@@ -104,7 +85,7 @@ used_by: []
 """
 # What each new thing changes: a new file, or lines of a file and what replaces them.
 PATCHES: dict[str, dict[str, str | tuple[tuple[str, str], ...]]] = {
-    "format": {"data/formats/toy.py": FORMAT},
+    "format": {"data/formats/toy.py": TOY_FORMAT},
     "loss": {
         "losses/toy.py": LOSS,
         "losses/__init__.py": (

@@ -38,7 +38,7 @@ class Method(NamedTuple):
     stock_weights: Callable[[Path, StockModel, ProcessorMixin, Weights, AlignConfig], Weights]
 
 
-def set_trainable(encoder: DualEncoder, config: AlignConfig, stage: Stage, clip: StockModel | PreTrainedModel) -> None:
+def set_trainable(encoder: DualEncoder, config: AlignConfig, stage: Stage, clip: Source) -> None:
     """Set `requires_grad` for a stage that trains weights. Adapters need no such call: PEFT sets it.
 
     Args:

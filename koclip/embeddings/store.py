@@ -34,7 +34,7 @@ FACTS = "embeddings.json"
 SHARD = "shard-{:06}.safetensors"
 NO_FILE = (0, 0, 0)
 _OLD = ("features.json", "index.json")  # facts of formats 1 to 3
-_NO_HASH = bytes(16)
+NO_HASH = bytes(16)
 
 
 class Item(NamedTuple):
@@ -43,7 +43,7 @@ class Item(NamedTuple):
     key: str
     digest: bytes  # 16 bytes, a hash of its content
     reason: str = ""  # why it has no embedding, if it has none
-    row_hash: bytes = _NO_HASH  # 16 bytes, a hash of its row's key and captions
+    row_hash: bytes = NO_HASH  # 16 bytes, a hash of its row's key and captions
     stamp: tuple[int, int, int] = NO_FILE  # of its file: size, mtime and ctime in ns
 
 

@@ -81,7 +81,6 @@ class Encoder(ABC):
             OSError: a file cannot be read.
             ImageError: an image cannot be used. The message names the image and the reason.
         """
-        check_pixels("max_image_pixels", max_image_pixels)
         return self._over_images(
             lambda batch: unit(self._embed_images(batch)), images, batch_size, max_image_pixels, spread
         )
@@ -120,7 +119,6 @@ class Encoder(ABC):
 
         Arguments and errors are those of `encode_images`.
         """
-        check_pixels("max_image_pixels", max_image_pixels)
 
         def forward(batch: list[Image.Image]) -> torch.Tensor:
             return self._image_features(batch).float().cpu()
@@ -195,6 +193,7 @@ class Encoder(ABC):
         spread: bool,
     ) -> torch.Tensor:
         """Run `forward` on every batch of images."""
+        check_pixels("max_image_pixels", max_pixels)
 
         def read_and_embed(places: list[int]) -> torch.Tensor:
             batch = [_open(images[place], place, max_pixels) for place in places]

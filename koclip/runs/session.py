@@ -60,13 +60,14 @@ class Session:
         self.path = self.directory.path
         self.eval_sets: list[EvalSet] = []
         self.state: training.TrainState | None = None
-        self._data: list[dict[str, Any]] = []  # what tells changed data
+        self._data: list[dict[str, Any]] = []  # facts of the data, equal for equal data
         self._lengths: list[CaptionLengths | None] = []
         self.checkpoints = Checkpoints(self.path / "checkpoints")
         newest = self.checkpoints.newest_intact() if distributed.rank() == 0 else None
         self._checkpoint = distributed.gather_objects(newest)[0]  # to continue from, until it is loaded
-        if self._checkpoint is not None:
-            self._check_changes(checkpoints.read_facts(self._checkpoint))
+        self._facts = checkpoints.read_facts(self._checkpoint) if self._checkpoint else None
+        if self._facts is not None:
+            self._check_changes(self._facts)
         self.samples = Samples(self.directory, begins=self._checkpoint is None)
         accelerator.project_configuration.logging_dir = str(self.path)
         accelerator.init_trackers("tracker")
@@ -88,12 +89,12 @@ class Session:
     @property
     def step(self) -> int:
         """Steps done by the checkpoint that the run continues from, until it is loaded."""
-        return 0 if self._checkpoint is None else int(checkpoints.read_facts(self._checkpoint)["step"])
+        return 0 if self._facts is None else int(self._facts["step"])
 
     def tokenizer(self, config: TokenizerConfig, encoder: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
         """Return the run's tokenizer: the one in tokenizer/, which a resumed run reads, or a new one.
 
-        The data is surveyed with it: lengths of captions, and what tells that the data has changed.
+        The data is surveyed with it: lengths of captions, and facts that show whether the data has changed.
 
         Args:
             config: A tokenizer to load, or to train on the captions.
@@ -112,9 +113,8 @@ class Session:
         surveys = survey(self.config.data, tokenizer)
         self._data = [survey.facts for survey in surveys]
         self._lengths = [survey.lengths for survey in surveys]
-        if self._checkpoint is not None:
-            before = checkpoints.read_facts(self._checkpoint).get("data")
-            _print_changes(check_data(before, self._data, self.config.resume_with))
+        if self._facts is not None:
+            _print_changes(check_data(self._facts.get("data"), self._data, self.config.resume_with))
         return tokenizer
 
     def stages(self) -> Iterator[Stage]:
@@ -223,7 +223,7 @@ class Session:
     def load(self, state: training.TrainState, start: int = 0) -> Progress:
         """Put the newest intact checkpoint into `state`; without a checkpoint the stage begins at step `start`."""
         progress = checkpoints.restore(self._checkpoint, state, start) if self._checkpoint else Progress(start)
-        self._checkpoint = None
+        self._checkpoint = self._facts = None
         self.samples.positions = {position.reader: position for position in progress.positions}
         self.directory.rewind(progress.step)
         return progress

@@ -24,14 +24,13 @@ from koclip.data.formats.files import is_folder, printable, stamp, stored_files
 from koclip.data.sources import MapSource, Row, Skip, StreamSource, open_source
 from koclip.data.transforms import ImageError, decode, digest_of, read
 from koclip.embeddings.fill import Piece, embed_shard
-from koclip.embeddings.store import NO_FILE, SHARD, Entry, Item, Shard, Shards, Store
+from koclip.embeddings.store import NO_FILE, NO_HASH, SHARD, Entry, Item, Shard, Shards, Store
 from koclip.encoders import Encoder
 from koclip.search import approximate
 from koclip.text.normalize import usable
 
 ROWS = 2_048  # images in a shard, at most: what a killed build loses
 _QUALITY = 80  # of thumbnails
-_NO_HASH = bytes(16)
 
 
 class Collection(NamedTuple):
@@ -200,7 +199,7 @@ def _read(row: Row) -> tuple[Item, Any]:
     try:
         content = read(row.image)
     except ImageError:
-        return Item(row.key, _NO_HASH, "", row_hash, file), None
+        return Item(row.key, NO_HASH, "", row_hash, file), None
     return Item(row.key, digest_of(content), "", row_hash, file), content
 
 

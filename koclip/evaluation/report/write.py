@@ -74,12 +74,12 @@ def write(
     Raises:
         ValueError: a metric is not finite.
     """
+    data = {model.model: described(eval_sets, model.model) for model in evaluated}
     for model in evaluated:
-        keep(model, eval_sets, environment)
+        _write_results(model, data[model.model], environment)
     labels = labels_of([model.model for model in evaluated])
     records = {model.model: records_of(model.metrics, SPECS) for model in evaluated}
     templates = {eval_set.name: eval_set.used_templates for eval_set in eval_sets}
-    data = {model.model: described(eval_sets, model.model) for model in evaluated}
     names = dict.fromkeys(name for own in data.values() for name in own)
     said = {name: notes({labels[model]: own[name] for model, own in data.items()}) for name in names}
     rows = sections(list(records.values()), templates)
@@ -107,8 +107,11 @@ def keep(model: Evaluated, eval_sets: Sequence[EvalSet], environment: Mapping[st
     Raises:
         ValueError: a metric is not finite.
     """
+    _write_results(model, described(eval_sets, model.model), environment)
+
+
+def _write_results(model: Evaluated, data: dict[str, dict[str, Any]], environment: Mapping[str, Any]) -> None:
     measured = Measured(model.model, model.embedder.fingerprint)
-    data = described(eval_sets, model.model)
     write_results(model.folder / "results.json", measured, data, model.metrics, dict(environment))
 
 
