@@ -307,7 +307,7 @@ def test_names_come_apart_at_the_last_three_slashes():
             "zero_shot_template_03/gain_over_name",
             {"template": 3},
             "template 03",
-            "Each template alone, less the bare name",
+            "Each template alone, minus the bare name",
         ),
         ("few_shot/accuracy_02_shots", {"shots": 2}, "probe on 2 per class", ""),
         (

@@ -101,7 +101,7 @@ def test_no_image_is_both_fitted_and_tested(photos, source, train) -> None:
         eval_set = probe_set(photos("photos", source), photos("train", train))
     except ConfigError:
         return
-    tested, fitted = set(eval_set.images.digests()), set(eval_set.train.images.digests())
+    tested, fitted = set(eval_set.images.digests), set(eval_set.train.images.digests)
     assert not tested & fitted
     assert len(eval_set.images) == len(source)
     assert len(eval_set.train.images) + len(eval_set.train.skipped) == len(train)

@@ -216,7 +216,7 @@ def _trained_on(eval_set: EvalSet, ids: pictures.Ids | None, unknown: list[str])
         *(part.images for part in eval_set.shifted.values()),
         *(question.images for question in eval_set.questions),
     ]
-    images = None if ids is None else sum(pictures.count(ids, shown.digests()) for shown in tested)
+    images = None if ids is None else sum(pictures.count(ids, shown.digests) for shown in tested)
     return {"images": images, "of": sum(map(len, tested)), "unknown": unknown}
 
 
