@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,12 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def read_table(name: str) -> list[list[str]]:
+    """Return the rows of a table in `koclip/assets`, without empty lines and lines that begin with "# "."""
+    text = resources.files("koclip").joinpath("assets", name).read_text(encoding="utf-8")
+    return [line.split("\t") for line in text.split("\n") if line and not line.startswith("# ")]
 
 
 def append_lines(file: Path, items: Iterable[dict[str, Any]]) -> None:
