@@ -1,9 +1,112 @@
-"""Training: the loss, the optimizer, the run, and how a text encoder is aligned."""
+"""The dual encoder, its loss, the optimizer and the training run."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from koclip.config.checks import all_faults, check
+from koclip.config.checks import all_faults, check, check_least, check_share
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The dual encoder. A preset gives every size; the other keys override it.
+
+    Args:
+        preset: `tiny`, `small`, a size of the CLIP paper (`vit_b32`, `vit_b16`, `vit_l14`, `vit_l14_336`, `rn50`,
+            `rn101`, `rn50x4`, `rn50x16`, `rn50x64`), or another image tower with random weights:
+            `timm:<architecture>`, or `auto:<directory or Hub id>` of a configuration for transformers' AutoModel.
+        image_size: Side of the square input, pixels.
+        patch_size: Side of a patch, pixels; image_size must be a multiple.
+        image_width: Width of the image tower.
+        image_layers: Depth of the image tower.
+        text_width: Width of the text tower.
+        text_layers: Depth of the text tower.
+        embed_dim: Width of the shared space.
+        temperature: Initial temperature of the contrastive loss (the paper's 0.07).
+        patch_dropout: Share of the image patches dropped in training (FLIP, Li et al. 2023).
+        image_gradient_checkpointing: Recompute the image tower's activations in the backward pass.
+        text_gradient_checkpointing: Likewise for the text tower.
+        seed: Seed of the initial weights.
+    """
+
+    preset: str = "tiny"
+    image_size: int | None = None
+    patch_size: int | None = None
+    image_width: int | None = None
+    image_layers: int | None = None
+    text_width: int | None = None
+    text_layers: int | None = None
+    embed_dim: int | None = None
+    temperature: float = 0.07
+    patch_dropout: float = 0.0
+    image_gradient_checkpointing: bool = False
+    text_gradient_checkpointing: bool = False
+    seed: int = 0
+
+    @all_faults()
+    def __post_init__(self) -> None:
+        # exp(logit_scale) is clamped to 100, so a temperature below 0.01 could not be kept.
+        check(0.01 <= self.temperature <= 1, "model.temperature", self.temperature, "expected 0.01 to 1")
+        check_share("model.patch_dropout", self.patch_dropout)
+        sizes = ("image_size", "patch_size", "image_width", "image_layers", "text_width", "text_layers", "embed_dim")
+        check_least(self, "model.", 1, *sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapConfig:
+    """The source dual encoder, and its new text encoder.
+
+    Args:
+        clip: Directory or Hub id of a CLIP, or of an image tower such as `google/vit-large-patch16-224`. Its image
+            embeddings stay the same. From a SigLIP, only the image tower is taken.
+        text_encoder: Directory or Hub id of a text encoder with its tokenizer. `auto:<directory or Hub id>`: random
+            weights of that configuration, with the tokenizer there. `same`: keep the text encoder of `clip`.
+            Default: a CLIP text transformer of the sizes below with random weights.
+        text_width: Width of a new text transformer. Default: the source's.
+        text_layers: Depth of a new text transformer. Default: the source's.
+        image_gradient_checkpointing: Recompute the image tower's activations in the backward pass.
+        text_gradient_checkpointing: Likewise for the text tower.
+        seed: Seed of the new weights.
+    """
+
+    clip: str = ""
+    text_encoder: str | None = None
+    text_width: int | None = None
+    text_layers: int | None = None
+    image_gradient_checkpointing: bool = False
+    text_gradient_checkpointing: bool = False
+    seed: int = 0
+
+    @all_faults()
+    def __post_init__(self) -> None:
+        check(bool(self.clip), "model.clip", self.clip, "name the directory or Hub id of a CLIP or an image tower")
+        check_least(self, "model.", 1, "text_width", "text_layers")
+        for name in ("text_width", "text_layers"):
+            value, fix = getattr(self, name), "remove it: model.text_encoder has its own size"
+            check(value is None or self.text_encoder is None, f"model.{name}", value, fix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """LoRA (Hu et al. 2022) on the attention and MLP layers, for `align.method: lora`.
+
+    Args:
+        target: Tower with adapters: `text`, `image` or `both`. A new text projection is always trained.
+        rank: Rank of the adapters.
+        alpha: Adapters are scaled by alpha / rank.
+        dropout: Dropout probability at the input of the adapters.
+        dora: Learn magnitude and direction separately (DoRA, Liu et al. 2024).
+    """
+
+    target: Literal["text", "image", "both"] = "text"
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    dora: bool = False
+
+    @all_faults()
+    def __post_init__(self) -> None:
+        check_least(self, "lora.", 1, "rank", "alpha")
+        check_share("lora.dropout", self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +127,7 @@ class LossConfig:
 
     @all_faults()
     def __post_init__(self) -> None:
-        check(self.tile_rows is None or self.tile_rows >= 1, "loss.tile_rows", self.tile_rows, "expected 1 or more")
+        check_least(self, "loss.", 1, "tile_rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +158,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check(self.lr > 0, "optim.lr", self.lr, "expected more than 0")
         check(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "expected 0 to 1")
-        check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "expected 0 or more")
-        check(self.max_grad_norm >= 0, "optim.max_grad_norm", self.max_grad_norm, "expected 0 or more")
+        check_least(self, "optim.", 0, "warmup_steps", "max_grad_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +173,10 @@ class TrainConfig:
         num_processes: Stop if the run was launched with another number of processes. Default: any number.
         precision: `fp32`, `bf16` or `fp16` (autocast; weights stay fp32).
         compile: Compile the model with torch.compile.
-        fast: Compute only the last layer's tokens that CLIP reads, and use faster layers on CPUs. The same embeddings
-            and gradients, up to rounding.
-        ema_decay: Decay of an exponential moving average of the weights. 0: no average. If there is an average, it is
-            what is evaluated and published.
+        fast: In the last layer compute only the tokens that CLIP reads, and use faster layers on CPUs. Embeddings and
+            gradients stay the same, up to rounding.
+        ema_decay: Decay of an exponential moving average of the weights; the average is evaluated and published. 0: no
+            average.
         log_every: Steps between two lines of metrics.jsonl. Their `seconds` are the wall-clock time of the run so far.
         eval_every: Steps between two evaluations. 0: only at the end.
         save_every: Steps between two checkpoints. 0: only at the end.
@@ -84,7 +186,7 @@ class TrainConfig:
         spike_sigmas: events.jsonl also lists losses more than this many standard deviations above the running mean. 0:
             lists none.
         num_threads: CPU threads per process. 0: PyTorch's default.
-        tracker: Where metrics are written in addition to metrics.jsonl.
+        tracker: Program that metrics are also sent to, in addition to metrics.jsonl.
         seed: Seed of dropout.
     """
 
@@ -108,13 +210,15 @@ class TrainConfig:
 
     @all_faults()
     def __post_init__(self) -> None:
-        check(self.num_steps >= 1, "train.num_steps", self.num_steps, "expected 1 or more")
-        check(self.batch_size >= 2, "train.batch_size", self.batch_size, "a contrastive loss needs 2 pairs or more")
+        check_least(self, "train.", 1, "num_steps", "log_every", "keep_checkpoints", "max_bad_steps")
+        check_least(self, "train.", 0, "spike_sigmas")
+        check(
+            self.batch_size >= 2,
+            "train.batch_size",
+            self.batch_size,
+            "expected 2 or more, to contrast pairs",
+        )
         micro = self.micro_batch_size
         fits = micro is None or 1 <= micro <= self.batch_size
         check(fits, "train.micro_batch_size", micro, f"expected 1 to train.batch_size ({self.batch_size})")
-        check(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "expected 0 or more and less than 1")
-        check(self.log_every >= 1, "train.log_every", self.log_every, "expected 1 or more")
-        check(self.keep_checkpoints >= 1, "train.keep_checkpoints", self.keep_checkpoints, "expected 1 or more")
-        check(self.max_bad_steps >= 1, "train.max_bad_steps", self.max_bad_steps, "expected 1 or more")
-        check(self.spike_sigmas >= 0, "train.spike_sigmas", self.spike_sigmas, "expected 0 or more")
+        check_share("train.ema_decay", self.ema_decay)

@@ -11,11 +11,10 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
-from koclip.text import read_table
+from koclip.storage import read_table
 from koclip.text.korean.endings import restyle
-from koclip.text.korean.hangul import is_syllable, keystrokes, neighbours, spell, typed
+from koclip.text.korean.hangul import is_syllable, keystrokes, neighbours, romanize, spell, typed
 from koclip.text.korean.nouns import drop_particles, replace_nouns
-from koclip.text.korean.romanize import romanize
 
 Stress = Callable[[str, int], str]
 
