@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +33,7 @@ from koclip.models.dual_encoder import MAX_LOGIT_SCALE
 from koclip.optim import set_step
 from koclip.training import TrainState
 from koclip.training.grad_cache import random_states, restore_random
+from koclip.training.loop import Counts
 
 # Whole tensors on the CPU, whatever shards the model.
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -160,7 +161,7 @@ def collect(directory: Path, state: TrainState, progress: Progress, launch: dict
     facts: dict[str, Any] = {
         "step": progress.step,
         "positions": distributed.gather_objects([position._asdict() for position in progress.positions]),
-        "health": state.health.state_dict(),
+        "health": asdict(state.health.counts),
         "scaler": state.accelerator.scaler.state_dict() if state.accelerator.scaler is not None else None,
         "num_processes": distributed.world_size(),
         **launch,
@@ -217,7 +218,7 @@ def restore(directory: Path, state: TrainState, start: int = 0) -> Progress:
         _set_weights_and_moments(state, parts["model"], parts["optimizer"], facts["param_groups"])
     if not begins:
         set_step(state.scheduler, facts["step"])
-        state.health.load_state_dict(facts["health"])
+        state.health.counts = Counts(**facts["health"])
     if state.ema is not None:
         if begins or not parts["ema"]:  # the average begins with these weights
             state.ema.module.load_state_dict(state.dual_encoder.state_dict())
