@@ -60,7 +60,7 @@ class Checkpoints:
         return partial
 
     def finish(self, partial: Path, write: Callable[[Path], None], keep: int) -> None:
-        """In the background: call `write(partial)`, rename `partial` to a checkpoint, delete all but the newest `keep`."""
+        """In the background: call `write(partial)`, rename it to a checkpoint, delete all but the newest `keep`."""
         self._pending = self._thread.submit(self._finish, partial, write, keep)
 
     def wait(self) -> None:
