@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,8 @@ from typing import Any
 from uuid import uuid4
 
 import xxhash
+
+from koclip import installation
 
 SEAL = "checksums.json"  # written last, of every other file
 _BLOCK = 2**20  # bytes read at a time
@@ -157,10 +158,9 @@ def environment(num_processes: int = 1) -> dict[str, Any]:
     """Return what a number depends on: versions, hardware, the commit of the code."""
     import torch  # takes seconds, and nothing else here needs it
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
-        "commit": commit.stdout.strip() or None,
+        "commit": installation.commit(),
         "python": platform.python_version(),
         "packages": {package: version(package) for package in _PACKAGES},
         "cpu_threads": torch.get_num_threads(),

@@ -204,7 +204,7 @@ class PublishConfig:
             `unstated`. With any other text, the card shows the text and this model's licence is `other`. Default: the
             licence on the Hub. The licence of a data set always comes from its data card.
         license: Licence of this model if its sources allow any, as the Hub spells it.
-        data_cards: Directory of the data cards.
+        data_cards: Directory of the cards of your own data sets. Those of koclip are read after it.
         training_time: Training time to print on the card. Default: the last `seconds` in metrics.jsonl of the run.
         onnx: Also export both towers to ONNX: `fp32`, or `int8` (fp32 and int8). Loads in ONNX Runtime, and in
             transformers.js as CLIPTextModelWithProjection and CLIPVisionModelWithProjection. Needs
@@ -229,7 +229,7 @@ class PublishConfig:
     text_encoder: str | None = None
     licenses: dict[str, str] = field(default_factory=dict)
     license: str = "apache-2.0"
-    data_cards: str = "data_cards"
+    data_cards: str | None = None
     training_time: str | None = None
     onnx: Literal["fp32", "int8"] | None = None
     int8_sets: list[EvalSetConfig] = field(default_factory=list)
