@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check slow lowest
+.PHONY: help quickstart test check docs slow lowest
 PYTHON ?= python3
 VENV := .venv
 LOWEST := .venv-lowest
@@ -31,6 +31,9 @@ check: $(VENV)/.installed-dev  ## Lint, format and type-check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/mypy --config-file tests/mypy.ini
 
+docs: $(VENV)/.installed-docs  ## Build the documents into site/
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable .
@@ -38,6 +41,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 $(LOWEST)/.installed: pyproject.toml constraints.txt

@@ -1,0 +1,67 @@
+"""The documents: every page in Korean and in English, with the same headings, tables and code; links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted({page.with_suffix("").with_suffix("").relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")})
+TREE = "https://github.com/koclip/koclip/blob/main/"
+FENCED = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+
+
+def text_of(page: str, language: str) -> str:
+    return (DOCS / f"{page}.{language}.md").read_text(encoding="utf-8")
+
+
+def code_of(text: str) -> list[tuple[str, str]]:
+    """Return the language and the lines of every code block, without comments, which are translated."""
+    blocks = []
+    for _, language, code in FENCED.findall(text):
+        lines = [re.sub(r"(^|\s+)#( .*|$)", "", line).rstrip() for line in code.splitlines()]
+        blocks.append((language, "\n".join(line for line in lines if line)))
+    return blocks
+
+
+def outline_of(text: str) -> list[str]:
+    """Return what a page is made of, in order: headings by level, table rows by their columns, API entries by name."""
+    prose = FENCED.sub("```", text)
+    outline = []
+    for line in prose.splitlines():
+        if heading := re.match(r"#+ ", line):
+            outline.append(heading[0].strip())
+        elif line.startswith("|"):
+            outline.append("|" * len(re.findall(r"(?<!\\)\|", line)))
+        elif line.startswith((":::", "```")):
+            outline.append(line)
+    return outline
+
+
+def test_there_are_pages():
+    assert "index" in PAGES
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1].split("\n\n")[0]
+    assert sorted(re.findall(r"([\w/]+)\.md$", nav, re.MULTILINE)) == PAGES
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_the_same_in_both_languages(page):
+    korean, english = text_of(page, "ko"), text_of(page, "en")
+    assert korean.startswith("# ")
+    assert outline_of(korean) == outline_of(english)
+    assert code_of(korean) == code_of(english)
+    letters = len(re.findall(r"[가-힣]", FENCED.sub("", korean)))
+    assert letters > len(FENCED.sub("", english)) / 10, "the Korean page is not in Korean"
+
+
+@pytest.mark.parametrize("language", ["ko", "en"])
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere_and_stay_in_their_language(page, language):
+    text = FENCED.sub("", text_of(page, language))
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if target.startswith(TREE):
+            assert (ROOT / target.removeprefix(TREE)).exists(), target
+        elif not re.match(r"https?:|mailto:", target):
+            assert (DOCS / page).parent.joinpath(target).is_file(), target
+            assert not target.endswith(".md") or target.endswith(f".{language}.md"), target
