@@ -9,8 +9,7 @@ from koclip.config.alignment import METHODS, AlignMethodConfig, DistillConfig, S
 from koclip.config.checks import all_faults, check, check_pixels
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig
-from koclip.config.model import AdapterConfig, ModelConfig, SwapConfig
-from koclip.config.training import LossConfig, OptimConfig, TrainConfig
+from koclip.config.training import AdapterConfig, LossConfig, ModelConfig, OptimConfig, SwapConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
