@@ -27,7 +27,8 @@ ROOT = Path(__file__).parents[1]
 CHARTS = {"queries-scenes": "queries", "recall-scenes": "recall", "stress-scenes": "stress"}  # of the report
 DESKTOP = {"viewport": {"width": 1_120, "height": 800}}
 PHONE = {"viewport": {"width": 390, "height": 800}, "device_scale_factor": 2}
-TABS = ("제로샷 분류", "이미지 검색", "이미지로 검색", "어디를 보았나")
+TABS = {"classify": "제로샷 분류", "search": "이미지 검색", "heatmap": "어디를 보았나"}
+PICTURES = {"desktop": ("classify", "search", "heatmap"), "phone": ("search",)}  # of the Space
 COLOURS = 192  # of a picture's palette: small files, no visible change
 
 
@@ -47,10 +48,12 @@ def main() -> None:
         page.goto(report.as_uri())
         save(page.screenshot(), output / "report.png")
         with space(model) as address:
-            for name, size in {"desktop": DESKTOP, "phone": PHONE}.items():
-                page = opened.new_page(**size)
+            for device, tabs in PICTURES.items():
+                page = opened.new_page(**(PHONE if device == "phone" else DESKTOP))
                 page.goto(address)
-                show_tabs(page, name, output)
+                for tab in tabs:
+                    show(page, tab)
+                    save(page.screenshot(full_page=True), output / f"space_{tab}_{device}.png")
 
 
 def evaluated(model: Path, folder: Path) -> Path:
@@ -60,17 +63,15 @@ def evaluated(model: Path, folder: Path) -> Path:
     return folder / "report.html"
 
 
-def show_tabs(page: playwright.Page, name: str, output: Path) -> None:
-    """Click the first example of each tab, and save what the page shows."""
-    for tab, key in zip(TABS, ("classify", "search", "similar", "heatmap"), strict=True):
-        open_tab(page, tab)
-        page.locator(".examples:visible :is(tbody tr, button.gallery-item)").first.click()
-        answer = {"classify": ".confidence-set", "heatmap": "text=7×7"}.get(key, ".gallery .grid-container img")
-        page.locator(answer).filter(visible=True).first.wait_for()
-        page.wait_for_load_state("networkidle")
-        page.mouse.move(0, 0)
-        page.wait_for_timeout(1_000)  # until nothing moves
-        save(page.screenshot(full_page=True), output / f"space_{key}_{name}.png")
+def show(page: playwright.Page, tab: str) -> None:
+    """Open a tab, click its first example, and wait for the answer."""
+    open_tab(page, TABS[tab])
+    page.locator(".examples:visible :is(tbody tr, button.gallery-item)").first.click()
+    answers = {"classify": ".confidence-set", "search": ".gallery .grid-container img", "heatmap": "img[src*=webp]"}
+    page.locator(answers[tab]).filter(visible=True).first.wait_for()
+    page.wait_for_load_state("networkidle")
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(1_000)  # until nothing moves
 
 
 def open_tab(page: playwright.Page, name: str) -> None:
