@@ -29,13 +29,14 @@ from transformers import (
     CLIPImageProcessor,
     PreTrainedModel,
     ProcessorMixin,
+    Siglip2Model,
     TimmWrapperImageProcessor,
 )
 
 from koclip.config import ConfigError, check
-from koclip.models.stock import StockModel, is_stock, parts
+from koclip.models.stock import LAYOUTS, StockModel, is_stock, parts
 from koclip.models.swap import linear_pooler
-from koclip.text.tokenizers import COUNT_FROM_PADDING
+from koclip.text.tokenizers import COUNT_FROM_PADDING, READS_END, UNMASKED
 
 UNREADABLE = (OSError, ValueError, ImportError, SafetensorError)  # what transformers raises
 _CLIP, _TEXT = "model.clip", "model.text_encoder"  # the keys that errors name
@@ -45,13 +46,14 @@ def load_image_side(path: str) -> tuple[StockModel | PreTrainedModel, Any]:
     """Load the model whose image space is kept, and its image processor.
 
     Args:
-        path: Directory or Hub id of a CLIP (`CLIPModel`, `ChineseCLIPModel`, `VisionTextDualEncoderModel`), or of an
-            image tower: a classifier's such as google/vit-*, DINOv2, timm, SigLIP's, any whose pooled output is (B, W).
+        path: Directory or Hub id of a dual encoder (a class of `koclip.models.stock.LAYOUTS`: CLIP, ChineseCLIP,
+            AltCLIP, MetaCLIP 2, SigLIP and SigLIP 2 of one resolution, VisionTextDualEncoder), or of an image tower: a
+            classifier's such as google/vit-*, DINOv2, timm, any whose pooled output is (B, W).
 
     Returns:
         The stock dual encoder, which has a text tower to learn from; or the image tower alone, with W as its
-        `config.hidden_size`. Both in evaluation mode. Of a SigLIP it is the image tower, and a warning names what is
-        left out: its text tower, logit scale and bias.
+        `config.hidden_size`. Both in evaluation mode. Of a dual encoder of another class it is the image tower, and a
+        warning names what is left out.
 
     Raises:
         ConfigError: nothing that can be loaded is there, weights are missing or left over, or it has no image space.
@@ -60,11 +62,18 @@ def load_image_side(path: str) -> tuple[StockModel | PreTrainedModel, Any]:
     if is_stock(model):
         refuse(path, _CLIP, model, problems)
         return model, _image_processor(path)
+    check(
+        not isinstance(model, Siglip2Model),
+        _CLIP,
+        path,
+        "a Siglip2Model (NaFlex), which takes images of any shape: expected a SigLIP 2 of one resolution, such as "
+        "google/siglip2-base-patch16-224",
+    )
     tower = model if model.main_input_name == "pixel_values" else getattr(model, "vision_model", None)
     if tower is None or hasattr(model, "visual_projection"):
         raise ConfigError(
-            f"{_CLIP}: {path} is a {type(model).__name__}; expected a CLIPModel, ChineseCLIPModel or "
-            "VisionTextDualEncoderModel, or an image tower: give another path"
+            f"{_CLIP}: {path} is a {type(model).__name__}; expected one of "
+            f"{', '.join(layout.model_class.__name__ for layout in LAYOUTS)}, or an image tower: give another path"
         )
     _say_what_is_left_out(path, model)
     if _lacks_only_the_pooler(model, problems) and hasattr(model.config, "pooler_act"):
@@ -120,7 +129,7 @@ def take_padding(encoder: PreTrainedModel, pad_token_id: int | None) -> None:
     `ChineseCLIPModel` loads it as zeros. Encoders that count positions from the padding token are not changed.
     """
     config = encoder.config
-    if pad_token_id in (None, config.pad_token_id) or config.model_type in (*COUNT_FROM_PADDING, "clip_text_model"):
+    if pad_token_id in (None, config.pad_token_id) or config.model_type in (*COUNT_FROM_PADDING, *READS_END, *UNMASKED):
         return
     warnings.warn(
         f"text encoder: config.json of this {config.model_type} says pad_token_id {config.pad_token_id}, its tokenizer "
