@@ -11,7 +11,7 @@ from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig
 from koclip.config.model import AdapterConfig, ModelConfig, SwapConfig
 from koclip.config.parsing import dump, parse, run, to_dict
-from koclip.config.recipes import AlignConfig, EvaluateConfig, IndexConfig, PretrainConfig, PublishConfig
+from koclip.config.recipes import AlignConfig, DataSetConfig, EvaluateConfig, IndexConfig, PretrainConfig, PublishConfig
 from koclip.config.training import LossConfig, OptimConfig, TrainConfig
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "AlignMethodConfig",
     "ConfigError",
     "DataConfig",
+    "DataSetConfig",
     "DistillConfig",
     "EvalConfig",
     "EvalSetConfig",

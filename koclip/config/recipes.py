@@ -303,3 +303,20 @@ class IndexConfig:
         check(size == 0 or 16 <= size <= 1_024, "thumbnail_size", size, "expected 16 to 1024, or 0 for none")
         check(self.approximate_from >= 1, "approximate_from", self.approximate_from, "expected 1 or more")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "expected 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSetConfig:
+    """Build a public data set from its source. Without a name: list the data sets.
+
+    Args:
+        name: Data set, such as `emoji`. May be given as the first word: `koclip data emoji`.
+        output_dir: Directory of the data set. Default: data/<name>, where the configurations read it. Downloads are kept
+            in its folder `downloads`: if the command is interrupted, run it again, and it continues.
+        accept_terms: Name of the data set, again: that you have read and accept its terms. Needed for data that may be used
+            for research only; the command prints their terms first.
+    """
+
+    name: str = ""
+    output_dir: str | None = None
+    accept_terms: str | None = None
