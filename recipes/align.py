@@ -8,11 +8,10 @@ accelerate launch recipes/align.py --help                   # every key, its uni
 from pathlib import Path
 
 from koclip import config, losses
-from koclip.align.build import adapt, load_teacher, text_encoder
-from koclip.align.methods import METHODS, AlignedModelWriter
+from koclip.align.methods import METHODS, AlignedModelWriter, adapt, load_teacher, text_encoder
 from koclip.data.batches import Precomputed
 from koclip.data.transforms import views_for
-from koclip.embeddings.sources import Cache, image_features, teacher_features
+from koclip.embeddings.fill import Cache, image_features, teacher_features
 from koclip.models.dual_encoder import DualEncoder
 from koclip.models.pretrained import load_image_side
 from koclip.runs.session import Session

@@ -12,9 +12,8 @@ import koclip
 from koclip import config
 from koclip.data.transforms import PixelLimit
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.evaluate import evaluate, open_all, warnings_of
 from koclip.evaluation.report.write import Evaluated, keep, write
-from koclip.evaluation.run import folders_of, processes, start, surroundings
+from koclip.evaluation.run import evaluate, folders_of, open_all, processes, start, surroundings, warnings_of
 from koclip.evaluation.tasks.zero_shot import add_effective_robustness
 
 

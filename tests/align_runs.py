@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel
 
 from koclip import config
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.save import save_stock_model
+from koclip.models.stock import save_stock_model
 from koclip.text.tokenizers import train_bpe
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "align.py"

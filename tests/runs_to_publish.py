@@ -17,7 +17,7 @@ from koclip.encoders import load
 from koclip.evaluation.results import Measured, write_results
 from koclip.metrics import Metric
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.save import save_stock_model
+from koclip.models.stock import save_stock_model
 from koclip.models.swap import swap_text_tower
 
 ENVIRONMENT = {

@@ -9,7 +9,7 @@ from PIL import Image
 from koclip.config import EvalSetConfig, SourceConfig
 from koclip.data.sources import Row
 from koclip.encoders import Encoder
-from koclip.evaluation.images import Images
+from koclip.evaluation.embed import Images
 from koclip.evaluation.sets import EvalSet
 from koclip.text.classes import ClassName
 

@@ -19,7 +19,7 @@ from koclip.align.lora import BASE, AdapterBase, attach, base_weights, merge, re
 from koclip.config import AdapterConfig, ConfigError
 from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.models.fast import speed_up
-from koclip.models.save import save_stock_model
+from koclip.models.stock import save_stock_model
 from koclip.models.swap import swap_text_tower
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}

@@ -24,8 +24,7 @@ from koclip.data.sources import Row, Skip, open_source, row_captions
 from koclip.data.survey import survey
 from koclip.data.transforms import digest_of
 from koclip.encoders import Encoder
-from koclip.evaluation.embed import Embedder
-from koclip.evaluation.images import Images
+from koclip.evaluation.embed import Embedder, Images
 from koclip.evaluation.sets import EvalSet, EvalSetConfig
 from koclip.evaluation.tasks.retrieval import languages, retrieval, stress
 
@@ -231,7 +230,7 @@ def test_what_does_not_correspond_to_the_teacher_is_said(tmp_path: Path, capsys:
     from accelerate import Accelerator
     from tiny import tiny_config, tiny_tokenizer
 
-    from koclip.embeddings.sources import Cache, teacher_features
+    from koclip.embeddings.fill import Cache, teacher_features
     from koclip.models.dual_encoder import from_scratch
 
     rows = [

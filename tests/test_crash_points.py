@@ -16,11 +16,10 @@ from transformers import AutoModel, AutoProcessor
 from koclip import storage
 from koclip.config import ConfigError, DataConfig, IndexConfig, SourceConfig
 from koclip.embeddings import fill
-from koclip.embeddings.fill import Piece, Work
-from koclip.embeddings.sources import Captions
+from koclip.embeddings.fill import Captions, Piece, Work
 from koclip.embeddings.store import Shard, Store
 from koclip.models.dual_encoder import DualEncoder, from_scratch
-from koclip.models.save import save_stock_model
+from koclip.models.stock import save_stock_model
 from koclip.runs.checkpoints import Checkpoints, Snapshot
 from koclip.search import build, open_index
 

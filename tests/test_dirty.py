@@ -24,8 +24,7 @@ from koclip.data.sources import Row, open_source
 from koclip.data.transforms import Views, read
 from koclip.encoders import load
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.evaluate import evaluate
-from koclip.evaluation.run import counts
+from koclip.evaluation.run import counts, evaluate
 from koclip.evaluation.sets import open_set
 from koclip.search import build, open_index
 from koclip.text.normalize import usable

@@ -10,7 +10,7 @@ from tiny import random_embeddings, tiny_dual_encoder, tiny_pieces
 from koclip import losses, training
 from koclip.config import DistillConfig, LossConfig, OptimConfig, PretrainConfig, Stage, TrainConfig
 from koclip.data.batches import Batch
-from koclip.losses.pairs import Embeddings
+from koclip.losses.contrastive import Embeddings
 
 TEXT = torch.tensor([[0.6, 0.8], [1.0, 0.0]])
 NORM = torch.tensor([5.0, 2.0])  # features (3, 4) and (2, 0)

@@ -17,7 +17,7 @@ import koclip
 from koclip import config
 from koclip.evaluation.run import processes
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.save import save_stock_model
+from koclip.models.stock import save_stock_model
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "evaluate.py"

@@ -11,7 +11,7 @@ from fake_encoder import CLASSES, ColourEncoder, write_colours
 
 from koclip.config import ConfigError, EvalSetConfig, SourceConfig
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.evaluate import evaluate, warnings_of
+from koclip.evaluation.run import evaluate, warnings_of
 from koclip.evaluation.sets import EvalSet, open_set
 
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from koclip.config import ConfigError, DataConfig, SourceConfig
 from koclip.data.transforms import Views, centre_view, decode, digest_of
-from koclip.embeddings.fill import Piece, embed_shard
-from koclip.embeddings.sources import Cache, image_features, teacher_features
+from koclip.embeddings.fill import Cache, Piece, embed_shard, image_features, teacher_features
 from koclip.embeddings.store import Item, Shards
 from koclip.encoders.transformers import TransformersEncoder
 from koclip.models.dual_encoder import DualEncoder, encode_images, from_scratch, text_features

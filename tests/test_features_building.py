@@ -18,9 +18,8 @@ from koclip.data.loader import train_loader
 from koclip.data.order import BatchPart
 from koclip.data.sources import open_source
 from koclip.data.transforms import Views, digest_of
-from koclip.embeddings import fill, sources
-from koclip.embeddings.fill import Piece, SourceShards, embed_shard
-from koclip.embeddings.sources import Captions, Images
+from koclip.embeddings import fill
+from koclip.embeddings.fill import Captions, Images, Piece, SourceShards, embed_shard
 from koclip.embeddings.store import Shards
 from koclip.models.dual_encoder import encode_images
 
@@ -40,7 +39,7 @@ def test_killed_while_reading_and_built_again_gives_the_same_files(
 ) -> None:
     """What is there is not made again. `test_crash_points` dies in every operation on files."""
     build(tmp_path / "whole", pairs)
-    decode, calls = sources.decode, itertools.count()
+    decode, calls = fill.decode, itertools.count()
 
     def stop_in_the_second_shard(*args: Any) -> torch.Tensor:
         if next(calls) == 11:
@@ -48,7 +47,7 @@ def test_killed_while_reading_and_built_again_gives_the_same_files(
         return decode(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "decode", stop_in_the_second_shard)
+        patch.setattr(fill, "decode", stop_in_the_second_shard)
         with pytest.raises(Killed):
             build(tmp_path / "killed", pairs)
     first = tmp_path / "killed" / "0-rows" / "shard-000000.safetensors"
@@ -63,8 +62,8 @@ def test_killed_while_reading_and_built_again_gives_the_same_files(
 
 def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
     """Count the calls of a function that reads images from now on."""
-    calls, wrapped = [], getattr(sources, name)
-    monkeypatch.setattr(sources, name, lambda *args: (calls.append(1), wrapped(*args))[1])
+    calls, wrapped = [], getattr(fill, name)
+    monkeypatch.setattr(fill, name, lambda *args: (calls.append(1), wrapped(*args))[1])
     return calls
 
 
@@ -75,7 +74,7 @@ def test_what_is_there_is_neither_decoded_nor_embedded(
 ) -> None:
     first = build(tmp_path / "kept", pairs)
     decoded = counted(monkeypatch, "decode")
-    monkeypatch.setattr(sources, "encode_images", None)
+    monkeypatch.setattr(fill, "encode_images", None)
     again = build(tmp_path / "kept", pairs)
     assert decoded == []
     for image in images_of(pairs):

@@ -14,11 +14,11 @@ from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from koclip.align.build import adapt, load_teacher, text_encoder
+from koclip.align.methods import adapt, load_teacher, text_encoder
 from koclip.config import ConfigError, SwapConfig
 from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.models.pretrained import load_image_side, load_text_encoder
-from koclip.models.save import save_stock_model
+from koclip.models.stock import save_stock_model
 from koclip.models.swap import swap_text_tower
 from koclip.text import tokenizers
 

@@ -34,7 +34,7 @@ def test_gradients_are_those_of_the_whole_batch(loss: LossConfig) -> None:
 
 def test_without_the_random_numbers_of_the_first_pass_gradients_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check above can fail."""
-    monkeypatch.setattr("koclip.training.rng.restore", lambda _: None)
+    monkeypatch.setattr("koclip.training.grad_cache.restore_random", lambda _: None)
     with pytest.raises(AssertionError):
         assert_equal_gradients(prepare(random_model(LOSSES[0]), LOSSES[0]))
 

@@ -19,7 +19,7 @@ COLOURS = {"빨강": (220, 30, 30), "초록": (30, 180, 60), "파랑": (40, 60, 
 
 LOSS = '''"""The squared distance of each pair."""
 
-from koclip.losses.pairs import Loss
+from koclip.losses.contrastive import Loss
 
 
 def toy(embeddings, pair_ids, duplicates):

@@ -13,11 +13,10 @@ from transformers import AutoConfig, CLIPModel
 
 import koclip
 from koclip.config import ConfigError
-from koclip.encoders import Encoder
-from koclip.encoders.specs import usable
+from koclip.encoders import Encoder, usable
 from koclip.evaluation.embed import Embedder
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.save import save_stock_model
+from koclip.models.stock import save_stock_model
 
 
 @pytest.fixture(scope="module")

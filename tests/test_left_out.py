@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from koclip.config import ConfigError, EvalConfig, EvalSetConfig, SourceConfig
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.evaluate import evaluate
 from koclip.evaluation.report.write import Evaluated, write
-from koclip.evaluation.run import surroundings
+from koclip.evaluation.run import evaluate, surroundings
 from koclip.evaluation.sets import EvalSet, open_set
 
 
@@ -229,7 +228,7 @@ def test_two_sets_of_one_name_are_refused() -> None:
 
 
 def test_sets_too_small_for_their_probes_are_refused_before_anything_is_embedded(tmp_path, encoded) -> None:
-    from koclip.evaluation.evaluate import open_all
+    from koclip.evaluation.run import open_all
 
     (tmp_path / "classes.yaml").write_text(CLASSES, encoding="utf-8")
     source = SourceConfig(path=str(write_colours(tmp_path / "rows.parquet", encoded)), label="key", captions={})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from koclip.config import LossConfig
 from koclip.losses import Loss, build_loss, infonce, initial_bias, sigmoid
-from koclip.losses.pairs import Embeddings
+from koclip.losses.contrastive import Embeddings
 
 # With these texts the similarities of images (rows) and texts (columns) are the table itself.
 TABLE = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])

@@ -15,7 +15,7 @@ from koclip.config import ConfigError, PublishConfig
 from koclip.encoders import load
 from koclip.encoders.transformers import TransformersEncoder
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.save import save_stock_model
+from koclip.models.stock import save_stock_model
 from koclip.publishing.card import render, write_card
 from koclip.publishing.card_inputs import gather
 from koclip.publishing.formats.int8 import read

@@ -24,7 +24,7 @@ import koclip
 from koclip.config import ConfigError, ModelConfig
 from koclip.models.dual_encoder import DualEncoder, check_tokenizer, from_scratch
 from koclip.models.presets import PRESETS
-from koclip.models.save import save_stock_model
+from koclip.models.stock import save_stock_model
 
 # Parameters of OpenAI's released models (open_clip builds the ResNets to the same counts).
 VIT_COUNTS = {

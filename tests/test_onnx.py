@@ -14,7 +14,7 @@ from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 import koclip
 from koclip.config import ConfigError, RunError
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.save import save_stock_model
+from koclip.models.stock import save_stock_model
 from koclip.publishing.formats import onnx
 from koclip.publishing.formats.onnx import MOST, export
 from koclip.text import tokenizers

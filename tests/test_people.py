@@ -9,8 +9,7 @@ from scipy.stats import kendalltau
 
 from koclip.config import ConfigError, RatingsConfig
 from koclip.data.sources import Row
-from koclip.evaluation.embed import Embedder
-from koclip.evaluation.images import Images
+from koclip.evaluation.embed import Embedder, Images
 from koclip.evaluation.tasks.ratings import open_ratings, read_ratings, run
 
 

@@ -20,9 +20,9 @@ from koclip.config import DataConfig, IndexConfig
 from koclip.data.batches import Assembler, Sample
 from koclip.data.sources import Row, Skip
 from koclip.data.transforms import CORRUPTIONS, ImageError, Views, corrupt, decode
-from koclip.embeddings.sources import Images
+from koclip.embeddings.fill import Images
 from koclip.encoders.transformers import TransformersEncoder
-from koclip.evaluation import images
+from koclip.evaluation import embed
 from koclip.models.dual_encoder import from_scratch
 from koclip.search import build
 
@@ -158,7 +158,7 @@ def test_every_path_sees_the_same_pixels(head, model, tmp_path) -> None:
     assert torch.equal(trained.pixels, expected)
     features = Images(views, MAX_PIXELS).piece([row], wanted=True).inputs
     assert torch.equal(features[0, 0], expected)
-    np.testing.assert_array_equal(np.asarray(images.Images([row])[0]), right)
+    np.testing.assert_array_equal(np.asarray(embed.Images([row])[0]), right)
     np.testing.assert_array_equal(np.asarray(guard.read_picture(file)[0]), right)
     encoder = Watching()
     build.build(IndexConfig(model="colours", images=str(file.parent)), encoder, tmp_path / "index")
@@ -325,7 +325,7 @@ sys.path[:0] = sys.argv[2:]
 import koclip
 from koclip.config import DataConfig, IndexConfig
 from koclip.data.batches import Assembler
-from koclip.embeddings.sources import Images
+from koclip.embeddings.fill import Images
 from koclip.data.sources import Row, Skip
 from koclip.data.transforms import Views
 from koclip.encoders.transformers import TransformersEncoder

@@ -17,7 +17,7 @@ from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 from koclip import config
 from koclip.config import ConfigError
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.save import save_stock_model
+from koclip.models.stock import save_stock_model
 from koclip.search import build
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ import koclip
 from koclip.config import ConfigError
 from koclip.models.dual_encoder import encode_images, from_scratch
 from koclip.models.pretrained import load_image_side, load_text_encoder
-from koclip.models.save import save_stock_model
+from koclip.models.stock import save_stock_model
 from koclip.models.swap import swap_text_tower
 
 WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}

@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 
 from koclip.models.dual_encoder import from_scratch
-from koclip.models.save import save_stock_model
+from koclip.models.stock import save_stock_model
 
 STRANGER = """
 import json, sys

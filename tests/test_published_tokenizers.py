@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import koclip
-from koclip.models.save import save_stock_model
+from koclip.models.stock import save_stock_model
 from koclip.text import tokenizers
 from koclip.text.normalize import normalize
 

@@ -52,7 +52,7 @@ SCHEMAS = {
 }
 REQUIRED = {name: ["--model", "runs/some/model"] for name in ("evaluate", "index")}
 # Ceilings that only go down. The goal is 95 files.
-MAX_FILES, MAX_VAGUE_NAMES = 118, 0
+MAX_FILES, MAX_VAGUE_NAMES = 104, 0
 VAGUE_NAMES = {"one", "found", "made", "theirs", "told"}
 # Functions of more than 50 lines or 5 parameters, with the reason.
 LARGE_FUNCTIONS = {
@@ -69,7 +69,7 @@ WRITERS = {
     "koclip/align/lora.py",
     "koclip/embeddings/store.py",
     "koclip/evaluation/report/charts.py",
-    "koclip/models/save.py",
+    "koclip/models/stock.py",
     "koclip/publishing/clean_load.py",
     "koclip/publishing/formats/onnx.py",
     "koclip/publishing/preflight.py",

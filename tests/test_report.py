@@ -15,13 +15,12 @@ from small_evaluations import HOSTILE, Seeing, captioned, classified, pictures
 
 from koclip import distributed
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.evaluate import evaluate
 from koclip.evaluation.report.charts import charts
 from koclip.evaluation.report.grids import most_confused
 from koclip.evaluation.report.table import Section, cell, print_tables, sections
 from koclip.evaluation.report.write import Evaluated, report, training_figure, write
 from koclip.evaluation.results import Measured, Record, Spec, records_of, write_results
-from koclip.evaluation.run import folders_of, surroundings
+from koclip.evaluation.run import evaluate, folders_of, surroundings
 from koclip.evaluation.sets import Question
 from koclip.evaluation.tasks import SPECS
 from koclip.evaluation.tasks.zero_shot import add_effective_robustness

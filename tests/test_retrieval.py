@@ -15,9 +15,8 @@ from koclip.config import ConfigError
 from koclip.data.sources import Row
 from koclip.embeddings import store
 from koclip.evaluation import embed
-from koclip.evaluation.embed import Embedder, collect
-from koclip.evaluation.evaluate import evaluate
-from koclip.evaluation.images import Images
+from koclip.evaluation.embed import Embedder, Images, collect
+from koclip.evaluation.run import evaluate
 from koclip.evaluation.sets import EvalSet
 from koclip.evaluation.tasks.retrieval import approximated, languages, retrieval, stress
 from koclip.metrics import first_ranks, mean

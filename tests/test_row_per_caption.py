@@ -29,7 +29,7 @@ from koclip.data.order import BatchPart
 from koclip.data.transforms import Views
 from koclip.encoders import Encoder
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.evaluate import evaluate
+from koclip.evaluation.run import evaluate
 from koclip.evaluation.sets import EvalSet, open_set
 
 PICTURES, PER_PICTURE = 12, 5

@@ -28,8 +28,7 @@ from koclip.data.loader import train_loader, training_captions
 from koclip.data.order import BatchPart
 from koclip.data.sources import open_source
 from koclip.data.transforms import Views
-from koclip.embeddings.fill import SourceShards
-from koclip.embeddings.sources import Captions, Images
+from koclip.embeddings.fill import Captions, Images, SourceShards
 from koclip.evaluation.sets import open_set
 
 BLOCK = 512

@@ -10,8 +10,7 @@ from tiny import tiny_config, tiny_tokenizer
 from transformers import AutoModel, AutoProcessor, PreTrainedModel, SiglipConfig, SiglipModel
 
 from koclip.models.dual_encoder import DualEncoder, from_scratch
-from koclip.models.save import save_stock_model
-from koclip.models.stock import LAYOUTS, StockModel, is_stock, layout_of, parts, positions
+from koclip.models.stock import LAYOUTS, StockModel, is_stock, layout_of, parts, positions, save_stock_model
 
 TRAINED = ["CLIP", "ChineseCLIP", "joint ViT", "joint CLIP", "joint timm"]
 

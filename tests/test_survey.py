@@ -19,7 +19,7 @@ from koclip.data import survey
 from koclip.data.formats.files import SourceError
 from koclip.data.order import CaptionChooser
 from koclip.data.sources import MapSource, open_source
-from koclip.runs.samples import survey as learn
+from koclip.runs.directory import survey as learn
 from koclip.text import tokenizers
 
 

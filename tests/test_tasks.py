@@ -9,10 +9,10 @@ from fake_encoder import ColourEncoder, write_colours
 from small_evaluations import Seeing, captioned
 
 from koclip.config import ConfigError, EvalConfig, EvalSetConfig, RatingsConfig, SourceConfig
-from koclip.evaluation import evaluate as module
+from koclip.evaluation import run as module
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.evaluate import evaluate, open_all
 from koclip.evaluation.results import Spec, Task
+from koclip.evaluation.run import evaluate, open_all
 from koclip.evaluation.tasks import TASKS
 from koclip.metrics import Metric
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from koclip import losses
 from koclip.config import ConfigError, LossConfig
-from koclip.losses.pairs import Embeddings
+from koclip.losses.contrastive import Embeddings
 
 LOSSES = [(name, mode) for name in ("infonce", "sigmoid") for mode in ("negatives", "masked", "positives")]
 

@@ -5,7 +5,7 @@ from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from koclip.config import ModelConfig
 from koclip.data.batches import Batch
-from koclip.losses.pairs import Embeddings
+from koclip.losses.contrastive import Embeddings
 from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.text.tokenizers import train_bpe
 

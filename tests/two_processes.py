@@ -22,7 +22,7 @@ from koclip.config import LossConfig, OptimConfig, PretrainConfig, TrainConfig
 from koclip.data.batches import Batch
 from koclip.encoders.transformers import TransformersEncoder
 from koclip.losses import Loss
-from koclip.losses.pairs import Embeddings
+from koclip.losses.contrastive import Embeddings
 from koclip.models.dual_encoder import from_scratch
 from koclip.runs.session import Session
 from koclip.training import grad_cache

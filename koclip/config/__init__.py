@@ -5,14 +5,22 @@ and `--section.key value` overrides. A mistake ends the program with one line on
 """
 
 from koclip.config.alignment import METHODS, AlignMethodConfig, DistillConfig, Stage
-from koclip.config.changes import check_changes, check_data
-from koclip.config.checks import ConfigError, RunError, Stopped, check, check_languages, check_pixels, locate
+from koclip.config.checks import (
+    ConfigError,
+    RunError,
+    Stopped,
+    check,
+    check_changes,
+    check_data,
+    check_languages,
+    check_pixels,
+    locate,
+)
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig
-from koclip.config.model import AdapterConfig, ModelConfig, SwapConfig
 from koclip.config.parsing import dump, parse, run, to_dict
 from koclip.config.recipes import AlignConfig, DataSetConfig, EvaluateConfig, IndexConfig, PretrainConfig, PublishConfig
-from koclip.config.training import LossConfig, OptimConfig, TrainConfig
+from koclip.config.training import AdapterConfig, LossConfig, ModelConfig, OptimConfig, SwapConfig, TrainConfig
 
 __all__ = [
     "METHODS",

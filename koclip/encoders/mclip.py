@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils.hub import cached_file
 
+from koclip import encoders
 from koclip.config import ConfigError, check
-from koclip.encoders import specs
 from koclip.encoders.base import TwoModels, fingerprint
 from koclip.encoders.sentence_transformers import two_paths
 from koclip.encoders.transformers import encode, tokenizer_rules, unknown_share
@@ -35,7 +35,7 @@ def open_spec(spec: str, device: torch.device) -> TwoModels:
         ConfigError: the spec is not of that form, or a model cannot be loaded.
     """
     texts, images = two_paths(spec, FORM)
-    return TwoModels(MClipTexts(texts, device), specs.open_spec(images, device), spec)
+    return TwoModels(MClipTexts(texts, device), encoders.open_spec(images, device), spec)
 
 
 class MClipTexts:

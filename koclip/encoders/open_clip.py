@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from koclip.config import ConfigError, check
+from koclip.encoders import FAULTS, first_line
 from koclip.encoders.base import Encoder, Processor, fingerprint
 from koclip.encoders.sentence_transformers import package
-from koclip.encoders.specs import FAULTS, first_line
 from koclip.encoders.transformers import tokenizer_rules, unknown_share
 
 FORM = (

@@ -10,7 +10,7 @@ from koclip.config import ConfigError, EvalSetConfig, SourceConfig, check
 from koclip.config.evaluation import CAPTIONED, CLASS_TASKS
 from koclip.data.sources import Row, Skip, SourceError, open_source
 from koclip.data.transforms import CORRUPTIONS, PIXEL_LIMIT, ImageError, PixelLimit, decode
-from koclip.evaluation.images import Images, first_images, first_rows, merged
+from koclip.evaluation.embed import Images, first_images, first_rows, merged
 from koclip.evaluation.labels import NAMED, few, numbering, read_labels
 from koclip.text.classes import ClassName, load_classes, templates_of_kind
 from koclip.text.normalize import normalize, paired, usable

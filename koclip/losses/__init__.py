@@ -13,8 +13,7 @@ import torch
 
 from koclip import distributed
 from koclip.config import DistillConfig, LossConfig, check
-from koclip.losses.contrastive import distillation, infonce, sigmoid
-from koclip.losses.pairs import CAPTION, IMAGE, SENTENCE, Embeddings, Loss
+from koclip.losses.contrastive import CAPTION, IMAGE, SENTENCE, Embeddings, Loss, distillation, infonce, sigmoid
 from koclip.losses.tiled import InfoNCERows, Rows, SigmoidRows, tiled
 
 TILE_SIZE = {"cpu": 2**20, "cuda": 2**26}  # similarities in memory at a time, but

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from koclip import distributed
-from koclip.losses.contrastive import with_bias
-from koclip.losses.pairs import Embeddings, Loss, Pairs, accuracy
+from koclip.losses.contrastive import Embeddings, Loss, Pairs, accuracy, with_bias
 
 
 class Rows(Protocol):

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from koclip.config import ConfigError, ModelConfig, check
-from koclip.losses.pairs import Embeddings
+from koclip.losses.contrastive import Embeddings
 from koclip.models.presets import Preset, initialize, resolve, tower_config
 from koclip.models.stock import StockModel, layout_of, parts, set_part
 

@@ -14,20 +14,26 @@ To add such a class, add it to `StockModel` and add a `Layout` of it to `LAYOUTS
 goes into is decided in `koclip.models.swap`.
 """
 
+import json
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
+import torch
 from torch import nn
 from transformers import (
     ChineseCLIPModel,
     CLIPModel,
     CLIPProcessor,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     ProcessorMixin,
     VisionTextDualEncoderModel,
     VisionTextDualEncoderProcessor,
 )
+
+from koclip.text.tokenizers import forget_call_state
 
 StockModel: TypeAlias = CLIPModel | ChineseCLIPModel | VisionTextDualEncoderModel
 
@@ -127,3 +133,83 @@ def positions(text_tower: nn.Module) -> dict[str, range]:
         for name, module in text_tower.named_modules()
         if isinstance(module, nn.Embedding) and name.endswith(("position_embedding", "position_embeddings"))
     }
+
+
+# Names in transformers 4. Its `ChineseCLIPProcessor` takes only BERT's tokenizer and does not resize by the shorter
+# side. Its `CLIPProcessor` takes any tokenizer and does what `ChineseCLIPProcessor` does in transformers 5.
+_NAMES_IN_4 = {
+    "TokenizersBackend": "PreTrainedTokenizerFast",
+    "ChineseCLIPProcessor": "CLIPProcessor",
+    "ChineseCLIPImageProcessor": "CLIPImageProcessor",
+}
+
+
+def save_stock_model(
+    directory: Path, model: PreTrainedModel, processor: ProcessorMixin, weights: dict[str, torch.Tensor]
+) -> None:
+    """Write a stock model directory from a `DualEncoder`'s state dict.
+
+    It has as many positions for texts as the longest text of the tokenizer, the length of texts in training. Every
+    class fails on a longer text that nobody cuts.
+    """
+    layout = layout_of(model)
+    if "logit_bias" in weights:
+        set_part(model, layout.logit_bias, weights["logit_bias"].item())
+    stock = {
+        name.removeprefix("model."): value.float() if value.is_floating_point() else value
+        for name, value in weights.items()
+        if name != "logit_bias"
+    }
+    stock[layout.logit_scale] = stock[layout.logit_scale].reshape(())  # of one dimension under FSDP2
+    _cut_positions(model, stock, processor.tokenizer)
+    stock = {_name_for_all(model, name): value for name, value in stock.items()}
+    model.save_pretrained(directory, state_dict=stock)
+    forget_call_state(processor.tokenizer)
+    processor.save_pretrained(directory)
+    processor.image_processor.save_pretrained(directory)  # preprocessor_config.json, which older readers look for
+    _let_transformers_4_read(directory)
+
+
+def _cut_positions(model: Any, weights: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Keep as many positions of the text tower as the longest text has tokens, in its configuration and `weights`."""
+    layout, tower = layout_of(model), parts(model).text_tower
+    longest = longest_text(tokenizer, tower)
+    for table, rows in positions(tower).items():
+        name = f"{layout.text_tower}.{table}.weight"
+        weights[name] = weights[name][: rows.start + longest]
+        set_part(model, layout.num_positions, rows.start + longest)
+
+
+def _name_for_all(model: Any, name: str) -> str:
+    """Return the name under which every version of transformers reads a weight.
+
+    Inside of a `VisionTextDualEncoderModel`, early versions (5.5 is one, 5.10 none) look for the weights of these
+    towers one level deeper, and draw at random what they do not find. Later ones read both.
+    """
+    side, _, rest = name.partition(".")
+    layout = layout_of(model)
+    is_tower = side in (layout.image_tower, layout.text_tower)
+    nested = is_tower and model.get_submodule(side).config.model_type in layout.nested_towers
+    if not nested or rest.startswith(f"{side}."):
+        return name
+    return f"{side}.{side}.{rest}"
+
+
+def _let_transformers_4_read(directory: Path) -> None:
+    """Write the old names of what transformers 4 knows and 5 has renamed; 5 reads both."""
+    for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        values = _renamed(json.loads((directory / name).read_text(encoding="utf-8")))
+        if isinstance(values.get("extra_special_tokens"), list):  # a dictionary in transformers 4
+            values["additional_special_tokens"] = values.pop("extra_special_tokens")
+        text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (directory / name).write_text(text, encoding="utf-8")
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the contents of a file of settings with the names of classes that transformers 4 has."""
+    renamed: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in ("tokenizer_class", "processor_class", "image_processor_type"):
+            value = _NAMES_IN_4.get(value, value)
+        renamed[key] = _renamed(value) if isinstance(value, dict) else value
+    return renamed

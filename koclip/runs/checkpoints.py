@@ -31,7 +31,8 @@ from koclip.config import ConfigError, RunError
 from koclip.data.batches import Position
 from koclip.models.dual_encoder import MAX_LOGIT_SCALE
 from koclip.optim import set_step
-from koclip.training import TrainState, rng
+from koclip.training import TrainState
+from koclip.training.grad_cache import random_states, restore_random
 
 # Whole tensors on the CPU, whatever shards the model.
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -154,7 +155,7 @@ def collect(directory: Path, state: TrainState, progress: Progress, launch: dict
         progress: How far this process is.
         launch: Configuration and data of the run, which a resumed run is compared with.
     """
-    by_rank = enumerate(distributed.gather_objects(rng.states()))
+    by_rank = enumerate(distributed.gather_objects(random_states()))
     tensors = {f"rng.{rank}.{name}": value for rank, states in by_rank for name, value in states.items()}
     facts: dict[str, Any] = {
         "step": progress.step,
@@ -225,7 +226,7 @@ def restore(directory: Path, state: TrainState, start: int = 0) -> Progress:
     if state.accelerator.scaler is not None and facts["scaler"]:
         state.accelerator.scaler.load_state_dict(facts["scaler"])
     mine = f"{distributed.rank()}."
-    rng.restore({name.removeprefix(mine): value for name, value in parts["rng"].items() if name.startswith(mine)})
+    restore_random({name.removeprefix(mine): value for name, value in parts["rng"].items() if name.startswith(mine)})
     if begins:  # its readers of streamed sources begin anew
         return Progress(start)
     by_process = [tuple(map(_position, part)) for part in facts["positions"]]

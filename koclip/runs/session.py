@@ -28,15 +28,14 @@ from koclip.data.survey import CaptionLengths
 from koclip.data.transforms import PixelLimit, views_for
 from koclip.encoders.transformers import TransformersEncoder
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.evaluate import evaluate, open_all
 from koclip.evaluation.report.write import report
+from koclip.evaluation.run import evaluate, open_all
 from koclip.evaluation.sets import EvalSet
 from koclip.models.dual_encoder import DualEncoder
-from koclip.models.save import save_stock_model
+from koclip.models.stock import save_stock_model
 from koclip.runs import checkpoints
 from koclip.runs.checkpoints import Checkpoints, Progress
-from koclip.runs.directory import RunDirectory
-from koclip.runs.samples import Samples, survey
+from koclip.runs.directory import RunDirectory, Samples, survey
 from koclip.text import tokenizers
 
 

@@ -26,7 +26,7 @@ from koclip.data.transforms import ImageError, decode, digest_of, read
 from koclip.embeddings.fill import Piece, embed_shard
 from koclip.embeddings.store import NO_FILE, NO_HASH, SHARD, Entry, Item, Shard, Shards, Store
 from koclip.encoders import Encoder
-from koclip.search import approximate
+from koclip.search.index import FILE, build_quick
 from koclip.text.normalize import usable
 
 ROWS = 2_048  # images in a shard, at most: what a killed build loses
@@ -91,10 +91,10 @@ def build(config: IndexConfig, encoder: Encoder, directory: Path) -> tuple[int, 
     paths, changed = _embed(config, encoder, collection, store)
     shards = Shards(paths, store.key)
     check(len(shards) > 0, "images", config.images, f"none can be used; the first: {shards.left_out[:1]}")
-    quick = directory / approximate.FILE.format(shards.checksum)
+    quick = directory / FILE.format(shards.checksum)
     large = config.approximate == "auto" and len(shards) >= config.approximate_from
     if (large or config.approximate == "yes") and (changed or not quick.exists()):
-        approximate.build(shards.rows, shards.width, quick)
+        build_quick(shards.rows, shards.width, quick)
     names, quick_name = [path.name for path in paths], quick.name if quick.exists() else None
     finished = {**facts, "num_images": len(shards), "shards": names, "approximate": quick_name}
     store.write_facts(finished)  # from now on, this is the index

@@ -1,5 +1,11 @@
-"""Find the images of an index that are nearest to a query: by looking at all of them, or at the likely ones."""
+"""Find the images of an index that are nearest to a query: an exact search over all of them, or an approximate search.
 
+The approximate search is faiss's `IVF,SQ8` (Jégou et al. 2011, without product codes): images are divided into lists
+around centres, and only the nearest lists are searched. A value takes 8 bits, a quarter of fp32. The candidates are
+scored again from the stored rows, so only images in the other lists can be missed.
+"""
+
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,10 +15,102 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
+from koclip import storage
 from koclip.config import ConfigError, check
 from koclip.embeddings.store import FACTS, Entry, Shards, Store
-from koclip.search import approximate
+
+FILE = "approximate-{}.faiss"  # with a hash of the embeddings
+MOST = 1_000  # results that are asked of it; for more all images are looked at
+FACTOR = 4  # candidates per result
+PROBED = 64  # lists looked at; measured by recipes/benchmarks/search.py
+_PER_LIST = 64  # images per list that the centres are found from
+_ITERATIONS = 10  # of k-means; faiss's 25 gain nothing in recall here
+
+
+class Quick:
+    """An approximate index.
+
+    Args:
+        index: Of faiss.
+        probed: Lists looked at.
+    """
+
+    def __init__(self, index: Any, probed: int = PROBED) -> None:
+        self._index = index
+        index.nprobe = min(probed, index.nlist)
+
+    def __len__(self) -> int:
+        """Number of images in it."""
+        return int(self._index.ntotal)
+
+    def likely(self, query: torch.Tensor, k: int) -> torch.Tensor:
+        """Return the places of at most k images, ascending, that are likely the nearest to a query (D,) float32."""
+        _, places = self._index.search(np.ascontiguousarray(query.numpy()[None]), k)
+        return torch.from_numpy(np.sort(places[0][places[0] >= 0]))
+
+
+def faiss() -> Any:
+    """Return the library.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise ConfigError(
+            "index: approximate search needs faiss, which is not installed: pip install 'koclip[search]', or build the "
+            "index with --approximate no"
+        ) from error
+    return faiss
+
+
+def build_quick(rows: Sequence[torch.Tensor], width: int, path: Path) -> None:
+    """Build the approximate index of some shards' rows (n, D) bf16 each; the file is complete or absent.
+
+    Raises:
+        ConfigError: faiss is not installed, or there is no row.
+    """
+    library, total = faiss(), sum(map(len, rows))
+    check(total > 0, "index", 0, "expected at least one image")
+    lists = max(1, min(4 * math.isqrt(total), total // 39))  # faiss wants 39 images to find a centre from
+    index = library.index_factory(width, f"IVF{lists},SQ8", library.METRIC_INNER_PRODUCT)
+    index.cp.niter, index.cp.seed = _ITERATIONS, 0
+    index.train(_sample(rows, min(total, lists * _PER_LIST)))
+    with tqdm(desc="approximate index", total=total, unit=" images", leave=False) as bar:
+        for part in rows:
+            if len(part):
+                index.add(part.float().numpy())
+                bar.update(len(part))
+    with storage.atomic(path) as partial:
+        library.write_index(index, str(partial))
+
+
+def open_quick(path: Path) -> Quick:
+    """Open an approximate index, memory-mapped.
+
+    Raises:
+        ConfigError: it is broken, or faiss is not installed.
+    """
+    library = faiss()
+    try:
+        return Quick(library.read_index(str(path), library.IO_FLAG_MMAP_IFC))
+    except RuntimeError as error:
+        raise ConfigError(f"index: {path} is broken; delete it and run the same command again") from error
+
+
+def _sample(rows: Sequence[torch.Tensor], count: int) -> Any:
+    """Return `count` rows (count, D) float32, drawn from all shards with a seed of its own."""
+    starts = np.cumsum([0, *map(len, rows)])
+    places = np.sort(np.random.default_rng(0).permutation(int(starts[-1]))[:count])
+    numbers = np.searchsorted(starts, places, side="right") - 1
+    parts = [
+        rows[number][torch.from_numpy(places[numbers == number] - starts[number])] for number in np.unique(numbers)
+    ]
+    return torch.cat(parts).float().numpy()
+
 
 _QUERIES = 16  # scored at once: 4 bytes per image and query
 _scanning = threading.Lock()  # the number of threads is the whole process's
@@ -42,7 +140,7 @@ class ImageIndex:
         ConfigError: `quick` holds another number of images.
     """
 
-    def __init__(self, shards: Shards, facts: dict[str, Any], quick: approximate.Quick | None = None) -> None:
+    def __init__(self, shards: Shards, facts: dict[str, Any], quick: Quick | None = None) -> None:
         expected = f"expected {len(shards)}: delete that file, and run the command that makes the index again"
         made_of = len(shards) if quick is None else len(quick)
         check(made_of == len(shards), "index: approximate index, images", made_of, expected)
@@ -71,7 +169,7 @@ class ImageIndex:
 
         With an approximate index, nearly all of the k are the nearest, and k is at most 1,000.
         """
-        if self._quick is None or k > approximate.MOST:
+        if self._quick is None or k > MOST:
             return self.exact(queries, k)
         self._check(queries, k)
         return _stacked([self._rescore(query, self._likely(query, k), k) for query in queries.float()])
@@ -108,7 +206,7 @@ class ImageIndex:
 
     def _likely(self, query: torch.Tensor, k: int) -> torch.Tensor:
         assert self._quick is not None
-        places = self._quick.likely(query, min(approximate.FACTOR * k, len(self)))
+        places = self._quick.likely(query, min(FACTOR * k, len(self)))
         if len(places) >= min(k, len(self)):
             return places
         return torch.arange(len(self))  # what was looked at holds fewer than k: take all
@@ -172,4 +270,4 @@ def open_index(directory: str | Path) -> ImageIndex:
     check(not missing, f"index: {directory}, missing files", missing[:3], again)
     shards = Shards(paths, "index")
     check(len(shards) == num_images, f"index: {directory}, images", len(shards), f"expected {num_images}; {again}")
-    return ImageIndex(shards, facts, approximate.open_quick(quick) if quick else None)
+    return ImageIndex(shards, facts, open_quick(quick) if quick else None)

@@ -296,7 +296,7 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, path: str, config: PreTrained
         if getattr(tokenizer, name) is None:
             raise ConfigError(f"tokenizer {path!r} has no {name}, which a text encoder needs: set it and save again")
     sep = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
-    counts = config.model_type in COUNT_FROM_PADDING  # else `koclip.align.build` takes the tokenizer's padding token
+    counts = config.model_type in COUNT_FROM_PADDING  # else `koclip.align.methods` takes the tokenizer's padding token
     for token, given, name in (
         *((("pad", tokenizer.pad_token_id, "pad_token_id"),) if counts else ()),
         ("cls", tokenizer.cls_token_id, "bos_token_id"),

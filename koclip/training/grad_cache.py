@@ -20,9 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from koclip.data.batches import Batch
 from koclip.losses import Loss, LossFn
-from koclip.losses.pairs import Embeddings
+from koclip.losses.contrastive import Embeddings
 from koclip.models.dual_encoder import DualEncoder
-from koclip.training import rng
 
 _KNOWN: dict[str, Literal["image", "text"]] = {
     "image": "image",
@@ -49,7 +48,7 @@ def backward(
     """
     states, embedded = [], []
     for piece in pieces:
-        states.append(rng.states())
+        states.append(random_states())
         with torch.no_grad():
             embedded.append(model(**piece.to(accelerator.device).inputs))
     whole = _join(embedded)
@@ -59,7 +58,7 @@ def backward(
     for piece, state, first in zip(pieces, states, embedded, strict=True):
         last = piece is pieces[-1]
         rows = slice(start, start := start + len(piece.keys))
-        rng.restore(state)
+        restore_random(state)
         # The output of a frozen tower is passed in, not computed again.
         known = {name: getattr(first, name) for name in _KNOWN if not dual_encoder.trains(_KNOWN[name])}
         with nullcontext() if last else _unsynchronised(accelerator, model):
@@ -96,3 +95,19 @@ def _pull(tensor: torch.Tensor | None, leaf: torch.Tensor | None, rows: slice = 
     if tensor is None or leaf is None or leaf.grad is None or not tensor.requires_grad:
         return None
     return (tensor * (leaf.grad[rows] if leaf.grad.ndim else leaf.grad)).sum()
+
+
+def random_states() -> dict[str, torch.Tensor]:
+    """Return the states of the generators that a training step of this process draws from: "cpu", "cuda"."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random(states: dict[str, torch.Tensor]) -> None:
+    """Set the generators to these states; a generator without a state is not changed."""
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])

@@ -45,14 +45,13 @@ from tqdm import tqdm
 from transformers import BertTokenizer, CLIPModel, RobertaConfig, RobertaModel
 
 from koclip import training
-from koclip.align.build import adapt
-from koclip.align.methods import set_trainable
+from koclip.align.methods import adapt, set_trainable
 from koclip.config import AlignConfig, DataConfig, ModelConfig, OptimConfig, SourceConfig, SwapConfig, TrainConfig
 from koclip.data.batches import Assembler, Batch, Precomputed
 from koclip.data.loader import train_loader
 from koclip.data.order import BatchPart
 from koclip.data.transforms import digest_of, view_size, views_for
-from koclip.embeddings.sources import Cache, image_features
+from koclip.embeddings.fill import Cache, image_features
 from koclip.encoders.transformers import TransformersEncoder
 from koclip.metrics import first_ranks, share
 from koclip.models.dual_encoder import DualEncoder

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from koclip import losses
 from koclip.config import LossConfig
-from koclip.losses.pairs import Embeddings
+from koclip.losses.contrastive import Embeddings
 
 WIDTH = 512
 WAYS = ("dense", "open_clip", "tiled")

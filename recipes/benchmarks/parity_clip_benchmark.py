@@ -27,8 +27,7 @@ import koclip
 from koclip.config import EvalSetConfig, SourceConfig
 from koclip.data.sources import Row
 from koclip.encoders import Encoder
-from koclip.evaluation.embed import Embedder
-from koclip.evaluation.images import Images
+from koclip.evaluation.embed import Embedder, Images
 from koclip.evaluation.sets import EvalSet, open_set
 from koclip.evaluation.tasks import retrieval, zero_shot
 from koclip.metrics import KS, Metric

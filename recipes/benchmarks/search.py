@@ -30,8 +30,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from koclip.embeddings.store import SHARD, Entry, Item, Shards, Store, write_shard
-from koclip.search import approximate, open_index
+from koclip.search import open_index
 from koclip.search.build import ROWS
+from koclip.search.index import PROBED, build_quick, faiss, open_quick
 
 QUICK = "approximate.faiss"
 _SUBSPACE = 64
@@ -75,11 +76,11 @@ def held() -> float:
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     """Search for one query at a time and return milliseconds, memory, and what was found."""
     if args.way == "approximate":
-        approximate.faiss().omp_set_num_threads(args.threads)
+        faiss().omp_set_num_threads(args.threads)
     before = held()
     index = open_index(folder)
     if args.way == "approximate":
-        index._quick = approximate.open_quick(folder / QUICK)
+        index._quick = open_quick(folder / QUICK)
         index._quick._index.nprobe = args.probed
     search = index.exact if args.way == "exact" else index.search
     centres = centres_of(len(index), index.width)
@@ -130,9 +131,9 @@ def report(args: argparse.Namespace, folder: Path) -> None:
         line += f"in groups of 16 {measured['grouped_ms']:.0f} ms per query"
         print(f"exact, {kind}: {line}; {measured['peak_mb']:,.0f} MB (the process {measured['process_mb']:,.0f} MB)")
     began = time.perf_counter()
-    approximate.faiss().omp_set_num_threads(args.threads)
+    faiss().omp_set_num_threads(args.threads)
     shards = Shards([folder / SHARD.format(number) for number in range(-(-args.rows // ROWS))], "index")
-    approximate.build(shards.rows, shards.width, folder / QUICK)
+    build_quick(shards.rows, shards.width, folder / QUICK)
     size = (folder / QUICK).stat().st_size / 2**20
     print(f"approximate index made in {(time.perf_counter() - began) / 60:.1f} minutes, {size:,.0f} MB")
     for probed in (16, 32, 64, 128):
@@ -153,7 +154,7 @@ def parser() -> argparse.ArgumentParser:
     cli.add_argument("--folder", default="", help="where an index lies; used by the script itself")
     cli.add_argument("--way", choices=["exact", "approximate"], default="exact")
     cli.add_argument("--kind", choices=["near", "far"], default="near")
-    cli.add_argument("--probed", type=int, default=approximate.PROBED)
+    cli.add_argument("--probed", type=int, default=PROBED)
     return cli
 
 

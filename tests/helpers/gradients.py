@@ -10,7 +10,7 @@ from koclip import training
 from koclip.config import LossConfig, OptimConfig, PretrainConfig, TrainConfig
 from koclip.data.batches import Batch
 from koclip.losses import Loss
-from koclip.losses.pairs import Embeddings
+from koclip.losses.contrastive import Embeddings
 from koclip.models.dual_encoder import DualEncoder
 from koclip.training import TrainState, grad_cache
 

@@ -1,22 +1,28 @@
-"""What an evaluation leaves in a directory: results.json and pictures of every model, and a table and a page of all."""
+"""What an evaluation writes into a directory: results.json and pictures of each model, a table and a page of all.
 
+`report.html` needs no other file: its pictures are in it.
+"""
+
+import base64
+import io
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
+from PIL import Image
 from tqdm.auto import tqdm
 
 from koclip import storage
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.evaluate import evaluate, warnings_of
-from koclip.evaluation.report import page
 from koclip.evaluation.report.charts import charts, korean_style, save
 from koclip.evaluation.report.grids import confusion, queries
-from koclip.evaluation.report.table import Templates, markdown, print_tables, sections
+from koclip.evaluation.report.table import NOTE, Line, Section, Templates, markdown, print_tables, sections
 from koclip.evaluation.results import Measured, Record, records_of, write_results
-from koclip.evaluation.run import described, labels_of, notes
+from koclip.evaluation.run import described, evaluate, labels_of, notes, warnings_of
 from koclip.evaluation.sets import EvalSet
 from koclip.evaluation.tasks import SPECS, TASKS
 from koclip.metrics import Metric
@@ -94,11 +100,9 @@ def write(
         drawn = _draw(model, records[model.model], eval_sets, templates)
         training = model.folder / "pictures" / _TRAINING
         label = labels[model.model]
-        models.append(
-            page.Model(model.model, label, drawn, data[model.model], training if training.is_file() else None)
-        )
+        models.append(PageModel(model.model, label, drawn, data[model.model], training if training.is_file() else None))
     if rows:
-        page.write(run, models, rows, environment, warnings)
+        write_page(run, models, rows, environment, warnings)
 
 
 def keep(model: Evaluated, eval_sets: Sequence[EvalSet], environment: Mapping[str, Any]) -> None:
@@ -164,3 +168,109 @@ def training_figure(log: Path, final: Mapping[str, Metric]) -> Figure:
             percent.plot(*zip(*points, strict=True), marker="o", label=name)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
+
+
+_QUALITY = 85  # of pictures, 0 to 100
+_KINDS = {
+    "recall": "Recall",
+    "queries": "Captions and the images they find",
+    "stress": "Captions as people come to write them",
+    "templates": "What templates gain",
+    "confusion": "Classes taken for others",
+    "shift": "Accuracy under shift",
+    "shots": "Few-shot probe",
+}
+
+
+class PagePicture(NamedTuple):
+    """A picture of a model: its label, a text in its place, and the picture as WebP in base64."""
+
+    label: str
+    text: str
+    content: str
+
+
+class PageModel(NamedTuple):
+    """A model as the page shows it."""
+
+    name: str  # as it was given to koclip
+    label: str  # a short name
+    pictures: Mapping[str, Mapping[str, Path]]  # files by data set and kind
+    data: Mapping[str, Mapping[str, Any]]  # what results.json says of the data sets
+    training: Path | None = None  # a picture of its training
+
+
+def write_page(
+    run: Path,
+    models: Sequence[PageModel],
+    sections: Sequence[Section],
+    environment: Mapping[str, Any],
+    warnings: Sequence[str],
+) -> None:
+    """Write report.html.
+
+    Args:
+        run: Where to; its config.yaml is shown if it is there.
+        models: In the order of the cells.
+        sections: The rows, by data set.
+        environment: As in results.json.
+        warnings: What a reader should know.
+    """
+    configuration = run / "config.yaml"
+    name, *arguments = environment["command"]
+    loader = PackageLoader("koclip", "assets")
+    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = jinja.get_template("report.html").render(
+        labels={model.name: model.label for model in models},
+        summary=[(section.name, [line for line in section.main if line.spec.summary]) for section in sections],
+        sections=sections,
+        pictures={section.name: _pictures(section.name, models) for section in sections},
+        notes={section.name: _notes(section.name, models) for section in sections},
+        training=[PagePicture(own.label, "loss over steps", _content(own.training)) for own in models if own.training],
+        warnings=warnings,
+        environment=environment,
+        command=shlex.join(["python", f"recipes/{name}", *arguments]),
+        configuration=configuration.read_text(encoding="utf-8") if configuration.is_file() else "",
+        note=NOTE,
+        best=_best,
+    )
+    storage.replace_text(run / "report.html", text)
+
+
+def _notes(name: str, models: Sequence[PageModel]) -> list[str]:
+    """Return the notes on a data set; none on ratings."""
+    facts = {model.label: model.data[name] for model in models if name in model.data}
+    if not facts:
+        return []
+    first = next(iter(facts.values()))
+    classes = f", {first['classes']:,} classes" if "classes" in first else ""
+    return [f"{first['images']:,} images{classes}, from {first['source']['source']['path']}", *notes(facts)]
+
+
+def _best(line: Line) -> list[bool]:
+    """Return for each model whether its share is the largest of several."""
+    shares = [cell.share if cell and cell.share is not None else None for cell in line.cells]
+    known = [share for share in shares if share is not None]
+    return [len(known) > 1 and share == max(known) for share in shares]
+
+
+def _pictures(dataset: str, models: Sequence[PageModel]) -> dict[str, list[PagePicture]]:
+    """Return a data set's pictures by kind, those of all models side by side."""
+    kinds = [name.partition("-")[0] for model in models for name in model.pictures.get(dataset, {})]
+    pictures: dict[str, list[PagePicture]] = {}
+    for kind in dict.fromkeys([*_KINDS, *kinds]):
+        title = _KINDS.get(kind, kind)
+        for model in models:
+            for name, file in model.pictures.get(dataset, {}).items():
+                if name.partition("-")[0] == kind:
+                    text = f"{title}: {dataset}, {model.label}"
+                    pictures.setdefault(title, []).append(PagePicture(model.label, text, _content(file)))
+    return pictures
+
+
+def _content(file: Path) -> str:
+    """Return a picture in base64; as WebP, a page with photos is a tenth as large."""
+    buffer = io.BytesIO()
+    with Image.open(file) as image:
+        image.convert("RGB").save(buffer, "WEBP", quality=_QUALITY)
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -7,8 +7,7 @@ import torch
 from koclip.config import ConfigError, SourceConfig
 from koclip.data.formats import scenes
 from koclip.data.sources import Row
-from koclip.evaluation.embed import Embedder
-from koclip.evaluation.images import Images
+from koclip.evaluation.embed import Embedder, Images
 from koclip.evaluation.results import Spec, Task
 from koclip.evaluation.sets import EvalSet, Question
 from koclip.metrics import Metric, first_ranks, share

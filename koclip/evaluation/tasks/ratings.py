@@ -9,8 +9,7 @@ import torch
 from koclip.config import ConfigError, EvalSetConfig, RatingsConfig, SourceConfig, locate
 from koclip.data.sources import Row
 from koclip.data.transforms import PIXEL_LIMIT, ImageError, PixelLimit, decode
-from koclip.evaluation.embed import Embedder
-from koclip.evaluation.images import Images
+from koclip.evaluation.embed import Embedder, Images
 from koclip.evaluation.results import Spec, Task
 from koclip.evaluation.sets import EvalSet, Ratings
 from koclip.metrics import Metric, agreement

@@ -15,8 +15,7 @@ from koclip.config import ConfigError, EvalSetConfig, SourceConfig, check
 from koclip.data.transforms import PIXEL_LIMIT, PixelLimit
 from koclip.encoders import load
 from koclip.encoders.base import in_batches
-from koclip.evaluation.embed import collect
-from koclip.evaluation.images import Images
+from koclip.evaluation.embed import Images, collect
 from koclip.evaluation.report.table import cell, console, sections
 from koclip.evaluation.results import Measured, Record, records_of, write_results
 from koclip.evaluation.run import counts, notes, surroundings

@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 
 from koclip.text import read_table
 from koclip.text.korean.endings import restyle
-from koclip.text.korean.hangul import is_syllable, keystrokes, neighbours, spell, typed
+from koclip.text.korean.hangul import is_syllable, keystrokes, neighbours, romanize, spell, typed
 from koclip.text.korean.nouns import drop_particles, replace_nouns
-from koclip.text.korean.romanize import romanize
 
 Stress = Callable[[str, int], str]
 
