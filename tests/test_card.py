@@ -161,11 +161,11 @@ def test_a_file_that_is_missing_is_named(run, name):
 
 
 def test_a_part_of_a_data_set_has_the_card_that_lists_its_file(run):
-    source = {"path": "../shared/data/emoji_dev.parquet", "name": "emoji_blob"}
+    source = {"path": "data/emoji/emoji.parquet", "name": "emoji_blob"}
     change(run / "results.json", data={"emoji_blob": {"source": {"source": source}}})
     assert "| emoji_blob | evaluation | ko, en | noto 1,350," in card_of(run).text
     assert card_of(run).data["license"] == "apache-2.0"  # what it is measured on does not bind it
-    source["path"] = "mine/emoji_dev.parquet"
+    source["path"] = "mine/emoji.parquet"
     change(run / "results.json", data={"emoji_blob": {"source": {"source": source}}})
     with pytest.raises(ConfigError, match="mine/"):
         card_of(run)

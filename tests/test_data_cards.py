@@ -92,21 +92,19 @@ def test_the_card_of_scenes_counts_as_the_code_does():
     assert not kinds
 
 
-@pytest.mark.usefixtures("shared_data")
 @every_card
-def test_the_files_are_those_the_card_describes(card):
+def test_the_files_are_those_the_card_describes(card, shared_data):
     facts = front_matter(card)
     for path, checksum in facts["files"].items():
-        assert hashlib.sha256((ROOT / path).read_bytes()).hexdigest() == checksum, path
+        assert hashlib.sha256((shared_data.parent / path).read_bytes()).hexdigest() == checksum, path
 
 
-LOADED = [(card, block) for card in CARDS for block in blocks(card) if "../shared/" in block]
+LOADED = [(card, block) for card in CARDS for block in blocks(card) if front_matter(card)["files"]]
 
 
-@pytest.mark.usefixtures("shared_data")
 @pytest.mark.parametrize(("card", "block"), LOADED, ids=lambda value: getattr(value, "stem", ""))
-def test_the_call_of_a_card_loads_the_files_at_hand(card, block, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_the_call_of_a_card_loads_the_files_at_hand(card, block, shared_data, monkeypatch):
+    monkeypatch.chdir(shared_data.parent)
     facts = front_matter(card)
     names: dict[str, Any] = {}
     exec(block, names)
@@ -136,11 +134,9 @@ def test_a_card_names_the_call_that_loads_its_data(card, monkeypatch):
         assert options.keys() <= {"split", "streaming", "revision"}
 
 
-@pytest.mark.usefixtures("shared_data")
-def test_the_card_of_xtd10_counts_what_leaks():
+def test_the_card_of_xtd10_counts_what_leaks(shared_data):
     card = ROOT / "data_cards" / "xtd10.md"
-    (path,) = front_matter(card)["files"]
-    rows = [line.split("\t") for line in (ROOT / path).read_text(encoding="utf-8").splitlines()]
+    rows = [line.split("\t") for line in (shared_data / "text" / "xtd10_ko_en.tsv").read_text("utf-8").splitlines()]
     parts = Counter(name.split("_")[1] for name, _, _ in rows)
     assert f"{parts['train2014']} of the 1,000 photos are COCO train2014 and {parts['val2014']} are" in card.read_text(
         "utf-8"
