@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from runs_to_publish import pretrained
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -55,6 +57,15 @@ def test_a_page_is_the_same_in_both_languages(page):
     assert letters > len(FENCED.sub("", english)) / 10, "the Korean page is not in Korean"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_have_the_same_numbers_in_both_languages(page):
+    rows = [
+        [sorted(re.findall(r"\d[\d.,]*\d", line)) for line in text_of(page, language).splitlines() if line[:1] == "|"]
+        for language in ("ko", "en")
+    ]
+    assert rows[0] == rows[1]
+
+
 @pytest.mark.parametrize("language", ["ko", "en"])
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere_and_stay_in_their_language(page, language):
@@ -65,3 +76,31 @@ def test_links_lead_somewhere_and_stay_in_their_language(page, language):
         elif not re.match(r"https?:|mailto:", target):
             assert (DOCS / page).parent.joinpath(target).is_file(), target
             assert not target.endswith(".md") or target.endswith(f".{language}.md"), target
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where `runs/quickstart` is a tiny model with a picture."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    run = folder / "runs" / "quickstart"
+    pretrained(run)
+    (run / "pictures").mkdir()
+    Image.new("RGB", (32, 32), "gray").save(run / "pictures" / "example.png")
+    return folder
+
+
+@pytest.mark.parametrize("document", ["README", "docs/index"])
+def test_python_blocks_run(document, quickstart, monkeypatch, capsys):
+    """The Korean document has the same code (below, and above for pages)."""
+    english = ROOT / (f"{document}.md" if document == "README" else f"{document}.en.md")
+    blocks = [code for language, code in code_of(english.read_text(encoding="utf-8")) if language == "python"]
+    assert len(blocks) == 1
+    monkeypatch.chdir(quickstart)
+    exec(compile(blocks[0], document, "exec"), {})
+    assert "회색 별" in capsys.readouterr().out
+
+
+def test_both_readmes_have_the_same_parts():
+    english, korean = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.ko.md"))
+    assert outline_of(english) == outline_of(korean)
+    assert code_of(english) == code_of(korean)

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from koclip import storage
+from koclip import installation, storage
 from koclip.config.checks import ConfigError, RunError, Stopped, all_faults
 
 Config = TypeVar("Config")
@@ -26,7 +26,8 @@ def parse(
 
     Args:
         schema: The recipe's configuration.
-        args: The command line without the program's name; default: this process's.
+        args: The command line without the program's name; default: this process's. `--config` takes a file, or the name
+            of a configuration that `koclip ls` lists.
         default: YAML file to use if `args` has no `--config`.
         first: Key that the first word sets, if it is no option: `emoji` for `--name emoji`.
 
@@ -42,10 +43,11 @@ def parse(
         words = ["--config", str(default), *words]
     summary = (schema.__doc__ or "").split("\n")[0]
     parser = ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
+    config_help = "YAML file with any of the keys below, or a name that `koclip ls` lists."
+    parser.add_argument("--config", action="config", help=config_help)
     parser.add_class_arguments(schema, as_group=False)
     try:
-        values = parser.parse_args(words)
+        values = parser.parse_args(_find_configs(words))
         with all_faults():
             sections = parser.instantiate(values)
             return schema(**{f.name: sections[f.name] for f in dataclasses.fields(schema)})  # type: ignore[arg-type]
@@ -73,6 +75,20 @@ def _spell_out_flags(words: list[str], schema: Any) -> list[str]:
     flags = {f"--{field.name}" for field in dataclasses.fields(schema) if field.type is bool}
     pairs = itertools.pairwise([*words, "--"])
     return [f"{word}=true" if word in flags and after.startswith("--") else word for word, after in pairs]
+
+
+def _find_configs(words: list[str]) -> list[str]:
+    """Allow `--config align/scenes`, a configuration of koclip by name, where there is no such file."""
+    located: list[str] = []
+    for word in words:
+        option, equals, value = word.partition("=") if word.startswith("--config=") else ("", "", word)
+        named = bool(equals) or located[-1:] == ["--config"]
+        located.append(f"{option}{equals}{_config_file(value)}" if named else word)
+    return located
+
+
+def _config_file(name: str) -> str:
+    return name if Path(name).exists() else str(installation.config_path(name))
 
 
 def _nearest(message: str, known: list[str]) -> str:

@@ -1,0 +1,66 @@
+"""What is installed: the recipes, their configurations, the data cards and the Space, and the optional libraries."""
+
+import difflib
+from importlib.util import find_spec
+from pathlib import Path
+
+_ENDING = ".yaml"
+# Optional libraries by the name they are imported by, and the extra of pyproject.toml that installs each.
+EXTRAS = {
+    "accelerate": "train",
+    "datasets": "train",
+    "fsspec": "train",
+    "jsonargparse": "train",
+    "peft": "train",
+    "psutil": "train",
+    "timm": "train",
+    "jinja2": "eval",
+    "matplotlib": "eval",
+    "rich": "eval",
+    "scipy": "eval",
+    "sklearn": "eval",
+    "gradio": "space",
+}
+
+
+def files(name: str) -> Path:
+    """Return the folder `recipes`, `data_cards` or `space`: inside the package, or beside it in a checkout."""
+    packaged = Path(__file__).parent / name
+    return packaged if packaged.is_dir() else Path(__file__).parents[1] / name
+
+
+def configs() -> dict[str, Path]:
+    """Return the configuration files by name, as `align/scenes`; those of accelerate are under `accelerate/`."""
+    folder = files("recipes")
+    names = {path.relative_to(folder / "configs"): path for path in sorted(folder.glob(f"configs/*/*{_ENDING}"))}
+    names |= {path.relative_to(folder): path for path in sorted(folder.glob(f"accelerate/*{_ENDING}"))}
+    return {name.with_suffix("").as_posix(): path for name, path in names.items()}
+
+
+def config_path(name: str) -> Path:
+    """Return the configuration file of that name, with or without `.yaml`.
+
+    Raises:
+        FileNotFoundError: there is none of that name.
+    """
+    known = configs()
+    path = known.get(name.removesuffix(_ENDING))
+    if path is None:
+        near = difflib.get_close_matches(name.removesuffix(_ENDING), known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise FileNotFoundError(f"no such file, and no configuration of koclip: {name}; {hint}`koclip ls` lists them")
+    return path
+
+
+def require(*libraries: str) -> None:
+    """Refuse to go on without optional libraries.
+
+    Raises:
+        ModuleNotFoundError: one is missing; the message says which extra installs it.
+    """
+    missing = [library for library in libraries if find_spec(library) is None]
+    if missing:
+        extra = EXTRAS[missing[0]]
+        raise ModuleNotFoundError(
+            f"{', '.join(missing)}: not installed, and needed here; run: pip install 'koclip[{extra}]'", name=missing[0]
+        )
