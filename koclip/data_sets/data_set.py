@@ -19,7 +19,7 @@ from koclip.config import RunError
 Row = dict[str, Any]
 IMAGE = datasets.Image()
 TEXT = datasets.Value("string")
-_ROWS_PER_GROUP = 1_000
+_ROWS_PER_GROUP = 100  # rows of photos fit into memory
 
 
 @dataclass(frozen=True, kw_only=True)

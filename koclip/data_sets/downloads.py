@@ -26,7 +26,7 @@ FOLDER, CHECKSUMS = "downloads", "checksums.json"
 _BLOCK = 2**20  # bytes
 _TIMEOUT = 60  # seconds without a byte
 _CONNECTIONS = 8  # for many small files
-_AGAIN = "run the command again, it continues where it stopped"
+_AGAIN = "run the command again"
 _PIP = [sys.executable, "-m", "pip", "download", "--quiet"]
 _CLIENTS = {
     "npm": ["npm", "pack", "--silent", "--pack-destination", "{folder}", "{spec}"],
@@ -48,12 +48,14 @@ class Download:
             registry fetches as it is configured.
         max_bytes: Largest size.
         sha256: Its checksum, None if koclip does not know it.
+        md5: Of a file whose sha256 is published nowhere, but whose md5 is.
     """
 
     name: str
     url: str
     max_bytes: int
     sha256: str | None = None
+    md5: str | None = None
 
 
 def fetch(download: Download, folder: Path) -> Path:
@@ -130,7 +132,7 @@ def _fetch_url(download: Download, file: Path, quiet: bool = False) -> None:
             _write(response, partial, start, download, quiet)
     except (httpx.HTTPError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(f"{download.url}: the download failed ({reason}); {_AGAIN}") from error
+        raise RunError(f"{download.url}: the download failed ({reason}); {_AGAIN}, it continues") from error
     storage.put(partial, file)
     tag.unlink(missing_ok=True)
 
@@ -174,20 +176,22 @@ def _check(downloads: Sequence[Download], folder: Path) -> None:
             raise RunError(
                 f"{file}: got {file.stat().st_size:,} bytes, expected at most {download.max_bytes:,}; delete it"
             )
-        got, expected = _sha256(file), download.sha256 or recorded.get(download.name)
+        got, expected = _digest(file, "sha256"), download.sha256 or recorded.get(download.name)
+        if download.md5 and _digest(file, "md5") != download.md5:
+            raise RunError(f"{file}: its md5 is not {download.md5}, which koclip expects; delete it and {_AGAIN}")
         if expected is None:
             new[download.name] = got
         elif got != expected:
             where = "koclip expects" if download.sha256 else f"{checksums} has"
-            raise RunError(f"{file}: its sha256 is {got}, {where} {expected}; delete it and run the command again")
+            raise RunError(f"{file}: its sha256 is {got}, {where} {expected}; delete it and {_AGAIN}")
     if new:
         storage.replace_text(checksums, json.dumps({**recorded, **new}, indent=2, sort_keys=True) + "\n")
         some = ", ".join(f"{name} {digest}" for name, digest in list(new.items())[:3])
         tqdm.write(f"koclip knows no sha256 of {len(new)} files ({some}); recorded in {checksums} for the next time")
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
+def _digest(file: Path, kind: str) -> str:
+    digest = hashlib.new(kind, usedforsecurity=kind == "sha256")
     with file.open("rb") as opened:
         while block := opened.read(_BLOCK):
             digest.update(block)
