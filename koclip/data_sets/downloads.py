@@ -152,7 +152,7 @@ def _write(response: httpx.Response, partial: Path, start: int, download: Downlo
         desc=download.name, total=announced or None, initial=start, unit="B", unit_scale=True, disable=quiet
     )
     with bar, partial.open("ab" if start else "wb") as opened:
-        for block in response.iter_raw(_BLOCK):
+        for block in response.iter_raw():
             size += len(block)
             if max(size, announced) > download.max_bytes:
                 opened.truncate(0)

@@ -195,10 +195,16 @@ def _path(described: Mapping[str, Any]) -> str | None:
 
 
 def _find_card(name: str, path: str | None, cards: Path) -> Path:
-    """Return the data card of that name, else the card that lists the file that was read (a part of a data set)."""
-    file = cards / f"{name}.md"
-    others = () if file.is_file() or path is None else sorted(cards.glob("*.md"))
-    file = next((card for card in others if path in (front_matter(card)[0].get("files") or {})), file)
+    """Return the data card of that name, else the card of the file that was read (a part of a data set).
+
+    That is the card that lists the file, or the card of the folder that the file is in, such as data/emoji.
+    """
+    named = cards / f"{name}.md"
+    places = [named]
+    if path is not None and not named.is_file():
+        places += [card for card in sorted(cards.glob("*.md")) if path in (front_matter(card)[0].get("files") or {})]
+        places.append(cards / f"{Path(path).parent.name}.md")
+    file = next((place for place in places if place.is_file()), named)
     write = "write it, as data_cards/README.md says, or name the directory: --data_cards"
     listing = f", nor one that lists {path}" if path else ""
     check(file.is_file(), f"the data card of {name}", str(file), f"no such file{listing}; {write}")
