@@ -1,6 +1,8 @@
 """What is installed: the recipes, their configurations, the data cards and the Space, and the optional libraries."""
 
 import difflib
+import shutil
+import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,6 +29,21 @@ def files(name: str) -> Path:
     """Return the folder `recipes`, `data_cards` or `space`: inside the package, or beside it in a checkout."""
     packaged = Path(__file__).parent / name
     return packaged if packaged.is_dir() else Path(__file__).parents[1] / name
+
+
+def checkout() -> Path | None:
+    """Return the folder of the checkout that this code runs from; None if it was installed without one."""
+    root = files("recipes").parent
+    return None if root == Path(__file__).parent else root
+
+
+def commit() -> str | None:
+    """Return the commit of this code; None if git does not know it."""
+    root = checkout()
+    if root is None or shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def configs() -> dict[str, Path]:

@@ -5,16 +5,18 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import xxhash
+
+from koclip import installation
 
 SEAL = "checksums.json"  # written last, of every other file
 _BLOCK = 2**20  # bytes read at a time
@@ -76,6 +78,12 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def read_table(name: str) -> list[list[str]]:
+    """Return the rows of a table in `koclip/assets`, without empty lines and lines that begin with "# "."""
+    text = resources.files("koclip").joinpath("assets", name).read_text(encoding="utf-8")
+    return [line.split("\t") for line in text.split("\n") if line and not line.startswith("# ")]
 
 
 def append_lines(file: Path, items: Iterable[dict[str, Any]]) -> None:
@@ -150,10 +158,9 @@ def environment(num_processes: int = 1) -> dict[str, Any]:
     """Return what a number depends on: versions, hardware, the commit of the code."""
     import torch  # takes seconds, and nothing else here needs it
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
-        "commit": commit.stdout.strip() or None,
+        "commit": installation.commit(),
         "python": platform.python_version(),
         "packages": {package: version(package) for package in _PACKAGES},
         "cpu_threads": torch.get_num_threads(),

@@ -8,7 +8,7 @@ python recipes/publish.py --help                                                
 
 from pathlib import Path
 
-from koclip import config
+from koclip import config, installation
 from koclip.data.transforms import PixelLimit
 from koclip.publishing.card import write_card
 from koclip.publishing.card_inputs import gather
@@ -16,8 +16,6 @@ from koclip.publishing.checks import CARD, name_base, publishable
 from koclip.publishing.formats import int8, onnx, sentence_transformers
 from koclip.publishing.preflight import preflight, print_checks, refuse
 from koclip.publishing.push import Pushed, Repository, check_base, check_rights, push, push_space
-
-APP = Path(__file__).parents[1] / "space"
 
 
 def main(cfg: config.PublishConfig) -> None:
@@ -51,7 +49,8 @@ def main(cfg: config.PublishConfig) -> None:
     repo = Repository(cfg.repo_id, private=cfg.private)
     print_push(push(directory, publishable(directory, cfg.adapter), repo, cfg.message, cfg.tag), cfg.tag)
     if cfg.space:
-        print_push(push_space(APP, Repository(cfg.space, "space", cfg.private), cfg.repo_id, cfg.message))
+        app, shown = installation.files("space"), Repository(cfg.space, "space", cfg.private)
+        print_push(push_space(app, shown, cfg.repo_id, cfg.message))
 
 
 def print_push(pushed: Pushed, tag: str | None = None) -> None:

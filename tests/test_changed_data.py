@@ -97,4 +97,4 @@ def test_a_checkpoint_that_does_not_know_its_data_says_so(stopped: Path, capsys:
     (checkpoint / storage.SEAL).unlink()
     storage.seal(checkpoint)
     assert go_on(stopped) == [1, 2, 3]
-    assert "the checkpoint has no facts about its data" in capsys.readouterr().out
+    assert "the checkpoint does not describe its data" in capsys.readouterr().out

@@ -78,7 +78,7 @@ def test_dump_reads_back_equal(tmp_path):
         (["--train.batch_size", "1.5"], ["train.batch_size", "int", "1.5"]),
         (["--train.precision", "no"], ["train.precision", "bf16", "no"]),
         (["--train.compile", "maybe"], ["train.compile", "maybe"]),
-        (["--train.batch_size", "1"], ["train.batch_size", "2 pairs"]),
+        (["--train.batch_size", "1"], ["train.batch_size", "got 1", "2"]),
         (["--config", "missing.yaml"], ["missing.yaml"]),
         (["--data.sources", "[{path: x, weigth: 3}]"], ["weigth"]),
         (["--data.sources", "[{path: x, weight: -3}]"], ["data.sources[].weight", "-3"]),

@@ -107,14 +107,14 @@ def test_an_empty_query_set_is_named(tmp_path: Path, encoded: Callable[..., byte
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
-        ({"tasks": ["linear_probe"]}, "need source.label and classes"),
-        ({"classes": "cifar10", "tasks": ["zero_shot"]}, "name the column of the classes"),
+        ({"tasks": ["linear_probe"]}, r"tasks: got \['linear_probe'\], .*source.label"),
+        ({"classes": "cifar10", "tasks": ["zero_shot"]}, r"eval\.sets\[\]\.source\.label: got None"),
         ({"tasks": ["languages"], "source": SourceConfig(captions={"ko": "ko"})}, "languages: got .*2 language"),
         ({"tasks": ["stress"], "source": SourceConfig(captions={"en": "en"})}, "stress: got .*captions in ko"),
         ({"tasks": ["retrieval"], "source": SourceConfig(captions={}, label="key")}, "retrieval: got"),
-        ({"tasks": ["shift"]}, "needs shifted sets or corruptions"),
-        ({"shots": [0]}, "expected 1 or more"),
-        ({"templates": {"fr": ["{}"]}}, "languages are"),
+        ({"tasks": ["shift"]}, r"eval\.sets\[\]\.shifted: got {}"),
+        ({"shots": [0]}, r"eval\.sets\[\]\.shots: got \[0\]"),
+        ({"templates": {"fr": ["{}"]}}, r"templates: got \['fr'\], .*\['ko', 'en'\]"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(settings: dict[str, object], word: str) -> None:

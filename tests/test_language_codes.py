@@ -70,7 +70,7 @@ def test_norwegian_without_quotes_is_named(tmp_path: Path, capsys: pytest.Captur
 
 def test_names_of_classes_are_in_such_languages(tmp_path: Path) -> None:
     (tmp_path / "classes.yaml").write_text("- {key: a, kr: 가}\n- {key: b, kr: 나}\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"class 0 \(a\).*'kr'.* ko "):
+    with pytest.raises(ConfigError, match=r"class 0 \(a\).*'kr'.* mean ko\b"):
         load_classes(tmp_path / "classes.yaml")
 
 

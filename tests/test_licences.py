@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from koclip.config import ConfigError
 from koclip.publishing.licences import ALLOWS, Part, Source, conclude, model_parts, read_data_card, read_parts
-from koclip.text import read_table
+from koclip.storage import read_table
 
 IDS = {id_: (terms, hub) for id_, terms, hub in read_table("licences.tsv")}
 FREE = sorted(id_ for id_, (terms, _) in IDS.items() if terms == "free")

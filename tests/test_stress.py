@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from koclip.data.formats import scenes
-from koclip.text import read_table
+from koclip.storage import read_table
 from koclip.text.korean.endings import restyle
 from koclip.text.korean.hangul import compose, keystrokes, letters, neighbours, spell, typed
 from koclip.text.korean.nouns import replace_nouns, split

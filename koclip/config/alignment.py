@@ -1,19 +1,19 @@
-"""Alignment: which towers, by which method, taught by whom. What a method does to a model is in `koclip.align`."""
+"""Alignment: the methods, their stages and the teacher. `koclip.align` applies a method to a model."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from koclip.config.checks import all_faults, check, check_languages
+from koclip.config.checks import all_faults, check, check_languages, check_least
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """The source's text tower as a teacher, on translations of the captions in its language.
+    """The text tower of `model.clip` as a teacher: it embeds translations of the captions in its language.
 
     If a row has equally many captions in both languages, caption i corresponds to caption i (empty captions count); a
-    caption whose translation is empty is not taught. If the numbers differ, any caption of the row is used as the
-    translation. The numbers of both cases are printed when training starts. Captions in the teacher's language are
-    taught as well.
+    caption whose translation is empty is not used. If the numbers differ, any caption of the row is used as the
+    translation. The start of training prints how often each case occurs. Captions in the teacher's language are also
+    trained on.
 
     Args:
         language: The teacher's language.
@@ -33,25 +33,23 @@ class DistillConfig:
     @all_faults()
     def __post_init__(self) -> None:
         check_languages("distill.language", [self.language])
-        for name in ("contrastive", "cosine", "mse", "anchor"):
-            value = getattr(self, name)
-            check(value >= 0, f"distill.{name}", value, "expected 0 or more")
+        check_least(self, "distill.", 0, "contrastive", "cosine", "mse", "anchor")
         weights = self.contrastive, self.cosine, self.mse
         check(any(weights), "distill", weights, "contrastive, cosine or mse must be more than 0")
 
 
 class Stage(NamedTuple):
-    """A part of a run with an optimizer and a schedule of its own.
+    """A part of a run with its own optimizer and schedule.
 
     Attributes:
-        name: What the progress bar says.
-        start: Steps of the run before it.
-        end: Steps of the run when it is over.
+        name: Name in the progress bar.
+        start: Step of the run at which it starts.
+        end: Step of the run at which it ends.
         lr: Peak learning rate.
-        images: Whether texts are contrasted with images.
-        distill: What the teacher adds to the loss; None without a teacher.
+        images: Whether the loss contrasts texts with images.
+        distill: Weights of the teacher's terms in the loss; None without a teacher.
         trains_image: Whether the image tower is trained.
-        layer_decay: Learning rate of a layer as a share of that of the layer above it.
+        layer_decay: Learning rate of a layer relative to the layer above it.
     """
 
     name: str
@@ -65,21 +63,13 @@ class Stage(NamedTuple):
 
 
 class StagePlan(NamedTuple):
-    """A stage of a method, before a run gives it steps and a learning rate.
-
-    Attributes:
-        name: Its name.
-        images: Whether texts are contrasted with images.
-        distills: Whether the teacher is needed. A stage with images has one too if `distill.anchor` is set.
-        trains_image: Whether the image tower is trained.
-        optional: Whether `align.first_steps: 0` leaves it out.
-    """
+    """A stage of a method, without the steps and the learning rate, which a run sets."""
 
     name: str
-    images: bool = True
-    distills: bool = False
+    images: bool = True  # the loss contrasts texts with images
+    distills: bool = False  # needs the teacher; `distill.anchor` adds a teacher to stages with images, too
     trains_image: bool = False
-    optional: bool = False
+    optional: bool = False  # `align.first_steps: 0` leaves it out
 
 
 class Method(NamedTuple):
@@ -134,16 +124,15 @@ class AlignMethodConfig:
 
     @all_faults()
     def __post_init__(self) -> None:
-        known = self.method in METHODS
-        check(known, "align.method", self.method, f"expected one of {', '.join(METHODS)}")
+        check(self.method in METHODS, "align.method", self.method, f"expected one of {', '.join(METHODS)}")
         method = METHODS[self.method]
         self._check_stages(len(method.stages) > 1, method.stages[0].optional)
         of_image = [name for name, method in METHODS.items() if any(stage.trains_image for stage in method.stages)]
         for name, default in (("image_layers", None), ("layer_decay", 1.0)):
             value, fix = getattr(self, name), f"only {' or '.join(of_image)} has this setting, not {self.method}"
             check(self.method in of_image or value == default, f"align.{name}", value, fix)
-        least = self.image_layers is None or self.image_layers >= 1
-        check(least, "align.image_layers", self.image_layers, "expected 1 or more")
+        check_least(self, "align.", 0, "first_steps")
+        check_least(self, "align.", 1, "image_layers")
         check(0 < self.layer_decay <= 1, "align.layer_decay", self.layer_decay, "expected more than 0, at most 1")
         check(0 < self.wise_ft <= 1, "align.wise_ft", self.wise_ft, "expected more than 0, at most 1")
         whole = not method.adapters or self.wise_ft == 1
@@ -152,7 +141,6 @@ class AlignMethodConfig:
     def _check_stages(self, staged: bool, optional: bool) -> None:
         """Check the steps of the first of two stages, which may be `optional`."""
         first, key = self.first_steps, "align.first_steps"
-        check(first >= 0, key, first, "expected 0 or more")
         check(staged or not first, key, first, f"{self.method} has one stage")
         check(not staged or optional or first > 0, key, first, f"{self.method} needs the steps of its first stage")
         check(self.second_lr is None or self.second_lr > 0, "align.second_lr", self.second_lr, "expected more than 0")

@@ -12,7 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-MOST_PIXELS = 178_956_970  # of a picture that PIL decodes
+from koclip import storage
+
+MOST_PIXELS = 178_956_970  # PIL decodes no larger picture
 
 
 class ConfigError(ValueError):
@@ -23,7 +25,7 @@ class RunError(RuntimeError):
     """A run that cannot continue. The message says why, what is saved and what to do."""
 
 
-class Stopped(Exception):  # noqa: N818 - no error
+class Stopped(Exception):  # noqa: N818 - not an error
     """The run was asked to stop and has saved a checkpoint. The message says how to continue."""
 
 
@@ -33,13 +35,25 @@ _collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
 
 
 def check(condition: bool, key: str, got: object, fix: str) -> None:
-    """Raise a `ConfigError` naming `key` unless `condition` holds; inside `all_faults`, note it and go on."""
+    """Raise a `ConfigError` that names `key` if `condition` is false; in `all_faults`, collect the fault instead."""
     if condition:
         return
     fault, collected = f"{key}: got {got!r}, {fix}", _collected.get()
     if collected is None:
         raise ConfigError(fault)
     collected.append(fault)
+
+
+def check_least(section: object, prefix: str, least: int, *names: str) -> None:
+    """Check that these values of a section are at least `least`, or None; errors put `prefix` before their names."""
+    for name in names:
+        value = getattr(section, name)
+        check(value is None or value >= least, prefix + name, value, f"expected {least} or more")
+
+
+def check_share(key: str, value: float) -> None:
+    """Check that a value is a share below 1."""
+    check(0 <= value < 1, key, value, "expected 0 or more and less than 1")
 
 
 @contextmanager
@@ -57,57 +71,28 @@ def all_faults() -> Iterator[None]:
     except _CONSEQUENCES as error:
         if not faults:
             raise
-        if isinstance(error, ConfigError):  # raised by hand, which is a fault too
+        if isinstance(error, ConfigError):  # raised without `check`
             faults.append(str(error))
     finally:
         _collected.reset(token)
     if outer is not None:
         outer += faults
     elif faults:
-        raise ConfigError(_listed(list(dict.fromkeys(faults))))
-
-
-def _listed(faults: list[str]) -> str:
-    if len(faults) == 1:
-        return faults[0]
-    return f"{len(faults)} faults: " + "; ".join(f"({number}) {fault}" for number, fault in enumerate(faults, 1))
+        faults = list(dict.fromkeys(faults))
+        listed = "; ".join(f"({number}) {fault}" for number, fault in enumerate(faults, 1))
+        raise ConfigError(faults[0] if len(faults) == 1 else f"{len(faults)} faults: {listed}")
 
 
 def check_pixels(key: str, pixels: int) -> None:
-    """Raise a `ConfigError` naming `key` unless it can be the largest width x height of a picture."""
+    """Check the largest allowed width x height of a picture."""
     check(1 <= pixels <= MOST_PIXELS, key, pixels, f"expected 1 to {MOST_PIXELS}, the most that PIL decodes")
 
 
-# Codes of languages of BCP 47: `ko`, `en`, `zh-Hant`, `pt-BR` (RFC 5646; primary codes of ISO 639-1).
-# ISO 639-1 with the codes of ISO 639-2/T and, behind a slash, /B: BCP 47 takes the shortest of a language.
-_SHORTEST = """
-aa aar, ab abk, ae ave, af afr, ak aka, am amh, an arg, ar ara, as asm, av ava, ay aym, az aze, ba bak, be bel, bg bul,
-bh bih, bi bis, bm bam, bn ben, bo bod/tib, br bre, bs bos, ca cat, ce che, ch cha, co cos, cr cre, cs ces/cze, cu chu,
-cv chv, cy cym/wel, da dan, de deu/ger, dv div, dz dzo, ee ewe, el ell/gre, en eng, eo epo, es spa, et est, eu eus/baq,
-fa fas/per, ff ful, fi fin, fj fij, fo fao, fr fra/fre, fy fry, ga gle, gd gla, gl glg, gn grn, gu guj, gv glv, ha hau,
-he heb, hi hin, ho hmo, hr hrv, ht hat, hu hun, hy hye/arm, hz her, ia ina, id ind, ie ile, ig ibo, ii iii, ik ipk,
-io ido, is isl/ice, it ita, iu iku, ja jpn, jv jav, ka kat/geo, kg kon, ki kik, kj kua, kk kaz, kl kal, km khm, kn kan,
-ko kor, ks kas, ku kur, kv kom, kw cor, ky kir, la lat, lb ltz, lg lug, li lim, ln lin, lo lao, lt lit, lu lub, lv lav,
-mg mlg, mh mah, mi mri/mao, mk mkd/mac, ml mal, mn mon, mr mar, ms msa/may, mt mlt, my mya/bur, na nau, nb nob, nd nde,
-ne nep, ng ndo, nl nld/dut, nn nno, no nor, nr nbl, nv nav, ny nya, oc oci, oj oji, om orm, or ori, os oss, pa pan,
-pi pli, pl pol, ps pus, pt por, qu que, rm roh, rn run, ro ron/rum, ru rus, rw kin, sa san, sc srd, sd snd, se sme,
-sg sag, sh hbs, si sin, sk slk/slo, sl slv, sm smo, sn sna, so som, sq sqi/alb, sr srp, ss ssw, st sot, su sun, sv swe,
-sw swa, ta tam, te tel, tg tgk, th tha, ti tir, tk tuk, tl tgl, tn tsn, to ton, tr tur, ts tso, tt tat, ty tah, ug uig,
-uk ukr, ur urd, uz uzb, ve ven, vi vie, vo vol, wa wln, wo wol, xh xho, yi yid, yo yor, za zha, zh zho/chi, zu zul
-"""
-_SHORT = {longer: short for short, more in map(str.split, _SHORTEST.split(",")) for longer in more.split("/")}
-# Countries and names written for languages, and codes that are out of use. `kr` and `tw` are codes of languages, too
-# (Kanuri and Twi), which are written for Korean and for Taiwan's Chinese far more often: those two have three letters.
-_MEANT = {
-    **dict(kr="ko", kp="ko", jp="ja", cn="zh", tw="zh-Hant", hk="zh-Hant", gr="el", ua="uk", cz="cs", dk="da", vn="vi"),
-    **dict(us="en", gb="en", sp="es", mx="es", pk="ur", ir="fa", kz="kk", ge="ka", al="sq", rs="sr", at="de"),
-    **{"in": "id", "iw": "he", "ji": "yi", "jw": "jv", "mo": "ro"},
-    **dict(korean="ko", hangul="ko", english="en", japanese="ja", chinese="zh", german="de", french="fr", spanish="es"),
-    **dict(italian="it", russian="ru", vietnamese="vi", thai="th", indonesian="id", arabic="ar", portuguese="pt"),
-    **{"한국어": "ko", "영어": "en", "일본어": "ja", "중국어": "zh"},
-}
-_MEANT |= _SHORT
+_MEANT = {written: code for written, code in storage.read_table("languages.tsv")}
+_SHORT = {code: short for code, short in _MEANT.items() if len(code) == 3 and code.isascii()}
+# `kr` is the code of Kanuri and `tw` of Twi, but most people who write them mean Korean and Taiwan's Chinese.
 _TAKEN = {"kr": "kau for Kanuri", "tw": "twi for Twi"}
+# A tag of BCP 47 (RFC 5646): `ko`, `en`, `zh-Hant`, `pt-BR`.
 _TAG = re.compile(
     r"([a-z]{2,3})(-[A-Z][a-z]{3})?(-([A-Z]{2}|\d{3}))?(-([a-z0-9]{5,8}|\d[a-z0-9]{3}))*(-x(-[a-z0-9]{1,8})+)?"
 )
@@ -122,11 +107,11 @@ def check_languages(key: str, languages: Iterable[str]) -> None:
         ConfigError: a code is wrong. The message suggests the code that is probably meant.
     """
     for language in languages:
-        check(isinstance(language, str), key, language, 'expected text; YAML takes a bare `no` for false: write "no"')
+        check(isinstance(language, str), key, language, 'expected a text; in YAML, no means false: write "no"')
         meant = _likely(language)
         fix = "expected a BCP 47 language code, such as ko, en, zh-Hant or pt-BR"
         if meant:
-            fix += f"; probably {meant} is meant" + (f" (write {_TAKEN[language]})" if language in _TAKEN else "")
+            fix += f"; did you mean {meant}?" + (f" (or {_TAKEN[language]})" if language in _TAKEN else "")
         check(_is_code(language), key, language, fix)
 
 
@@ -187,15 +172,13 @@ def _listing(folder: str, changed: int) -> dict[str, list[str]]:
     return dict(entries)
 
 
-# Keys that do not change the trained model. The number of readers of streamed data changes the order of the rows; it
-# is checked where the data is opened.
+# Keys that do not change the trained model. (The loader checks `data.num_workers` if it reads streams.)
 FREE = (
     *("output_dir", "resume", "resume_with", "eval", "data.num_workers", "data.max_skipped_fraction"),
-    "align.cache_dir",
-    *("model.image_gradient_checkpointing", "model.text_gradient_checkpointing", "loss.tile_rows"),
+    *("align.cache_dir", "loss.tile_rows", "model.image_gradient_checkpointing", "model.text_gradient_checkpointing"),
     *("train.num_processes", "train.num_threads", "train.micro_batch_size", "train.compile", "train.tracker"),
-    *("train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints"),
-    *("train.max_bad_steps", "train.spike_sigmas"),
+    *("train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints", "train.max_bad_steps"),
+    "train.spike_sigmas",
 )
 _GLOBAL = "global batch (train.batch_size x processes)"
 
@@ -218,18 +201,22 @@ def check_changes(
     old, new = _flat(before), _flat(now)
     for key in accepted:
         if key not in new:
-            raise ConfigError(f"resume_with: {key} is not a key of this recipe; it takes names such as optim.lr")
+            raise ConfigError(f"resume_with: got {key!r}, expected a key of this recipe, such as optim.lr")
     for config, count in zip((old, new), processes, strict=True):
         config[_GLOBAL] = config.pop("train.batch_size") * count
     changed = {key: (old.get(key), new.get(key)) for key in old | new if old.get(key) != new.get(key)}
     lines = {key: f"{key}: {was} -> {now}" for key, (was, now) in changed.items()}
     named = {*accepted, *([_GLOBAL] if "train.batch_size" in accepted else [])}
-    refused = {key: line for key, line in lines.items() if not _is_free(key) and key not in named}
+    refused = {
+        key: line
+        for key, line in lines.items()
+        if key not in named and not any(key == free or key.startswith(f"{free}.") for free in FREE)
+    }
     if refused:
         names = ", ".join("train.batch_size" if key == _GLOBAL else key for key in refused)
         raise ConfigError(
             "resume: these keys changed since the checkpoint, and the trained model would differ: "
-            f"{'; '.join(refused.values())}. Set them back, or accept them by name: --resume_with '[{names}]'"
+            f"{'; '.join(refused.values())}. Restore them, or accept the change: --resume_with '[{names}]'"
         )
     return list(lines.values())
 
@@ -248,12 +235,12 @@ def check_data(
         ConfigError: the data changed, and `accepted` does not contain `data.sources`.
     """
     if before is None:
-        return ["the checkpoint has no facts about its data: koclip cannot check that the data is the same"]
+        return ["the checkpoint does not describe its data: koclip cannot check that the data is the same"]
     lines = [_difference(was, new) for was, new in itertools.zip_longest(before, now) if was != new]
     if lines and "data.sources" not in accepted:
         raise ConfigError(
-            f"resume: the data changed since the checkpoint: {'; '.join(lines)}. The rows that come next would be "
-            "others. Put the data back, or accept it by name: --resume_with '[data.sources]'"
+            f"resume: the data changed since the checkpoint: {'; '.join(lines)}. The run would continue with other "
+            "rows. Restore the data, or accept the change: --resume_with '[data.sources]'"
         )
     return lines
 
@@ -262,15 +249,11 @@ def _difference(before: dict[str, Any] | None, now: dict[str, Any] | None) -> st
     """Return how a source differs from the source in the checkpoint."""
     if before is None or now is None:
         source = now or before or {}
-        return f"source {source['source']}: {'not there' if now is None else 'new'}"
+        return f"source {source['source']}: {'removed' if now is None else 'new'}"
     numbers = {key: (before.get(key), now.get(key)) for key in ("rows", "shards", "revision")}
     counts = [f"{key}: {was} -> {new}" for key, (was, new) in numbers.items() if was != new]
-    what = ", ".join(counts) or "same number of rows, but other captions, other pictures or another order"
+    what = ", ".join(counts) or "as many rows, but different captions or pictures, or a different order"
     return f"source {now['source']}: {what}"
-
-
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

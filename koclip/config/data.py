@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from koclip.config.checks import all_faults, check, check_languages, check_pixels
+from koclip.config.checks import all_faults, check, check_languages, check_least, check_pixels, check_share
 
-_NO_NUL = "expected no NUL character: no file has one in its name"
+_NO_NUL = "expected no NUL character: file names cannot have one"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One set of (image, captions) rows.
+    """A data set of images with captions.
 
     Args:
         path: `scenes` (built in), a local file, folder or glob, or a Hub data set id such as `owner/name`. The name of
@@ -23,18 +23,19 @@ class SourceConfig:
             by the file name, in any letter case, with or without `.gz`, `.bz2` or `.xz`; a folder is read as an image
             folder, or as a data set that `datasets` saved with `save_to_disk`. For a folder of other files, name the
             format: `parquet` reads all its Parquet files as one split, `hub` lets `datasets` find the splits.
-            `annotations` is `[{"file_path": ..., "captions": [...]}]`, as KoCLIP and COCO have it; `pictures` is every
-            picture of a folder, without captions. In CSV, fields may be quoted; in `.tsv`, a quote is text.
-        name: Short name used in logs and metric names; default: the last part of the path.
+            `annotations`: files of `[{"file_path": ..., "captions": [...]}]`, the format of KoCLIP and COCO.
+            `pictures`: every picture of a folder, without captions. In CSV, fields may be quoted; in `.tsv`, a quote
+            is text.
+        name: Short name in logs and metric names. Default: the last part of the path.
         split: Split to read, or a slice of it such as `train[:1000]`. In an image folder, `datasets` finds the splits
             by the names of folders and files; `all` reads every picture.
         subset: Configuration of a Hub data set that has several.
-        revision: Git revision of a Hub data set; default: its main branch.
-        streaming: Read rows as they arrive instead of preparing the whole set on disk first.
-            WebDataset shards are always streamed.
+        revision: Git revision of a Hub data set. Default: its main branch.
+        streaming: Read rows as they arrive instead of first preparing the whole data set on disk. WebDataset shards
+            are always streamed.
         image: Column that holds the image (bytes, a file path, or an Image feature). Dots reach into nested columns.
-            With several columns, such as `[jpg, png]`, the first that has a value in a row. null: parallel sentences
-            without images, for `align.method: distill`.
+            Of several columns, such as `[jpg, png]`, each row's first one with a value is read. null: sentences without
+            images, for `align.method: distill`.
         image_root: Folder that relative image paths start from. Default: the folder of `path`.
         columns: Names of the columns of a CSV or TSV file that has no header line.
         encoding: Encoding of CSV, TSV and JSON files, and of the texts in tar shards, for example `cp949` for those of
@@ -50,7 +51,7 @@ class SourceConfig:
             for streamed sources.
         scenes_size: Number of images in `scenes`; must be even, because they come in pairs.
         scenes_part: `train` or `test`, which have no scene in common. Neither contains the (colour, shape) pairs that
-            zero-shot evaluation uses.
+            zero-shot evaluation tests.
     """
 
     path: str = "scenes"
@@ -84,22 +85,15 @@ class SourceConfig:
         check(not unknown, "data.sources[].languages", sorted(unknown), f"captions has {sorted(self.captions)}")
         for language, chance in (self.languages or {}).items():
             check(chance >= 0, f"data.sources[].languages.{language}", chance, "expected 0 or more")
-        if self.languages is not None:
-            check(
-                sum(self.languages.values()) > 0,
-                "data.sources[].languages",
-                self.languages,
-                "expected a chance above 0 for at least one language",
-            )
+        drawn = self.languages is None or sum(self.languages.values()) > 0
+        check(drawn, "data.sources[].languages", self.languages, "expected a chance above 0 for at least one language")
         even = self.scenes_size >= 2 and self.scenes_size % 2 == 0
         check(even, "data.sources[].scenes_size", self.scenes_size, "expected an even number")
         check(self.weight is None or self.weight > 0, "data.sources[].weight", self.weight, "expected more than 0")
         try:
             "".encode(self.encoding)
         except LookupError:
-            check(
-                False, "data.sources[].encoding", self.encoding, "expected an encoding such as utf-8, cp949 or utf-16"
-            )
+            check(False, "data.sources[].encoding", self.encoding, "expected a name such as utf-8, cp949 or utf-16")
 
     @property
     def short_name(self) -> str:
@@ -167,18 +161,15 @@ class DataConfig:
         check(len(self.sources) > 0, "data.sources", self.sources, "list at least one source")
         for source in self.sources:
             check(bool(source.captions), "data.sources[].captions", source.captions, "name at least one caption column")
-        check(self.num_crops >= 0, "data.num_crops", self.num_crops, "expected 0 or more")
+        check_least(self, "data.", 0, "num_crops", "num_workers")
+        check_least(self, "data.", 1, "length_pool", "shuffle_buffer")
         low, high = self.crop_scale
         check(0 < low <= high <= 1, "data.crop_scale", self.crop_scale, "expected 0 < low <= high <= 1")
         for name in ("horizontal_flip", "color_jitter", "grayscale"):
             check(0 <= getattr(self, name) <= 1, f"data.{name}", getattr(self, name), "expected 0 to 1")
-        check(0 <= self.word_dropout < 1, "data.word_dropout", self.word_dropout, "expected 0 or more and less than 1")
+        check_share("data.word_dropout", self.word_dropout)
         check(0 <= self.rotation <= 180, "data.rotation", self.rotation, "expected 0 to 180")
-        check(self.length_pool >= 1, "data.length_pool", self.length_pool, "expected 1 or more")
-        check(self.num_workers >= 0, "data.num_workers", self.num_workers, "expected 0 or more")
-        check(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "expected 1 or more")
-        share = self.max_skipped_fraction
-        check(0 <= share < 1, "data.max_skipped_fraction", share, "expected 0 or more and less than 1")
+        check_share("data.max_skipped_fraction", self.max_skipped_fraction)
         check_pixels("data.max_image_pixels", self.max_image_pixels)
 
 

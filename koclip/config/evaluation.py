@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from koclip.config.checks import all_faults, check, check_languages
+from koclip.config.checks import all_faults, check, check_languages, check_least, check_share
 from koclip.config.data import SourceConfig
 
-LABELLED = ("linear_probe", "few_shot")  # tasks that need classes, which captions are not
+LABELLED = ("linear_probe", "few_shot")  # tasks that need classes
 CLASS_TASKS = ("zero_shot", "shift")  # tasks that read the names of classes
 CAPTIONED = ("retrieval", "languages", "stress")  # tasks that read captions
 
@@ -16,36 +16,35 @@ class EvalSetConfig:
     """One data set to evaluate on.
 
     Args:
-        source: Its images and captions, or their classes (`label`).
-        tasks: `retrieval` ranks captions and images against each other; `languages` compares the same captions in two
-            languages; `stress` ranks images by Korean captions rewritten in 14 ways; `zero_shot` classifies images by
-            the names of the classes; `shift`: zero-shot accuracy on the `shifted` sets and under `corruptions`,
-            compared with the original set; `linear_probe` and `few_shot` fit a logistic regression on image features.
-            `multiple_choice` (which text fits the image?) comes with data that has questions, such as `scenes`.
-        gallery: Further sources whose captions join the candidates (and whose images do not).
-        classes: Names of the classes: `cifar10`, `cifar100`, `stl10`, `tiny_imagenet` or a YAML file of yours
-            (koclip/text/classes.py); default: each image's caption is the name of its class. With classes each row is
-            an image; without, rows of equal images (by content) are one image with all their captions.
-        labels: How `source.label` names a class: by its `key`, or by its `number`, which is its place in the list, from
-            0. `auto`: by key if all labels of source, train and shifted are keys; by number if all are numbers, no key
-            is one and every class has an image in each of them; anything else is refused.
-        present_classes: Leave out classes that no image belongs to.
-        templates: Prompts of `zero_shot` by language: a list in which `{label}` stands for the name and
-            `{label:을/를}` for the name with the particle that fits; or `ko`, `en` or a YAML file of yours; default:
-            the bare name.
-        template_kind: Which templates of such a file: `photo` or `drawing`.
-        train: Images that probes are fitted on; images that the source holds too are left out, by content. Default:
-            half of the source, drawn with `seed`; then the other half is tested.
-        shots: Images per class that `few_shot` is fitted on, one after the other.
-        shifted: Other data sets with the same classes, to measure accuracy under distribution shift: a source for each
-            name.
-        corruptions: Corruptions of `shift`, each in five severities: noise, blur, contrast, brightness, jpeg, pixels.
-        max_images: Images used of the source and of each shifted set, the first ones; 0 uses all. All their captions
-            are, in whichever rows they stand; but of a stream nothing behind the first row of another image is read.
-            `train` and `gallery` are read whole (`split: train[:1000]` reads a part).
-        max_skipped_fraction: Stop when more than this share of the rows of the source, of train, of a shifted set or of
-            a gallery is unusable.
-        seed: Seed of what is drawn: stress, corruptions, shots and splits.
+        source: The data set: its images and captions, or their classes (`label`).
+        tasks: `retrieval`: rank images for captions, and captions for images. `languages`: compare the same captions in
+            two languages. `stress`: retrieval with Korean captions that are rewritten in 14 ways. `zero_shot`: classify
+            images by the names of the classes. `shift`: zero-shot accuracy on the `shifted` sets and under
+            `corruptions`, compared with the original set. `linear_probe` and `few_shot`: fit a logistic regression on
+            image features. `multiple_choice`: choose the text that fits the image; runs on data with questions, such
+            as `scenes`.
+        gallery: Further sources. Their captions join the candidates of `retrieval`; their images do not.
+        classes: Names of the classes: `cifar10`, `cifar100`, `stl10`, `tiny_imagenet` or your YAML file
+            (koclip/text/classes.py). Each row is then an image. Default: the caption of an image is the name of its
+            class, and rows with equal images (by content) are one image with all their captions.
+        labels: How `source.label` names a class: `key`, or `number`: its position in the list, from 0. `auto`: `key` if
+            all labels of source, train and shifted are keys; `number` if all are numbers, no key is a number and every
+            class has an image in each of these sources; otherwise an error.
+        present_classes: Leave out classes without images.
+        templates: Prompts of `zero_shot` by language: a list with `{label}` for the name, or `{label:을/를}` for the
+            name with the particle that fits; or `ko`, `en` or your YAML file. Default: the bare name.
+        template_kind: Kind of the templates to use from such a file: `photo` or `drawing`.
+        train: Images to fit probes on; images that are also in the source (by content) are left out. Default: a random
+            half of the source; the other half is tested.
+        shots: Numbers of images per class that `few_shot` is fitted on.
+        shifted: Other data sets with the same classes, to measure accuracy under distribution shift. Maps a name to a
+            source.
+        corruptions: Corruptions for `shift`, each in five severities: noise, blur, contrast, brightness, jpeg, pixels.
+        max_images: Use only the first images of the source and of each shifted set, at most this many, with all their
+            captions. 0: all. A stream is read only up to the first row of the next image. `train` and `gallery` are
+            read whole; `split: train[:1000]` limits them.
+        max_skipped_fraction: Stop if more than this share of the rows of a source is unusable.
+        seed: Seed of stress, corruptions, shots and splits.
     """
 
     source: SourceConfig = field(default_factory=lambda: SourceConfig(scenes_part="test", scenes_size=1_000))
@@ -67,15 +66,14 @@ class EvalSetConfig:
     @all_faults()
     def __post_init__(self) -> None:
         check_languages("eval.sets[].templates", self.templates)
-        share = self.max_skipped_fraction
-        check(0 <= share < 1, "eval.sets[].max_skipped_fraction", share, "expected 0 or more and less than 1")
-        check(self.max_images >= 0, "eval.sets[].max_images", self.max_images, "expected 0 or more")
+        check_share("eval.sets[].max_skipped_fraction", self.max_skipped_fraction)
+        check_least(self, "eval.sets[].", 0, "max_images")
         if self.classes is None:
             unknown = sorted(set(self.templates) - set(self.source.captions))
             languages = list(self.source.captions)
-            check(not unknown, "eval.sets[].templates", unknown, f"the source's languages are {languages}")
+            check(not unknown, "eval.sets[].templates", unknown, f"expected languages of the captions: {languages}")
             probes = sorted(set(self.tasks) & set(LABELLED))
-            check(not probes, "eval.sets[].tasks", probes, "they need source.label and classes")
+            check(not probes, "eval.sets[].tasks", probes, "these tasks need source.label and classes")
         else:
             for name, source in self.parts.items():
                 check(source.label is not None, f"eval.sets[].{name}.label", None, "name the column of the classes")
@@ -86,9 +84,8 @@ class EvalSetConfig:
             ("stress", "ko" in captions, "captions in ko"),
         ):
             check(fits or task not in self.tasks, f"eval.sets[].tasks: {task}", captions, f"expected {wanted}")
-        if "shift" in self.tasks:
-            some = bool(self.shifted or self.corruptions)
-            check(some, "eval.sets[].shifted", {}, "the task shift needs shifted sets or corruptions")
+        some = "shift" not in self.tasks or bool(self.shifted or self.corruptions)
+        check(some, "eval.sets[].shifted", self.shifted, "the task shift needs shifted sets or corruptions")
         check(all(count >= 1 for count in self.shots), "eval.sets[].shots", self.shots, "expected 1 or more each")
         self._check_shifted()
         self._check_used()
@@ -100,21 +97,19 @@ class EvalSetConfig:
         return parts | ({"train": self.train} if self.train else {})
 
     def _check_shifted(self) -> None:
-        """Every shifted set and corruption has metrics of its own name, shift_<name>/accuracy, in every language."""
+        """Check the names of shifted sets, which become names of metrics, and their captions."""
         names = [*self.shifted, *self.corruptions]
         distinct = len(set(names)) == len(names) and "none" not in names
-        check(
-            distinct, "eval.sets[].shifted", names, "expected names that differ from each other, corruptions and none"
-        )
+        check(distinct, "eval.sets[].shifted", names, "expected different names, none that of a corruption or `none`")
         plain = not any("/" in name for name in self.shifted)
         check(plain, "eval.sets[].shifted", list(self.shifted), "expected names without a slash")
         for name, source in self.shifted.items() if self.classes is None else ():
             lacking = sorted(set(self.source.captions) - set(source.captions))
             key = f"eval.sets[].shifted.{name}.captions"
-            check(not lacking, key, source.captions, f"expected captions in {lacking} as the source has them")
+            check(not lacking, key, source.captions, f"expected captions in {lacking} too, as in the source")
 
     def _check_used(self) -> None:
-        """No setting is given that the tasks asked for do not use."""
+        """Check that the tasks use every setting that is given."""
         named = set(self.tasks) & set(CLASS_TASKS)
         from_files = any(isinstance(templates, str) for templates in self.templates.values())
         for name, used, wanted in (
@@ -128,18 +123,18 @@ class EvalSetConfig:
             ("labels", self.classes or self.labels == "auto", "classes"),
         ):
             value = getattr(self, name)
-            check(bool(used) or not value, f"eval.sets[].{name}", value, f"only with {wanted}: add it or take this out")
+            check(bool(used) or not value, f"eval.sets[].{name}", value, f"needs {wanted}: add that or remove this")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RatingsConfig:
-    """People's ratings of captions for images, which a model's scores should agree with.
+    """Human ratings of how well captions fit images, to compare the model's scores with.
 
     Args:
-        path: TSV file: image, caption, one or more ratings (numbers), without a header line.
-        language: The captions' language.
-        name: Short name used in metric names.
-        image_root: Folder that relative image paths start from; default: the folder of `path`.
+        path: TSV file without a header line: image, caption, one or more ratings (numbers).
+        language: Language of the captions.
+        name: Short name in metric names.
+        image_root: Folder that relative image paths start from. Default: the folder of `path`.
     """
 
     path: str
@@ -156,9 +151,9 @@ class EvalConfig:
     """Evaluation during and after training.
 
     Args:
-        sets: What to evaluate on.
-        ratings: People's ratings that the model's scores should agree with.
-        batch_size: Images or texts encoded at once.
+        sets: Data sets to evaluate on.
+        ratings: Human ratings to compare the model's scores with.
+        batch_size: Images or texts encoded at a time.
     """
 
     sets: list[EvalSetConfig] = field(default_factory=lambda: [EvalSetConfig()])
@@ -168,5 +163,5 @@ class EvalConfig:
     @all_faults()
     def __post_init__(self) -> None:
         names = [part.source.short_name for part in self.sets] + [part.name for part in self.ratings]
-        check(len(set(names)) == len(names), "eval.sets[].source.name", names, "give each data set a name of its own")
-        check(self.batch_size >= 1, "eval.batch_size", self.batch_size, "expected 1 or more")
+        check(len(set(names)) == len(names), "eval.sets[].source.name", names, "give each data set a different name")
+        check_least(self, "eval.", 1, "batch_size")

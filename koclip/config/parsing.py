@@ -108,8 +108,8 @@ def run(
 ) -> None:
     """Parse the command line, as `parse` does, and run a recipe.
 
-    A mistake in the configuration or its data prints one line and exits with code 2; a run that cannot continue, 1. A
-    run that was asked to stop has said so and exits with 0.
+    A mistake in the configuration or the data prints one line and exits with code 2. A run that cannot continue exits
+    with code 1, a run that was asked to stop with code 0.
     """
     config = parse(schema, default=default, first=first)
     try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from koclip.config.alignment import METHODS, AlignMethodConfig, DistillConfig, Stage
-from koclip.config.checks import all_faults, check, check_pixels
+from koclip.config.checks import all_faults, check, check_least, check_pixels
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig
 from koclip.config.training import AdapterConfig, LossConfig, ModelConfig, OptimConfig, SwapConfig, TrainConfig
@@ -77,9 +77,9 @@ class AlignConfig:
         check(first < steps, "align.first_steps", first, f"expected fewer than train.num_steps ({steps})")
         _check_run(self)
         cached = self.align.cache and any(stage.images and not stage.trains_image for stage in self.stages)
-        kept = self.data.num_crops >= 1 or not cached
+        fixed = self.data.num_crops >= 1 or not cached
         fix = "expected 1 or more, because align.cache stores the embeddings of fixed crops"
-        check(kept, "data.num_crops", self.data.num_crops, fix)
+        check(fixed, "data.num_crops", self.data.num_crops, fix)
         language = self.distill.language if self.taught else None
         missing = [source.short_name for source in self.data.sources if language and language not in source.captions]
         check(not missing, "data.sources[].captions", missing, f"the teacher needs captions in {language}")
@@ -131,14 +131,10 @@ class AlignConfig:
 def _check_run(config: PretrainConfig | AlignConfig) -> None:
     """Check what every training recipe's sections must agree on."""
     warmup, num_steps = config.optim.warmup_steps, min(stage.end - stage.start for stage in config.stages)
-    check(
-        warmup < num_steps,
-        "optim.warmup_steps",
-        warmup,
-        f"expected fewer than train.num_steps ({num_steps}, of the shortest stage)",
-    )
+    fix = f"expected fewer than train.num_steps ({num_steps}, of the shortest stage)"
+    check(warmup < num_steps, "optim.warmup_steps", warmup, fix)
     resumable = config.resume == "no" or config.output_dir is not None
-    check(resumable, "resume", config.resume, "set output_dir to the run directory to continue")
+    check(resumable, "resume", config.resume, "set output_dir to the run directory to continue from")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +174,7 @@ class EvaluateConfig:
         names = [eval_set.source.short_name for eval_set in self.sets] + [ratings.name for ratings in self.ratings]
         check(len(set(names)) == len(names), "sets[].source.name", names, "expected a different name for each data set")
         check_pixels("max_image_pixels", self.max_image_pixels)
-        check(self.batch_size >= 1, "batch_size", self.batch_size, "expected 1 or more")
+        check_least(self, "", 1, "batch_size")
 
     @property
     def all_models(self) -> list[str]:
@@ -208,7 +204,7 @@ class PublishConfig:
             `unstated`. With any other text, the card shows the text and this model's licence is `other`. Default: the
             licence on the Hub. The licence of a data set always comes from its data card.
         license: Licence of this model if its sources allow any, as the Hub spells it.
-        data_cards: Directory of the data cards.
+        data_cards: Directory of the cards of your own data sets. Those of koclip are read after it.
         training_time: Training time to print on the card. Default: the last `seconds` in metrics.jsonl of the run.
         onnx: Also export both towers to ONNX: `fp32`, or `int8` (fp32 and int8). Loads in ONNX Runtime, and in
             transformers.js as CLIPTextModelWithProjection and CLIPVisionModelWithProjection. Needs
@@ -233,7 +229,7 @@ class PublishConfig:
     text_encoder: str | None = None
     licenses: dict[str, str] = field(default_factory=dict)
     license: str = "apache-2.0"
-    data_cards: str = "data_cards"
+    data_cards: str | None = None
     training_time: str | None = None
     onnx: Literal["fp32", "int8"] | None = None
     int8_sets: list[EvalSetConfig] = field(default_factory=list)
@@ -246,16 +242,17 @@ class PublishConfig:
         for key, name in (("repo_id", self.repo_id), ("space", self.space)):
             named = name is None or re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is not None
             check(named, key, name, "expected organisation/name: letters, digits, - _ .")
-        check(bool(self.message.strip()), "message", self.message, "expected some words")
+        check(bool(self.message.strip()), "message", self.message, "expected a text")
         check_pixels("max_image_pixels", self.max_image_pixels)
         names = [eval_set.source.short_name for eval_set in self.int8_sets]
-        check(not names or self.onnx == "int8", "int8_sets", names, "expected --onnx int8: they measure its loss")
         check(
-            len(set(names)) == len(names),
-            "int8_sets[].source.name",
+            not names or self.onnx == "int8",
+            "int8_sets",
             names,
-            "expected a different name for each data set",
+            "needs --onnx int8, whose loss it measures",
         )
+        fix = "expected a different name for each data set"
+        check(len(set(names)) == len(names), "int8_sets[].source.name", names, fix)
         tasks = [eval_set.tasks for eval_set in self.int8_sets]
         check(all("retrieval" in names for names in tasks), "int8_sets[].tasks", tasks, "expected retrieval among them")
 
@@ -296,12 +293,11 @@ class IndexConfig:
         check(bool(self.model), "model", self.model, "name a directory or Hub id: --model runs/<run>/model")
         some = bool(self.images) or self.source is not None
         check(some, "images", self.images, "name a folder of pictures or a data set: --images photos/")
-        check(self.max_images >= 0, "max_images", self.max_images, "expected 0 or more")
+        check_least(self, "", 0, "max_images")
+        check_least(self, "", 1, "approximate_from", "batch_size")
         check_pixels("max_image_pixels", self.max_image_pixels)
         size = self.thumbnail_size
         check(size == 0 or 16 <= size <= 1_024, "thumbnail_size", size, "expected 16 to 1024, or 0 for none")
-        check(self.approximate_from >= 1, "approximate_from", self.approximate_from, "expected 1 or more")
-        check(self.batch_size >= 1, "batch_size", self.batch_size, "expected 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

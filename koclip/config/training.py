@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from koclip.config.checks import all_faults, check
+from koclip.config.checks import all_faults, check, check_least, check_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +46,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         # exp(logit_scale) is clamped to 100, so a temperature below 0.01 could not be kept.
         check(0.01 <= self.temperature <= 1, "model.temperature", self.temperature, "expected 0.01 to 1")
-        check(0 <= self.patch_dropout < 1, "model.patch_dropout", self.patch_dropout, "expected 0 or more, less than 1")
-        for name in (
-            "image_size",
-            "patch_size",
-            "image_width",
-            "image_layers",
-            "text_width",
-            "text_layers",
-            "embed_dim",
-        ):
-            value = getattr(self, name)
-            check(value is None or value >= 1, f"model.{name}", value, "expected 1 or more")
+        check_share("model.patch_dropout", self.patch_dropout)
+        sizes = ("image_size", "patch_size", "image_width", "image_layers", "text_width", "text_layers", "embed_dim")
+        check_least(self, "model.", 1, *sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +78,11 @@ class SwapConfig:
 
     @all_faults()
     def __post_init__(self) -> None:
-        named = "name the directory or Hub id of a CLIP or an image tower"
-        check(bool(self.clip), "model.clip", self.clip, named)
+        check(bool(self.clip), "model.clip", self.clip, "name the directory or Hub id of a CLIP or an image tower")
+        check_least(self, "model.", 1, "text_width", "text_layers")
         for name in ("text_width", "text_layers"):
-            value = getattr(self, name)
-            check(value is None or value >= 1, f"model.{name}", value, "expected 1 or more")
-            check(value is None or self.text_encoder is None, f"model.{name}", value, "model.text_encoder has its own")
+            value, fix = getattr(self, name), "remove it: model.text_encoder has its own size"
+            check(value is None or self.text_encoder is None, f"model.{name}", value, fix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +105,8 @@ class AdapterConfig:
 
     @all_faults()
     def __post_init__(self) -> None:
-        check(self.rank >= 1, "lora.rank", self.rank, "expected 1 or more")
-        check(self.alpha >= 1, "lora.alpha", self.alpha, "expected 1 or more")
-        check(0 <= self.dropout < 1, "lora.dropout", self.dropout, "expected 0 or more and less than 1")
+        check_least(self, "lora.", 1, "rank", "alpha")
+        check_share("lora.dropout", self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +127,7 @@ class LossConfig:
 
     @all_faults()
     def __post_init__(self) -> None:
-        check(self.tile_rows is None or self.tile_rows >= 1, "loss.tile_rows", self.tile_rows, "expected 1 or more")
+        check_least(self, "loss.", 1, "tile_rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +158,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check(self.lr > 0, "optim.lr", self.lr, "expected more than 0")
         check(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "expected 0 to 1")
-        check(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "expected 0 or more")
-        check(self.max_grad_norm >= 0, "optim.max_grad_norm", self.max_grad_norm, "expected 0 or more")
+        check_least(self, "optim.", 0, "warmup_steps", "max_grad_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,10 +173,10 @@ class TrainConfig:
         num_processes: Stop if the run was launched with another number of processes. Default: any number.
         precision: `fp32`, `bf16` or `fp16` (autocast; weights stay fp32).
         compile: Compile the model with torch.compile.
-        fast: Compute only the last layer's tokens that CLIP reads, and use faster layers on CPUs. The same embeddings
-            and gradients, up to rounding.
-        ema_decay: Decay of an exponential moving average of the weights. 0: no average. If there is an average, it is
-            what is evaluated and published.
+        fast: In the last layer compute only the tokens that CLIP reads, and use faster layers on CPUs. Embeddings and
+            gradients stay the same, up to rounding.
+        ema_decay: Decay of an exponential moving average of the weights; the average is evaluated and published. 0: no
+            average.
         log_every: Steps between two lines of metrics.jsonl. Their `seconds` are the wall-clock time of the run so far.
         eval_every: Steps between two evaluations. 0: only at the end.
         save_every: Steps between two checkpoints. 0: only at the end.
@@ -198,7 +186,7 @@ class TrainConfig:
         spike_sigmas: events.jsonl also lists losses more than this many standard deviations above the running mean. 0:
             lists none.
         num_threads: CPU threads per process. 0: PyTorch's default.
-        tracker: Where metrics are written in addition to metrics.jsonl.
+        tracker: Program that metrics are also sent to, in addition to metrics.jsonl.
         seed: Seed of dropout.
     """
 
@@ -222,13 +210,15 @@ class TrainConfig:
 
     @all_faults()
     def __post_init__(self) -> None:
-        check(self.num_steps >= 1, "train.num_steps", self.num_steps, "expected 1 or more")
-        check(self.batch_size >= 2, "train.batch_size", self.batch_size, "a contrastive loss needs 2 pairs or more")
+        check_least(self, "train.", 1, "num_steps", "log_every", "keep_checkpoints", "max_bad_steps")
+        check_least(self, "train.", 0, "spike_sigmas")
+        check(
+            self.batch_size >= 2,
+            "train.batch_size",
+            self.batch_size,
+            "expected 2 or more, to contrast pairs",
+        )
         micro = self.micro_batch_size
         fits = micro is None or 1 <= micro <= self.batch_size
         check(fits, "train.micro_batch_size", micro, f"expected 1 to train.batch_size ({self.batch_size})")
-        check(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "expected 0 or more and less than 1")
-        check(self.log_every >= 1, "train.log_every", self.log_every, "expected 1 or more")
-        check(self.keep_checkpoints >= 1, "train.keep_checkpoints", self.keep_checkpoints, "expected 1 or more")
-        check(self.max_bad_steps >= 1, "train.max_bad_steps", self.max_bad_steps, "expected 1 or more")
-        check(self.spike_sigmas >= 0, "train.spike_sigmas", self.spike_sigmas, "expected 0 or more")
+        check_share("train.ema_decay", self.ema_decay)

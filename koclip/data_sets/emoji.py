@@ -197,17 +197,20 @@ def _openmoji(wheel: Path, emoji: list[str]) -> Iterator[tuple[str, bytes]]:
             "Pillow: got a build without raqm, which joins emoji sequences; expected the wheel: pip install pillow"
         )
     font = ImageFont.truetype(BytesIO(member(wheel, _FONT)), _FONT_SIZE)
-    missing = _shape(font, "\U0010fffe")  # the box of characters that a font lacks
     for characters in tqdm(emoji, desc=wheel.name, unit="emoji"):
-        if font.getlength(characters) > _CELL + 1 or any(_shape(font, each) == missing for each in characters):
+        if font.getlength(characters) > _CELL + 1 or any(_is_missing(each, font) for each in characters):
             continue
         image = Image.new("RGB", (_CELL, _CELL), "white")
         ImageDraw.Draw(image).text((0, 0), characters, font=font, embedded_color=True)
         yield _id(characters), _picture(image)
 
 
-def _shape(font: ImageFont.FreeTypeFont, character: str) -> tuple[object, float]:
-    return font.getmask(character).getbbox(), font.getlength(character)
+def _is_missing(character: str, font: ImageFont.FreeTypeFont) -> bool:
+    """Tell whether a font draws the box of characters that it lacks. Lengths are compared first: that is faster."""
+    lacked = "\U0010fffe"
+    if font.getlength(character) != font.getlength(lacked):
+        return False
+    return font.getmask(character).getbbox() == font.getmask(lacked).getbbox()
 
 
 def _picture(image: Image.Image) -> bytes:

@@ -1,8 +1,9 @@
 """The inputs of a model's card: the run's configuration, environment and numbers, and its sources with their cards."""
 
+import itertools
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
-from koclip import storage
+from koclip import installation, storage
 from koclip.config import ConfigError, PublishConfig, SourceConfig, check
 from koclip.encoders import load
 from koclip.evaluation.results import Record, records_of
@@ -92,7 +93,8 @@ def gather(cfg: PublishConfig) -> Facts:
     Raises:
         ConfigError: an input is missing; the message names it and says what to do.
     """
-    directory, cards = Path(cfg.model), Path(cfg.data_cards)
+    directory = Path(cfg.model)
+    cards = [*([Path(cfg.data_cards)] if cfg.data_cards else []), installation.files("data_cards")]
     run = directory.resolve().parent
     config = _read_config(run)
     results = _read_results(cfg, run)
@@ -181,7 +183,7 @@ def _measure_again(cfg: PublishConfig) -> str:
     return f"measure it: {command}, and publish with --results runs/measured/results.json"
 
 
-def _training_data(config: Mapping[str, Any], cards: Path, role: str) -> Iterator[DataSet]:
+def _training_data(config: Mapping[str, Any], cards: Sequence[Path], role: str) -> Iterator[DataSet]:
     for values in config["data"]["sources"]:
         source = SourceConfig(path=values["path"], name=values.get("name"))
         hub_id = source.path if is_hub_id(source.path) and "/" in source.path else None
@@ -194,20 +196,21 @@ def _path(described: Mapping[str, Any]) -> str | None:
     return path
 
 
-def _find_card(name: str, path: str | None, cards: Path) -> Path:
+def _find_card(name: str, path: str | None, cards: Sequence[Path]) -> Path:
     """Return the data card of that name, else the card of the file that was read (a part of a data set).
 
-    That is the card that lists the file, or the card of the folder that the file is in, such as data/emoji.
+    That is the card that lists the file, or the card of the folder that the file is in, such as data/emoji. Earlier
+    directories of `cards` go first.
     """
-    named = cards / f"{name}.md"
-    places = [named]
-    if path is not None and not named.is_file():
-        places += [card for card in sorted(cards.glob("*.md")) if path in (front_matter(card)[0].get("files") or {})]
-        places.append(cards / f"{Path(path).parent.name}.md")
-    file = next((place for place in places if place.is_file()), named)
-    write = "write it, as data_cards/README.md says, or name the directory: --data_cards"
-    listing = f", nor one that lists {path}" if path else ""
-    check(file.is_file(), f"the data card of {name}", str(file), f"no such file{listing}; {write}")
+    named = [directory / f"{name}.md" for directory in cards]
+    others = (card for directory in cards for card in sorted(directory.glob("*.md")) if path is not None)
+    listing = (card for card in others if path in (front_matter(card)[0].get("files") or {}))
+    folder = [directory / f"{Path(path or '').parent.name}.md" for directory in cards]
+    places = itertools.chain(filter(Path.is_file, named), listing, filter(Path.is_file, folder))
+    file = next(places, named[0])
+    write = "write it, as data_cards/README.md of koclip says, and name its directory: --data_cards"
+    also = f", nor one that lists {path}" if path else ""
+    check(file.is_file(), f"the data card of {name}", str(file), f"no such file{also}; {write}")
     return file
 
 
@@ -219,7 +222,7 @@ class _Place(NamedTuple):
     revision: str | None = None
 
 
-def _data_set(name: str, role: str, cards: Path, place: _Place) -> DataSet:
+def _data_set(name: str, role: str, cards: Sequence[Path], place: _Place) -> DataSet:
     file = _find_card(name, place.path, cards)
     card = read_data_card(file)
     checksums = [f"{Path(path).name} sha256 {digest[:12]}" for path, digest in card.files.items()]
@@ -250,7 +253,9 @@ def _towers(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield "model.text_encoder", config["model"]["text_encoder"]
 
 
-def _base_run(key: str, name: str, cards: Path, licenses: Mapping[str, str]) -> tuple[list[Source], list[DataSet]]:
+def _base_run(
+    key: str, name: str, cards: Sequence[Path], licenses: Mapping[str, str]
+) -> tuple[list[Source], list[DataSet]]:
     """Return towers and data of a base that koclip trained on this machine, and of that base's own base."""
     run = Path(name).resolve().parent
     option = f"--{key.removeprefix('model.')} <its Hub id>"

@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from koclip.config import ConfigError, check
-from koclip.text import read_table
+from koclip.storage import read_table
 
 OTHER, NONE, UNSTATED = "other", "none", "unstated"
 # The uses that a licence allows or not: the key in a data card, and the words in a table.

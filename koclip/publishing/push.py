@@ -22,6 +22,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Sp
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 from tqdm.auto import tqdm
 
+from koclip import installation
 from koclip.config import ConfigError, RunError, check
 from koclip.publishing.checks import ADAPTER, BUILT, CARD, LICENCE
 from koclip.publishing.formats import onnx
@@ -252,7 +253,8 @@ def push_space(source: Path, repo: Repository, model_id: str, message: str) -> P
     with tempfile.TemporaryDirectory() as folder:
         for name in files:
             shutil.copy(source / name, folder)
-        _pin(Path(folder) / "requirements.txt", source)
+        if checkout := installation.checkout():
+            _pin(Path(folder) / "requirements.txt", checkout)
         card = SpaceCard.load(Path(folder) / CARD)
         card.data.title, card.data.models = repo.repo_id.split("/")[1], [model_id]
         card.save(Path(folder) / CARD)
@@ -261,9 +263,9 @@ def push_space(source: Path, repo: Repository, model_id: str, message: str) -> P
     return pushed
 
 
-def _pin(requirements: Path, source: Path) -> None:
-    """Pin koclip in the Space's requirements to the commit of this checkout, if a remote has that commit."""
-    git = ["git", "-C", str(source)]
+def _pin(requirements: Path, checkout: Path) -> None:
+    """Pin koclip in the Space's requirements to the commit of the checkout, if a remote has that commit."""
+    git = ["git", "-C", str(checkout)]
     pushed = [*git, "for-each-ref", "refs/remotes", "--contains", "HEAD", "--count=1"]
     if shutil.which("git") and subprocess.run(pushed, capture_output=True, check=False).stdout:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

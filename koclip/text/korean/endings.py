@@ -13,7 +13,7 @@ import functools
 import re
 from typing import Literal, NamedTuple
 
-from koclip.text import read_table
+from koclip.storage import read_table
 from koclip.text.korean.hangul import coda, compose, letters, with_coda
 from koclip.text.korean.particles import particle
 

@@ -10,7 +10,7 @@ import functools
 import re
 from collections.abc import Callable, Collection
 
-from koclip.text import read_table
+from koclip.storage import read_table
 from koclip.text.korean.hangul import coda, is_syllable
 from koclip.text.korean.particles import particle
 

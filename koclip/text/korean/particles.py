@@ -15,7 +15,7 @@ import re
 import string
 import unicodedata
 
-from koclip.text import read_table
+from koclip.storage import read_table
 from koclip.text.korean.hangul import CODAS, coda, is_syllable
 
 # after a final consonant / after a vowel

@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
-from koclip.text import read_table
+from koclip.storage import read_table
 from koclip.text.korean.endings import restyle
 from koclip.text.korean.hangul import is_syllable, keystrokes, neighbours, romanize, spell, typed
 from koclip.text.korean.nouns import drop_particles, replace_nouns
