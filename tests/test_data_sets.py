@@ -188,7 +188,7 @@ def emoji_here(server: FileServer, encoded: Any, patch: Any) -> None:
 
 
 SETS = {
-    "emoji": (emoji_here, {"emoji": 2 * 3 + 1 + 1}),
+    "emoji": (emoji_here, {"emoji": 3 + 3 + 2 + 1}),
     "flickr8k_ko": (flickr, {"train": 2, "val": 1}),
     "tiny_imagenet_ko": (tiny_imagenet, {"train": 400, "val": 200}),
     "cifar10": (cifar, {"train": 100, "test": 20}),

@@ -210,7 +210,7 @@ def _is_missing(character: str, font: ImageFont.FreeTypeFont) -> bool:
     lacked = "\U0010fffe"
     if font.getlength(character) != font.getlength(lacked):
         return False
-    return font.getmask(character).getbbox() == font.getmask(lacked).getbbox()
+    return bool(font.getmask(character).getbbox() == font.getmask(lacked).getbbox())
 
 
 def _picture(image: Image.Image) -> bytes:
