@@ -78,7 +78,7 @@ def test_every_number_is_that_of_the_results(run):
     rows = {(section, label): rest for section, label, *rest in ((cells[0], *cells[1:]) for cells in shown)}
     languages = re.split(r"^### ", card.text.split("## Evaluation")[1].split("## Limits")[0], flags=re.M)[1:]
     assert [heading.split("\n")[0] for heading in languages] == [
-        "Korean", "English", "Between the languages", "Korean as people type it", "Pictures alone",
+        "Korean", "English", "Between the languages", "Korean as people type it", "Images only",
     ]  # fmt: skip
     for name, (value, low, high, n) in METRICS.items():
         (record,) = records_of({name: Metric(value, (low, high), n)}, SPECS)
@@ -100,7 +100,7 @@ def test_every_number_is_that_of_the_results(run):
             assert values.pop((record.language, record.label())) == value
     assert not values
     summary = card.text.split("라이선스")[0]
-    assert "R@10: 45.7 % (95 % 구간 43.0~48.0, scenes)" in summary
+    assert "R@10: 45.7 % (95 % 신뢰 구간 43.0~48.0, scenes)" in summary
     assert set(map(float, re.findall(r"(\d+\.\d)", summary))) <= {
         rounded(part, 100) for value, low, high, _ in METRICS.values() for part in (value, low, high)
     }
@@ -318,8 +318,8 @@ def test_the_card_says_what_becomes_of_long_and_of_unclean_texts(run):
         for cleans in (True, False)
     }
     for (longer, cleans), text in said.items():
-        assert ("the pipeline reads them whole" in text, "the pipeline fails on them" in text) == (longer, not longer)
-        assert ("by the tokenizer itself" in text, "other callers do not" in text) == (cleans, not cleans)
+        assert ("The pipeline embeds them whole" in text, "The pipeline fails on them" in text) == (longer, not longer)
+        assert ("The tokenizer removes" in text, "Other libraries do not" in text) == (cleans, not cleans)
 
 
 def test_a_card_of_somebody_else_is_kept(run):
