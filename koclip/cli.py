@@ -19,16 +19,17 @@ import yaml
 import koclip
 from koclip import installation, storage
 
-# What a command does, and whether accelerate starts it.
+# What a command does, and the extra that it needs.
 RECIPES = {
-    "pretrain": ("train a CLIP from random weights on (image, caption) pairs", True),
-    "align": ("give a CLIP a Korean or multilingual text encoder", True),
-    "evaluate": ("measure models in Korean and English: results, charts, a report", True),
-    "publish": ("check a trained model, write its card, push both to the Hub", False),
-    "index": ("make a collection of images searchable", False),
-    "space": ("show a model in the browser", False),
-    "data": ("download a data set from its public source", False),
+    "pretrain": ("train a CLIP from random weights on (image, caption) pairs", "train"),
+    "align": ("give a CLIP a Korean or multilingual text encoder", "train"),
+    "evaluate": ("measure models in Korean and English: results, charts, a report", "eval"),
+    "publish": ("check a trained model, write its card, push both to the Hub", "publish"),
+    "index": ("make a collection of images searchable", "search"),
+    "space": ("show a model in the browser", "space"),
+    "data": ("download a data set from its public source", "data"),
 }
+LAUNCHED = {"pretrain", "align", "evaluate"}  # by accelerate
 EXAMPLES = """\
 examples:
   koclip pretrain                       train on the built-in images, 4 minutes on 2 CPU cores
@@ -94,22 +95,21 @@ def run_recipe(name: str, words: list[str]) -> None:
         words: The recipe's arguments, and `--launch OPTIONS` for accelerate.
     """
     launch_options, words = _take_launch_options(words)
-    launched = RECIPES[name][1]
-    if launch_options and not launched:
+    if launch_options and name not in LAUNCHED:
         _fail(f"--launch: koclip {name} runs in one process")
     folder = installation.files("space" if name == "space" else "recipes")
     script = folder / ("app.py" if name == "space" else f"{name}.py")
     try:
-        if launched and "--help" not in words and "-h" not in words:
-            launch(script, launch_options, words)
-            return
+        installation.require(RECIPES[name][1])
+    except installation.MissingExtraError as error:
+        _fail(f"{name}: {error}")
+    if name in LAUNCHED and "--help" not in words and "-h" not in words:
+        launch(script, launch_options, words)
+    else:
         sys.argv = [str(script), *words]
-        sys.path.insert(0, str(folder))  # as `python script` does: the Space's modules import each other by bare name
+        if name == "space":  # its modules import each other by bare name
+            sys.path.insert(0, str(folder))
         runpy.run_path(str(script), run_name="__main__")
-    except ModuleNotFoundError as error:
-        if error.name not in installation.EXTRAS:
-            raise
-        _fail(str(error))
 
 
 def _take_launch_options(words: list[str]) -> tuple[list[str], list[str]]:
@@ -135,7 +135,6 @@ def launch(script: Path, options: list[str], words: list[str]) -> None:
 
     A single process takes the place of this one, so that it gets the signals and its exit status is kept.
     """
-    installation.require("accelerate")
     from accelerate.commands import launch as accelerate_launch  # imports torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

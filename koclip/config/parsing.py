@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 
 from koclip import installation, storage
 from koclip.config.checks import ConfigError, RunError, Stopped, all_faults
@@ -31,6 +30,9 @@ def parse(schema: type[Config], args: Sequence[str] | None = None, default: Path
     Exits with code 2 and a line on stderr if a key is unknown, a type is wrong, a file is missing or a value is out of
     range.
     """
+    installation.require("data")
+    from jsonargparse import ArgumentError, ArgumentParser  # what is not parsed needs no extra
+
     words = _join_lists(sys.argv[1:] if args is None else list(args), schema)
     words = _spell_out_flags(words, schema)
     if default is not None and not any(word.split("=")[0] == "--config" for word in words):
