@@ -68,7 +68,7 @@ def third_party(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
         names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         for name in {str(name).split(".")[0] for name in names} - {"koclip", *sys.stdlib_module_names}:
-            yield node.lineno, name, node in tree.body
+            yield node.lineno, name, node in tree.body  # type: ignore[attr-defined]
 
 
 def test_an_import_that_needs_an_extra_comes_after_a_check_for_it():
