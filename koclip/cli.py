@@ -55,6 +55,8 @@ def main(words: Sequence[str] | None = None) -> None:
             print(table(options.recipe))
         elif options.command == "cp":
             copy(options.name, Path(options.to or f"{options.name.rpartition('/')[2]}.yaml"), options.force)
+    except BrokenPipeError:  # `koclip ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         _fail(str(error))
 
@@ -186,16 +188,11 @@ def _header(path: Path) -> list[str]:
 
 def _row(name: str, path: Path) -> tuple[str, ...]:
     text = path.read_text(encoding="utf-8")
-    data: dict[str, None] = {}
-    models: dict[str, None] = {}
-    for key, value in _entries(yaml.safe_load(text)):
-        if key == "path":
-            data[_origin(value)] = None
-        elif key in _MODELS and value != "same":
-            models[value] = None
+    entries = list(_entries(yaml.safe_load(text)))
+    paths = [value for key, value in entries if key == "path"] or ["scenes"]
+    models = dict.fromkeys(value for key, value in entries if key in _MODELS and value != "same")
     hardware = _HARDWARE.search(text)
-    cells = (", ".join(data) or "built in", ", ".join(models) or "-", hardware[1] if hardware else "-")
-    return (name, *cells)
+    return (name, _origin(paths), ", ".join(models) or "-", hardware[1] if hardware else "-")
 
 
 def _entries(values: Any) -> Iterator[tuple[str, str]]:
@@ -207,14 +204,13 @@ def _entries(values: Any) -> Iterator[tuple[str, str]]:
             yield from _entries(value)
 
 
-def _origin(path: str) -> str:
-    """Say how a user gets the data of a path."""
-    if path == "scenes":
-        return "built in"
-    folder, _, rest = path.partition("/")
-    name = rest.partition("/")[0]
-    packaged = folder == "data" and (installation.files("data_cards") / f"{name}.md").is_file()
-    return f"koclip data {name}" if packaged else "your files"
+def _origin(paths: list[str]) -> str:
+    """Say how a user gets the data of these paths."""
+    cards = installation.files("data_cards")
+    folders = dict.fromkeys(path.removeprefix("data/").split("/")[0] for path in paths if path != "scenes")
+    public = [name for name in folders if (cards / f"{name}.md").is_file()]
+    origins = [f"koclip data {', '.join(public)}"] * bool(public) + ["your files"] * (len(folders) > len(public))
+    return ", ".join(origins) or "built in"
 
 
 def copy(name: str, target: Path, force: bool = False) -> None:
