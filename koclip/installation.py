@@ -8,7 +8,7 @@ from pathlib import Path
 
 _ENDING = ".yaml"
 # The libraries of each extra of pyproject.toml, by the names they are imported by.
-_DATA = ("datasets", "fsspec", "jsonargparse")
+_DATA = ("datasets", "fsspec", "httpx", "jsonargparse")
 _EVAL = (*_DATA, "accelerate", "evaluate", "jinja2", "koreanize_matplotlib", "matplotlib", "rich", "scipy", "sklearn")
 EXTRAS = {
     "data": _DATA,
