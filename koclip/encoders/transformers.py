@@ -24,6 +24,7 @@ from koclip.data.transforms import to_rgb
 from koclip.encoders.base import Encoder, NoPatchesError, evaluating, fingerprint, tokenizer_rules, unknown_share
 from koclip.models.pretrained import read, read_processor, refuse
 from koclip.models.stock import longest_text
+from koclip.text.tokenizers import LEGACY_EOS_ID
 
 DUAL_ENCODERS = (
     CLIPModel,
@@ -36,7 +37,6 @@ DUAL_ENCODERS = (
 )
 SIGLIP_TOKENS = 64  # SigLIP and SigLIP 2 were trained on texts padded to this length, without a mask
 _NO_LIMIT = 10**9  # tokens; `model_max_length` is 10^30 in a tokenizer without a limit
-_LARGEST_IS_END = 2  # end token in the config.json of the first CLIPs; transformers then reads the largest id
 
 FORM = "a directory, a Hub id"
 
@@ -175,6 +175,6 @@ def _check_end(spec: str, model: Any, tokenizer: Any) -> None:
         return
     end = model.config.text_config.eos_token_id
     ids = tokenizer("a picture")["input_ids"]
-    oldest = model.config.model_type == "clip" and end == _LARGEST_IS_END
+    oldest = model.config.model_type == "clip" and end == LEGACY_EOS_ID
     expected = f"expected the end token {end} of its config.json among them: use the tokenizer of its training"
     check(oldest or end in ids, f"model: {spec}, its tokenizer's ids of a text", ids, expected)
