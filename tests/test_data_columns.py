@@ -97,7 +97,7 @@ def test_what_cannot_be_opened_is_one_clear_line(tmp_path, records) -> None:
             for kind in ("parquet", "json", "tar")
         ),
         (SourceConfig(path=str(tmp_path / "empty.csv")), "cannot be read as csv"),
-        (SourceConfig(captions={"ja": "captions_ja"}), r"'scenes' has no captions in \['ja'\]"),
+        (SourceConfig(captions={"ja": "captions_ja"}), r"'scenes': .*\['ja'\]"),
     ]
     for config, message in cases:
         with pytest.raises(SourceError, match=message) as caught:

@@ -19,7 +19,7 @@ from koclip.data.batches import Batch
 from koclip.models.dual_encoder import DualEncoder
 from koclip.runs.session import Session
 from koclip.training import DivergedError, TrainState
-from koclip.training.loop import Health
+from koclip.training.loop import Counts, Health
 
 CONFIG = PretrainConfig(
     train=TrainConfig(batch_size=4, num_steps=30, tracker="none", max_bad_steps=10, ema_decay=0.9),
@@ -176,8 +176,8 @@ def test_the_state_of_a_judge_survives_a_checkpoint() -> None:
     health = Health(max_bad_steps=3, spike_sigmas=6)
     for step, loss in enumerate(itertools.chain([1.0] * 5, [NAN, NAN])):
         health.judge(step, loss, 1.0, [], None)
-    again = Health(max_bad_steps=3, spike_sigmas=6)
-    again.load_state_dict(json.loads(json.dumps(health.state_dict())))
+    saved = json.loads(json.dumps(dataclasses.asdict(health.counts)))
+    again = Health(max_bad_steps=3, spike_sigmas=6, counts=Counts(**saved))
     again.stop_if_diverged()
     again.judge(7, NAN, 1.0, [], None)
     with pytest.raises(DivergedError):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.skips import known_reason
 
+from koclip.cli import RECIPES
 from koclip.config import (
     AlignConfig,
     EvaluateConfig,
@@ -82,7 +83,7 @@ WRITERS = {
 YAMLS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
 DOCS = [ROOT / name for name in ("README.md", "README.ko.md", "CONTRIBUTING.md", "recipes/README.md")]
 DOCS += sorted((ROOT / "docs").rglob("*.md"))
-COMMANDS = {*SCHEMAS, "space", "data", "ls", "cp"}  # of `koclip`
+COMMANDS = {*RECIPES, "ls", "cp"}  # of `koclip`
 
 
 def python_files(*folders: str) -> dict[str, ast.Module]:

@@ -19,7 +19,7 @@ from koclip.data import survey
 from koclip.data.formats.files import SourceError
 from koclip.data.order import CaptionChooser
 from koclip.data.sources import MapSource, open_source
-from koclip.runs.directory import survey as learn
+from koclip.runs.directory import survey_sources
 from koclip.text import tokenizers
 
 
@@ -149,7 +149,7 @@ def test_changed_data_has_other_facts(kind: str, tmp_path: Path, tokenizer, enco
         folder = tmp_path / name / "data"
         folder.mkdir(parents=True)
         source = write(folder, rows, kind, encoded)
-        return [learnt.facts for learnt in learn(DataConfig(sources=[source], length_pool=1), tokenizer)]
+        return [learnt.facts for learnt in survey_sources(DataConfig(sources=[source], length_pool=1), tokenizer)]
 
     before = facts("before", ROWS)
     assert facts("copy", ROWS) == before
@@ -157,7 +157,7 @@ def test_changed_data_has_other_facts(kind: str, tmp_path: Path, tokenizer, enco
 
 
 def test_facts_do_not_depend_on_the_tokenizer_or_the_pool(tokenizer, table) -> None:
-    facts = [learn(DataConfig(sources=[table], length_pool=pool), tokenizer)[0].facts for pool in (1, 4)]
+    facts = [survey_sources(DataConfig(sources=[table], length_pool=pool), tokenizer)[0].facts for pool in (1, 4)]
     assert facts[0] == facts[1]
     assert facts[0]["rows"] == 50
 

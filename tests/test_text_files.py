@@ -226,10 +226,10 @@ BROKEN = {
     "a quote that is not closed": ("rows.csv", 'image,ko\na.png,개\nb.png,"새\nc.png,말\n', "line 3: "),
     "a column twice": ("rows.csv", "image,ko,ko\na.png,개,새\n", "column 'ko' twice"),
     "nothing": ("rows.csv", "", "is empty"),
-    "no object": ("rows.jsonl", '{"image": "a.png", "ko": "개"}\n3\n', "line 2 is 3, expected an object"),
+    "no object": ("rows.jsonl", '{"image": "a.png", "ko": "개"}\n3\n', "line 2: got 3, expected"),
     "no JSON": ("rows.jsonl", '{"image": "a.png", "ko": "개"}\n{"image": "b.png", "ko": 새}\n', "line 2 is not JSON"),
     "half a file": ("rows.json", '[{"image": "a.png", "ko": "개"}, {"im', "is not JSON"),
-    "a list in a list": ("rows.json", '[["a.png", "개"]]', "item 1 is"),
+    "a list in a list": ("rows.json", '[["a.png", "개"]]', "item 1: got "),
 }
 
 

@@ -237,7 +237,7 @@ def sharded(folder: Path) -> dict[str, object]:
             texts.append(TransformersEncoder(model, processor).encode_texts(["빨간 원", "파란 별"]))
         step(current)  # training goes on after an evaluation
     stats = [last for _, last in training.steps(again, iter(pieces_of(0, (2,))), 0, 1, log_every=1)]
-    again.num_pieces = 3
+    again.num_micro_batches = 3
     stats += [last for _, last in training.steps(again, iter(pieces_of(1)), 0, 1, log_every=1)]
     published = open_run(folder / "published", accelerator)
     open_run(folder, accelerator, resume=True).load(trainer)

@@ -1,4 +1,4 @@
-"""Decode any picture to RGB, cut training crops out of it, corrupt it; in uint8: the model normalises on its device."""
+"""Decode pictures to RGB, crop and corrupt them. All in uint8: the model normalises on its device."""
 
 import dataclasses
 import json
@@ -23,16 +23,16 @@ from xxhash import xxh3_128_digest
 
 from koclip.config import DataConfig, check
 
-# Kinds that are read. PIL's other readers break in ways of their own (SPIDER: AttributeError), decode before their size
-# is known (ICO) or start another program (EPS: Ghostscript).
+# Kinds that are read. PIL's other readers raise odd errors (SPIDER: AttributeError), decode before the size is known
+# (ICO) or start another program (EPS: Ghostscript).
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM")
-_MPO = "MPO"  # JPEGs with further pictures after the first, as phones write them; PIL's reader of JPEG opens them
+_MPO = "MPO"  # JPEGs of several pictures, which some phones write; PIL's reader of JPEG opens them
 KINDS = ", ".join(_FORMATS)
-# Pictures that torchvision decodes faster than PIL, to the same pixels. PNG is not among them: torchvision 0.29
-# crashes the process on some broken ones, and returns 16 bits for others.
+# Pictures that torchvision decodes faster than PIL, to equal pixels. Not PNG: torchvision 0.29 crashes on some files,
+# and returns 16 bits for others.
 _DIRECT = {(kind, mode) for kind in ("JPEG", _MPO) for mode in ("RGB", "L")}
-# EXIF's orientations but 1, upright: how a picture (H, W, 3) is turned upright. Whether rows and columns change places,
-# and the axes that are mirrored then.
+# How to turn a picture (H, W, 3) upright, by its EXIF orientation (1 is upright): whether to swap rows and columns, and
+# then the axes to mirror.
 _TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
     2: (False, (1,)),
     3: (False, (0, 1)),
@@ -42,54 +42,48 @@ _TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
     7: (True, (0, 1)),
     8: (True, (0,)),
 }
-_WHITE_IS_ZERO = 0  # a TIFF's PhotometricInterpretation
-# Longer side over shorter side. The shorter side is resized to what a model sees: at 512 pixels, more than most image
-# towers see, the whole then has 79 million pixels.
+_WHITE_IS_ZERO = 0  # value of PhotometricInterpretation in a TIFF
+# Longer side divided by shorter side. With a shorter side of 512 pixels, more than most models take, a picture of this
+# ratio has 79 million pixels.
 MAX_RATIO = 300
-
-
-# What PIL and torchvision raise on broken files. SyntaxError: PIL's broken PNG; RuntimeError: libjpeg.
+# Errors of PIL and torchvision on broken files. SyntaxError: broken PNG in PIL; RuntimeError: libjpeg.
 BROKEN = (
     *(OSError, SyntaxError, ValueError, LookupError, RuntimeError, EOFError, ArithmeticError, TypeError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
-
-
 _PIL_MODES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # PIL's numbers
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used; the message says why."""
+    """A picture that cannot be used. The message says why."""
 
 
 class PixelLimit(NamedTuple):
-    """The most pixels of a picture (width x height), and the key of the configuration that sets it."""
+    """The most pixels (width x height) that a picture may have, and the configuration key that sets it."""
 
     pixels: int = DataConfig.max_image_pixels
     key: str = "data.max_image_pixels"
 
 
-PIXEL_LIMIT = PixelLimit()  # where no configuration says another
+PIXEL_LIMIT = PixelLimit()  # the default
 
 
 def suffixes() -> frozenset[str]:
-    """Return the suffixes of files that hold pictures of the kinds that are read, in lower case: `.jpg` and so on."""
-    return frozenset(
-        suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS or kind == _MPO
-    )
+    """Return the suffixes of readable pictures in lower case: `.jpg` and so on."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in (*_FORMATS, _MPO))
 
 
 def read(image: bytes | Path | npt.NDArray[np.uint8] | None) -> bytes | npt.NDArray[np.uint8]:
-    """Return the bytes of an image that may be given by its path.
+    """Return the content of an image; a path is read.
 
     Raises:
-        ImageError: there is none, or it cannot be read.
+        ImageError: `image` is None, or the file cannot be read.
     """
     if image is None:
         raise ImageError("no image")
     try:
         return image.read_bytes() if isinstance(image, Path) else image
-    except (OSError, ValueError) as error:  # ValueError: no file has such a name
+    except (OSError, ValueError) as error:  # ValueError: not a valid file name
         raise ImageError(f"{type(error).__name__}: {error}".split("\n")[0]) from error
 
 
@@ -99,23 +93,23 @@ def digest_of(content: bytes | npt.NDArray[np.uint8]) -> bytes:
 
 
 def image_id(digest: bytes) -> int:
-    """Return the number of an image with this digest: 63 bits of it, which fit an int64."""
+    """Return the number of an image: 63 bits of its digest, which fit an int64."""
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def decode(
     image: bytes | Path | npt.NDArray[np.uint8] | None, max_pixels: int, key: str = PIXEL_LIMIT.key
 ) -> torch.Tensor:
-    """Return an image as (3, H, W) uint8 RGB, as `to_rgb` makes it.
+    """Return an image as (3, H, W) uint8 RGB, converted as by `to_rgb`.
 
     Args:
-        image: An encoded picture, the path of one, or decoded RGB pixels (H, W, 3).
+        image: An encoded picture, its path, or decoded RGB pixels (H, W, 3).
         max_pixels: Largest width x height.
-        key: Of the configuration, which sets `max_pixels`.
+        key: Configuration key of `max_pixels`, for the message.
 
     Raises:
-        ImageError: it is missing, truncated, no image, has more than `max_pixels` pixels or an extreme form, or its
-            values have no agreed brightness.
+        ImageError: the image is missing, broken or not an image, has more than `max_pixels` pixels, or `to_rgb` refuses
+            it.
     """
     image = read(image)
     if isinstance(image, np.ndarray):
@@ -126,8 +120,8 @@ def decode(
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"not an image, or of a kind that PIL does not read here: expected {KINDS}") from None
-    except Image.DecompressionBombError as error:  # raised before the size is known here
+        raise ImageError(f"not an image, or not one of the kinds {KINDS}") from None
+    except Image.DecompressionBombError as error:  # raised before the check of the size below
         raise ImageError(f"too many pixels; {key} is {max_pixels} ({error})".split("\n")[0]) from error
     except BROKEN as error:
         raise ImageError(f"{type(error).__name__}: {error}".split("\n")[0]) from error
@@ -135,7 +129,7 @@ def decode(
 
 def _decode(data: bytes, max_pixels: int, key: str) -> torch.Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL's bomb and metadata warnings; the size is checked below
+        warnings.simplefilter("ignore")  # PIL's warnings of large sizes and metadata
         with Image.open(BytesIO(data), formats=_FORMATS) as picture:
             width, height = picture.size
             if width * height > max_pixels:
@@ -143,8 +137,7 @@ def _decode(data: bytes, max_pixels: int, key: str) -> torch.Tensor:
             _check_form(width, height)
             if (picture.format, picture.mode) in _DIRECT:
                 encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                # torchvision reads another orientation than PIL of some files: of those with XMP before EXIF, and of
-                # tags that are no SHORT.
+                # torchvision and PIL read different orientations if XMP stands before EXIF or the tag is not a SHORT.
                 decoded: torch.Tensor = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=False)
                 return _turned(decoded.permute(1, 2, 0), _orientation(picture)).permute(2, 0, 1)
             rgb = to_rgb(picture)
@@ -152,25 +145,25 @@ def _decode(data: bytes, max_pixels: int, key: str) -> torch.Tensor:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Return a picture of any mode as RGB: upright, transparency on white, gray of 16 bits and floats scaled to 8 bits.
+    """Return a picture of any mode as RGB: upright, on white if transparent, 16-bit gray and floats scaled to 8 bits.
 
-    Upright is as PIL's `ImageOps.exif_transpose` has it: by the orientation in EXIF, else that in XMP. The picture
-    that is returned names no orientation, so that it is not turned again.
+    The orientation is that of EXIF, else of XMP, as in PIL's `ImageOps.exif_transpose`. The result has no orientation
+    in its metadata, so that it is not turned again.
 
     Raises:
-        ImageError: one side is more than `MAX_RATIO` times the other, or its values have no agreed brightness: floats
-            other than 0 to 1, integers of more than 16 bits, and those that would come out black.
+        ImageError: one side is more than `MAX_RATIO` times the other, or the values have no known brightness: floats
+            outside 0 to 1, integers of more than 16 bits, or values that would all become black.
     """
     _check_form(*picture.size)
-    deep = ";16" in str(getattr(picture, "tile", ""))  # of 16 bits in the file, of which PIL keeps the higher 8
-    picture.load()  # in PNG the orientation may come after the pixels; PIL turns TIFF as it loads it
+    deep = ";16" in str(getattr(picture, "tile", ""))  # 16 bits in the file; PIL keeps the upper 8
+    picture.load()  # in PNG the orientation may follow the pixels; PIL turns a TIFF when it loads it
     orientation = _orientation(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         rgb = _scaled(picture).convert("RGB")
     else:
         rgb = _on_white(picture)
         if deep and not rgb.getbbox():
-            raise ImageError("values of 16 bits that all come out black: none is above 255 of 65535; scale them")
+            raise ImageError("16-bit values that all become black: none is above 255 of 65535; scale them")
     if orientation != 1:
         rgb = Image.fromarray(_turned(torch.from_numpy(np.array(rgb)), orientation).numpy())
     rgb.info = {}
@@ -180,22 +173,18 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 def _on_white(picture: Image.Image) -> Image.Image:
     if not picture.has_transparency_data:
         return picture.convert("RGB")
-    rgba = picture.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, "white")
-    return Image.alpha_composite(white, rgba).convert("RGB")
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
 
 
 def _check_form(width: int, height: int) -> None:
-    """Refuse pictures so narrow that resizing the shorter side makes them huge."""
+    """Refuse pictures that become huge when their shorter side is resized."""
     if max(width, height) > MAX_RATIO * min(width, height):
-        raise ImageError(
-            f"{width} x {height} pixels: one side is more than {MAX_RATIO} times the other, and resizing the shorter "
-            "one would make a huge picture; crop it"
-        )
+        raise ImageError(f"{width} x {height} pixels: one side is more than {MAX_RATIO} times the other; crop it")
 
 
 def _orientation(picture: Image.Image) -> int:
-    """Return the orientation that PIL reads, 1 to 8. Metadata that cannot be read turn nothing, as in every viewer."""
+    """Return the orientation that PIL reads, 1 to 8; 1 if the metadata is broken, as in every viewer."""
     try:
         orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
         return int(orientation) if orientation in _TURNS else 1
@@ -211,23 +200,21 @@ def _turned(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
 
 
 def _scaled(picture: Image.Image) -> Image.Image:
-    """Scale gray values of 16 bits, or floats of 0 to 1, to 8 bits.
+    """Scale gray values of up to 16 bits, or floats from 0 to 1, to 8 bits.
 
-    PIL hands out the values of a TIFF as they are stored, of 12 bits or with white as 0 too.
+    PIL returns the stored values of a TIFF, which may have 12 bits, or 0 for white.
     """
     tags = getattr(picture, "tag_v2", {})
     values = np.asarray(picture)
     low, high = values.min(), values.max()
     bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
     white = 1 if picture.mode == "F" else 2**bits - 1
-    if not (low >= 0 and high <= white and bits <= (32 if picture.mode == "F" else 16)):  # nan is neither
-        raise ImageError(
-            f"gray values of {low} to {high}, {values.dtype}: expected integers of 16 bits or less, or floats of 0 to "
-            "1; scale them"
-        )
+    if not (low >= 0 and high <= white and bits <= (32 if picture.mode == "F" else 16)):  # false for nan
+        expected = "expected integers of 16 bits or less, or floats from 0 to 1"
+        raise ImageError(f"gray values of {low} to {high}, {values.dtype}: {expected}; scale them")
     gray = (values * 255).round().astype(np.uint8) if picture.mode == "F" else (values >> (bits - 8)).astype(np.uint8)
     if high > 0 and not gray.any():
-        raise ImageError(f"gray values of {low} to {high}, which come out black where {white} is white; scale them")
+        raise ImageError(f"gray values of {low} to {high} become black, because {white} is white; scale them")
     if tags.get(ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO:
         gray = 255 - gray
     gray[values == picture.info.get("transparency")] = 255
@@ -236,11 +223,11 @@ def _scaled(picture: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class CentreView:
-    """The view of evaluation: an image (3, H, W) uint8 is resized, and its middle cut out."""
+    """The view of evaluation: resize an image (3, H, W) uint8 and crop its centre."""
 
     resize: int | tuple[int, int]  # the shorter side, or height and width, pixels
     interpolation: str
-    crop: tuple[int, int] | None  # height and width, pixels; None: nothing is cut off
+    crop: tuple[int, int] | None  # height and width, pixels; None: no crop
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         """Return the view (3, h, w) uint8."""
@@ -251,13 +238,13 @@ class CentreView:
 
 
 class Views:
-    """What a model is shown of an image: random crops, drawn from a seed of their own, or the view of evaluation.
+    """The views of an image for a model: random crops, each with its own seed, or the view of evaluation.
 
     Args:
-        config: `crop_scale` and the other augmentations; `num_crops` of them per image, 0 for a new one each time.
+        config: `num_crops`, `crop_scale` and the other augmentations.
         image_size: Side of a view, pixels.
-        centre: What evaluation shows, which is an image's first view where `num_crops` is not 0; default: CLIP's way,
-            the shorter side resized to `image_size` and the middle cut out.
+        centre: The view of evaluation, which is an image's first view if `num_crops` is not 0. Default: CLIP's, the
+            centre crop after the shorter side is resized to `image_size`.
     """
 
     def __init__(self, config: DataConfig, image_size: int, centre: CentreView | None = None) -> None:
@@ -271,15 +258,14 @@ class Views:
         if config.horizontal_flip:
             steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
         if config.color_jitter:
-            jitter = config.color_jitter
-            steps.append(v2.ColorJitter(jitter, jitter, jitter))
+            steps.append(v2.ColorJitter(*[config.color_jitter] * 3))  # brightness, contrast, saturation
         if config.grayscale:
             steps.append(v2.RandomGrayscale(config.grayscale))
         self._random = v2.Compose(steps)
 
     def random(self, image: torch.Tensor, seed: int) -> torch.Tensor:
         """Return (3, image_size, image_size) uint8 for an image (3, H, W) uint8; equal seeds give equal crops."""
-        # torchvision draws from PyTorch's global CPU generator: lend it this seed. (torch.manual_seed would also
+        # torchvision draws from PyTorch's global CPU generator: set its seed temporarily. (torch.manual_seed would also
         # seed every accelerator, a hundred times slower.)
         generator = torch.default_generator
         state = generator.get_state()
@@ -291,14 +277,14 @@ class Views:
         return cropped
 
     def numbered(self, image: torch.Tensor, digest: bytes, number: int) -> torch.Tensor:
-        """Return view `number` of an image (3, H, W) uint8 whose content has this digest; view 0 is evaluation's."""
+        """Return view `number` of an image (3, H, W) uint8 with this digest; view 0 is the view of evaluation."""
         if number == 0:
             return self._centre(image)
         return self.random(image, random.Random(f"view {digest.hex()} {number}").getrandbits(62))
 
     @property
     def description(self) -> str:
-        """The settings of the views as JSON: those of equal settings are equal in one version of torchvision."""
+        """The settings of the views as JSON. Equal settings give equal views with the same version of torchvision."""
         settings: dict[str, Any] = {"first": dataclasses.asdict(self._centre)}
         if self.count != 1:
             names = ("crop_scale", "rotation", "horizontal_flip", "color_jitter", "grayscale")
@@ -308,7 +294,7 @@ class Views:
 
 
 def centre_view(processor: Any) -> CentreView:
-    """Return the resizing and cropping of a stock image processor, for uint8 tensors (3, H, W)."""
+    """Return the view of a stock image processor."""
     size = processor.size
     sides: int | tuple[int, int] = size["shortest_edge"] or (size["height"], size["width"])
     crop = None
@@ -318,78 +304,63 @@ def centre_view(processor: Any) -> CentreView:
 
 
 def view_size(processor: Any) -> int:
-    """Return the side of the square that a stock image processor makes, pixels."""
+    """Return the side of a stock image processor's square output, pixels."""
     size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
     side: int = size["height"]
     return side
 
 
 def views_for(config: DataConfig, processor: Any) -> Views:
-    """Return the views of `config` in the size of a stock image processor, whose own is the view of evaluation."""
+    """Return the views of `config` with the size and the evaluation view of a stock image processor."""
     return Views(config, view_size(processor), centre_view(processor))
 
 
-_Corruption = Callable[[torch.Tensor, int, torch.Generator], torch.Tensor]  # of an image and a severity, 0 to 4
 SEVERITIES = (1, 2, 3, 4, 5)
 
 
-def _noise(image: torch.Tensor, severity: int, generator: torch.Generator) -> torch.Tensor:
-    deviation = 255 * (0.04, 0.08, 0.12, 0.18, 0.26)[severity]
-    noisy = image + deviation * torch.randn(image.shape, generator=generator)
+def _noise(image: torch.Tensor, deviation: float, generator: torch.Generator) -> torch.Tensor:
+    noisy = image + 255 * deviation * torch.randn(image.shape, generator=generator)
     return noisy.round().clamp(0, 255).to(torch.uint8)
 
 
-def _blur(image: torch.Tensor, severity: int, generator: torch.Generator) -> torch.Tensor:
-    relative = (0.004, 0.008, 0.012, 0.018, 0.026)[severity]
-    sigma = 0.4 + relative * min(image.shape[1:])  # a kernel below 0.4 pixels changes nothing
+def _blur(image: torch.Tensor, relative: float) -> torch.Tensor:
     height, width = image.shape[1:]
-    radii = [min(max(1, round(3 * sigma)), side - 1) for side in (width, height)]  # one row alone is not blurred
+    sigma = 0.4 + relative * min(height, width)  # a kernel below 0.4 pixels changes nothing
+    radii = [min(max(1, round(3 * sigma)), side - 1) for side in (width, height)]  # a single row is not blurred
     blurred: torch.Tensor = F.gaussian_blur(image, [2 * radius + 1 for radius in radii], sigma)
     return blurred
 
 
-def _contrast(image: torch.Tensor, severity: int, generator: torch.Generator) -> torch.Tensor:
-    adjusted: torch.Tensor = F.adjust_contrast(image, (0.6, 0.45, 0.3, 0.2, 0.1)[severity])
-    return adjusted
-
-
-def _brightness(image: torch.Tensor, severity: int, generator: torch.Generator) -> torch.Tensor:
-    adjusted: torch.Tensor = F.adjust_brightness(image, (1.2, 1.4, 1.6, 1.8, 2.1)[severity])
-    return adjusted
-
-
-def _jpeg(image: torch.Tensor, severity: int, generator: torch.Generator) -> torch.Tensor:
-    compressed: torch.Tensor = F.jpeg(image, (40, 25, 15, 10, 5)[severity])
-    return compressed
-
-
-def _pixels(image: torch.Tensor, severity: int, generator: torch.Generator) -> torch.Tensor:
+def _pixels(image: torch.Tensor, kept: float) -> torch.Tensor:
     height, width = image.shape[1:]
-    kept = (0.7, 0.55, 0.4, 0.3, 0.2)[severity]
     small = F.resize(image, [max(1, round(kept * height)), max(1, round(kept * width))], F.InterpolationMode.BILINEAR)
     large: torch.Tensor = F.resize(small, [height, width], F.InterpolationMode.NEAREST)
     return large
 
 
-CORRUPTIONS: dict[str, _Corruption] = {
-    "noise": _noise,
-    "blur": _blur,
-    "contrast": _contrast,
-    "brightness": _brightness,
-    "jpeg": _jpeg,
-    "pixels": _pixels,
+# A function of an image and a strength, and its strength at each severity.
+CORRUPTIONS: dict[str, tuple[Callable[..., Any], tuple[float, ...]]] = {
+    "noise": (_noise, (0.04, 0.08, 0.12, 0.18, 0.26)),
+    "blur": (_blur, (0.004, 0.008, 0.012, 0.018, 0.026)),
+    "contrast": (F.adjust_contrast, (0.6, 0.45, 0.3, 0.2, 0.1)),
+    "brightness": (F.adjust_brightness, (1.2, 1.4, 1.6, 1.8, 2.1)),
+    "jpeg": (F.jpeg, (40, 25, 15, 10, 5)),
+    "pixels": (_pixels, (0.7, 0.55, 0.4, 0.3, 0.2)),
 }
 
 
 def corrupt(image: torch.Tensor, name: str, severity: int, seed: int) -> torch.Tensor:
     """Return a corrupted copy of an image (3, H, W) uint8; equal seeds give equal noise.
 
-    The kinds are from ImageNet-C (Hendrycks and Dietterich 2019). The strengths are not: they are relative to the
-    image's side, so that they look alike on 32 and on 500 pixels.
+    The kinds are from ImageNet-C (Hendrycks and Dietterich 2019), the strengths are not: they are relative to the side
+    of the image, so that they look alike at 32 and at 500 pixels.
 
     Raises:
-        ConfigError: there is no such corruption, or the severity is not 1 to 5.
+        ConfigError: no corruption has that name, or the severity is not 1 to 5.
     """
     check(name in CORRUPTIONS, "eval.sets[].corruptions", name, f"expected some of {list(CORRUPTIONS)}")
     check(severity in SEVERITIES, "severity", severity, "expected 1 to 5")
-    return CORRUPTIONS[name](image, severity - 1, torch.Generator().manual_seed(seed))
+    change, strengths = CORRUPTIONS[name]
+    options = {"generator": torch.Generator().manual_seed(seed)} if name == "noise" else {}
+    corrupted: torch.Tensor = change(image, strengths[severity - 1], **options)
+    return corrupted

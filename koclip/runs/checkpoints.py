@@ -1,6 +1,6 @@
-"""Checkpoints: everything a run needs to continue as if it had never stopped, as safetensors and JSON.
+"""Checkpoints in safetensors and JSON. A run that resumes from one gives the same results as an uninterrupted run.
 
-They are written in the background, complete or not at all. A resumed run takes the newest that is intact.
+They are written in the background, complete or not at all. A resumed run loads the newest intact checkpoint.
 """
 
 import itertools
@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,20 +29,20 @@ from tqdm.auto import tqdm
 from koclip import distributed, storage
 from koclip.config import ConfigError, RunError
 from koclip.data.batches import Position
-from koclip.models.dual_encoder import MAX_LOGIT_SCALE
 from koclip.optim import set_step
 from koclip.training import TrainState
 from koclip.training.grad_cache import random_states, restore_random
+from koclip.training.loop import Counts
 
-# Whole tensors on the CPU, whatever shards the model.
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded tensors, on the CPU
 _DEEPSPEED = "deepspeed"  # folder of DeepSpeed's shards
 
 
 class Checkpoints:
-    """`step-<step>/` directories in one folder. Other names: being written or deleted, damaged.
+    """The checkpoints `step-<step>/` of a run, in one folder.
 
-    Only one process may write; the others may read.
+    The prefixes `writing-`, `deleting-` and `damaged-` mark directories that are no checkpoints. Only one process may
+    write; all may read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,7 +51,7 @@ class Checkpoints:
         self._pending: Future[None] | None = None
 
     def begin(self, step: int) -> Path:
-        """Return an empty directory for a checkpoint; waits until the previous one is on disk."""
+        """Return an empty directory for a checkpoint, when the previous checkpoint is on disk."""
         self.wait()
         partial = self.folder / f"writing-step-{step:08d}"
         shutil.rmtree(partial, ignore_errors=True)
@@ -59,11 +59,11 @@ class Checkpoints:
         return partial
 
     def finish(self, partial: Path, write: Callable[[Path], None], keep: int) -> None:
-        """In the background, let `write` fill `partial`, rename it to a checkpoint and keep the newest `keep`."""
+        """In the background: call `write(partial)`, rename it to a checkpoint, delete all but the newest `keep`."""
         self._pending = self._thread.submit(self._finish, partial, write, keep)
 
     def wait(self) -> None:
-        """Wait until the checkpoint that was begun is on disk.
+        """Wait until the latest checkpoint is on disk.
 
         Raises:
             RunError: it could not be written. Earlier checkpoints are not changed.
@@ -73,31 +73,31 @@ class Checkpoints:
             pending.result()
 
     def stop_if_failed(self) -> None:
-        """Raise the error that `wait` would raise, without waiting."""
+        """Raise the error of `wait` if writing has failed already. Does not wait."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def newest_intact(self) -> Path | None:
-        """Return the newest checkpoint that is intact; None if there never was one.
+        """Return the newest intact checkpoint; None if the run has no checkpoint.
 
-        Newer ones that are damaged are reported and renamed. What an earlier process left half written is deleted.
+        Damaged checkpoints that are newer are reported and renamed. Half-written directories are deleted.
 
         Raises:
-            RunError: there are checkpoints, and all of them are damaged.
+            RunError: all checkpoints are damaged.
         """
-        for rest in [*self.folder.glob("writing-*"), *self.folder.glob("deleting-*")]:
-            shutil.rmtree(rest)
+        for partial in [*self.folder.glob("writing-*"), *self.folder.glob("deleting-*")]:
+            shutil.rmtree(partial)
         for checkpoint in sorted(self.folder.glob("step-*"), reverse=True):
             reason = storage.damage(checkpoint)
             if reason is None:
                 return checkpoint
             aside = self._move(checkpoint, "damaged")
-            tqdm.write(f"Checkpoint {checkpoint.name} is damaged and not used: {reason}. It is now {aside.name}.")
+            tqdm.write(f"Checkpoint {checkpoint.name} is damaged and not used: {reason}. Renamed to {aside.name}.")
         damaged = sorted(path.name for path in self.folder.glob("damaged-*"))
         if damaged:
             raise RunError(
-                f"resume: no checkpoint in {self.folder} is intact ({', '.join(damaged)}); begin anew with another "
-                "output_dir, or repair a checkpoint and rename it to step-<step>"
+                f"resume: all checkpoints in {self.folder} are damaged ({', '.join(damaged)}); start a new run in "
+                "another output_dir, or repair a checkpoint and rename it to step-<step>"
             )
         return None
 
@@ -110,14 +110,14 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise RunError(
-                f"{final} could not be written: {error}. The checkpoints before it are intact; make room or choose "
-                "another disk, then go on with --resume auto"
+                f"{final} could not be written: {error}. Earlier checkpoints are intact; free disk space or move the "
+                "run to another disk, then continue with --resume auto"
             ) from error
         for old in sorted(self.folder.glob("step-*"))[:-keep]:
             shutil.rmtree(self._move(old, "deleting"))
 
     def _move(self, checkpoint: Path, prefix: str) -> Path:
-        """Rename a checkpoint, so that nothing takes it for a checkpoint even if the process dies now."""
+        """Rename a checkpoint, so that it is not used even if the process is killed now."""
         target = checkpoint.with_name(f"{prefix}-{checkpoint.name}")
         shutil.rmtree(target, ignore_errors=True)
         return checkpoint.rename(target)
@@ -125,79 +125,84 @@ class Checkpoints:
 
 @dataclass
 class Progress:
-    """How far a run is: the steps done, and where the readers of streamed sources are."""
+    """How far a run is: the number of steps done, and the positions of the readers of streamed sources."""
 
     step: int = 0
-    positions: tuple[Position, ...] = ()  # of this process's readers of streamed sources
-    all_positions: tuple[Position, ...] = ()  # of every process's
+    positions: tuple[Position, ...] = ()  # of this process's readers
+    all_positions: tuple[Position, ...] = ()  # of the readers of all processes
 
 
 @dataclass
 class Snapshot:
-    """A run's state in host memory, which training no longer touches."""
+    """A copy of a run's state in host memory, which training does not change."""
 
     tensors: dict[str, torch.Tensor]
     facts: dict[str, Any]
 
     def write(self, directory: Path) -> None:
-        """Write state.safetensors and state.json: no pickle."""
+        """Write state.safetensors and state.json."""
         save_file(self.tensors, directory / "state.safetensors")
         text = json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n"
         (directory / "state.json").write_text(text, encoding="utf-8")
 
 
 def collect(directory: Path, state: TrainState, progress: Progress, launch: dict[str, Any]) -> Snapshot:
-    """Copy the whole state of a run; call it on every process.
+    """Copy the whole state of a run. Call it on every process.
 
     Args:
-        directory: The checkpoint that is being written. DeepSpeed's engine writes its shards there, pickles of its own.
-        state: What to copy.
-        progress: How far this process is.
-        launch: Configuration and data of the run, which a resumed run is compared with.
+        directory: The unfinished checkpoint. DeepSpeed writes its shards (pickles) there.
+        state: The state to copy.
+        progress: The progress of this process.
+        launch: The run's configuration and facts of its data. A resumed run compares its own with them.
     """
     by_rank = enumerate(distributed.gather_objects(random_states()))
     tensors = {f"rng.{rank}.{name}": value for rank, states in by_rank for name, value in states.items()}
     facts: dict[str, Any] = {
         "step": progress.step,
         "positions": distributed.gather_objects([position._asdict() for position in progress.positions]),
-        "health": state.health.state_dict(),
+        "health": asdict(state.health.counts),
         "scaler": state.accelerator.scaler.state_dict() if state.accelerator.scaler is not None else None,
         "num_processes": distributed.world_size(),
         **launch,
     }
-    if state.accelerator.distributed_type == DistributedType.DEEPSPEED:
+    model: Any
+    optimizer: Any
+    if _uses_deepspeed(state):
         state.model.save_checkpoint(directory, tag=_DEEPSPEED, save_latest=False)  # type: ignore[operator]
-        weights_and_moments: Any = {}, {"state": {}, "param_groups": []}
+        model, optimizer = {}, {"state": {}, "param_groups": []}
     else:
-        weights_and_moments = get_state_dict(state.model, _plain(state.optimizer), options=FULL)
+        model, optimizer = get_state_dict(state.model, _plain(state.optimizer), options=FULL)
     if distributed.rank() != 0:
         return Snapshot({}, {})
-    model, optimizer = weights_and_moments
     facts["param_groups"] = optimizer["param_groups"]
     tensors |= {f"model.{name}": value for name, value in model.items()}
     for name, moments in optimizer["state"].items():
         tensors |= {f"optimizer.{name}/{moment}": value for moment, value in moments.items()}
     if state.ema is not None:
         tensors |= {f"ema.{name}": value for name, value in state.ema.state_dict().items()}
-    shared = state.accelerator.device.type == "cpu"  # then the next step would change these tensors
+    shared = state.accelerator.device.type == "cpu"  # the next step changes tensors on the CPU
     return Snapshot({name: value.to("cpu", copy=shared).contiguous() for name, value in tensors.items()}, facts)
 
 
+def _uses_deepspeed(state: TrainState) -> bool:
+    return bool(state.accelerator.distributed_type == DistributedType.DEEPSPEED)
+
+
 def read_facts(directory: Path) -> dict[str, Any]:
-    """Return the part of a checkpoint that is not tensors."""
+    """Return a checkpoint's state.json."""
     facts: dict[str, Any] = json.loads((directory / "state.json").read_text(encoding="utf-8"))
     return facts
 
 
 def restore(directory: Path, state: TrainState, start: int = 0) -> Progress:
-    """Put the state in `directory` into `state` and this process's generators; call it on every process.
+    """Load the checkpoint in `directory` into `state` and the random generators. Call it on every process.
 
-    Learning rate, weight decay and the like are not read: they follow from the configuration and the step. A checkpoint
-    of step `start`, where the stage begins, is the end of the previous stage: only its weights and generators are read.
-    A moving average that the checkpoint does not have starts from its weights.
+    Learning rate and weight decay are not loaded: they follow from the configuration and the step. A checkpoint of step
+    `start`, the stage's first step, is the end of the previous stage: only its weights and generators are loaded. If
+    the checkpoint has no moving average, the average starts from its weights.
 
     Raises:
-        ConfigError: the checkpoint is of another model, or an older koclip wrote it.
+        ConfigError: the checkpoint has another model's weights, or an older koclip wrote it.
     """
     facts = read_facts(directory)
     parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}, "rng": {}, "ema": {}}
@@ -206,28 +211,27 @@ def restore(directory: Path, state: TrainState, start: int = 0) -> Progress:
             part, name = key.split(".", 1)
             parts[part][name] = file.get_tensor(key)
     begins = 0 < start == facts["step"]
-    trained = None if begins else {name for group in facts["param_groups"] for name in group["params"]}
-    if state.accelerator.distributed_type != DistributedType.DEEPSPEED:
-        _check_fit(parts["model"], trained, state)
-    if state.accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if _uses_deepspeed(state):
         state.model.load_checkpoint(directory, tag=_DEEPSPEED, load_module_only=begins)  # type: ignore[operator]
     elif begins:
+        _check_fit(parts["model"], None, state)
         set_model_state_dict(state.model, cast(dict[str, Any], parts["model"]), options=FULL)
     else:
+        _check_fit(parts["model"], {name for group in facts["param_groups"] for name in group["params"]}, state)
         _set_weights_and_moments(state, parts["model"], parts["optimizer"], facts["param_groups"])
     if not begins:
         set_step(state.scheduler, facts["step"])
-        state.health.load_state_dict(facts["health"])
+        state.health.counts = Counts(**facts["health"])
     if state.ema is not None:
-        if begins or not parts["ema"]:  # the average begins with these weights
+        if begins or not parts["ema"]:
             state.ema.module.load_state_dict(state.dual_encoder.state_dict())
         else:
             state.ema.load_state_dict(parts["ema"])
     if state.accelerator.scaler is not None and facts["scaler"]:
         state.accelerator.scaler.load_state_dict(facts["scaler"])
-    mine = f"{distributed.rank()}."
-    restore_random({name.removeprefix(mine): value for name, value in parts["rng"].items() if name.startswith(mine)})
-    if begins:  # its readers of streamed sources begin anew
+    rank = f"{distributed.rank()}."
+    restore_random({name.removeprefix(rank): value for name, value in parts["rng"].items() if name.startswith(rank)})
+    if begins:  # readers of streamed sources start from the beginning
         return Progress(start)
     by_process = [tuple(map(_position, part)) for part in facts["positions"]]
     positions = by_process[distributed.rank()] if distributed.rank() < len(by_process) else ()
@@ -237,25 +241,24 @@ def restore(directory: Path, state: TrainState, start: int = 0) -> Progress:
 def _position(saved: Any) -> Position:
     if not isinstance(saved, dict):
         raise ConfigError(
-            "resume: an older koclip wrote the checkpoint: its place in streamed data counts batches, not samples; "
-            "finish the run with that version, or begin a new one"
+            "resume: an older koclip wrote the checkpoint; its position in streamed data counts batches, expected "
+            "samples: finish the run with that version, or start a new run"
         )
     return Position(**saved)
 
 
 def _check_fit(saved: dict[str, torch.Tensor], trained: set[str] | None, state: TrainState) -> None:
-    """Make sure that a checkpoint has the weights of `state`, and trains the same (None: not compared)."""
-    ours = state.dual_encoder.state_dict()
-    sizes = [{name: value.numel() for name, value in weights.items()} for weights in (saved, ours)]
-    differing = {name for name in saved | ours if sizes[0].get(name) != sizes[1].get(name)}
+    """Check that a checkpoint has the weights of `state`, and the same trained weights (None: not compared)."""
+    current = state.dual_encoder.state_dict()
+    sizes = [{name: value.numel() for name, value in weights.items()} for weights in (saved, current)]
+    differing = {name for name in saved | current if sizes[0].get(name) != sizes[1].get(name)}
     if trained is not None:
-        now = {name for name, weight in state.dual_encoder.named_parameters() if weight.requires_grad}
-        differing |= trained ^ now
+        differing |= trained ^ {name for name, weight in state.dual_encoder.named_parameters() if weight.requires_grad}
     if differing:
         raise ConfigError(
-            f"resume: the checkpoint does not fit this configuration's model: {len(differing)} weights are missing on "
-            f"one side, of another size, or trained in one only ({min(differing)}). Such a change cannot go on from a "
-            "checkpoint, named in resume_with or not: set the keys of model, loss or method back, or begin a new run"
+            f"resume: the checkpoint does not fit the model of this configuration: {len(differing)} weights are "
+            f"missing, have another size, or are trained on one side only (the first: {min(differing)}). resume_with "
+            "cannot allow this: restore the old values of the model, loss and align sections, or start a new run"
         )
 
 
@@ -280,12 +283,14 @@ def _set_weights_and_moments(
 
 
 def weights(state: TrainState) -> dict[str, torch.Tensor]:
-    """Return a `DualEncoder`'s weights in full precision and whole, on the CPU; call it on every process."""
-    if state.accelerator.distributed_type == DistributedType.DEEPSPEED:
+    """Return a `DualEncoder`'s weights, unsharded, in full precision, on the CPU. Call it on every process."""
+    if _uses_deepspeed(state):
         from deepspeed.utils import safe_get_full_fp32_param
 
         masters = {name: safe_get_full_fp32_param(weight) for name, weight in state.dual_encoder.named_parameters()}
-        masters["model.logit_scale"].clamp_(max=MAX_LOGIT_SCALE)  # only its working copy is clamped after a step
+        masters["model.logit_scale"].clamp_(
+            max=state.dual_encoder.max_logit_scale
+        )  # as after each step
         return {**state.dual_encoder.state_dict(), **masters}
     return cast(dict[str, torch.Tensor], get_model_state_dict(state.model, options=FULL))
 

@@ -1,4 +1,4 @@
-"""One training run's directory: its settings, the logs that are written line by line, and the samples that it reads."""
+"""A run's directory: its settings, its logs, and the record of the samples that it reads."""
 
 import itertools
 import json
@@ -23,34 +23,35 @@ from koclip.training.pictures import TrainingPictures
 
 
 class RunDirectory:
-    """`config.yaml`, `environment.json`, `metrics.jsonl`, `events.jsonl` and `skipped.jsonl` of a run.
+    """Writes `config.yaml`, `environment.json`, `metrics.jsonl`, `events.jsonl` and `skipped.jsonl` of a run.
 
     Only the first process writes.
 
     Args:
-        recipe: The recipe's name, for the default directory.
+        recipe: Name of the recipe.
         output_dir: The directory; default: runs/<recipe>-<date and time>.
         resume: Whether the directory may hold a run already.
 
     Raises:
-        ConfigError: the directory holds a run and `resume` is off, or it cannot be created.
+        ConfigError: the directory holds a run and `resume` is off, or the directory cannot be created.
     """
 
     def __init__(self, recipe: str, output_dir: str | None, resume: bool) -> None:
         self._began = time.monotonic()
-        self._seconds_before: float | None = 0.0  # of earlier processes of the run; None: their log does not say
+        self._seconds_before: float | None = 0.0  # time of the run before this process; None: not logged
         name = f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
         self.path = Path(distributed.gather_objects(output_dir or f"runs/{name}")[0])
         if not resume and (self.path / "checkpoints").exists():
             raise ConfigError(
-                f"output_dir: {self.path} already holds a run; pass --resume auto to continue it, or another directory"
+                f"output_dir: {self.path} already holds a run; pass --resume auto to continue it, or name another "
+                "directory"
             )
         distributed.barrier()
         try:
             (self.path / "pictures").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"output_dir: {self.path} cannot be created: {error.strerror}; expected a folder that may be written"
+                f"output_dir: {self.path} cannot be created: {error.strerror}; name a directory that you may write to"
             ) from error
         self._skipped = {item["key"] for item in storage.read_lines(self.path / "skipped.jsonl")}
 
@@ -58,8 +59,8 @@ class RunDirectory:
         """Write `config.yaml` and `environment.json`, unless the run is finished at `step`."""
         if distributed.rank() != 0:
             return
-        storage.keep_lines(self.path / "skipped.jsonl", lambda _: True)  # without a last line that was cut off
-        if step < config.train.num_steps:  # a finished run keeps the settings it was trained with
+        storage.keep_lines(self.path / "skipped.jsonl", lambda _: True)  # removes an incomplete last line
+        if step < config.train.num_steps:
             dump(config, self.path / "config.yaml")
             facts = {**environment(distributed.world_size()), "fast": config.train.fast}
             text = json.dumps(facts, indent=2, ensure_ascii=False)
@@ -68,16 +69,16 @@ class RunDirectory:
         self._seconds_before = kept[-1].get("seconds") if kept else 0.0
 
     def rewind(self, step: int) -> None:
-        """Remove what was logged after `step`: the run will log it again."""
+        """Remove the lines that were logged after `step`; the run will log them again."""
         if distributed.rank() == 0:
             for name in ("metrics.jsonl", "events.jsonl"):
                 storage.keep_lines(self.path / name, lambda item: item["step"] <= step)
 
     def log(self, step: int, stats: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl; values that are not finite are null.
+        """Append one line to metrics.jsonl. Values that are not finite become null.
 
-        Its `seconds` are the wall-clock time of the whole run so far. Time after the last checkpoint of a killed
-        process is not counted. A run that an older koclip began has no `seconds`.
+        `seconds` is the wall-clock time of the whole run so far. Time after the last checkpoint of a killed process is
+        not counted. A run that an older koclip started has no `seconds`.
         """
         if distributed.rank() == 0:
             finite = {name: value if math.isfinite(value) else None for name, value in stats.items()}
@@ -89,7 +90,7 @@ class RunDirectory:
         """Append bad steps and loss spikes to events.jsonl, with their samples, and print them."""
         if distributed.rank() != 0 or not events:
             return
-        # JSON knows no nan: these numbers are strings.
+        # JSON has no nan: these numbers are strings.
         items = [event._asdict() | {"loss": str(event.loss), "grad_norm": str(event.grad_norm)} for event in events]
         storage.append_lines(self.path / "events.jsonl", items)
         for event in events:
@@ -104,39 +105,39 @@ class RunDirectory:
             storage.append_lines(self.path / "skipped.jsonl", [skip._asdict() for skip in new.values()])
 
     def list_everyones_skipped(self, skipped: list[Skip]) -> None:
-        """Append the samples that all processes have skipped to skipped.jsonl, each once; all of them call it."""
-        everyones = [skip for part in distributed.gather_objects(skipped) for skip in part]
+        """Append the samples that any process has skipped to skipped.jsonl, each once. Call it on every process."""
+        gathered = [skip for part in distributed.gather_objects(skipped) for skip in part]
         if distributed.rank() == 0:
-            self.list_skipped(everyones)
-        self._skipped.update(skip.key for skip in everyones)
+            self.list_skipped(gathered)
+        self._skipped.update(skip.key for skip in gathered)
 
 
-_MIN_DRAWN = 1_000  # rows drawn before the skipped share is judged
+_MIN_DRAWN = 1_000  # rows drawn before the share of skipped rows is checked
 
 
 class SkippedError(ConfigError):
-    """Too many samples were unusable."""
+    """Too many samples could not be used."""
 
 
 class Samples:
-    """What one process has read.
+    """Records the samples that this process reads: skipped samples, images, and positions in streamed sources.
 
     Args:
-        directory: Where skipped samples are listed.
+        directory: The run's directory.
         begins: Whether the run is at its first step.
     """
 
     def __init__(self, directory: RunDirectory, begins: bool) -> None:
         self._directory = directory
         self._pictures = TrainingPictures(directory.path, begins)
-        self._unlisted: list[Skip] = []  # since the processes last listed theirs together
+        self._unlisted: list[Skip] = []  # skipped, but not yet in skipped.jsonl
         self._num_skipped = self._num_drawn = 0
         self.positions: dict[int, Position] = {}  # by reader
 
     def watch(self, batches: Iterator[Batch], max_skipped_fraction: float) -> Iterator[Batch]:
-        """Pass batches on; record their skipped samples, their images and the positions of the readers.
+        """Yield the batches unchanged; record their skipped samples, their images and the positions of the readers.
 
-        One process lists skipped samples at once. Several list theirs together, in `list_skipped`.
+        A run of one process lists skipped samples at once. Several processes list them together, in `list_skipped`.
 
         Raises:
             SkippedError: more than `max_skipped_fraction` of the rows drawn could not be used.
@@ -155,31 +156,29 @@ class Samples:
             yield batch
 
     def list_skipped(self) -> None:
-        """List what all processes have skipped since the last call; all of them call it."""
+        """List the samples that any process has skipped since the last call. Call it on every process."""
         self._directory.list_everyones_skipped(self._unlisted)
         self._unlisted = []
 
     def save(self) -> None:
-        """Bring the files in the run directory up to date, for a checkpoint; all processes call it."""
+        """Write the files in the run directory, for a checkpoint. Call it on every process."""
         self.list_skipped()
         self._pictures.write()
 
     def _stop(self, batch: Batch, max_skipped_fraction: float) -> None:
-        self._directory.list_skipped(self._unlisted)  # the other processes may be far from here
+        self._directory.list_skipped(self._unlisted)  # without waiting for the other processes
         file = self._directory.path / "skipped.jsonl"
         last = "\n".join(f"  {skip.key}: {skip.reason}" for skip in batch.skipped[-10:])
         raise SkippedError(
-            f"data.max_skipped_fraction: {self._num_skipped} of {self._num_drawn} samples could not be used, more "
-            f"than {max_skipped_fraction:.0%}; {file} lists them, the last are:\n{last}"
+            f"data.max_skipped_fraction: {self._num_skipped} of {self._num_drawn} samples could not be used, expected "
+            f"at most {max_skipped_fraction:.0%}; {file} lists them, correct them or raise the limit; the last:\n{last}"
         )
 
 
-def survey(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Survey]:
-    """Look at every source once; call it on every process.
+def survey_sources(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Survey]:
+    """Read the captions of every source once: their lengths in tokens, and facts that identify the data.
 
-    Args:
-        config: The sources, and what batches are grouped by.
-        tokenizer: Measures the captions.
+    Call it on every process. Each process reads its share of the rows.
 
     Raises:
         SourceError: a source cannot be opened.
@@ -189,9 +188,9 @@ def survey(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Surve
     for source_config in config.sources:
         source = open_source(source_config, config.seed)
         blocks = look(source, config, tokenizer, rank, world_size)
-        # The bar appears where it takes longer than five seconds.
+        # The bar appears after five seconds.
         options: dict[str, Any] = {"unit": " rows", "unit_scale": BLOCK * world_size, "delay": 5, "disable": rank > 0}
-        mine = list(tqdm(blocks, f"reading the captions of {source_config.short_name}", **options))
-        everyone = itertools.chain(*distributed.gather_objects(mine))
-        surveys.append(join(source, config, tokenizer, list(everyone)))
+        own = list(tqdm(blocks, f"reading the captions of {source_config.short_name}", **options))
+        gathered = itertools.chain(*distributed.gather_objects(own))
+        surveys.append(join(source, config, tokenizer, list(gathered)))
     return surveys

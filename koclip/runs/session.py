@@ -1,4 +1,4 @@
-"""A training run from its first step to its report: one stage or several, and the only training loop."""
+"""A training run, from its first step to its report, in one stage or several. All recipes share this loop."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +35,7 @@ from koclip.models.dual_encoder import DualEncoder
 from koclip.models.stock import save_stock_model
 from koclip.runs import checkpoints
 from koclip.runs.checkpoints import Checkpoints, Progress
-from koclip.runs.directory import RunDirectory, Samples, survey
+from koclip.runs.directory import RunDirectory, Samples, survey_sources
 from koclip.text import tokenizers
 
 
@@ -43,14 +43,14 @@ class Session:
     """A run: its directory, its checkpoints and its training state.
 
     Args:
-        recipe: The recipe's name, for the default directory.
-        config: The run's.
-        accelerator: As `training.start` returned it.
+        recipe: Name of the recipe.
+        config: The run's configuration.
+        accelerator: The accelerator that `training.start` returned.
 
     Raises:
-        ConfigError: the directory holds a run and `resume` is off, or `config` differs from that of the checkpoint to
-            continue from in what would change the result.
-        RunError: there are checkpoints, but none is intact.
+        ConfigError: the directory holds a run and `resume` is off, or `config` differs from the configuration of the
+            checkpoint in a way that changes the result.
+        RunError: all checkpoints are damaged.
     """
 
     def __init__(self, recipe: str, config: PretrainConfig | AlignConfig, accelerator: Accelerator) -> None:
@@ -59,11 +59,11 @@ class Session:
         self.path = self.directory.path
         self.eval_sets: list[EvalSet] = []
         self.state: training.TrainState | None = None
-        self._data: list[dict[str, Any]] = []  # facts of the data, equal for equal data
+        self._data: list[dict[str, Any]] = []  # facts that identify the data
         self._lengths: list[CaptionLengths | None] = []
         self.checkpoints = Checkpoints(self.path / "checkpoints")
         newest = self.checkpoints.newest_intact() if distributed.rank() == 0 else None
-        self._checkpoint = distributed.gather_objects(newest)[0]  # to continue from, until it is loaded
+        self._checkpoint = distributed.gather_objects(newest)[0]  # None after it has been loaded
         self._facts = checkpoints.read_facts(self._checkpoint) if self._checkpoint else None
         if self._facts is not None:
             self._check_changes(self._facts)
@@ -77,7 +77,7 @@ class Session:
         """Start or continue a run, and open its evaluation sets.
 
         Raises:
-            ConfigError: as the class, or an evaluation set cannot be opened or is too small.
+            ConfigError: see the class; or an evaluation set cannot be opened or is too small.
         """
         session = cls(recipe, config, training.start(config.train))
         session.eval_sets = open_all(config.eval, PixelLimit(config.data.max_image_pixels))
@@ -87,20 +87,20 @@ class Session:
 
     @property
     def step(self) -> int:
-        """Steps done by the checkpoint that the run continues from, until it is loaded."""
+        """Step of the checkpoint that will be loaded; 0 without a checkpoint or after it has been loaded."""
         return 0 if self._facts is None else int(self._facts["step"])
 
     def tokenizer(self, config: TokenizerConfig, encoder: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
-        """Return the run's tokenizer: the one in tokenizer/, which a resumed run reads, or a new one.
+        """Return the run's tokenizer: from tokenizer/ if the run is resumed, otherwise a new tokenizer.
 
-        The data is surveyed with it: lengths of captions, and facts that show whether the data has changed.
+        Also reads the captions once: their lengths, and facts that show whether the data has changed.
 
         Args:
             config: A tokenizer to load, or to train on the captions.
-            encoder: Configuration of the text encoder that it belongs to; default: CLIP's own.
+            encoder: Configuration of the text encoder; default: CLIP's text transformer.
 
         Raises:
-            ConfigError: the tokenizer is not usable, or the data has changed since the checkpoint and `resume_with`
+            ConfigError: the tokenizer cannot be used, or the data has changed since the checkpoint and `resume_with`
                 does not name `data.sources`.
         """
         directory = self.path / "tokenizer"
@@ -108,8 +108,8 @@ class Session:
             with storage.atomic(directory) as partial:
                 tokenizers.create(config, training_captions(self.config.data), encoder).save_pretrained(partial)
         distributed.barrier()
-        tokenizer = tokenizers.load(str(directory), config.max_tokens, encoder, probes=())  # `create` has tried it
-        surveys = survey(self.config.data, tokenizer)
+        tokenizer = tokenizers.load(str(directory), config.max_tokens, encoder, probes=())  # `create` has checked it
+        surveys = survey_sources(self.config.data, tokenizer)
         self._data = [survey.facts for survey in surveys]
         self._lengths = [survey.lengths for survey in surveys]
         if self._facts is not None:
@@ -117,7 +117,7 @@ class Session:
         return tokenizer
 
     def stages(self) -> Iterator[Stage]:
-        """Yield the stages that are not finished. What one has used in training is released before the next."""
+        """Yield the stages that are not finished. The optimizer of a stage is released before the next stage."""
         *earlier, last = self.config.stages
         for stage in earlier:
             if self.step < stage.end:
@@ -133,16 +133,16 @@ class Session:
         stage: Stage,
         precomputed: Precomputed | None = None,
     ) -> None:
-        """Train one stage, from its first step or from the checkpoint; `state` is then what it has trained.
+        """Train one stage, from its first step or from the checkpoint. `state` holds the result.
 
         Args:
-            dual_encoder: What is trained.
-            processor: Its processor.
+            dual_encoder: The model to train.
+            processor: The model's processor.
             stage: The stage.
-            precomputed: What frozen towers have embedded of the data.
+            precomputed: Embeddings of the data by frozen towers.
 
         Raises:
-            Stopped: a signal asked the run to stop; its checkpoint is on disk.
+            Stopped: a signal asked the run to stop. Its checkpoint is on disk.
             DivergedError: too many steps in a row had no finite loss and gradient.
             SkippedError: too many samples could not be used.
             RunError: a checkpoint could not be written.
@@ -167,16 +167,16 @@ class Session:
                 if ends or stopping or _due(step, train.save_every):
                     self.save(state, step, train.keep_checkpoints, wait=ends or stopping)
                 if stopping and step != train.num_steps:
-                    how = f"Stopped at step {step}; to continue, add: --resume auto --output_dir {self.path}"
-                    self.accelerator.print(how)
-                    raise Stopped(how)
+                    message = f"Stopped at step {step}; to continue, add: --resume auto --output_dir {self.path}"
+                    self.accelerator.print(message)
+                    raise Stopped(message)
 
     def finish(self, processor: ProcessorMixin, write: Callable[..., None] = save_stock_model) -> Path:
-        """Save the trained model in model/, load it as a user does, evaluate it and write the report.
+        """Save the trained model, load it with `koclip.load`, evaluate it and write the report.
 
         Args:
-            processor: The model's.
-            write: Writes the model; takes directory, model, processor and weights.
+            processor: The model's processor.
+            write: Writes the model; called with (directory, model, processor, weights).
 
         Returns:
             The model's directory.
@@ -188,21 +188,15 @@ class Session:
         return directory
 
     def log(self, step: int, stats: dict[str, float]) -> None:
-        """Write one line of metrics.jsonl, hand it to the tracker and list the samples skipped since the last line."""
+        """Write one line of metrics.jsonl, send it to the tracker, and list newly skipped samples."""
         self.samples.list_skipped()
         self.accelerator.log(stats, step=step)
         self.directory.log(step, stats)
 
     def save(self, state: training.TrainState, step: int, keep: int, wait: bool = False) -> None:
-        """Begin checkpoints/step-<step>/, which appears complete or not at all; keep the newest `keep` checkpoints.
+        """Write checkpoints/step-<step>/, complete or not at all; keep the newest `keep` checkpoints.
 
-        Training waits for a copy in host memory, not for the disk.
-
-        Args:
-            state: What to save.
-            step: Steps done.
-            keep: Checkpoints kept.
-            wait: Return when it is on disk.
+        Training waits for a copy in host memory. With `wait`, it also waits for the disk.
 
         Raises:
             RunError: this or the previous checkpoint could not be written.
@@ -220,7 +214,7 @@ class Session:
             distributed.barrier()
 
     def load(self, state: training.TrainState, start: int = 0) -> Progress:
-        """Put the newest intact checkpoint into `state`; without a checkpoint the stage begins at step `start`."""
+        """Load the checkpoint into `state`. Without a checkpoint, the stage begins at step `start`."""
         progress = checkpoints.restore(self._checkpoint, state, start) if self._checkpoint else Progress(start)
         self._checkpoint = self._facts = None
         self.samples.positions = {position.reader: position for position in progress.positions}
@@ -230,10 +224,8 @@ class Session:
     def save_model(
         self, state: training.TrainState, processor: ProcessorMixin, write: Callable[..., None] = save_stock_model
     ) -> Path:
-        """Write model/, which stock transformers loads: fp32, safetensors. See `finish`."""
-        weights = checkpoints.weights(state)
-        if state.ema is not None:
-            weights = state.averaged.state_dict()
+        """Write the stock model to model/, in fp32. See `finish`."""
+        weights = checkpoints.weights(state) if state.ema is None else state.averaged.state_dict()
         directory = self.path / "model"
         if distributed.rank() == 0:
             with storage.atomic(directory) as partial:
@@ -242,15 +234,14 @@ class Session:
         return directory
 
     def _batches(self, processor: Any, stage: Stage, precomputed: Precomputed, progress: Progress) -> Iterator[Batch]:
-        """Yield this process's batches of a stage, and record what it reads."""
+        """Yield this process's batches of a stage, and record the samples."""
         config, train = self.config.data, self.config.train
         views = views_for(config, processor.image_processor) if stage.images else None
         if stage.distill is None:
             precomputed = precomputed._replace(teacher=None)
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         loader = train_loader(
             Assembler(config, processor.tokenizer, views, precomputed),
-            BatchPart(train.batch_size, rank, world_size, train.micro_batch_size),
+            BatchPart(train.batch_size, distributed.rank(), distributed.world_size(), train.micro_batch_size),
             Start(progress.step, progress.all_positions, stage.start),
             self._lengths,
         )
@@ -267,25 +258,25 @@ class Session:
         return self.state
 
     def _check_changes(self, facts: dict[str, Any]) -> None:
-        """Compare this launch with the launch that wrote a checkpoint; say what changed.
+        """Compare this launch with the launch that wrote the checkpoint, and print the changes.
 
         Raises:
-            ConfigError: a change that would change the result.
+            ConfigError: a change would change the result.
         """
-        then, now = facts["num_processes"], distributed.world_size()
-        if then != now and any(facts["positions"]):
+        before, current = facts["num_processes"], distributed.world_size()
+        if before != current and any(facts["positions"]):
             raise ConfigError(
-                f"resume: the checkpoint is of {then} processes and this run has {now}; streamed data continues in the "
-                f"same order with {then} only (data in files that are not streamed takes any number)"
+                f"resume: got {current} processes, expected {before} as in the checkpoint, because streamed data "
+                f"continues in the same order only then: launch {before} processes"
             )
-        changes = check_changes(facts["config"], to_dict(self.config), (then, now), self.config.resume_with)
-        if then != now:
-            changes.append(f"processes: {then} -> {now}; dropout and patch dropout draw other numbers")
+        changes = check_changes(facts["config"], to_dict(self.config), (before, current), self.config.resume_with)
+        if before != current:
+            changes.append(f"processes: {before} -> {current}; dropout and patch dropout draw different random numbers")
         _print_changes(changes)
 
 
 def _due(step: int, every: int) -> bool:
-    """Whether something happens at `step` that happens every so many steps; 0: never."""
+    """Return whether an action of every `every` steps is due at `step`. 0: never."""
     return every > 0 and step % every == 0
 
 

@@ -1,4 +1,4 @@
-"""The training loop, what comes right before it, and what keeps it exact and healthy."""
+"""Prepare a model for training, train it step by step, and check every step."""
 
 from koclip.training.loop import DivergedError, Event, StopRequest, TrainState, progress_text, steps
 from koclip.training.setup import prepare, release, start

@@ -1,4 +1,4 @@
-"""The training steps: a generator that yields after each, what keeps them healthy, and the request to stop.
+"""The training loop: a generator of optimizer steps, the checks of each step, and the request to stop.
 
 `koclip.runs.session` decides when to log, evaluate and save.
 """
@@ -9,9 +9,9 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from types import FrameType, TracebackType
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -34,7 +34,7 @@ _MIN_STEPS = 100  # good steps before a spike can be distinguished from noise
 
 
 class Event(NamedTuple):
-    """A step that went wrong, and the samples of its batch, of all processes."""
+    """A bad step or a loss spike, with the samples of its batch from all processes."""
 
     step: int
     kind: str  # bad_step, overflow or spike
@@ -48,8 +48,8 @@ class DivergedError(RunError):
 
 
 @dataclass
-class _Counts:
-    """What a resumed run must remember."""
+class Counts:
+    """The part of `Health` that a checkpoint saves."""
 
     bad_steps: int = 0
     in_a_row: int = 0
@@ -60,28 +60,28 @@ class _Counts:
 
 @dataclass
 class Health:
-    """Judges every step.
+    """Rejects steps whose loss or gradient is not finite, and records loss spikes.
 
     Args:
-        max_bad_steps: Bad steps in a row after which the run stops.
-        spike_sigmas: Standard deviations of the running loss above its mean at which a loss is a spike; 0: never.
+        max_bad_steps: The run stops after this many bad steps in a row.
+        spike_sigmas: A loss is a spike if it is this many standard deviations above the running mean; 0: never.
     """
 
     max_bad_steps: int
     spike_sigmas: float
-    counts: _Counts = field(default_factory=_Counts)
+    counts: Counts = field(default_factory=Counts)
     events: list[Event] = field(default_factory=list)
 
     def judge(self, step: int, loss: float, grad_norm: float, keys: Sequence[str], loss_scale: float | None) -> bool:
-        """Return whether the step may change the model. All processes must pass the same numbers.
+        """Return whether this step may change the model. All processes must pass the same loss and gradient norm.
 
         Args:
-            step: Its number.
+            step: Number of the step.
             loss: Mean over the processes.
             grad_norm: Norm of the global gradient.
-            keys: This process's samples.
-            loss_scale: That of fp16 training, None without. A gradient that overflows at a scale of 1 or more is how
-                the scaler finds its scale: the step is skipped, but it does not count as bad.
+            keys: Keys of this process's samples.
+            loss_scale: Loss scale of fp16 training; None in other precisions. The scaler finds its scale by trying. So
+                a gradient that overflows at a scale of 1 or more skips the step, but does not count as a bad step.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self._note_spike(step, loss, grad_norm, keys)
@@ -99,9 +99,10 @@ class Health:
         """Raise a `DivergedError` after `max_bad_steps` bad steps in a row."""
         if self.counts.in_a_row >= self.max_bad_steps:
             raise DivergedError(
-                f"train.max_bad_steps: {self.counts.in_a_row} steps in a row had no finite loss and gradient; none of "
-                "them changed the model. events.jsonl in the run directory lists them with their samples; mend these, "
-                "or lower optim.lr (--resume auto --resume_with '[optim.lr]' goes on from the last checkpoint)"
+                f"train.max_bad_steps: got {self.counts.in_a_row} steps in a row without a finite loss and gradient; "
+                "the model was not changed. events.jsonl in the run directory lists the steps and their samples: "
+                "correct or remove these samples, or lower optim.lr and continue from the last checkpoint with "
+                "--resume auto --resume_with '[optim.lr]'"
             )
 
     def take_events(self) -> list[Event]:
@@ -109,16 +110,8 @@ class Health:
         taken, self.events = self.events, []
         return taken
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run must remember."""
-        return asdict(self.counts)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set what `state_dict` returned."""
-        self.counts = _Counts(**state)
-
     def _note_spike(self, step: int, loss: float, grad_norm: float, keys: Sequence[str]) -> None:
-        """Compare a loss with the running mean, then add it to it (West 1979, exponentially weighted)."""
+        """Compare the loss with the running mean and variance, then update them (West 1979, exponential weights)."""
         counts = self.counts
         limit = counts.mean + self.spike_sigmas * math.sqrt(counts.variance)
         if self.spike_sigmas and counts.good_steps >= _MIN_STEPS and loss > limit:
@@ -139,29 +132,29 @@ _MEANS = ("loss", "accuracy", "grad_norm")
 
 @dataclass
 class TrainState:
-    """What a step changes. `model` and `optimizer` are as `accelerator.prepare` returned them."""
+    """Everything that a training step reads and changes."""
 
     accelerator: Accelerator
-    model: nn.Module
-    dual_encoder: DualEncoder  # the same, out of its distributed and compiled wrappers
-    optimizer: torch.optim.Optimizer
+    model: nn.Module  # wrapped by `accelerator.prepare`
+    dual_encoder: DualEncoder  # the same model without its distributed and compiled wrappers
+    optimizer: torch.optim.Optimizer  # wrapped by `accelerator.prepare`
     scheduler: LambdaLR
     loss: LossFn
     max_grad_norm: float
-    num_pieces: int  # of every step's batch
+    num_micro_batches: int  # per step
     health: Health
     ema: AveragedModel | None = None
 
     @property
     def averaged(self) -> DualEncoder:
-        """The model to evaluate and publish: the moving average where there is one."""
+        """The model to evaluate and publish: the moving average, if the run keeps one."""
         return self.ema.module if self.ema is not None else self.dual_encoder  # type: ignore[return-value]
 
     @contextmanager
     def evaluating(self) -> Iterator[StockModel]:
-        """Yield the stock model to evaluate. Sharded weights outside of the layers are whole meanwhile.
+        """Yield the stock model to evaluate; under FSDP2, gather the weights that belong to no layer.
 
-        Every process must evaluate the same data: FSDP2's layers are gathered from all of them.
+        Every process must evaluate the same data, because FSDP2 gathers each layer from all processes.
         """
         sharded = self.model if isinstance(self.model, FSDPModule) else None
         if sharded:
@@ -174,7 +167,7 @@ class TrainState:
 
 
 def ema_of(model: nn.Module, decay: float) -> AveragedModel:
-    """Return an exponential moving average of `model` whose decay rises to `decay`, so that it forgets the start."""
+    """Return an exponential moving average of `model`. Its decay rises to `decay`, so early weights count little."""
 
     @torch.no_grad()
     def average(averaged: list[torch.Tensor], current: list[torch.Tensor], count: torch.Tensor) -> None:
@@ -193,11 +186,11 @@ def steps(
     over all processes. Bad steps and spikes are in `state.health`.
 
     Args:
-        state: What a step changes.
-        batches: Pieces of batches, `state.num_pieces` to a step.
-        start_step: Steps already done.
-        num_steps: Steps in all.
-        log_every: Steps between two stats.
+        state: The training state, which every step changes.
+        batches: Micro-batches, `state.num_micro_batches` per step.
+        start_step: Number of steps that are already done.
+        num_steps: Number of the last step.
+        log_every: Steps between two reports.
 
     Raises:
         DivergedError: too many steps in a row had no finite loss and gradient; none of them changed the model.
@@ -206,39 +199,40 @@ def steps(
     state.model.train()
     for step in range(start_step + 1, num_steps + 1):
         began = time.perf_counter()
-        pieces = list(itertools.islice(batches, state.num_pieces))
+        micro_batches = list(itertools.islice(batches, state.num_micro_batches))
         window.waited += time.perf_counter() - began
-        window.add(pieces, _step(state, step, pieces))
+        window.add(micro_batches, _step(state, step, micro_batches))
         if step % log_every == 0 or step == num_steps:
             yield step, window.summarize(state)
             window = _Window()
-            state.model.train()  # an evaluation may have come between
+            state.model.train()  # the caller may have evaluated the model
         else:
             yield step, {}
         state.health.stop_if_diverged()
 
 
 def progress_text(stats: dict[str, float]) -> str:
-    """Return the stats that a progress bar has room for."""
+    """Return the stats for the progress bar."""
     return (
         f"loss {stats['loss']:.3f}, accuracy {stats['accuracy']:.0%}, {stats['images_per_second']:,.0f} pairs/s, "
         f"{stats['memory_gib']:.1f} GiB"
     )
 
 
-def _step(state: TrainState, step: int, pieces: Sequence[Batch]) -> dict[str, float]:
-    """Do one optimizer step, unless its loss or gradient is not finite; return the step's numbers."""
+def _step(state: TrainState, step: int, micro_batches: Sequence[Batch]) -> dict[str, float]:
+    """Do one optimizer step, unless its loss or gradient is not finite; return loss, accuracy and gradient norm."""
     statistics = [buffer for buffer in state.dual_encoder.model.buffers() if buffer.is_floating_point()]  # batch norms
-    kept = [buffer.clone() for buffer in statistics]
-    loss = _backward(state, pieces)
-    max_norm = state.max_grad_norm or float("inf")
-    norm = state.accelerator.clip_grad_norm_(state.model.parameters(), max_norm)
-    numbers = _numbers(state, loss, torch.as_tensor(norm))
-    keys = [key for piece in pieces for key in piece.keys]
+    before = [buffer.clone() for buffer in statistics]
+    loss = _backward(state, micro_batches)
+    norm = state.accelerator.clip_grad_norm_(state.model.parameters(), state.max_grad_norm or math.inf)
+    # Means over the processes: every process must judge the step alike.
+    values = torch.stack([value.float().to(loss.value.device) for value in (*loss, torch.as_tensor(norm))]).tolist()
+    numbers = distributed.mean(dict(zip(_MEANS, values, strict=True)), state.accelerator.device)
+    keys = [key for batch in micro_batches for key in batch.keys]
     scaler = state.accelerator.scaler
     scale = None if scaler is None else scaler.get_scale()
     good = state.health.judge(step, numbers["loss"], numbers["grad_norm"], keys, scale)
-    if good or scaler is not None:  # the scaler skips what is not finite by itself, and learns from it
+    if good or scaler is not None:  # the scaler skips such steps by itself, and adapts its scale
         state.optimizer.step()
     state.scheduler.step()
     state.optimizer.zero_grad()
@@ -246,34 +240,27 @@ def _step(state: TrainState, step: int, pieces: Sequence[Batch]) -> dict[str, fl
     if good and state.ema is not None:
         state.ema.update_parameters(state.dual_encoder)
     if not good:
-        for buffer, before in zip(statistics, kept, strict=True):
-            buffer.copy_(before)
+        for buffer, value in zip(statistics, before, strict=True):
+            buffer.copy_(value)
     return numbers
 
 
-def _backward(state: TrainState, pieces: Sequence[Batch]) -> Loss:
-    """Accumulate the gradient of the loss over the batch that the pieces make up."""
+def _backward(state: TrainState, micro_batches: Sequence[Batch]) -> Loss:
+    """Accumulate the gradient of the loss over the whole batch."""
     accelerator = state.accelerator
-    if len(pieces) > 1:
-        return grad_cache.backward(accelerator, state.model, state.dual_encoder, state.loss, pieces)
-    batch = pieces[0].to(accelerator.device)
+    if len(micro_batches) > 1:
+        return grad_cache.backward(accelerator, state.model, state.dual_encoder, state.loss, micro_batches)
+    batch = micro_batches[0].to(accelerator.device)
     loss = state.loss(state.model(**batch.inputs), *batch.targets)
     accelerator.backward(loss.value)
     return Loss(loss.value.detach(), loss.accuracy)
 
 
-def _numbers(state: TrainState, loss: Loss, norm: torch.Tensor) -> dict[str, float]:
-    """Return a step's numbers, means over the processes, so that all of these judge the step alike."""
-    numbers = torch.stack([number.float().to(loss.value.device) for number in (*loss, norm)]).tolist()
-    return distributed.mean(dict(zip(_MEANS, numbers, strict=True)), state.accelerator.device)
-
-
 def _memory(device: torch.device) -> float:
-    """Return the memory in use, GiB: the peak on a GPU; on a CPU what this process uses now."""
+    """Return memory in GiB: on a GPU the peak, on a CPU the current use of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    held: int = psutil.Process().memory_info().rss
-    return held / 2**30
+    return float(psutil.Process().memory_info().rss / 2**30)
 
 
 @dataclass
@@ -283,26 +270,26 @@ class _Window:
     began: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
     images: int = 0
-    num_pieces: int = 0
+    num_batches: int = 0
     padding: float = 0.0
     skipped: int = 0
     numbers: list[dict[str, float]] = field(default_factory=list)
 
-    def add(self, pieces: Sequence[Batch], numbers: dict[str, float]) -> None:
+    def add(self, micro_batches: Sequence[Batch], numbers: dict[str, float]) -> None:
         self.numbers.append(numbers)
-        self.num_pieces += len(pieces)
-        for piece in pieces:
-            self.images += len(piece.keys)
-            self.padding += piece.padding_share
-            self.skipped += len(piece.skipped)
+        self.num_batches += len(micro_batches)
+        for batch in micro_batches:
+            self.images += len(batch.keys)
+            self.padding += batch.padding_share
+            self.skipped += len(batch.skipped)
 
     def summarize(self, state: TrainState) -> dict[str, float]:
-        """Return the stats; losses and gradient norms of steps that were skipped do not count."""
+        """Return the stats. The means leave out steps whose loss or gradient was not finite."""
         seconds = time.perf_counter() - self.began
         device = state.accelerator.device
         local = {
             "data_wait_share": self.waited / seconds,
-            "padding_share": self.padding / self.num_pieces,
+            "padding_share": self.padding / self.num_batches,
             "images_per_second": self.images / seconds,
             "skipped": float(self.skipped),
             "memory_gib": _memory(device),
@@ -311,23 +298,18 @@ class _Window:
         for total in ("images_per_second", "skipped"):
             stats[total] *= distributed.world_size()
         finite = [numbers for numbers in self.numbers if all(map(math.isfinite, numbers.values()))]
-        means = {
-            name: math.fsum(numbers[name] for numbers in finite) / len(finite) if finite else math.nan
-            for name in _MEANS
+        sums = {name: math.fsum(numbers[name] for numbers in finite) for name in _MEANS}
+        return {
+            **{name: total / len(finite) if finite else math.nan for name, total in sums.items()},
+            **stats,
+            "bad_steps": float(state.health.counts.bad_steps),
+            "logit_scale": state.dual_encoder.logit_scale(),
+            "lr": float(max(state.scheduler.get_last_lr())),
         }
-        return (
-            means
-            | stats
-            | {
-                "bad_steps": float(state.health.counts.bad_steps),
-                "logit_scale": state.dual_encoder.logit_scale(),
-                "lr": float(max(state.scheduler.get_last_lr())),
-            }
-        )
 
 
 class StopRequest:
-    """While entered, remembers that SIGTERM or SIGINT asked the run to stop; a second signal ends the process."""
+    """Context in which the first SIGTERM or SIGINT only asks the run to stop; a second signal ends the process."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -339,13 +321,11 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._restore()
 
     def asked(self) -> bool:
-        """Return whether any process of the run was asked to stop; call it on all of them."""
+        """Return whether any process of the run was asked to stop. Call it on every process."""
         return distributed.any_process(self._asked, self._device)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -1,7 +1,8 @@
-"""Which images a run was trained on: 8 bytes of each image's content, so that an evaluation can tell what is not new.
+"""Record the images that a run was trained on, so that an evaluation can count test images seen in training.
 
-Each process keeps a sorted file of its own in `<run>/training_pictures/`, written anew with every checkpoint; a million
-images take 8 MB. Of images that a killed process saw after its last checkpoint, those count that the run sees again.
+An image's id is 8 bytes of a hash of its content. Each process writes its sorted ids to a file in
+`<run>/training_pictures/` with every checkpoint; a million images take 8 MB. If a process is killed, images that it
+saw after its last checkpoint are recorded only when the resumed run sees them again.
 """
 
 import shutil
@@ -17,7 +18,7 @@ from koclip.data.batches import Batch
 from koclip.data.transforms import image_id
 
 _FOLDER = "training_pictures"
-_WAITING = 1_000_000  # ids that are sorted in at once
+_WAITING = 1_000_000  # ids collected before they are sorted
 
 Ids = npt.NDArray[np.int64]
 
@@ -27,8 +28,8 @@ class TrainingPictures:
 
     Args:
         run: The run's directory.
-        begins: Whether the run is at its first step. One that went on without these files has none: what it was
-            trained on before is not known.
+        begins: Whether the run is at its first step. A resumed run without these files records nothing, because its
+            earlier images are unknown.
     """
 
     def __init__(self, run: Path, begins: bool) -> None:
@@ -43,7 +44,7 @@ class TrainingPictures:
         self._count = 0
 
     def add(self, batch: Batch) -> None:
-        """Note a batch's images, if it has any."""
+        """Record a batch's images, if it has any."""
         if self._file is None or (batch.pixel_values is None and batch.image is None):
             return
         self._waiting.append(batch.pair_ids[:, 1].numpy().copy())  # not the whole pinned batch
@@ -52,7 +53,7 @@ class TrainingPictures:
             self._sort_in()
 
     def write(self) -> None:
-        """Bring the file up to date; a reader sees the old file or the new file."""
+        """Write the file, atomically."""
         if self._file is None:
             return
         self._sort_in()
@@ -65,41 +66,36 @@ class TrainingPictures:
 
 
 def read_ids(run: Path) -> Ids | None:
-    """Return the ids of all images that a run was trained on, sorted; None if it has not kept them."""
+    """Return the sorted ids of all images that a run was trained on; None if it has not recorded them."""
     files = sorted((run / _FOLDER).glob("*.npy"))
     return np.unique(np.concatenate([np.load(file) for file in files])) if files else None
 
 
 def count(ids: Ids, digests: Sequence[bytes]) -> int:
-    """Return how many images, by their digests, are among those of `read_ids`."""
-    if not len(ids) or not digests:
-        return 0
-    own = np.array([image_id(digest) for digest in digests], dtype=np.int64)
-    places = np.searchsorted(ids, own).clip(max=len(ids) - 1)
-    return int((ids[places] == own).sum())
+    """Return how many images, given by their digests, are among the `ids` of `read_ids`."""
+    return int(np.isin([image_id(digest) for digest in digests], ids).sum())
 
 
 def of_model(model: str) -> tuple[Ids | None, list[str]]:
-    """Return the images that a model was trained on, and the models whose training images are not known here.
+    """Return the ids of all images that a model was trained on, and the names of models whose images are unknown.
 
-    Those are the model itself and the models it was built from, as far as their runs lie here.
+    This includes the models that it was built from (`model.clip`), if their runs are on this machine.
 
     Args:
-        model: A model's directory, with its run around it; anything else is not known.
+        model: A model's directory inside its run's directory. The images of any other model are unknown.
     """
-    run = Path(model).resolve().parent
-    file = run / "config.yaml"
-    config = yaml.safe_load(file.read_text(encoding="utf-8")) if Path(model).is_dir() and file.is_file() else {}
-    own = read_ids(run) if config else None
-    known, unknown = [] if own is None else [own], [_short(model)] if own is None else []
-    section = config.get("model")  # of an evaluation, a name
-    base = section.get("clip") if isinstance(section, dict) else None
-    if base:
-        more, others = of_model(base)
-        known, unknown = known + ([] if more is None else [more]), unknown + others
+    known: list[Ids] = []
+    unknown: list[str] = []
+    base: str | None = model
+    while base:
+        run = Path(base).resolve().parent
+        file = run / "config.yaml"
+        config = yaml.safe_load(file.read_text(encoding="utf-8")) if Path(base).is_dir() and file.is_file() else {}
+        ids = read_ids(run) if config else None
+        if ids is None:  # a path is shortened: its first parts belong to this machine
+            unknown.append("/".join(Path(base).parts[-2:]) if Path(base).exists() else base)
+        else:
+            known.append(ids)
+        section = config.get("model")  # in an evaluation's config, a name
+        base = section.get("clip") if isinstance(section, dict) else None
     return np.unique(np.concatenate(known)) if known else None, unknown
-
-
-def _short(model: str) -> str:
-    """Return a Hub id as it is, and of a path its last two parts: the others are this machine's."""
-    return "/".join(Path(model).parts[-2:]) if Path(model).exists() else model

@@ -1,4 +1,4 @@
-"""Before the first step: the accelerator, and what a step changes."""
+"""Prepare training: the accelerator, and the training state."""
 
 import dataclasses
 
@@ -17,20 +17,20 @@ from koclip.training.loop import Health, TrainState, ema_of
 
 
 def start(config: TrainConfig) -> Accelerator:
-    """Return the accelerator; checks that the run has the processes it was asked to have.
+    """Return the accelerator, and check the number of processes.
 
     Raises:
-        ConfigError: it was launched with another number of processes. On a CPU several processes need
-            ACCELERATE_USE_CPU=true and torchrun: a plain launch silently gives independent runs.
+        ConfigError: the number of processes is not `num_processes`. On CPUs, several processes need
+            ACCELERATE_USE_CPU=true and torchrun. Any other launch silently starts independent runs.
     """
-    transformers.utils.logging.disable_progress_bar()  # of files that load in a moment
+    transformers.utils.logging.disable_progress_bar()  # files load in a moment
     precision = "no" if config.precision == "fp32" else config.precision
     tracker = None if config.tracker == "none" else config.tracker
-    # The tracker's directory is set when the run's directory is known; accelerate wants one at once.
+    # accelerate needs a directory at once; the run's directory replaces it later.
     accelerator = Accelerator(mixed_precision=precision, log_with=tracker, project_dir="runs")
     if config.num_processes not in (None, accelerator.num_processes):
         raise ConfigError(
-            f"train.num_processes: asked for {config.num_processes}, launched with {accelerator.num_processes}; launch "
+            f"train.num_processes: got {accelerator.num_processes} processes, expected {config.num_processes}; launch "
             f"with `accelerate launch --num_processes {config.num_processes}`, on CPUs with "
             f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {config.num_processes}`"
         )
@@ -49,13 +49,14 @@ def prepare(
     """Put the model on its device, wrap it for distributed training and build its optimizer.
 
     Args:
-        accelerator: As `start` returned it.
+        accelerator: The accelerator that `start` returned.
         dual_encoder: The model.
-        config: The run's sections `loss`, `optim` and `train`.
-        stage: The part of the run to train; default: the first.
+        config: The run's configuration.
+        stage: The stage to train; default: the first.
 
     Raises:
-        ConfigError: an average of sharded weights was asked for, or micro-batches of DeepSpeed.
+        ConfigError: sharded training does not support `train.ema_decay`, several stages or, with DeepSpeed,
+            `train.micro_batch_size`.
     """
     stage, train = stage or config.stages[0], config.train
     if _sharded(accelerator, train, stage):
@@ -77,39 +78,42 @@ def prepare(
         scheduler=warmup_cosine(optimizer, optim, stage.end, stage.start),
         loss=build_loss(config.loss, stage.distill, stage.images),
         max_grad_norm=optim.max_grad_norm,
-        num_pieces=len(BatchPart(train.batch_size, micro_batch_size=train.micro_batch_size).pieces),
+        num_micro_batches=len(BatchPart(train.batch_size, micro_batch_size=train.micro_batch_size).pieces),
         health=Health(train.max_bad_steps, train.spike_sigmas),
         ema=ema,
     )
 
 
 def _configure_deepspeed(accelerator: Accelerator, train: TrainConfig, optim: OptimConfig) -> None:
-    """Tell DeepSpeed what accelerate would take from a data loader and from its own YAML."""
+    """Give DeepSpeed the settings that accelerate reads from a data loader and from its YAML."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings |= {"train_micro_batch_size_per_gpu": train.batch_size, "gradient_clipping": optim.max_grad_norm}
 
 
 def _sharded(accelerator: Accelerator, train: TrainConfig, stage: Stage) -> bool:
-    """Return whether the weights will be sharded; checks that the run's other settings allow it."""
+    """Return whether the weights will be sharded; check that the run's settings allow it."""
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if train.micro_batch_size and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ConfigError(
-            "train.micro_batch_size: DeepSpeed updates the weights inside of each backward pass, so it cannot put a "
-            "batch's gradient together from pieces; leave it out, or use DDP or FSDP2 (recipes/accelerate/)"
+            f"train.micro_batch_size: got {train.micro_batch_size}; DeepSpeed updates the weights in each backward "
+            "pass, so micro-batches are not supported: leave it out, or use DDP or FSDP2 (recipes/accelerate/)"
         )
-    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if train.ema_decay and sharded:
-        raise ConfigError("train.ema_decay: an average of sharded weights is not supported; set it to 0 or use DDP")
+        raise ConfigError(
+            f"train.ema_decay: got {train.ema_decay}; sharded weights cannot be averaged: set it to 0, or use DDP"
+        )
     if sharded and stage.end < train.num_steps:
         raise ConfigError(
-            "align.first_steps: sharded weights cannot go from one stage to the next; use DDP (recipes/accelerate/) "
-            "or train two runs, the second from the model/ of the first with model.text_encoder: same"
+            "align.first_steps: got two stages; sharded weights can be trained in one stage only: use DDP "
+            "(recipes/accelerate/), or train two runs, the second with model.clip: <first run>/model and "
+            "model.text_encoder: same"
         )
     return sharded
 
 
 def release(state: TrainState) -> DualEncoder:
-    """Return the model of a finished stage without its wrappers, for the next stage to prepare."""
+    """Return the model of a finished stage without its wrappers, ready for the next stage."""
     state.accelerator.free_memory()
     plain: DualEncoder = state.accelerator.unwrap_model(state.model, False, keep_torch_compile=False)
     plain.zero_grad(set_to_none=True)

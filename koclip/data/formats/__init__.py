@@ -1,7 +1,7 @@
-"""What a data format is: one file in this folder whose `FORMATS` says how it is opened.
+"""Data formats. A file in this folder defines formats in its dictionary `FORMATS`.
 
-To add a format, add a file with `FORMATS = {"name": Format(open_it, suffixes=(".ending",))}`. Nothing else changes: the
-file is found here, `data.sources[].format` takes the new name, and `auto` takes the new suffixes.
+To add a format, add a file with `FORMATS = {"name": Format(open_it, suffixes=(".ending",))}`. Nothing else changes:
+`data.sources[].format` then accepts the name, and `auto` the suffixes.
 """
 
 import functools
@@ -26,10 +26,10 @@ Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
 class Row(NamedTuple):
-    """One undecoded sample: captions by language, a key that finds it again, its class.
+    """One undecoded sample: image, captions by language, a key that identifies it, and its class.
 
-    Captions are cleaned and keep their places, "" where there is no usable one (`koclip.text.normalize.usable` leaves
-    these out): languages with equally many places correspond to each other. A language without any is left out.
+    Captions are clean and keep their positions; "" stands for an unusable caption (see `koclip.text.normalize.usable`).
+    If two languages have equally many, their captions correspond. A language without usable captions is absent.
     """
 
     image: bytes | Path | npt.NDArray[np.uint8] | None
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 
 class Skip(NamedTuple):
-    """A sample that is left out, and why."""
+    """A skipped sample, and the reason."""
 
     key: str
     reason: str
@@ -53,29 +53,29 @@ class Source(Protocol):
 
     @property
     def size(self) -> int | None:
-        """Number of rows; None if it is not known before they are read."""
+        """Number of rows; None if it is unknown before they are read."""
 
     def iter_rows(self, images: bool = True) -> Iterator[Row]:
-        """Yield every row in stored order. Without `images` only the captions count; the rest may be missing."""
+        """Yield every row in stored order. Without `images`, only the captions are complete."""
 
 
 class MapSource(ABC):
-    """Rows by index. Rows `k * group ... k * group + group - 1` belong together, in one batch where it has room."""
+    """Rows by index. Rows `k * group ... k * group + group - 1` go into the same batch if possible."""
 
     config: SourceConfig
     group = 1
-    stored = True  # False: rows are made anew each time, and cannot change
-    left_out: Sequence[Skip] = ()  # files of the source that are no rows
+    stored = True  # False: rows are generated, and cannot change
+    left_out: Sequence[Skip] = ()  # files of the source that are not rows
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def rows(self, indices: Sequence[int], images: bool = True) -> list[Row]:
-        """Return these rows, in this order; without images if they are not asked for."""
+        """Return these rows, in this order; without `images`, their images may be missing."""
 
     def captions(self, indices: Sequence[int]) -> list[Captions]:
-        """Return these rows' captions without touching the images."""
+        """Return the captions of these rows without reading images."""
         return [row.captions for row in self.rows(indices, images=False)]
 
     @property
@@ -90,33 +90,33 @@ class MapSource(ABC):
 
 
 class Format(NamedTuple):
-    """How a format is opened.
+    """A data format.
 
-    `open` takes the source and the seed of `scenes`, and returns a table of `datasets` (its rows hold the columns that
-    the source names, images not decoded) or a source of its own.
+    `open` takes the source and the seed of `scenes`. It returns a table of `datasets` with the columns that the source
+    names and undecoded images, or a `MapSource`.
     """
 
     open: Callable[[SourceConfig, int], "Table | MapSource"]
-    suffixes: tuple[str, ...] = ()  # of its files, which `format: auto` knows it by
-    encoded: bool = False  # its text may be in any encoding: `data.sources[].encoding`
-    columns: Callable[[SourceConfig], SourceConfig] | None = None  # names the columns, if they are always the same
+    suffixes: tuple[str, ...] = ()  # `format: auto` detects the format by them
+    encoded: bool = False  # its text may have any encoding: `data.sources[].encoding`
+    columns: Callable[[SourceConfig], SourceConfig] | None = None  # sets the names of columns that are always the same
 
 
 @functools.cache
 def formats() -> dict[str, Format]:
-    """Return every format by its name."""
+    """Return every format by name."""
     modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
     return {name: entry for module in modules for name, entry in getattr(module, "FORMATS", {}).items()}
 
 
 @functools.cache
 def formats_by_suffix() -> dict[str, str]:
-    """Return the name of the format of files with each suffix, in lower case."""
+    """Return the name of the format for each suffix, in lower case."""
     return {suffix: name for name, entry in formats().items() for suffix in entry.suffixes}
 
 
 def dig(record: Any, column: str) -> Any:
-    """Return a column of a record, None if it has none; dots reach into nested records and lists of records."""
+    """Return a column of a record, None if it is missing; dots reach into nested records and lists of records."""
     if isinstance(record, (list, tuple)):
         return [dig(item, column) for item in record]
     if not isinstance(record, Mapping):
@@ -128,14 +128,14 @@ def dig(record: Any, column: str) -> Any:
 
 
 def top_column(record: Mapping[str, Any], column: str) -> str:
-    """Return the part of a dotted column name that is a key of `record`: columns may have dots in their names."""
+    """Return the longest beginning of a dotted name that is a key of `record`: names of columns may contain dots."""
     parts = column.split(".")
     prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
     return next((prefix for prefix in prefixes if prefix in record), column)
 
 
 def has_column(feature: Any, column: str) -> bool:
-    """Tell whether a table with these features, or such a record, has a column; JSON may hold anything."""
+    """Return whether features of a table, or a record, have a column; JSON may contain any."""
     if isinstance(feature, LISTS):
         return has_column(feature.feature, column)
     if isinstance(feature, list):
@@ -147,7 +147,7 @@ def has_column(feature: Any, column: str) -> bool:
 
 
 def column_names(feature: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of the columns in these features, or in such a record."""
+    """Yield the dotted names of the columns in features of a table, or in a record."""
     if isinstance(feature, LISTS):
         yield from column_names(feature.feature, prefix)
     elif isinstance(feature, list) and feature and isinstance(feature[0], Mapping):

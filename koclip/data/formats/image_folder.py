@@ -1,10 +1,10 @@
 """Read folders of pictures.
 
-`image_folder` is laid out as for `datasets`: with metadata files beside the pictures, or a folder for each class.
-`pictures` is any folder, of which every picture is a row without captions.
+`image_folder` has the layout of `datasets`: metadata files next to the pictures, or a folder for each class.
+`pictures` is any folder; each picture is a row without captions.
 
-A picture that no row of the metadata names is a row without captions, so that whatever uses the rows lists it.
-`datasets` leaves it out, and reads several metadata files in an order of chance.
+A picture that is not in the metadata becomes a row without captions, so that it is listed as skipped. `datasets` drops
+it, and reads several metadata files in random order.
 """
 
 import os
@@ -31,28 +31,28 @@ _SIGNATURE = re.compile(
     rb"\xff\xd8\xff|\x89PNG|GIF8|BM|RIFF....WEBP|II\*\0|MM\0\*|\0\0\0\x0cj|\xff\x4f\xff|\xff\x0a|....ftyp", re.DOTALL
 )
 _PART = 1_000  # pictures without metadata that are read at a time
-_NAMED = 5  # files that a message names
+_NAMED = 5  # most files that an error names
 
 Record = Mapping[str, Any]
-Picture = tuple[str, str | None]  # its path and its class
+Picture = tuple[str, str | None]  # path and class
 
 
 def open_folder(config: SourceConfig, seed: int = 0) -> Table:
-    """Open an image folder as a table: `image`, and the metadata's columns or `label`, the name of a picture's folder.
+    """Open an image folder as a table: `image`, and the columns of the metadata or `label`, the name of the folder.
 
-    A column `left_file_name` of the metadata is the image column `left`.
+    A column `left_file_name` of the metadata becomes the image column `left`.
 
     Raises:
-        SourceError: there is no such folder or split, or files lie outside all splits.
+        SourceError: the folder or the split does not exist, or a file belongs to no split or to several.
         FileError: a metadata file cannot be read.
     """
     folder = locate(config.path)
     if not is_folder(folder):
-        raise SourceError(f"source {config.path!r} is not a folder; expected a folder of images with metadata")
+        raise SourceError(f"source {config.path!r} is not a folder; expected an image folder")
     root = f"{folder.absolute()}/"
     names = [str(file.absolute()).removeprefix(root) for file in walk(folder) if _belongs(file)]
     if not names:
-        raise SourceError(f"source {config.path!r} is a folder without a picture; expected an image folder")
+        raise SourceError(f"source {config.path!r} is a folder without pictures; expected an image folder")
     files = [root + name for name in _of_split(names, config)]
     metadata = [file for file in files if file.endswith(_METADATA)]
     pictures = _with_classes([file for file in files if not file.endswith(_METADATA)])
@@ -63,23 +63,19 @@ def open_folder(config: SourceConfig, seed: int = 0) -> Table:
 
 
 def _belongs(file: Path) -> bool:
-    """Tell pictures, by their names or else their first bytes, and metadata files from what else lies in a folder."""
+    """Return whether a file is metadata or a picture, by its suffix, or by its first bytes if it has none."""
     if file.name in METADATA or file.suffix:
         return file.name in METADATA or file.suffix.lower() in PICTURES
     try:
         with file.open("rb") as opened:
             return bool(_SIGNATURE.match(opened.read(16)))
     except OSError:
-        return True  # whatever it is, it is listed when it cannot be read
+        return True  # a file that cannot be read is listed as skipped later
 
 
 def _of_split(names: Sequence[str], config: SourceConfig) -> Sequence[str]:
-    """Return the files of the split that a source asks for, by the rules of `datasets`.
-
-    Raises:
-        SourceError: there is no such split, or a file is in none of them or in several.
-    """
-    asked = config.split.split("[")[0]
+    """Return the files of the source's split, by the rules of `datasets`."""
+    wanted = config.split.split("[")[0]
     splits = {"train": list(names)}
     for patterns in (DEFAULT_PATTERNS_SPLIT_IN_DIR_NAME, DEFAULT_PATTERNS_SPLIT_IN_FILENAME):
         matches = {str(split): re.compile("|".join(map(glob_translate, patterns[split]))).match for split in patterns}
@@ -87,22 +83,22 @@ def _of_split(names: Sequence[str], config: SourceConfig) -> Sequence[str]:
         if any(members.values()):
             splits = {split: part for split, part in members.items() if part}
             break
-    if asked == "all":
+    if wanted == "all":
         return names
     uses = Counter(name for part in splits.values() for name in part)
     wrong = [name for name in names if uses[name] != 1]
     if wrong:
         raise SourceError(
-            f"source {config.path!r}: by their names its files belong to the splits {sorted(splits)}, but {len(wrong)} "
+            f"source {config.path!r}: its file names give the splits {sorted(splits)}, but {len(wrong)} files belong "
             f"to none or to several, such as {wrong[:_NAMED]}; name the folder of one split, or set split: all"
         )
-    if asked not in splits:
-        raise SourceError(f"source {config.path!r} has no split {asked!r}; it has {sorted(splits)}, and all")
-    return splits[asked]
+    if wanted not in splits:
+        raise SourceError(f"source {config.path!r} has no split {wanted!r}; it has {sorted(splits)}, and all")
+    return splits[wanted]
 
 
 def _with_classes(files: Sequence[str]) -> list[Picture]:
-    """Return pictures with the names of their folders, if these can be classes: several, equally deep."""
+    """Return pictures with the names of their folders as classes, if there are several folders of equal depth."""
     places = [file.rpartition("/") for file in files]
     folders = {folder for folder, _, name in places if "." in name}
     if len(folders) < 2 or len({folder.count("/") for folder in folders}) > 1:
@@ -112,7 +108,7 @@ def _with_classes(files: Sequence[str]) -> list[Picture]:
 
 
 def _read(part: str | Sequence[Picture], task: Task) -> Iterator[Record]:
-    """Yield the rows of a metadata file; or the pictures that no metadata file names."""
+    """Yield the rows of a metadata file; or of pictures that are in no metadata file."""
     if isinstance(part, str):
         yield from _metadata(part, task)
         return
@@ -132,13 +128,15 @@ def _read(part: str | Sequence[Picture], task: Task) -> Iterator[Record]:
 
 
 def _metadata(file: str, task: Task) -> Iterator[Record]:
-    """Yield the rows of a metadata file, with the paths of the pictures in the place of their names."""
+    """Yield the rows of a metadata file, with the names of the pictures replaced by their paths."""
     columns = {image: "file_name" if image == "image" else f"{image}_file_name" for image in task.images}
     task = task._replace(files=(file,), images=tuple(columns.values()))
     rows = csv_records(file, task) if file.endswith(".csv") else json_records(file, task)
     for row in _parquet_records(file) if file.endswith(".parquet") else rows:
         names = {image: row[column] for image, column in columns.items() if column in row}
-        yield {**row, **{image: _beside(file, name) for image, name in names.items()}}
+        folder = Path(file).parent
+        paths = {key: str(folder / name) if isinstance(name, str) and name else None for key, name in names.items()}
+        yield {**row, **paths}
 
 
 def _parquet_records(file: str) -> Iterator[Record]:
@@ -146,23 +144,18 @@ def _parquet_records(file: str) -> Iterator[Record]:
         yield from batch.to_pylist()
 
 
-def _beside(file: str, name: Any) -> str | None:
-    """Return the path of a picture that a metadata file names."""
-    return str(Path(file).parent / name) if isinstance(name, str) and name else None
-
-
 def _same(path: str) -> str:
-    """Return what is the same for paths that differ in form only."""
+    """Return a text that is equal for different spellings of a path."""
     return unicodedata.normalize("NFC", os.path.normpath(path))
 
 
 class PicturesSource(MapSource):
-    """Every file of a folder that may be a picture, by its path in the folder; without captions.
+    """The pictures of a folder and its subfolders, as rows without captions.
 
-    A file may be a picture if its suffix is one of a kind that is read, or if it has none. `left_out` lists all others.
+    Pictures are files with a suffix of a readable kind, or without a suffix. `left_out` lists all other files.
 
     Raises:
-        SourceError: there is no picture.
+        SourceError: the folder has no picture.
     """
 
     def __init__(self, config: SourceConfig, seed: int = 0) -> None:
@@ -172,23 +165,20 @@ class PicturesSource(MapSource):
         self.left_out = [skip._replace(source=printable(config.path)) for skip in left_out]
         if not self.paths:
             raise SourceError(
-                f"images: got {config.path!r}, expected a folder of pictures ({KINDS}); not used: {left_out[:_NAMED]}"
+                f"images: got {config.path!r}, expected a folder of pictures ({KINDS}); skipped: {left_out[:_NAMED]}"
             )
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def rows(self, indices: Sequence[int], images: bool = True) -> list[Row]:
-        """Return the pictures' paths; their keys are their names in the folder."""
+        """Return rows with the paths of the pictures; the keys are the paths inside the folder."""
         paths = [self.paths[index] for index in indices]
         return [Row(path, {}, printable(path.relative_to(self._root).as_posix())) for path in paths]
 
 
 def _list_folder(root: Path) -> tuple[list[Path], list[Skip]]:
-    """Return the files of a folder that may be pictures, sorted, and what else is there, each with the reason.
-
-    Links to folders are not entered.
-    """
+    """Return the pictures of a folder, sorted, and all other files, each with the reason; links are not followed."""
     paths: list[Path] = []
     left_out: list[Skip] = []
     known = suffixes()
@@ -202,12 +192,12 @@ def _list_folder(root: Path) -> tuple[list[Path], list[Skip]]:
     for folder, folders, files in os.walk(root, onerror=closed):
         for path in (Path(folder, name) for name in folders):
             if path.is_symlink():
-                leave_out(path, "a link to a folder, which is not entered: index that folder by itself")
+                leave_out(path, "a link to a folder, which is not followed: index that folder separately")
         for path in (Path(folder, name) for name in files):
             if path.suffix.lower() not in known and path.suffix.strip("."):
-                leave_out(path, f"{path.suffix} is no suffix of the kinds that are read: {KINDS}")
+                leave_out(path, f"suffix {path.suffix}: expected a picture of the kinds {KINDS}")
             elif not path.is_file():
-                leave_out(path, "no file: a link to nothing, or a device")
+                leave_out(path, "not a file: a broken link, or a device")
             else:
                 paths.append(path)
     return sorted(paths), sorted(left_out)

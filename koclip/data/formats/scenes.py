@@ -1,9 +1,8 @@
 """The built-in bilingual data set: coloured shapes, drawn on the fly, with Korean and English captions.
 
 A scene is a pure function of (part, seed, index): nothing is stored or downloaded. Scenes come in twins: scene 2k+1
-repeats scene 2k with one thing changed (places, colour, shape, size or count), so that a model can only tell them
-apart by reading every word. `HELD_OUT` (colour, shape) pairs never occur in training; naming them is the zero-shot
-test.
+equals scene 2k except for one property (positions, colour, shape, size or count), so that a model must read every word
+to tell them apart. The (colour, shape) pairs in `HELD_OUT` never occur in training; the zero-shot test names them.
 """
 
 import functools
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from koclip.config import SourceConfig
-from koclip.data.formats import Captions, Format, MapSource, Row
+from koclip.data.formats import Format, MapSource, Row
 from koclip.data.formats.files import SourceError
 from koclip.text.korean.particles import attach
 
@@ -27,7 +26,7 @@ _KIND_CHANCES = (0.45, 0.42, 0.13)
 SIDE = 48  # pixels
 LANGUAGES = ["ko", "en"]
 
-# Many colours for few shapes: a shape is learnt as such only if no colour goes along with it.
+# Many colours and few shapes: a model learns shapes only if they do not depend on the colour.
 COLOURS = {
     "red": ((214, 40, 40), "빨간"),
     "yellow": ((247, 201, 20), "노란"),
@@ -40,7 +39,7 @@ COLOURS = {
     "black": ((25, 25, 25), "검은"),
     "gray": ((125, 125, 125), "회색"),
 }
-_SHADE = 15  # steps of 255 by which each channel of an object's colour varies
+_SHADE = 15  # of 255: largest random change of each channel of an object's colour
 SHAPES = {"circle": "원", "square": "사각형", "triangle": "삼각형", "star": "별"}
 SIZES = {"large": "큰", "small": "작은"}
 COUNTS = {2: ("two", "두"), 3: ("three", "세"), 4: ("four", "네")}
@@ -62,7 +61,7 @@ SEEN_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 
 
 class Thing(NamedTuple):
-    """One drawn object: what it is and where (centre and radius as shares of the side)."""
+    """One object; centre and radius are shares of the side of the picture."""
 
     colour: str
     shape: str
@@ -73,7 +72,7 @@ class Thing(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture. `kind` says which fact the captions state."""
+    """The content of a picture. `kind` says which fact the captions state."""
 
     kind: Kind
     things: tuple[Thing, ...]
@@ -92,7 +91,7 @@ def korean(colour: str, shape: str) -> str:
 
 
 def relation_captions(first: Thing, relation: str, second: Thing) -> dict[str, list[str]]:
-    """Return the captions of "first is to the <relation> of second" by language."""
+    """Return captions by language: "first is to the <relation> of second"."""
     words, korean_words, _ = RELATIONS[relation]
     ko_first = attach(korean(first.colour, first.shape), "이/가")
     ko_second = korean(second.colour, second.shape)
@@ -101,7 +100,7 @@ def relation_captions(first: Thing, relation: str, second: Thing) -> dict[str, l
 
 
 def captions(scene: Scene) -> dict[str, list[str]]:
-    """Return every caption of a scene by language; each one is true of it."""
+    """Return all captions of a scene by language; each of them is true."""
     first = scene.things[0]
     ko, en = korean(first.colour, first.shape), english(first.colour, first.shape)
     if scene.kind == "relation":
@@ -112,7 +111,7 @@ def captions(scene: Scene) -> dict[str, list[str]]:
         ko_texts = [f"{ko} {korean_words} 개", f"{attach(ko, '이/가')} {korean_words} 개 있다"]
         return {"ko": ko_texts, "en": [f"{words} {english(first.colour, first.shape, count)}"]}
     size = SIZES[scene.size]
-    # Captions of the colour or the shape alone teach both as words of their own, not only as pairs.
+    # Captions with the colour or the shape alone teach both words separately, not only as pairs.
     ko_parts = [f"{COLOURS[first.colour][1]} 도형", SHAPES[first.shape]]
     en_parts = [f"a {first.colour} shape", f"a {first.shape}"]
     return {
@@ -125,21 +124,21 @@ Question = Callable[[Scene], tuple[dict[str, list[str]], int]]
 
 
 def pair_question(scene: Scene) -> tuple[dict[str, list[str]], int]:
-    """Return the 40 (colour, shape) prompts by language and the place of the right one."""
+    """Return the 40 (colour, shape) prompts by language, and the index of the correct one."""
     first = scene.things[0]
     texts = {"ko": [korean(*pair) for pair in PAIRS], "en": [f"a {english(*pair)}" for pair in PAIRS]}
     return texts, PAIRS.index((first.colour, first.shape))
 
 
 def relation_question(scene: Scene) -> tuple[dict[str, list[str]], int]:
-    """Return the four relations of the scene's two objects in words, by language, and the place of the true one."""
+    """Return a caption for each of the four relations, by language, and the index of the correct one."""
     answers = [relation_captions(scene.things[0], relation, scene.things[1]) for relation in RELATIONS]
     texts = {language: [caption[language][0] for caption in answers] for language in ("ko", "en")}
     return texts, list(RELATIONS).index(scene.relation)
 
 
 def size_question(scene: Scene) -> tuple[dict[str, list[str]], int]:
-    """Return both sizes of the scene's object in words, by language, and the place of the true one."""
+    """Return a caption for each size, by language, and the index of the correct one."""
     first = scene.things[0]
     ko, en = korean(first.colour, first.shape), english(first.colour, first.shape)
     texts = {"ko": [f"{word} {ko}" for word in SIZES.values()], "en": [f"a {size} {en}" for size in SIZES]}
@@ -147,7 +146,7 @@ def size_question(scene: Scene) -> tuple[dict[str, list[str]], int]:
 
 
 def count_question(scene: Scene) -> tuple[dict[str, list[str]], int]:
-    """Return the possible counts of the scene's objects in words, by language, and the place of the true one."""
+    """Return a caption for each count, by language, and the index of the correct one."""
     first, count = scene.things[0], len(scene.things)
     ko = korean(first.colour, first.shape)
     plural = english(first.colour, first.shape, count=2)
@@ -158,15 +157,12 @@ def count_question(scene: Scene) -> tuple[dict[str, list[str]], int]:
     return texts, list(COUNTS).index(count)
 
 
-@functools.lru_cache(maxsize=16_384)  # a batch asks for the captions first, for the pictures later
+@functools.lru_cache(maxsize=16_384)  # a batch reads the captions first and the pictures later
 def scene(part: Part, seed: int, index: int) -> Scene:
     """Return scene `index`; scenes 2k and 2k + 1 are twins."""
     rng = np.random.default_rng((seed, part == "test", index // 2))
-    pairs = SEEN_PAIRS
-    kind = rng.choice(KINDS, p=_KIND_CHANCES)
-    if kind == "single":
-        return _single(rng, index % 2, pairs)
-    return _relation(rng, index % 2, pairs) if kind == "relation" else _count(rng, index % 2, pairs)
+    make = {"single": _single, "relation": _relation, "count": _count}[rng.choice(KINDS, p=_KIND_CHANCES)]
+    return make(rng, index % 2, SEEN_PAIRS)
 
 
 def unseen_pair(seed: int, index: int) -> Scene:
@@ -229,7 +225,7 @@ def _relation(rng: np.random.Generator, twin: int, pairs: tuple[tuple[str, str],
 def _count(rng: np.random.Generator, twin: int, pairs: tuple[tuple[str, str], ...]) -> Scene:
     colour, shape = _pick(rng, pairs)
     count = int(rng.choice(tuple(COUNTS), 2, replace=False)[twin])
-    cells = rng.permutation(4)[:count]  # the four quarters of the picture, so that objects never touch
+    cells = rng.permutation(4)[:count]  # quarters of the picture, so that objects never touch
     slips = rng.uniform(-0.08, 0.08, (4, 2))
     things = []
     for cell in cells:
@@ -240,7 +236,7 @@ def _count(rng: np.random.Generator, twin: int, pairs: tuple[tuple[str, str], ..
 
 
 def draw(scene: Scene, background: int) -> npt.NDArray[np.uint8]:
-    """Return the picture of a scene, (SIDE, SIDE, 3) RGB, edges antialiased; `background` seeds tints."""
+    """Return the picture of a scene, (SIDE, SIDE, 3) RGB, antialiased; `background` is the seed of the tints."""
     rng = np.random.default_rng(background)
     ground = rng.uniform(205, 245, 3)
     picture = np.empty((SIDE, SIDE, 3), np.float32)
@@ -255,38 +251,33 @@ def draw(scene: Scene, background: int) -> npt.NDArray[np.uint8]:
 
 
 def _span(centre: float, radius: float) -> tuple[slice, npt.NDArray[np.float32]]:
-    """Return the pixels of one axis that an object may cover, and their places in radii from its centre."""
+    """Return the pixels of one axis that an object may cover, and their distances from its centre in radii."""
     reach = 1.15 * radius + 1.5 / SIDE
     pixels = slice(max(0, int((centre - reach) * SIDE)), math.ceil((centre + reach) * SIDE))
     return pixels, (_AXIS[pixels] - np.float32(centre)) / np.float32(radius)
 
 
 def _distance(shape: str, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return the signed distance to the outline (below 0 inside) of a shape of radius 1, nearly exact near it."""
-    distance: npt.NDArray[Any]
+    """Return the signed distance to the outline of a shape of radius 1 (negative inside), nearly exact near it."""
     if shape == "circle":
-        distance = np.hypot(x, y) - 0.95
-    elif shape == "square":
-        distance = np.maximum(np.abs(x), np.abs(y)) - 0.82
-    elif shape == "triangle":
-        slope = math.sqrt(3) / 2
-        distance = np.maximum(slope * np.abs(x) - y / 2, y) - 0.55
-    else:
-        # The edge from a tip (radius 1.05, angle 0) to a notch (radius 0.45, angle 36 degrees), as a half plane.
-        angle = np.abs((np.arctan2(x, -y) / (2 * math.pi) * 5 + 0.5) % 1 - 0.5) * 2 * math.pi / 5
-        tip, notch = 1.05, (0.45 * math.cos(math.pi / 5), 0.45 * math.sin(math.pi / 5))
-        normal = (notch[1], tip - notch[0])
-        radius = np.hypot(x, y)
-        along, across = radius * np.cos(angle), radius * np.sin(angle)
-        distance = ((along - tip) * normal[0] + across * normal[1]) / math.hypot(*normal)
-    return distance
+        return np.asarray(np.hypot(x, y) - 0.95)
+    if shape == "square":
+        return np.asarray(np.maximum(np.abs(x), np.abs(y)) - 0.82)
+    if shape == "triangle":
+        return np.asarray(np.maximum(math.sqrt(3) / 2 * np.abs(x) - y / 2, y) - 0.55)
+    # A star. Its edge from a tip (radius 1.05, angle 0) to a notch (radius 0.45, angle 36 degrees), as a half plane.
+    angle = np.abs((np.arctan2(x, -y) / (2 * math.pi) * 5 + 0.5) % 1 - 0.5) * 2 * math.pi / 5
+    tip, notch = 1.05, (0.45 * math.cos(math.pi / 5), 0.45 * math.sin(math.pi / 5))
+    normal, radius = (notch[1], tip - notch[0]), np.hypot(x, y)
+    along, across = radius * np.cos(angle), radius * np.sin(angle)
+    return np.asarray(((along - tip) * normal[0] + across * normal[1]) / math.hypot(*normal))
 
 
 class ScenesSource(MapSource):
-    """The built-in scenes as rows. `seed` makes another set of scenes.
+    """The built-in scenes as rows; another `seed` gives other scenes.
 
     Raises:
-        SourceError: `captions` names a language that scenes have no captions in.
+        SourceError: scenes have no captions in a language of `captions`.
     """
 
     group = 2
@@ -295,7 +286,7 @@ class ScenesSource(MapSource):
     def __init__(self, config: SourceConfig, seed: int = 0) -> None:
         unknown = sorted(set(config.captions) - set(LANGUAGES))
         if unknown:
-            raise SourceError(f"source 'scenes' has no captions in {unknown}; its languages are {LANGUAGES}")
+            raise SourceError(f"source 'scenes': got captions in {unknown}, expected languages of {LANGUAGES}")
         self.config, self.seed = config, seed
 
     def __len__(self) -> int:
@@ -304,15 +295,13 @@ class ScenesSource(MapSource):
     def rows(self, indices: Sequence[int], images: bool = True) -> list[Row]:
         """Draw these scenes."""
         part = self.config.scenes_part
-        scenes = [scene(part, self.seed, index) for index in indices]
-        return [
-            Row(draw(drawn, index) if images else None, self._captions(drawn), f"scenes/{part}/{index}")
-            for drawn, index in zip(scenes, indices, strict=True)
-        ]
-
-    def _captions(self, scene: Scene) -> Captions:
-        texts = captions(scene)
-        return {language: texts[language] for language in self.config.captions}
+        rows = []
+        for index in indices:
+            drawn = scene(part, self.seed, index)
+            texts = captions(drawn)
+            wanted = {language: texts[language] for language in self.config.captions}
+            rows.append(Row(draw(drawn, index) if images else None, wanted, f"scenes/{part}/{index}"))
+        return rows
 
 
 FORMATS = {"scenes": Format(ScenesSource)}

@@ -1,11 +1,11 @@
-"""Read tables of rows with `datasets`: Parquet, Arrow, the Hub, `save_to_disk`. Images stay encoded."""
+"""Read tables with `datasets`: Parquet, Arrow, the Hub, `save_to_disk`. Images stay encoded."""
 
 import glob
-import itertools
 import lzma
 import tarfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +28,22 @@ from koclip.data.formats import (
     webdataset,
 )
 from koclip.data.formats.files import FileError, SourceError, files_of, is_folder, is_remote, stamp, walk
+from koclip.data.formats.text_files import select_split
 
-# What `datasets` and the readers below it raise on files that are missing or broken.
+# Errors of `datasets` and its readers if files are missing or broken.
 UNREADABLE = (
     *(OSError, ValueError, TypeError, LookupError, EOFError),
     *(DatasetsError, tarfile.TarError, zlib.error, lzma.LZMAError),
 )
 KEYS = ("__key__", "__url__", "id")  # columns that name a row
-_PEEKED = 5  # rows of a stream that its columns are read from
-_PARTS = 64  # of a stream of what `save_to_disk` has saved, at most
+_PEEKED = 5  # rows of a stream that are read to find its columns
+_PARTS = 64  # most shards of a stream from `save_to_disk`
 
 
 def open_table(config: SourceConfig, kind: str, seed: int) -> Table | MapSource:
-    """Open a source's table, reduced to the columns that `config` names and those that name a row.
+    """Open a source's table with the columns that `config` names and the columns that name a row.
 
-    A source that its format opens by itself is returned as it is.
+    If the format opens a `MapSource`, it is returned unchanged.
 
     Raises:
         SourceError: the files, the data set, its split or a column do not exist, or cannot be read.
@@ -51,7 +52,7 @@ def open_table(config: SourceConfig, kind: str, seed: int) -> Table | MapSource:
         table = formats()[kind].open(config, seed)
         if isinstance(table, MapSource):
             return table
-        # The columns of a stream may only be known from its rows.
+        # The columns of some streams are known only from their rows.
         heads: list[Any] = [table.features] if table.features else list(table.take(_PEEKED))
     except UNREADABLE as error:
         raise _unreadable(config, kind, error) from error
@@ -63,21 +64,21 @@ def open_table(config: SourceConfig, kind: str, seed: int) -> Table | MapSource:
         names = sorted({name for head in heads for name in column_names(head)})
         raise SourceError(f"source {config.path!r} has no column {sorted(missing)}; its columns are {names}")
     if not table.features:
-        return table  # its rows may differ in their columns
+        return table  # its rows may have different columns
     needed = {top_column(table.features, column) for column in [*images, *single]}
     table = table.select_columns(sorted(needed | (table.features.keys() & KEYS)))
     return _undecoded(table, images)
 
 
 def reason(error: BaseException) -> str:
-    """Return what an error of a reader says, on one line unless it is koclip's own."""
+    """Return the message of a reader's error, on one line if the error is not koclip's."""
     return str(error) if isinstance(error, FileError) else f"{type(error).__name__}: {error}".split("\n")[0]
 
 
 def _unreadable(config: SourceConfig, kind: str, error: BaseException) -> SourceError:
     """Return the error for a source that cannot be opened."""
     while error.__cause__ and not isinstance(error, (SourceError, FileError)):
-        error = error.__cause__  # `datasets` wraps what went wrong
+        error = error.__cause__  # `datasets` wraps the first error
     if isinstance(error, SourceError):
         return error
     advice = "" if isinstance(error, FileError) else "; check path, format and split"
@@ -87,12 +88,12 @@ def _unreadable(config: SourceConfig, kind: str, error: BaseException) -> Source
 
 
 def _undecoded(table: Table, images: Sequence[str]) -> Table:
-    """Make a table hand out its images as they are stored, so that a broken one does not stop the reader."""
+    """Turn off the decoding of images, so that a broken image does not stop the reader."""
     if isinstance(table, datasets.IterableDataset):
-        # decode(False) stops the threads that decode remote images, but the reading of JSON cells too.
+        # decode(False) stops the threads that decode remote images, and also the reading of JSON cells.
         return table.decode(False).cast(datasets.Features(_images_encoded(table.features))) if images else table
     if set(images) - table.features.keys():
-        table = table.flatten()  # brings a nested image to the top, under its dotted name
+        table = table.flatten()  # moves a nested image to the top, under its dotted name
     for image in images:
         if isinstance(table.features.get(image), datasets.Image):
             table = table.cast_column(image, datasets.Image(decode=False))
@@ -100,7 +101,7 @@ def _undecoded(table: Table, images: Sequence[str]) -> Table:
 
 
 def _images_encoded(feature: Any) -> Any:
-    """Return a feature with every image in it left as it is stored."""
+    """Return a feature with all its images undecoded."""
     if isinstance(feature, LISTS):
         return type(feature)(_images_encoded(feature.feature))
     if isinstance(feature, Mapping):
@@ -108,15 +109,7 @@ def _images_encoded(feature: Any) -> Any:
     return datasets.Image(decode=False) if isinstance(feature, datasets.Image) else feature
 
 
-def _open_parquet(config: SourceConfig, seed: int) -> Table:
-    return _file_table(config, "parquet")
-
-
-def _open_arrow(config: SourceConfig, seed: int) -> Table:
-    return _file_table(config, "arrow")
-
-
-def _file_table(config: SourceConfig, kind: str) -> Table:
+def _file_table(kind: str, config: SourceConfig, seed: int) -> Table:
     """Load Parquet or Arrow files."""
     options: dict[str, Any] = {"split": config.split, "streaming": config.streaming}
     files = files_of(config, kind)
@@ -126,16 +119,16 @@ def _file_table(config: SourceConfig, kind: str) -> Table:
 
 
 def _hub_table(config: SourceConfig, seed: int) -> Table:
-    """Load a data set of the Hub, or a folder that is laid out like one."""
+    """Load a data set of the Hub, or a folder with the same layout."""
     options: dict[str, Any] = {"revision": config.revision}
     path = config.path
     if is_folder(locate(path)):
         path = str(locate(path).resolve())
         if glob.has_magic(path) or "::" in path:
             raise SourceError(
-                f"source {path!r}: datasets takes [ ] * ? and :: in a folder's name for patterns; rename it"
+                f"source {path!r}: datasets reads [ ] * ? and :: in a folder's name as patterns; rename the folder"
             )
-        # `datasets` would know its files by their names and `mtime` only.
+        # With names and `mtime` alone, the cache of `datasets` would not notice that a file was replaced.
         files = xxh3_64_hexdigest(repr([(str(file), stamp(file)) for file in walk(Path(path))]).encode())
         options["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE) / f"folder-{files}")
     options |= {"split": config.split, "streaming": config.streaming}
@@ -144,7 +137,7 @@ def _hub_table(config: SourceConfig, seed: int) -> Table:
         where = {name: options[name] for name in options.keys() & {"revision", "cache_dir"}}
         builder = datasets.load_dataset_builder(path, config.subset, **where)
         return webdataset.stream(list(builder.config.data_files[config.split]), config)
-    if table.info.builder_name == "csv":  # its cells are text, not what pandas makes of them
+    if table.info.builder_name == "csv":  # keep cells as text; pandas would convert them
         names: Iterable[str] = table.column_names or next(iter(table), {})
         texts = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
         return datasets.load_dataset(path, config.subset, features=texts, keep_default_na=False, **options)
@@ -152,23 +145,20 @@ def _hub_table(config: SourceConfig, seed: int) -> Table:
 
 
 def _saved_table(config: SourceConfig, seed: int) -> Table:
-    """Load what `datasets` has saved with `save_to_disk`."""
+    """Load a data set that was saved with `save_to_disk`."""
     folder = str(locate(config.path).absolute())
     saved, split = datasets.load_from_disk(folder), config.split.split("[")[0]
     if isinstance(saved, datasets.DatasetDict) and split not in saved:
         raise SourceError(f"source {config.path!r} has no split {split!r}; it has {sorted(saved)}")
     table = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-    table = table.with_format(None)  # which is saved too
-    parts = datasets.ReadInstruction.from_spec(config.split).to_absolute({split: len(table)})
-    if config.split != split:
-        table = table.select(itertools.chain.from_iterable(range(part.from_, part.to) for part in parts))
+    table = select_split(table.with_format(None), config.split)  # a format is saved too
     return table.to_iterable_dataset(min(_PARTS, max(1, len(table)))) if config.streaming else table
 
 
 def _features(files: Sequence[str], kind: str) -> datasets.Features | None:
-    """Return the features of files of which the first have nothing in a column; None to take those of the first.
+    """Return the features of files whose first file has a column without values; None if its features are complete.
 
-    `datasets` takes the type of a column without a value, `null`, for that of the whole column.
+    `datasets` would use the type of that column in the first file, `null`, for all files.
     """
     features = first = None
     for file in files:
@@ -187,7 +177,7 @@ def _features(files: Sequence[str], kind: str) -> datasets.Features | None:
 
 
 def _filled(feature: Any, other: Any) -> Any:
-    """Return a feature with the types of another one in the places where it has `null`."""
+    """Return a feature with each `null` type replaced by the type in `other`."""
     if isinstance(feature, datasets.Value) and feature.dtype == "null":
         return other
     if isinstance(feature, LISTS) and isinstance(other, LISTS):
@@ -199,7 +189,7 @@ def _filled(feature: Any, other: Any) -> Any:
 
 FORMATS = {
     "hub": Format(_hub_table),
-    "parquet": Format(_open_parquet, (".parquet",)),
-    "arrow": Format(_open_arrow, (".arrow",)),
+    "parquet": Format(partial(_file_table, "parquet"), (".parquet",)),
+    "arrow": Format(partial(_file_table, "arrow"), (".arrow",)),
     "save_to_disk": Format(_saved_table),
 }

@@ -1,7 +1,7 @@
-"""Read tables from CSV, TSV and JSON files. Cells of CSV are text; those of JSON are what JSON says, unchanged.
+"""Read tables from CSV, TSV and JSON files. CSV cells stay text; JSON values stay unchanged.
 
-`datasets` reads such files with pandas and Arrow, which make numbers, dates and missing values of what looks like one,
-take the first column for an index where a line has one field more, and let some broken text pass.
+`datasets` reads such files with pandas and Arrow, which convert cells to numbers, dates and missing values, use the
+first column as an index if a line has one field more, and accept some broken text.
 """
 
 import csv
@@ -9,13 +9,17 @@ import dataclasses
 import itertools
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import fsspec
 import pyarrow as pa
+import yaml
 from tqdm.auto import tqdm
 from xxhash import xxh3_128_hexdigest
 
@@ -33,61 +37,24 @@ from koclip.data.formats.files import (
     suffix_of,
 )
 
-_PEEKED = 1_000  # rows of a stream that its columns are read from
+_PEEKED = 1_000  # rows of a stream that are read to find its columns
 _BATCH = 10_000  # rows written at once
-_VERSION = 2  # of the files that are kept
+_VERSION = 2  # of the cached files
 _JSON = json.JSONDecoder(parse_constant=lambda _: None)  # NaN is a missing value
 csv.field_size_limit(2**31 - 1)  # characters; the default is 131,072
-# Lines of Python that make JSON Lines of documents that are not rows, such as COCO's.
-_CONVERT = """\
-import glob, json
-def rows(data):
-{rows}
-with open({output!r}, "w", encoding="utf-8") as lines:
-    for path in {paths}:
-        with open(path, encoding={encoding!r}) as file:
-            for row in rows(json.load(file)):
-                lines.write(json.dumps(row, ensure_ascii=False) + "\\n")"""
-_COCO = """\
-    captions = {image["id"]: [] for image in data["images"]}
-    for annotation in data["annotations"]:
-        captions[annotation["image_id"]].append(annotation["caption"])
-    for image in data["images"]:
-        yield {"image": image["file_name"], "captions": captions[image["id"]]}"""
-_KARPATHY = """\
-    for image in data["images"]:
-        name = "/".join(filter(None, [image.get("filepath"), image["filename"]]))
-        captions = [sentence["raw"] for sentence in image["sentences"]]
-        yield {"image": name, "captions": captions, "split": image["split"]}"""
-_BY_NAME = """\
-    for name, captions in data.items():
-        yield {"image": name, "captions": captions}"""
-_LISTS = """\
-    for cells in zip(*data.values()):
-        yield dict(zip(data, cells))"""
-_DICTS = """\
-    for key in next(iter(data.values())):
-        yield {name: cells[key] for name, cells in data.items()}"""
-_RECORDS = """\
-    yield from data[{key!r}]"""
-_OBJECT = """\
-    yield data"""
-_SINGLE = ("one JSON object, as in AI-Hub's JSON file per picture", _OBJECT)
-
-Layout = tuple[str, str]  # what a document is, and the body of a generator of its rows
 
 
 class Task(NamedTuple):
-    """What is read, and how. A hash of it names the file that the rows are kept in."""
+    """What to read, and how. Its hash is the name of the file that caches the rows."""
 
     path: str
     read: Callable[[Any, "Task"], Iterator[Mapping[str, Any]]]  # yields the rows of a file
     files: tuple[Any, ...]
-    contents: tuple[str, ...]  # what differs when a file does
+    contents: tuple[str, ...]  # a text per file that changes with its content
     encoding: str
-    header: tuple[str, ...] | None  # of CSV files that have none
-    images: tuple[str, ...]  # columns of which a file has one or more
-    columns: tuple[str, ...]  # all the others that are wanted
+    header: tuple[str, ...] | None  # column names for CSV files without a header line
+    images: tuple[str, ...]  # image columns; a file has at least one of them
+    columns: tuple[str, ...]  # all other columns to read
     version: int = _VERSION
 
     @property
@@ -96,21 +63,8 @@ class Task(NamedTuple):
         return list(dict.fromkeys([*self.images, *self.columns, "id"]))
 
 
-def _open_csv(config: SourceConfig, seed: int) -> Table:
-    return _open_text(config, "csv")
-
-
-def _open_json(config: SourceConfig, seed: int) -> Table:
-    return _open_text(config, "json")
-
-
-def _open_text(config: SourceConfig, kind: str) -> Table:
-    """Open files as a table of the columns that a source names, and `id`.
-
-    Raises:
-        SourceError: no row has one of the columns.
-        FileError: a file is broken, not in its encoding or of another layout.
-    """
+def _open_text(kind: str, config: SourceConfig, seed: int) -> Table:
+    """Open CSV or JSON files as a table; raises the errors of `open_records`."""
     files: Sequence[str] = files_of(config, kind)
     if is_remote(files[0]):
         files = [opened.full_name for opened in fsspec.open_files(files[0])]
@@ -119,15 +73,15 @@ def _open_text(config: SourceConfig, kind: str) -> Table:
 
 
 def _annotation_columns(config: SourceConfig) -> SourceConfig:
-    """KoCLIP's and COCO's annotation files have fixed columns; they hold one language, Korean unless named."""
+    """Name the columns of KoCLIP's and COCO's annotation files; without exactly one caption language, use Korean."""
     language = next(iter(config.captions)) if len(config.captions) == 1 else "ko"
     return dataclasses.replace(config, image="file_path", captions={language: "captions"}, languages=None)
 
 
 FORMATS = {
-    "csv": Format(_open_csv, (".csv", ".tsv"), encoded=True),
-    "json": Format(_open_json, (".json", ".jsonl"), encoded=True),
-    "annotations": Format(_open_json, encoded=True, columns=_annotation_columns),
+    "csv": Format(partial(_open_text, "csv"), (".csv", ".tsv"), encoded=True),
+    "json": Format(partial(_open_text, "json"), (".json", ".jsonl"), encoded=True),
+    "annotations": Format(partial(_open_text, "json"), encoded=True, columns=_annotation_columns),
 }
 
 
@@ -137,21 +91,21 @@ def open_records(
     files: Sequence[Any],
     contents: Sequence[str],
 ) -> Table:
-    """Return the rows of files as a table of the columns that a source names, and `id`.
+    """Return the rows of files as a table with the columns that a source names, and `id`.
 
     Args:
         config: The source.
-        read: Yields the rows of one of the files.
-        files: What `read` takes.
-        contents: For each file, what differs when its content does.
+        read: Yields the rows of one item of `files`.
+        files: The files, or what else `read` takes.
+        contents: For each item, a text that changes with its content.
 
     Raises:
-        SourceError: no row has one of the columns.
-        FileError: a file cannot be read.
+        SourceError: a column is in no row.
+        FileError: a file is broken, or has another encoding or layout.
     """
-    # `datasets` has no split of the name `all`.
-    asked = re.sub(r"^all(?=\[|$)", "train", config.split)
-    split = asked.split("[")[0]
+    # `datasets` allows no split with the name `all`.
+    wanted = re.sub(r"^all(?=\[|$)", "train", config.split)
+    split = wanted.split("[")[0]
     columns = [*([config.label] if config.label else []), *config.captions.values(), *(config.where or {})]
     task = Task(
         path=config.path,
@@ -164,20 +118,29 @@ def open_records(
         columns=tuple(columns),
     )
     if config.streaming:
-        if split != asked:
-            raise FileError("a stream cannot be cut: name the split without brackets, or set streaming: false")
+        if split != wanted:
+            raise FileError(
+                f"split: got {config.split!r}, expected one without brackets, because a stream cannot be cut; "
+                "or set streaming: false"
+            )
         for _ in _checked(itertools.islice(_records(files, task), _PEEKED), task):
             pass
         options = {"gen_kwargs": {"files": list(files), "task": task}, "split": datasets.NamedSplit(split)}
         return datasets.IterableDataset.from_generator(_rows, **options)
-    table = datasets.Dataset.from_file(str(_kept(task)))
-    parts = datasets.ReadInstruction.from_spec(asked).to_absolute({split: len(table)})
+    table = select_split(datasets.Dataset.from_file(str(_cached(task))), wanted)
+    return table.with_transform(_decoded)
+
+
+def select_split(table: datasets.Dataset, split: str) -> datasets.Dataset:
+    """Return the rows of a table that a slice such as `train[:10]` selects; all rows if there is no slice."""
+    name = split.split("[")[0]
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(table)})  # refuses `train+test`
     places = itertools.chain.from_iterable(range(part.from_, part.to) for part in parts)
-    return (table if split == asked else table.select(places)).with_transform(_decoded)
+    return table if split == name else table.select(places)
 
 
 def _content(file: str) -> str:
-    """Return what differs when a file's content does."""
+    """Return a text that changes with a file's content."""
     if not is_remote(file):
         return str(stamp(file))
     filesystem, path = fsspec.core.url_to_fs(file)
@@ -185,13 +148,13 @@ def _content(file: str) -> str:
 
 
 def _rows(files: Sequence[Any], task: Task) -> Iterator[dict[str, Any]]:
-    """Yield the cells that are wanted of every row."""
+    """Yield the wanted cells of every row."""
     for record in _records(files, task):
         yield {name: dig(record, name) for name in task.names}
 
 
-def _kept(task: Task) -> Path:
-    """Return an Arrow file of the rows, with each cell as JSON: a column may hold anything. It is made once."""
+def _cached(task: Task) -> Path:
+    """Return an Arrow file of the rows, written if it is missing. Each cell is JSON: a column may hold mixed types."""
     read = f"{task.read.__module__}.{task.read.__qualname__}"
     key = xxh3_128_hexdigest(repr((read, task._replace(read=None))).encode("utf-8", "replace"))  # type: ignore[arg-type]
     file = Path(datasets.config.HF_DATASETS_CACHE, "koclip", f"{key}.arrow")
@@ -216,7 +179,7 @@ def _decoded(columns: Mapping[str, list[str]]) -> dict[str, list[Any]]:
 
 
 def _checked(records: Iterable[Mapping[str, Any]], task: Task) -> Iterator[Mapping[str, Any]]:
-    """Pass records on; at their end, make sure that each column was in one of them."""
+    """Yield the records; at their end, check that each column was in at least one of them."""
     missing = {task.images, *((column,) for column in task.columns)} - {()}
     names: dict[str, None] = {}
     for number, record in enumerate(records):
@@ -235,10 +198,7 @@ def _records(files: Sequence[Any], task: Task) -> Iterator[Mapping[str, Any]]:
 
 
 def csv_records(file: str, task: Task) -> Iterator[Mapping[str, Any]]:
-    """Yield the lines of a CSV or TSV file by column.
-
-    In tab-separated files quotes are text: taken for CSV's, one that is not closed swallows the lines after it.
-    """
+    """Yield the lines of a CSV or TSV file by column. In TSV, quotes are text: an open one would swallow lines."""
     tabs = suffix_of(file) == ".tsv"
     form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL}
     lines = csv.reader(read_lines(read_text(file, task.encoding)), strict=True, **form)  # type: ignore[arg-type]
@@ -248,7 +208,7 @@ def csv_records(file: str, task: Task) -> Iterator[Mapping[str, Any]]:
         try:
             fields = next(lines, None)
         except csv.Error as error:
-            advice = "in a field in quotes, a quote is written twice; in a file named .tsv, quotes are text"
+            advice = "write a quote inside a quoted field twice; in a .tsv file, quotes are text"
             raise FileError(f"{file}, line {line}: {error}; {advice}") from error
         if fields is None:
             break
@@ -256,10 +216,10 @@ def csv_records(file: str, task: Task) -> Iterator[Mapping[str, Any]]:
             header = fields
             repeated = {name for name in fields if fields.count(name) > 1} & set(task.columns)
             if repeated:
-                raise FileError(f"{file} has the column {min(repeated)!r} twice; give each a name of its own")
-        elif "".join(fields).strip() or len(fields) == len(header) > 1:  # no blank line
+                raise FileError(f"{file} has the column {min(repeated)!r} twice; give each column a different name")
+        elif "".join(fields).strip() or len(fields) == len(header) > 1:  # not a blank line
             if len(fields) != len(header):
-                advice = "a field that holds the separator or a line break must be in quotes"
+                advice = "put quotes around a field with the separator or a line break"
                 raise FileError(f"{file}, line {line}: {len(fields)} fields, expected {len(header)}; {advice}")
             yield dict(zip(header, fields, strict=True))
         line = lines.line_num + 1
@@ -268,10 +228,9 @@ def csv_records(file: str, task: Task) -> Iterator[Mapping[str, Any]]:
 
 
 def json_records(file: str, task: Task) -> Iterator[Mapping[str, Any]]:
-    """Yield the objects of a JSON array, or of a file with one on each line."""
-    lines = (
-        (number, line) for number, line in enumerate(read_lines(read_text(file, task.encoding)), 1) if line.strip()
-    )
+    """Yield the objects of a JSON array, or of a file with one object per line."""
+    numbered = enumerate(read_lines(read_text(file, task.encoding)), 1)
+    lines = ((number, line) for number, line in numbered if line.strip())
     number, first = next(lines, (0, ""))
     if not first:
         raise FileError(f"{file} is empty")
@@ -285,7 +244,7 @@ def json_records(file: str, task: Task) -> Iterator[Mapping[str, Any]]:
         if error.pos < len(first.strip()):
             raise FileError(f"{file}, line {number} is not JSON: {error.msg}") from error
         document = _object(_parsed("".join([first, *(line for _, line in lines)]), file), file)
-        raise _other_layout(_layout(document, task) or _SINGLE, file, task) from error
+        raise _other_layout(_layout(document, task) or ("single", ""), file, task) from error
     record = _object(record, f"{file}, line {number}")
     following = next(lines, None)
     layout = _layout(record, task) if following is None else None
@@ -305,79 +264,61 @@ def _parsed(text: str, place: str) -> Any:
 
 
 def _object(item: Any, place: str) -> Mapping[str, Any]:
-    """Return an object as it is, and a text as one with a column `text`."""
+    """Return an object; a text becomes an object with the column `text`."""
     if isinstance(item, str):
         return {"text": item}
     if not isinstance(item, Mapping):
-        raise FileError(f"{place} is {json.dumps(item, ensure_ascii=False)[:60]}, expected an object")
+        raise FileError(f"{place}: got {json.dumps(item, ensure_ascii=False)[:60]}, expected an object")
     return item
 
 
-def _layout(document: Mapping[str, Any], task: Task) -> Layout | None:
-    images = [dig(document, image) for image in task.images if has_column(document, image)]
+def _layout(data: Mapping[str, Any], task: Task) -> tuple[str, str] | None:
+    """Return the layout of a document that is not a row, by its name in assets/json_layouts.yaml, and its rows' key."""
 
     def has_columns(record: Mapping[str, Any]) -> bool:
         image = not task.images or any(has_column(record, image) for image in task.images)
         return image and all(has_column(record, column) for column in task.columns)
 
-    return _layout_of(document, images, has_columns)
-
-
-def _other_layout(layout: Layout, file: str, task: Task) -> FileError:
-    return FileError(f"{file} cannot be read as it is: {_conversion(layout, task.path, task.files, task.encoding)}")
-
-
-def _layout_of(data: Mapping[str, Any], cells: Sequence[object], has_columns: Callable[[Any], bool]) -> Layout | None:
-    """Return the layout of a document that is not a row, None if it is one.
-
-    Args:
-        data: The document.
-        cells: What it holds in the columns of images.
-        has_columns: Tells whether a record has the columns that a source names.
-    """
+    cells = [dig(data, image) for image in task.images if has_column(data, image)]
     images, annotations = _objects(data.get("images")), _objects(data.get("annotations"))
     if images and "sentences" in images[0]:
-        return "Karpathy's JSON: images with sentences", _KARPATHY
+        return "karpathy", ""
     if images and annotations and annotations[0].keys() >= {"image_id", "caption"}:
-        return "COCO's JSON: images and annotations", _COCO
+        return "coco", ""
     if any(isinstance(cell, list) for cell in cells) and all(isinstance(value, list) for value in data.values()):
-        return "one list per column", _LISTS
+        return "lists", ""
     if any(isinstance(cell, Mapping) for cell in cells) and all(isinstance(value, Mapping) for value in data.values()):
-        return "one object per column, as pandas writes it", _DICTS
+        return "objects", ""
     if has_columns(data):
         return None
     for key, value in data.items():
         if (records := _objects(value)) and has_columns(records[0]):
-            return f"an object with its rows in {key!r}", _RECORDS.format(key=key)
-    if all(isinstance(value, str) or _texts(value) for value in data.values()):
-        return "captions by the name of the image", _BY_NAME
-    return None
+            return "records", key
+    texts = (isinstance(value, str) or _is_list(value, str) for value in data.values())
+    return ("by_name", "") if all(texts) else None
 
 
-def _conversion(layout: Layout, path: str, files: Sequence[str], encoding: str) -> str:
-    """Say what files hold, and the lines that write their rows as JSON Lines.
-
-    Args:
-        layout: What they hold.
-        path: Where a source's files are, a pattern if there are several.
-        files: The files.
-        encoding: Their encoding.
-    """
-    what, rows = layout
-    several = len(files) > 1
-    code = _CONVERT.format(
-        rows=rows,
-        output=str(Path(files[0]).parent / "rows.jsonl" if several else Path(files[0]).with_suffix(".jsonl")),
-        paths=f"sorted(glob.glob({path!r}, recursive=True))" if several else [files[0]],
-        encoding="utf-8-sig" if encoding == "utf-8" else encoding,
+def _other_layout(layout: tuple[str, str], file: str, task: Task) -> FileError:
+    """Return the error for files with a layout that is not read, with Python that converts them to JSON Lines."""
+    name, key = layout
+    layouts = yaml.safe_load(resources.files("koclip").joinpath("assets/json_layouts.yaml").read_text(encoding="utf-8"))
+    what, rows = (layouts[name][part].replace("KEY", repr(key)) for part in ("what", "rows"))
+    first, several = Path(task.files[0]), len(task.files) > 1
+    code = layouts["script"].format(
+        rows=textwrap.indent(rows, "    "),
+        output=str(first.parent / "rows.jsonl" if several else first.with_suffix(".jsonl")),
+        paths=f"sorted(glob.glob({task.path!r}, recursive=True))" if several else [task.files[0]],
+        encoding="utf-8-sig" if task.encoding == "utf-8" else task.encoding,
     )
-    return f"it is {what}; koclip reads JSON Lines and arrays of objects, which these lines of Python write:\n{code}"
+    return FileError(
+        f"{file} is {what}; expected JSON Lines or an array of objects, which these lines of Python write:\n{code}"
+    )
 
 
 def _objects(value: Any) -> list[Mapping[str, Any]]:
-    """Return a list of objects; nothing if it is something else."""
-    return value if isinstance(value, list) and all(isinstance(item, Mapping) for item in value) else []
+    """Return a list of objects; an empty list for any other value."""
+    return value if _is_list(value, Mapping) else []
 
 
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)

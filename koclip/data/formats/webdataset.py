@@ -1,8 +1,8 @@
-"""Read WebDataset shards: tar archives of samples, here or remote, packed or not.
+"""Read WebDataset shards: tar archives of samples, local or remote, compressed or not.
 
-The files of a sample lie side by side and share their name up to its first dot; what follows, in lower case, is the
-name of a column. `tarfile` takes whatever is no header for the end of an archive; here only the end-of-archive block
-is, so that a shard which was cut or damaged is refused instead of losing samples.
+The files of a sample follow one another and share their name up to its first dot; the rest, in lower case, is the name
+of a column. For `tarfile`, any block that is not a header ends the archive. Here only the end-of-archive block does, so
+that a cut or damaged shard is an error and does not silently lose samples.
 """
 
 import bz2
@@ -26,21 +26,21 @@ from koclip.config import SourceConfig
 from koclip.data.formats import Format
 from koclip.data.formats.files import FileError, decode, files_of, is_remote
 
-_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # of a sample, of a column
+_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # names of the sample and of the column
 _UNPACK: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _BROKEN = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 _BLOCK = 512  # bytes
-_MOST = 1_000  # files of a sample
+_MAX_FILES = 1_000  # per sample
 
 Fields = dict[str, Any]
 
 
 class ShardError(FileError):
-    """A shard that cannot be read. The message names it, and says what to do."""
+    """A shard that cannot be read. The message names it and says what to do."""
 
 
 class Columns(NamedTuple):
-    """What is read of a sample: files that hold its image, and files that hold text, in this encoding."""
+    """The files of a sample that are read: its image files and its text files, and the encoding of the texts."""
 
     images: tuple[str, ...]
     texts: tuple[str, ...]  # dotted: `json.ko` is in the file `json`
@@ -53,11 +53,11 @@ class Columns(NamedTuple):
         return cls(tuple(config.images), (*config.captions.values(), *label, *(config.where or {})), config.encoding)
 
     def has_text(self, name: str) -> bool:
-        """Tell whether a file of a sample holds a text that is read."""
+        """Return whether this file of a sample is read as text."""
         return any(text == name or text.startswith(f"{name}.") for text in self.texts)
 
     def has(self, name: str) -> bool:
-        """Tell whether a file of a sample is read."""
+        """Return whether this file of a sample is read."""
         return name in self.images or self.has_text(name)
 
 
@@ -72,48 +72,47 @@ def stream(files: Sequence[str], config: SourceConfig) -> datasets.IterableDatas
     """Return the samples of shards as a stream; addresses may be patterns.
 
     Raises:
-        ShardError: a shard on this machine plainly breaks off, or only a part of the shards is asked for.
-        OSError: an address leads nowhere.
+        ShardError: a local shard has no end, or the split has brackets.
+        OSError: an address does not exist.
     """
     if "[" in config.split:
-        raise ShardError(f"source {config.path!r}: got split {config.split!r}, but shards are read whole; name fewer")
+        raise ShardError(
+            f"source {config.path!r}: got split {config.split!r}, expected one without brackets: shards are read "
+            "whole; name fewer shards"
+        )
     files = [file for path in files for file in (DataFilesList.from_patterns([path]) if is_remote(path) else [path])]
     _check_ends(files)
     return datasets.IterableDataset.from_generator(_samples, gen_kwargs={"files": files, "columns": Columns.of(config)})
 
 
 def _samples(files: Sequence[str], columns: Columns) -> Iterator[Fields]:
-    """Yield the samples of shards in stored order: `__key__`, `__url__`, and by column its text or JSON or bytes.
+    """Yield the samples of shards in stored order: `__key__`, `__url__`, and a text, JSON value or bytes by column.
 
-    A column that is not read is there, without a value.
+    Columns that are not read have the value None.
 
     Raises:
-        ShardError: a shard is broken off or damaged, a text cannot be read, or two samples have one name.
+        ShardError: a shard is cut or damaged, a text cannot be read, or two samples have the same name.
     """
     for file in files:
         keys: set[str] = set()
         for key, data in _grouped(file):
             where = f"shard {file}, sample {key!r}"
             if key in keys:
-                raise ShardError(f"{where}: its files do not lie side by side; pack the shard again in order")
+                raise ShardError(f"{where}: its files do not follow one another; pack the shard again in order")
             keys.add(key)
             _check_names(where, data, columns)
             yield {"__key__": key, "__url__": file, **_read(where, data, columns)}
 
 
 def _check_ends(files: Sequence[str]) -> None:
-    """Refuse shards on this machine that plainly break off, before anything is read of any.
-
-    Raises:
-        ShardError: one does not end with zeros, as archives do.
-    """
+    """Check, before anything is read, that local shards end with zeros, as archives do."""
     for file in files:
         if is_remote(file) or Path(file).suffix.lower() in _UNPACK:
             continue
         with Path(file).open("rb") as shard:
             shard.seek(max(0, shard.seek(0, 2) - _BLOCK))
             if shard.read() != bytes(_BLOCK):
-                raise ShardError(f"shard {file} breaks off: it has no end-of-archive block; copy or pack it again")
+                raise ShardError(f"shard {file} is cut: it has no end-of-archive block; copy or pack it again")
 
 
 def _grouped(file: str) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -122,14 +121,16 @@ def _grouped(file: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     for path, content in _members(file):
         match = _NAME.fullmatch(path)
         if match is None:
-            continue  # hidden, or without a dot: no part of a sample
+            continue  # a hidden name, or one without a dot, is not part of a sample
         key, column = match[1], match[2].lower()
         if key != name and data:
             yield name, data
             data = {}
         name = key
-        if len(data) == _MOST:
-            raise ShardError(f"shard {file}: sample {key!r} has over {_MOST} files; its name ends at its first dot")
+        if len(data) == _MAX_FILES:
+            raise ShardError(
+                f"shard {file}: sample {key!r} has over {_MAX_FILES} files; pack it again: a name ends at its first dot"
+            )
         if column in data:
             raise ShardError(f"shard {file}: sample {key!r} has two files {column!r}; pack it again")
         data[column] = content
@@ -138,11 +139,11 @@ def _grouped(file: str) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def _members(file: str) -> Iterator[tuple[str, bytes]]:
-    """Yield the path and the content of every file in an archive, to its end-of-archive block."""
+    """Yield the path and the content of every file in an archive, up to its end-of-archive block."""
     path, ended = "", False
 
     class Header(tarfile.TarInfo):
-        """A header block, or the zeros at the end; several archives may follow one another."""
+        """A header block, or the zeros at the end; a shard may hold several archives."""
 
         @classmethod
         def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Header":
@@ -163,16 +164,16 @@ def _members(file: str) -> Iterator[tuple[str, bytes]]:
                     yield path, cast(IO[bytes], shard.extractfile(member)).read()
                 elif not member.isdir():
                     raise tarfile.ReadError(f"{path} is a link or a device; pack with tar --dereference")
-                shard.members = []  # type: ignore[attr-defined]  # or it keeps the headers of all
+                shard.members = []  # type: ignore[attr-defined]  # do not keep all headers in memory
     except _BROKEN as error:
         place = f"after {path!r}" if path else "at its beginning"
         reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise ShardError(f"shard {file} breaks off or is damaged {place}: {reason}; copy or pack it again") from error
+        raise ShardError(f"shard {file} is cut or damaged {place}: {reason}; copy or pack it again") from error
 
 
 @contextmanager
 def _unpacked(file: str) -> Iterator[IO[bytes]]:
-    """Open a shard, here or remote, and unpack it if its name says that it is packed."""
+    """Open a local or remote shard, and decompress it if its suffix says so."""
     remote = is_remote(file)
     unpack = _UNPACK.get(Path(file.split("?")[0] if remote else file).suffix.lower())
     with (
@@ -183,7 +184,7 @@ def _unpacked(file: str) -> Iterator[IO[bytes]]:
 
 
 def _read(where: str, data: dict[str, bytes], columns: Columns) -> Fields:
-    """Return what is read of a sample's files."""
+    """Return the columns of a sample from its files."""
     fields: Fields = dict.fromkeys(data)
     for column, content in data.items():
         if column in columns.images:
@@ -198,9 +199,9 @@ def _read(where: str, data: dict[str, bytes], columns: Columns) -> Fields:
 
 
 def _check_names(where: str, names: Iterable[str], columns: Columns) -> None:
-    """Refuse a sample that seems to hold others, whose names have dots: the files a.b.jpg and a.b.txt belong to a.
+    """Refuse a sample that seems to hold several, whose names have dots: a.b.jpg and a.b.txt belong to the sample a.
 
-    It does if several of its files (one, where there are no images) end in columns and begin alike. One alone may be
+    It does if several of its files (one, if images are not read) end in column names and begin alike. One alone may be
     another picture of the same sample, such as a.small.jpg.
     """
     beginnings: Counter[str] = Counter()
@@ -210,6 +211,6 @@ def _check_names(where: str, names: Iterable[str], columns: Columns) -> None:
         beginnings.update(name.removesuffix(end) for end in endings if columns.has(end) and not columns.has(name))
     if beginnings and max(beginnings.values()) >= (2 if columns.images else 1):
         raise ShardError(
-            f"{where} has the files {sorted(names)[:10]}: its name ends at its first dot, what "
-            "follows is a column; pack the shard again with samples whose names have no dots"
+            f"{where} has the files {sorted(names)[:10]}: its name ends at the first dot, the rest is a column; pack "
+            "the shard again with sample names that have no dots"
         )
