@@ -89,7 +89,7 @@ def _lists_of_sections(schema: Any, prefix: str = "--") -> Iterator[str]:
 
 
 def _replace_lists(words: list[str], lists: set[str]) -> list[str]:
-    """Let a list of sections replace that of the file; jsonargparse keeps what an item does not name, such as `name`."""
+    """Let a list of sections replace that of the file. jsonargparse keeps the keys that an item does not name."""
     replaced: list[str] = []
     for word in words:
         option = word.split("=")[0]
