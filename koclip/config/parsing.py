@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 
 from koclip import installation, storage
 from koclip.config.checks import ConfigError, RunError, Stopped, all_faults
@@ -34,6 +33,9 @@ def parse(
     Exits with code 2 and a line on stderr if a key is unknown, a type is wrong, a file is missing or a value is out of
     range.
     """
+    installation.require("data")
+    from jsonargparse import ArgumentError, ArgumentParser  # what is not parsed needs no extra
+
     words = list(sys.argv[1:] if args is None else args)
     if first is not None and words and not words[0].startswith("-"):
         words.insert(0, f"--{first}")
