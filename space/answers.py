@@ -1,4 +1,4 @@
-"""What the Space answers: functions of pictures and texts, without a word about how it is shown."""
+"""The answers of the Space: functions of images and texts. How they look is in `layout`."""
 
 import io
 import threading
@@ -21,36 +21,36 @@ from koclip.search import ImageIndex
 from koclip.text.classes import fill, load_templates
 from koclip.text.korean.hangul import is_syllable
 
-PER_PAGE = 12  # pictures
+PER_PAGE = 12  # images
 MAX_PAGE = 50
-SECONDS = 20  # that embedding a call's texts, or its covered pictures, may take
-_TEXTS, _PICTURES = 64, 10  # embedded between two looks at the clock
-_BEST = 10  # captions
-_KEPT_CAPTIONS = 500  # of the collection, that captions are chosen from
+SECONDS = 20  # time limit for embedding the texts, or the covered images, of one call
+_TEXTS, _PICTURES = 64, 10  # batch sizes; the clock is read after each batch
+_BEST = 10  # captions in an answer
+_KEPT_CAPTIONS = 500  # captions of the index that are compared with an image
 _COLOURS = "inferno"
 _OPACITY = 0.6
-WAYS = ("cover", "patches")  # of showing where an answer lies
-_PLACES = 7  # covered per side
-_COVERED_SIDE = 448  # pixels; more than most towers see
+WAYS = ("cover", "patches")  # methods of a heat map
+_PLACES = 7  # places per side that are covered
+_COVERED_SIDE = 448  # pixels; more than most image towers take
 
 
 class Classified(NamedTuple):
-    """Probabilities by label, the most likely first, and the prompts that were read."""
+    """Probabilities by label, the most likely first, and the prompts that the model read."""
 
     scores: dict[str, float]
     prompts: list[str]
 
 
 class Hit(NamedTuple):
-    """A picture of the collection."""
+    """An image of the index."""
 
-    picture: Image.Image | None  # none was kept
+    picture: Image.Image | None  # None: the index has no thumbnail of it
     caption: str
     score: float
 
 
 class Heat(NamedTuple):
-    """A picture with what answers the query in bright colours, and the similarities (R, C) behind it."""
+    """An image under a heat map, and the scores (R, C) of the map."""
 
     picture: Image.Image
     scores: np.ndarray[Any, Any]
@@ -58,31 +58,31 @@ class Heat(NamedTuple):
 
 @dataclass
 class Answers:
-    """Answers with one model and one collection.
+    """Answers questions with one model and one index.
 
     Args:
         encoder: The model.
-        index: What is searched, made by the same model.
-        seconds: That embedding a call's texts, or its covered pictures, may take.
-        clock: In seconds.
+        index: The images to search, embedded by the same model.
+        seconds: Time limit for embedding the texts, or the covered images, of one call.
+        clock: Returns the time in seconds.
     """
 
     encoder: Encoder
     index: ImageIndex
     seconds: float = SECONDS
     clock: Callable[[], float] = time.monotonic
-    # Tokenizers cannot be used by two threads at once.
+    # A tokenizer must not be used by two threads at the same time.
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _captions: tuple[list[str], torch.Tensor] | None = None
 
     def classify(self, image: Image.Image, labels: str, template: str, whole: bool) -> Classified:
-        """Return how likely each label is.
+        """Return the probability of each label.
 
         Args:
-            image: The picture.
-            labels: One per line, or a single line of them, separated by commas.
-            template: With a slot for the label (`koclip.text.classes`).
-            whole: Take the mean of all built-in templates of each label's language instead.
+            image: The image.
+            labels: One per line, or all on one line with commas.
+            template: A text with a slot for the label (`koclip.text.classes`).
+            whole: Use the mean of all built-in templates of each label's language instead of `template`.
         """
         names = guard.read_labels(labels)
         templates = [templates_for(name) if whole else [template] for name in names]
@@ -96,19 +96,19 @@ class Answers:
         return Classified({names[place]: float(scores[place]) for place in order}, read)
 
     def search(self, query: str, page: float) -> tuple[list[Hit], int]:
-        """Return a page of the pictures that are nearest to a text, and the place of its first, from 0."""
+        """Return a page of the images that are most similar to a text, and the rank of its first image, from 0."""
         return self._page(self._texts([guard.read_text(query)]), page)
 
     def similar(self, image: Image.Image) -> list[Hit]:
-        """Return the first page of pictures that are nearest to a picture."""
+        """Return the first page of the images that are most similar to an image."""
         return self._page(self._image(image), 1)[0]
 
     def captions(self, image: Image.Image, captions: str) -> dict[str, float]:
-        """Return the ten captions that fit a picture best with their cosine similarities, the best first.
+        """Return the ten captions that are most similar to an image, with their cosine similarities, the best first.
 
         Args:
-            image: The picture.
-            captions: One per line; if empty, those of the collection's first pictures, which may have none.
+            image: The image.
+            captions: One per line. If empty: the captions of the first images of the index. There may be none.
         """
         if captions and captions.strip():
             texts = guard.read_list(captions, "no_text")
@@ -120,21 +120,24 @@ class Answers:
         return {texts[place]: float(scores[place]) for place in best}
 
     def prepare(self) -> None:
-        """Embed the collection's captions, so that the first who asks for them does not wait."""
+        """Embed the captions of the index, so that the first visitor does not wait for it."""
         seconds, self.seconds = self.seconds, float("inf")
         self._own_captions()
         self.seconds = seconds
 
     def heat(self, image: Image.Image, query: str, way: str) -> Heat:
-        """Return where in a picture a text finds what it says.
+        """Return a heat map: which places of an image make it similar to a text.
 
         Args:
-            image: The picture.
+            image: The image.
             query: The text.
-            way: `patches`: the similarity of each of the model's patches to the text (`koclip.encoders.transformers`,
-                with the formula and why it may miss the thing itself). `cover`: the similarity that is lost when a
-                place is covered by the picture's mean colour, score_p = max(0, <e(image), t> - <e(image without p),
-                t>), for 7 x 7 places two sevenths wide (Zeiler and Fergus 2014, section 4.2); it works for any model.
+            way: `patches`: the similarity of each patch to the text (`koclip.encoders.transformers` has the formula,
+                and explains why the map may miss the object). `cover`: the drop of the similarity when a place is
+                covered with the mean colour of the image, score_p = max(0, <e(image), t> - <e(image without p), t>),
+                for 7 x 7 places, each two sevenths wide (Zeiler and Fergus 2014, section 4.2). It works for each model.
+
+        Raises:
+            RefusedError: `way` has another value, or the model has no patches.
         """
         text = self._texts([guard.read_text(query)])[0]
         view = self.encoder.view
@@ -161,7 +164,11 @@ class Answers:
         return self._encode(self.encoder.encode_texts, texts, _TEXTS)
 
     def _encode(self, encode: Callable[[Any], torch.Tensor], inputs: Sequence[Any], batch: int) -> torch.Tensor:
-        """Return the embeddings (N, D) of texts or pictures; stop when it takes too long."""
+        """Return the embeddings (N, D) of texts or images.
+
+        Raises:
+            RefusedError: it takes more than `seconds`.
+        """
         end = self.clock() + self.seconds
         parts = []
         for start in range(0, len(inputs), batch):
@@ -173,7 +180,7 @@ class Answers:
 
     def _page(self, queries: torch.Tensor, page: float) -> tuple[list[Hit], int]:
         last = min(MAX_PAGE, -(-len(self.index) // PER_PAGE))
-        if page not in range(1, last + 1):  # of whatever type
+        if page not in range(1, last + 1):  # a page that is not a number is not in it either
             raise RefusedError("bad_page", limit=last)
         first = (int(page) - 1) * PER_PAGE
         results = self.index.search(queries, first + PER_PAGE)
@@ -197,10 +204,10 @@ class Answers:
 
 
 def prompt(template: object, label: str) -> str:
-    """Return a template filled with a label, its particles chosen.
+    """Return a template filled with a label and the right particles.
 
     Raises:
-        RefusedError: the template is empty, too long or not one.
+        RefusedError: the template is too long, or it has no slot or a wrong slot.
     """
     text = template if isinstance(template, str) else ""
     if len(text) > guard.MAX_LABEL:
@@ -212,13 +219,13 @@ def prompt(template: object, label: str) -> str:
 
 
 def templates_for(label: str) -> list[str]:
-    """Return the built-in templates for photos, in Korean for a label with Hangul in it, else in English."""
+    """Return the built-in templates for photos: the Korean ones if the label contains Hangul, else the English ones."""
     language = "ko" if any(is_syllable(character) for character in label) else "en"
     return load_templates(language)["photo"]
 
 
 def seen(image: Image.Image, view: tuple[float, float] | None) -> tuple[int, int, int, int]:
-    """Return the part of a picture that a model sees (left, top, right, bottom), pixels."""
+    """Return the part of an image that the model sees: left, top, right, bottom, in pixels."""
     width, height = image.size
     if view is None:
         return 0, 0, width, height
@@ -229,7 +236,7 @@ def seen(image: Image.Image, view: tuple[float, float] | None) -> tuple[int, int
 
 
 def covered(image: Image.Image, view: tuple[float, float] | None) -> list[Image.Image]:
-    """Return a picture with each of 7 x 7 places of what is seen covered by its mean colour, row by row."""
+    """Return 49 copies of an image, each with another of 7 x 7 places covered by the mean colour, row by row."""
     image = image.copy()
     image.thumbnail((_COVERED_SIDE, _COVERED_SIDE))
     left, top, right, bottom = seen(image, view)
@@ -248,16 +255,17 @@ def covered(image: Image.Image, view: tuple[float, float] | None) -> list[Image.
 
 
 def overlay(image: Image.Image, scores: np.ndarray[Any, Any], view: tuple[float, float] | None) -> Image.Image:
-    """Return a picture under a map of scores (R, C), dimmed where the model does not look.
+    """Return an image under a heat map. It is dark where the model does not see it.
 
     Args:
-        image: The picture.
-        scores: Stretched from the smallest to the largest.
-        view: What the model sees, in the middle, as shares of the shorter side (width, height); None: all.
+        image: The image.
+        scores: The map (R, C). The smallest score gets the darkest colour, the largest the brightest.
+        view: Width and height of the part in the middle that the model sees, as shares of the shorter side. None: all
+            of the image.
     """
     image = image.copy()
     image.thumbnail((720, 720))
-    if max(image.size) < 480:  # a small picture would show no map
+    if max(image.size) < 480:  # on a small image the map could not be seen
         ratio = 480 / max(image.size)
         image = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.Resampling.BICUBIC)
     left, top, right, bottom = seen(image, view)

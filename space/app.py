@@ -1,9 +1,10 @@
-"""Show a model in the browser: zero-shot labels, image search, captions, and where it looked.
+"""Show a model in the browser: zero-shot classification, image search, captions and heat maps.
 
-python space/app.py --model runs/mine/model --index index/     # python recipes/index.py makes the index
-python space/app.py                                            # the newest run here, and the built-in pictures
+python space/app.py --model runs/mine/model --index index/     # recipes/index.py makes the index
+python space/app.py                                            # the newest run in runs/, and the built-in images
 
-On Hugging Face Spaces `KOCLIP_MODEL` and `KOCLIP_INDEX` name the two. Calls of the API: space/README.md.
+On Hugging Face Spaces, the variables `KOCLIP_MODEL` and `KOCLIP_INDEX` name the model and the index. space/README.md
+describes the API.
 """
 
 import argparse
@@ -35,27 +36,29 @@ from koclip.encoders import Encoder, load  # noqa: E402
 from koclip.search import ImageIndex, open_index  # noqa: E402
 from koclip.search.build import build  # noqa: E402
 
-_DEMO_IMAGES = 240  # of the built-in pictures, where no index is given
-_SIDE = 240  # pixels of an example
+_DEMO_IMAGES = 240  # built-in images that are searched if no index is given
+_SIDE = 240  # pixels per side of an example
 
 
 def newest_run(root: Path = Path("runs")) -> str:
     """Return the model directory of the newest run.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no run.
     """
     configs = sorted(root.glob("*/model/config.json"), key=lambda path: path.stat().st_mtime)
-    make_one = "train one with `accelerate launch recipes/pretrain.py` (4 minutes), or name a directory or Hub id"
-    check(bool(configs), "model", None, f"no run in {root}/ has a model: {make_one}: --model <directory or Hub id>")
+    fix = (
+        "train a model with `accelerate launch recipes/pretrain.py` (4 minutes), or give --model <directory or Hub id>"
+    )
+    check(bool(configs), "model", None, f"no run in {root}/ has a model; {fix}")
     return str(configs[-1].parent)
 
 
 def open_collection(directory: str | None, model: str, encoder: Encoder) -> ImageIndex:
-    """Open an index, or make one of the built-in pictures.
+    """Open an index. Without a directory, index the built-in images.
 
     Raises:
-        ConfigError: there is none, or another model made it.
+        ConfigError: the directory has no index, or the index of another model.
     """
     if directory is None:
         config = IndexConfig(model=model, images="scenes", max_images=_DEMO_IMAGES, approximate="no")
@@ -63,13 +66,13 @@ def open_collection(directory: str | None, model: str, encoder: Encoder) -> Imag
         return open_index(Path(_WORK) / "index")
     index = open_index(directory)
     ours = index.facts.get("fingerprint") == encoder.fingerprint()
-    again = f"make one: python recipes/index.py --model {model} --images <folder> --output_dir <index>"
-    check(ours, "index", directory, f"made by another model ({index.facts.get('model')}); {again}")
+    again = f"make a new one: python recipes/index.py --model {model} --images <folder> --output_dir <index>"
+    check(ours, "index", directory, f"it has the embeddings of another model ({index.facts.get('model')}); {again}")
     return index
 
 
 def examples() -> dict[str, list[list[Any]]]:
-    """Draw what the tabs can be tried with."""
+    """Draw the example images, and return the example inputs by tab."""
     folder = Path(_WORK) / "examples"
     folder.mkdir(exist_ok=True)
     paths = []
@@ -93,7 +96,7 @@ def examples() -> dict[str, list[list[Any]]]:
 
 
 def sweep_for_ever() -> None:
-    """Delete what visitors left, every few minutes; what is there at the start, the examples, stays."""
+    """Delete old uploads every few minutes. Files that exist at the start (the examples) stay."""
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
     kept = set(folder.rglob("*"))
     while True:
@@ -102,15 +105,23 @@ def sweep_for_ever() -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Open the model and the collection, and serve until stopped."""
+    """Open the model and the index, and serve until the process is stopped."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
-        "--model", default=os.environ.get("KOCLIP_MODEL"), help="directory or Hub id; default: newest run"
+        "--model", default=os.environ.get("KOCLIP_MODEL"), help="directory or Hub id; default: the newest run in runs/"
     )
-    parser.add_argument("--index", default=os.environ.get("KOCLIP_INDEX"), help="made by recipes/index.py")
-    parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="0.0.0.0: others too")
+    parser.add_argument(
+        "--index",
+        default=os.environ.get("KOCLIP_INDEX"),
+        help="directory that recipes/index.py made; default: built-in images",
+    )
+    parser.add_argument(
+        "--host",
+        default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
+        help="0.0.0.0: reachable from other machines",
+    )
     parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", 7860)))
-    parser.add_argument("--device", default=None, help="as PyTorch names it; default: a GPU if there is one")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     options = parser.parse_args(args)
     try:
         model = options.model or newest_run()
@@ -124,17 +135,17 @@ def main(args: list[str] | None = None) -> None:
     answers = Answers(encoder, index)
     answers.prepare()
     page = blocks(answers, name, examples())
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # else what is registered for the exit would not run
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that atexit functions run
     threading.Thread(target=sweep_for_ever, daemon=True).start()
     try:
         launch(page, options)
-    except OSError as error:  # gradio's own message names its settings
-        print(f"app.py: error: port: {options.port} cannot be used ({error}); name another: --port", file=sys.stderr)  # noqa: T201
+    except OSError as error:  # gradio's own message would name settings of gradio
+        print(f"app.py: error: port: {options.port} cannot be used ({error}); choose another: --port", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
 
 
 def launch(page: Any, options: argparse.Namespace) -> None:
-    """Serve until stopped."""
+    """Serve until the process is stopped."""
     page.launch(
         server_name=options.host,
         server_port=options.port,

@@ -1,4 +1,4 @@
-"""What the Space takes: sizes of pictures and texts, and requests that are answered at all."""
+"""The limits of the Space: sizes of images and texts, and the requests that it accepts."""
 
 import contextlib
 import io
@@ -16,31 +16,31 @@ from torchvision.transforms.v2.functional import to_pil_image
 from koclip.data.transforms import BROKEN, ImageError, decode
 from koclip.text.normalize import normalize
 
-MAX_BYTES = 8 * 2**20  # of a picture's file
+MAX_BYTES = 8 * 2**20  # of an image file
 MAX_PIXELS = 25_000_000
 MIN_SIDE = 8  # pixels
-MAX_RATIO = 20  # of the sides: resizing the shorter one makes the longer one huge
+MAX_RATIO = 20  # longer side over shorter side; resizing a narrow image needs very much memory
 MAX_LABELS = 200
 MAX_LABEL = 200  # characters
 MAX_TEXT = 10_000  # characters
 MAX_BODY = MAX_BYTES + 2**20  # bytes of an upload
 MAX_CALL = 3 * 2**20  # bytes of any other request
-MAX_NESTED = 5_000  # lists and objects in one: an empty one takes fifty times its bytes in memory
-KEPT = 3_600  # seconds that what is uploaded is kept
-MAX_KEPT = 2 * 2**30  # bytes of all uploads in that time: more could fill the disk
-SWEPT = 600  # seconds between two looks for what must be deleted
-_LEAST = 8_192  # bytes that an upload takes on disk, at least: a folder and a file
+MAX_NESTED = 5_000  # lists and objects in a request; an empty list takes fifty times its bytes in memory
+KEPT = 3_600  # seconds until an upload is deleted
+MAX_KEPT = 2 * 2**30  # bytes of all uploads in that time; more could fill the disk
+SWEPT = 600  # seconds between two searches for old uploads
+_LEAST = 8_192  # smallest number of bytes that an upload takes on disk: a folder and a file
 _COMMAS = ",，、"
-_COMMA = re.compile(rf"(?!(?<=\d),\d{{3}}(?!\d))[{_COMMAS}]")  # but that of a number: 1,000
+_COMMA = re.compile(rf"(?!(?<=\d),\d{{3}}(?!\d))[{_COMMAS}]")  # not the comma in a number: 1,000
 _KINDS = ("JPEG", "PNG", "WEBP", "GIF")
-_FETCHING = ("http:", "https:", "proxy=")  # gradio would fetch what a path with one of these names
+_FETCHING = ("http:", "https:", "proxy=")  # gradio would download an address in the path of a request
 
 
 def read_picture(path: str | Path) -> tuple[Image.Image, bool]:
-    """Return a picture in RGB, upright, and whether it moves (its first frame is taken).
+    """Return an image in RGB, upright, and whether it is animated. Only its first frame is read.
 
     Raises:
-        RefusedError: it is broken, or too heavy, large, small or narrow.
+        RefusedError: the image is broken, its file is too large, or it has too many or too few pixels or is too narrow.
     """
     try:
         size = Path(path).stat().st_size
@@ -58,11 +58,11 @@ def read_picture(path: str | Path) -> tuple[Image.Image, bool]:
 
 
 def _look(data: bytes) -> bool:
-    """Look at a picture's header only, so that nothing is decoded that is refused; return whether it moves."""
+    """Check an image by its header, before anything is decoded; return whether it is animated."""
     try:
         with Image.open(io.BytesIO(data), formats=_KINDS) as picture:
             width, height = picture.size
-            # A phone's JPEG may hold further pictures (MPO): it does not move.
+            # A phone's JPEG may contain several images (MPO). It is not an animation.
             moves = bool(getattr(picture, "is_animated", False)) and picture.format in _KINDS
     except Image.DecompressionBombError:
         raise RefusedError("large_image", limit=MAX_PIXELS // 10**6) from None
@@ -81,7 +81,7 @@ def read_text(text: object, empty: str = "no_text") -> str:
     """Return a clean text.
 
     Raises:
-        RefusedError: there is none (`empty` names the reason), or it is too long.
+        RefusedError: the text is empty (`empty` is the key of the reason) or too long.
     """
     text = text if isinstance(text, str) else ""
     if len(text) > MAX_TEXT:
@@ -93,7 +93,7 @@ def read_text(text: object, empty: str = "no_text") -> str:
 
 
 def read_labels(text: object) -> list[str]:
-    """Return the clean, different labels of a text: its lines, or the parts of a single line between commas.
+    """Return the clean labels in a text, without duplicates: its lines, or the parts of a single line between commas.
 
     Raises:
         RefusedError: as `read_list`.
@@ -104,10 +104,10 @@ def read_labels(text: object) -> list[str]:
 
 
 def read_list(text: object, empty: str) -> list[str]:
-    """Return the clean, different lines of a text.
+    """Return the clean lines of a text, without duplicates.
 
     Raises:
-        RefusedError: there is none (`empty` names the reason), there are too many, or one is too long.
+        RefusedError: there are no lines (`empty` is the key of the reason) or too many, or a line is too long.
     """
     text = text if isinstance(text, str) else ""
     if len(text) > MAX_LABELS * (MAX_LABEL + 2):
@@ -123,14 +123,14 @@ def read_list(text: object, empty: str) -> list[str]:
 
 
 class Gate:
-    """ASGI middleware: refuses requests that are too large or too many, and those that would make the server fetch."""
+    """ASGI middleware: refuses requests that are too large, too many uploads, and requests to download an address."""
 
     def __init__(self, app: Any, clock: Callable[[], float] = time.monotonic) -> None:
         self._app, self._clock = app, clock
-        self._uploads: deque[list[float]] = deque()  # when, and bytes
+        self._uploads: deque[list[float]] = deque()  # time and bytes of each
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer or pass on one request."""
+        """Refuse a request, or pass it to the app."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -143,7 +143,7 @@ class Gate:
         if not length.isdigit() or int(length) > most:
             await _answer(send, 413)
             return
-        upload = self._admit(int(length) or MAX_BODY) if uploads else None  # 0: it does not say
+        upload = self._admit(int(length) or MAX_BODY) if uploads else None  # 0: the length is unknown
         if uploads and upload is None:
             await _answer(send, 503)
             return
@@ -155,7 +155,7 @@ class Gate:
             body = message.get("body", b"")
             seen += len(body)
             nested += 0 if uploads else body.count(b"[") + body.count(b"{")
-            # What is too much is cut off, and nothing can be made of the rest.
+            # The app sees a broken connection instead of the rest.
             return {"type": "http.disconnect"} if seen > most or nested > MAX_NESTED else message
 
         try:
@@ -165,7 +165,7 @@ class Gate:
                 upload[1] = min(max(seen, _LEAST), upload[1])
 
     def _admit(self, size: int) -> list[float] | None:
-        """Return when an upload came and its bytes, which count from now on; None if there is no room for it."""
+        """Count an upload; return its time and bytes, or None if all uploads together are too large."""
         now = self._clock()
         while self._uploads and self._uploads[0][0] < now - KEPT:
             self._uploads.popleft()
@@ -182,9 +182,9 @@ async def _answer(send: Any, status: int) -> None:
 
 
 def sweep(folder: Path, kept: Collection[Path]) -> None:
-    """Delete uploads, whole or broken off, and answers before they are as old as `KEPT`; leave what is in `kept`."""
+    """Delete uploads (also incomplete ones) and answers before they are older than `KEPT`. Files in `kept` stay."""
     old = time.time() - (KEPT - SWEPT)
-    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder comes before it
-        with contextlib.suppress(OSError):  # a folder that is not empty; a file that is gone
+    for path in sorted(folder.rglob("*"), reverse=True):  # files before their folder
+        with contextlib.suppress(OSError):  # a folder may not be empty, a file may be deleted already
             if path not in kept and path.lstat().st_ctime < old:
                 path.rmdir() if path.is_dir() else path.unlink()

@@ -1,4 +1,4 @@
-"""How the Space looks, and the calls that it takes: Gradio Blocks over `answers.Answers`."""
+"""The page of the Space and its API: Gradio Blocks around `answers.Answers`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,8 +23,10 @@ CSS = """
 #language label { flex: none; white-space: nowrap; }
 .examples thead { display: none; }
 #result { max-height: 30rem; overflow-y: auto; }
-.gallery .grid-wrap { max-height: none !important; }
-/* A short message says what went wrong; the word "Error" over every result does not help. */
+.gallery .grid-wrap { max-height: none !important; padding-top: 2.4rem; }  /* below the label */
+#pages { align-items: center; }
+footer .divider { display: none !important; }  /* it would follow the last link */
+/* A short message says what went wrong. The word "Error" on each result would not help. */
 [data-testid="status-tracker"] .error { display: none; }
 @media (max-width: 640px) {
     #language .wrap { justify-content: flex-start; }
@@ -32,17 +34,17 @@ CSS = """
     .gallery .grid-container { grid-template-columns: 1fr 1fr !important; }
 }
 """
-_QUEUED_AT_ONCE = 2  # calls answered at a time, one per core of the smallest Space
-_PROMPTS = 12  # shown
+_QUEUED_AT_ONCE = 2  # calls that are answered at the same time: one per core of the smallest Space
+_PROMPTS = 12  # prompts that are shown
 
 
 def blocks(answers: Answers, name: str, examples: dict[str, list[list[Any]]]) -> gr.Blocks:
     """Return the whole page.
 
     Args:
-        answers: What answers.
-        name: The model's, as it is shown.
-        examples: Inputs by tab; every row works when it is clicked.
+        answers: Answers the questions.
+        name: Name of the model, as the page shows it.
+        examples: Example inputs by tab. A click on an example fills the inputs and runs it.
     """
     texts = Texts()
     page = gr.Blocks(title="koclip", analytics_enabled=False)
@@ -94,11 +96,10 @@ def _classify_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: 
 
     @answering
     def classify(image: str, labels: str, template: str, ensemble: bool, language: str) -> tuple[Any, str]:
-        """Say how likely each label is: {label, confidences}, and the prompts that were read.
+        """Return the probability of each label, as {label, confidences}, and the prompts that the model read.
 
-        Labels are one per line, or separated by commas on a single line. `template` has {label}, or {label:을/를} for
-        the label with its particle; with `ensemble` the mean of the built-in templates is taken. `language` (ko, en) is
-        that of errors.
+        Labels: one per line, or all on one line with commas. `template` contains {label}, or {label:을/를} for the
+        label with its particle. `ensemble` uses the mean of the built-in templates. Errors are in `language` (ko, en).
         """
         answer = answers.classify(opened(image, language), labels, template, bool(ensemble))
         shown = answer.prompts[:_PROMPTS]
@@ -119,7 +120,7 @@ def _search_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: li
     examples_here = gr.Column()
     status = gr.Markdown()
     gallery = gallery_box(texts, "found")
-    with gr.Row():
+    with gr.Row(elem_id="pages"):
         back = texts(gr.Button(say("previous", "ko"), size="sm", min_width=80), value="previous")
         page = gr.Number(1, label=say("page", "ko"), precision=0, minimum=1, container=False, min_width=80)
         texts(page, label="page")
@@ -127,9 +128,9 @@ def _search_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: li
 
     @answering
     def search(query: str, page: float, language: str) -> tuple[list[Any], str, float]:
-        """Find the pictures of the collection that are nearest to a text in any language: 12 on a page, from 1 on.
+        """Find the images that are most similar to a text: 12 images on a page. The first page is 1.
 
-        Returns pictures with caption and cosine similarity, a line that says which they are, and the page.
+        Returns the images with caption and cosine similarity, a line about them, and the page.
         """
         hits, first = answers.search(query, page)
         last, total = first + len(hits), len(answers.index)
@@ -173,9 +174,9 @@ def _caption_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: l
 
     @answering
     def caption(image: str, captions: str, language: str) -> tuple[Any, list[Any]]:
-        """Find what belongs to a picture: the best ten of some captions, one per line, and the nearest pictures.
+        """Find the ten best captions for an image, and the images that are most similar to it.
 
-        Without captions those of the collection are taken. Scores are cosine similarities.
+        Captions: one per line. If empty, the captions of the indexed images. Scores are cosine similarities.
         """
         picture = opened(image, language)
         scores = answers.captions(picture, captions)
@@ -202,9 +203,9 @@ def _heatmap_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: l
 
     @answering
     def heatmap(image: str, query: str, way: str, language: str) -> tuple[Any, str]:
-        """Show where a picture answers a text: the picture under a heat map, and a line about it.
+        """Return an image under a heat map of a text, and a line about it.
 
-        `way` is cover (how much similarity is lost when a place is covered) or patches (how near each patch is).
+        `way` is cover (how much the similarity drops when a place is covered) or patches (similarity of each patch).
         """
         heat = answers.heat(opened(image, language), query, way)
         rows, columns = heat.scores.shape

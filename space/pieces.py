@@ -1,4 +1,4 @@
-"""Components of the Space: images that are only uploaded, texts that follow the language, short errors."""
+"""Components of the Space: safe image uploads, texts in two languages, examples, short errors."""
 
 import functools
 import logging
@@ -11,14 +11,16 @@ from answers import WAYS, Hit
 from gradio import route_utils
 from gradio.blocks import Block
 from guard import MAX_TEXT, read_picture
+from PIL import Image
 from texts import RefusedError, say
 
 Component = TypeVar("Component")
+SHOWN = 256  # pixels of the longer side of an image in a gallery
 _log = logging.getLogger("koclip.space")
 
 
 class Picture(gr.Image):
-    """A picture that is uploaded: never fetched from an address, and read by `guard.read_picture` alone."""
+    """An image box. Its image is uploaded, never downloaded from an address; only `guard.read_picture` opens it."""
 
     is_template = True  # looks like gr.Image
 
@@ -31,16 +33,16 @@ _move = Block.async_move_resource_to_block_cache
 
 
 async def _move_without_fetching(self: Block, path: str | Path | None) -> str | None:
-    """Leave an address as it is: gradio fetches what any input, also a text, names as a file."""
+    """Do not download an address. gradio would download each address that an input, even a text, names as a file."""
     return str(path) if "://" in str(path) else await _move(self, path)
 
 
-# gradio has no setting for it, so its method is replaced; the same holds for the parser below.
+# gradio has no setting for this, so its method is replaced. The same is true of the parser below.
 Block.async_move_resource_to_block_cache = _move_without_fetching  # type: ignore[assignment,method-assign]
 
 
 class OneFile(route_utils.GradioMultiPartParser):
-    """Takes one file per upload: each takes a folder and a file on the disk, however small it is."""
+    """Accepts one file per upload. Each file takes a folder on the disk, however small it is."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{**options, "max_files": 1})
@@ -50,13 +52,13 @@ route_utils.GradioMultiPartParser = OneFile  # type: ignore[misc]
 
 
 class Texts:
-    """The texts of each component, so that all of them can change their language."""
+    """Remembers the texts of each component, so that all of them can change their language."""
 
     def __init__(self) -> None:
         self._keys: list[tuple[Any, dict[str, str]]] = []
 
     def __call__(self, component: Component, **keys: str) -> Component:
-        """Let `keys` (property -> text) of a component follow the language; return the component."""
+        """Register a component with the keys of its texts (property -> key in `texts`); return the component."""
         self._keys.append((component, keys))
         return component
 
@@ -67,11 +69,11 @@ class Texts:
 
     @property
     def tables(self) -> list[gr.Dataframe]:
-        """The components that are tables: gradio updates headers together with rows."""
+        """The components that are tables. gradio updates the headers of a table together with its rows."""
         return [component for component in self.components if isinstance(component, gr.Dataframe)]
 
     def updates(self, language: str, rows: list[list[list[Any]]]) -> list[dict[str, Any]]:
-        """Return the updates of all components for a language; `rows` are those of the tables."""
+        """Return the updates of all components for a language. `rows` are the rows of the tables."""
         remaining = iter(rows)
         updates: list[dict[str, Any]] = []
         for _, keys in self._keys:
@@ -86,7 +88,7 @@ class Texts:
 
 
 def ways(language: str) -> list[tuple[str, str]]:
-    """Return the ways of showing what an answer looks at, as (label, value) pairs of a radio."""
+    """Return the methods of a heat map as (label, value) pairs of a radio."""
     return [(say(f"way_{way}", language), way) for way in WAYS]
 
 
@@ -120,15 +122,15 @@ def text_box(texts: Texts, key: str, hint: str, most: int = MAX_TEXT, info: bool
     """Return a box for a text of up to `most` characters."""
     keys = {"label": key, ("info" if info else "placeholder"): hint}
     said: dict[str, Any] = {name: say(text, "ko") for name, text in keys.items()}
-    # One more than is accepted, so that a text that is too long gives an error and is not cut silently.
+    # One character more than the limit: a text that is too long gives an error and is not cut silently.
     return texts(gr.Textbox(**said, max_lines=8, max_length=most + 1, **options), **keys)
 
 
 def add_examples(
     texts: Texts, rows: list[list[Any]], shown: list[Any], inputs: list[Any], outputs: list[Any], fn: Callable[..., Any]
 ) -> None:
-    """Put examples under a tab: a click fills their values into `shown`, some of `inputs`, and runs."""
-    # gr.Examples would set every other property of the inputs, too, and so undo the language.
+    """Add examples to a tab. A click fills the values into `shown`, which are among `inputs`, and runs `fn`."""
+    # gr.Examples would also set all other properties of the inputs, and so reset their language.
     visible = [component for component in shown if isinstance(component, Picture | gr.Textbox)]
     samples = [row[: len(visible)] for row in rows]
     label = say("examples", "ko")
@@ -143,7 +145,11 @@ def add_examples(
 
 
 def opened(path: str | None, language: str) -> Any:
-    """Return an uploaded image; of an animation it is the first frame, and a notice says so."""
+    """Return an uploaded image. Of an animation this is the first frame, and the page shows a notice.
+
+    Raises:
+        RefusedError: there is no image, it is an address, or `guard.read_picture` refuses it.
+    """
     if path is None:
         raise RefusedError("no_image")
     if "://" in path:
@@ -154,13 +160,21 @@ def opened(path: str | None, language: str) -> Any:
     return picture
 
 
+def enlarged(picture: Image.Image) -> Image.Image:
+    """Return a small image enlarged: gradio compresses it, and a browser would enlarge the traces of that too."""
+    factor = SHOWN / max(picture.size)
+    if factor <= 1:
+        return picture
+    return picture.resize((round(factor * picture.width), round(factor * picture.height)), Image.Resampling.BICUBIC)
+
+
 def captioned(hits: list[Hit]) -> list[Any]:
-    """Return (image, caption) pairs for a gallery."""
-    return [(hit.picture, f"{hit.score:.2f} {hit.caption}") for hit in hits if hit.picture is not None]
+    """Return (image, caption) pairs for a gallery. A caption begins with the similarity."""
+    return [(enlarged(hit.picture), f"{hit.score:.2f} {hit.caption}") for hit in hits if hit.picture is not None]
 
 
 def answering(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn the errors of a function into short messages in the language that is its last argument."""
+    """Wrap a function: its errors become short messages. Its last argument is the language."""
 
     @functools.wraps(fn)
     def answered(*args: Any) -> Any:

@@ -1,75 +1,30 @@
-"""A new loss, task, way to align, encoder and format: how many files each changes, and that all of them arrive.
+"""The pages docs/how_to_add/: their code is applied to a copy of the project, and whole runs there use all of it.
 
-Each is a patch of a copy of the project. Whole runs of the recipes there then use all of them.
+A Python block with a title is a new file. A diff block is a change of a file: its lines without `+` stand there once.
 """
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from peer_models import saved
 from PIL import Image
-from sources_on_disk import TOY_FORMAT
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {"빨강": (220, 30, 30), "초록": (30, 180, 60), "파랑": (40, 60, 220), "노랑": (230, 210, 40)}
 
-LOSS = '''"""The squared distance of each pair."""
-
-from koclip.losses.contrastive import Loss
-
-
-def toy(embeddings, pair_ids, duplicates):
-    """Return the mean squared distance between an image and its text."""
-    distance = (embeddings.image - embeddings.text).square().sum(dim=-1).mean()
-    return Loss(distance * embeddings.logit_scale, distance.detach())
-'''
-TASK = '''"""Which captions hold the digit 1."""
-
-import torch
-
-from koclip.evaluation.results import Spec, Task
-from koclip.metrics import share
-
-
-def _run(embedder, eval_set, language):
-    captions = [text for texts in eval_set.texts(language) for text in texts]
-    return {"toy_task/accuracy": share(torch.tensor(["1" in text for text in captions]))}
-
-
-TASK = Task(
-    "toy_task",
-    _run,
-    lambda eval_set: eval_set.languages,
-    (
-        Spec(
-            pattern="toy_task/accuracy",
-            label="captions of toys",
-            summary="captions with a digit",
-            chart=("toys", ""),
-            headline={"ko": "숫자 있는 설명"},
-        ),
-    ),
-)
-'''
-ENCODER = '''"""A model of koclip under another name."""
-
-from koclip.encoders.transformers import open_spec as open_stock
-
-FORM = "toy:<directory>"
-
-
-def open_spec(spec, device):
-    """Open the model behind the colon."""
-    return open_stock(spec.removeprefix("toy:"), device)
-'''
 DATA_CARD = """---
 id: rows
 source: drawn by a test
-files: {rows.toy: SHA256}
+files: {rows.pipe: SHA256}
 licenses:
   - {part: pictures and captions, id: apache-2.0, source: koclip's LICENSE}
 languages: [ko]
@@ -83,40 +38,16 @@ used_by: []
 
 **Harms.** None.
 """
-# What each new thing changes: a new file, or lines of a file and what replaces them.
-PATCHES: dict[str, dict[str, str | tuple[tuple[str, str], ...]]] = {
-    "format": {"data/formats/toy.py": TOY_FORMAT},
-    "loss": {
-        "losses/toy.py": LOSS,
-        "losses/__init__.py": (
-            ("from koclip.losses.tiled", "from koclip.losses.toy import toy\nfrom koclip.losses.tiled"),
-            ("\nCONTRASTIVE = {\n", '\nCONTRASTIVE = {\n    "toy": Contrastive(toy),\n'),
-        ),
-    },
-    "task": {
-        "evaluation/tasks/toy.py": TASK,
-        "evaluation/tasks/__init__.py": (
-            ("import multiple_choice, probe, ", "import multiple_choice, probe, toy, "),
-            ("    retrieval.RETRIEVAL,\n", "    retrieval.RETRIEVAL,\n    toy.TASK,\n"),
-        ),
-    },
-    "way to align": {
-        "config/alignment.py": (
-            (
-                '    "distill": Method((_DISTILL,)),\n',
-                '    "distill": Method((_DISTILL,)),\n    "toy_way": Method((_FROZEN,)),\n',
-            ),
-        ),
-        "align/methods.py": (
-            (
-                '    "distill": _WEIGHTS,\n',
-                '    "distill": _WEIGHTS,\n    "toy_way": _WEIGHTS._replace(attach=lambda *_: "A toy way."),\n',
-            ),
-        ),
-    },
-    "encoder": {"encoders/toy.py": ENCODER},
+PAGES = ROOT / "docs" / "how_to_add"
+# By page: the files that a new loss, task, ... changes.
+FILES = {
+    "format": {"koclip/data/formats/pipe.py"},
+    "loss": {"koclip/losses/smooth.py", "koclip/losses/__init__.py"},
+    "task": {"koclip/evaluation/tasks/two_way.py", "koclip/evaluation/tasks/__init__.py"},
+    "method": {"koclip/config/alignment.py", "koclip/align/methods.py"},
+    "model": {"koclip/encoders/ensemble.py", "koclip/models/stock.py"},
 }
-MOST_FILES = {"format": 1, "loss": 2, "task": 2, "way to align": 2, "encoder": 1}
+BLOCK = re.compile(r'^```(python|diff) title="([^"\n]+)"\n(.*?)^```', re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -126,29 +57,37 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignored = shutil.ignore_patterns("__pycache__")
     for name in ("koclip", "recipes", "data_cards"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
-    for name, changes in PATCHES.items():
-        assert len(changes) == MOST_FILES[name]
-        for path, change in changes.items():
-            file = copy / "koclip" / path
-            if isinstance(change, str):
-                assert not file.exists()
-                file.write_text(change, encoding="utf-8")
-            else:
-                text = file.read_text(encoding="utf-8")
-                for old, new in change:
-                    assert text.count(old) == 1, f"{path} has no single {old!r}"
-                    text = text.replace(old, new)
-                file.write_text(text, encoding="utf-8")
+    for name, files in FILES.items():
+        blocks = BLOCK.findall((PAGES / f"{name}.en.md").read_text(encoding="utf-8"))
+        assert {file for _, file, _ in blocks} == files
+        for kind, file, code in blocks:
+            apply(copy / file, kind, code)
     records = [
         {"caption_ko": f"{name} 그림 {number}", "colour": colour}
         for number in range(4)
         for name, colour in COLOURS.items()
     ]
     rows = write_pictures(copy / "pictures", records)
-    (copy / "rows.toy").write_text("".join(f"{image}|{caption}\n" for image, caption in rows), encoding="utf-8")
-    checksum = hashlib.sha256((copy / "rows.toy").read_bytes()).hexdigest()
+    (copy / "rows.pipe").write_text("".join(f"{image}|{caption}\n" for image, caption in rows), encoding="utf-8")
+    checksum = hashlib.sha256((copy / "rows.pipe").read_bytes()).hexdigest()
     (copy / "data_cards" / "rows.md").write_text(DATA_CARD.replace("SHA256", checksum), encoding="utf-8")
     return copy
+
+
+def apply(file: Path, kind: str, code: str) -> None:
+    if kind == "python":
+        assert not file.exists()
+        file.write_text(code, encoding="utf-8")
+        return
+    lines = code.splitlines(keepends=True)
+    old, new = ("".join(line[1:] for line in lines if line[0] in signs) for signs in (" -", " +"))
+    text = file.read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{file} has these lines {text.count(old)} times:\n{old}"
+    file.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_every_page_is_applied():
+    assert {page.name.split(".")[0] for page in PAGES.iterdir()} == set(FILES)
 
 
 def write_pictures(folder: Path, records: list[dict]) -> list[tuple[Path, str]]:
@@ -162,9 +101,13 @@ def write_pictures(folder: Path, records: list[dict]) -> list[tuple[Path, str]]:
 
 def run(project: Path, recipe: str, *args: str, code: int = 0) -> str:
     """Run a recipe of the copy, which exits with `code`; return what it prints."""
-    command = [sys.executable, str(project / "recipes" / f"{recipe}.py"), *args]
+    return python(project, str(project / "recipes" / f"{recipe}.py"), *args, code=code)
+
+
+def python(project: Path, *args: str, code: int = 0) -> str:
+    """Run Python in the copy."""
     done = subprocess.run(
-        command,
+        [sys.executable, *args],
         cwd=project,
         env={"PYTHONPATH": str(project), "PATH": "/usr/bin:/bin", "ACCELERATE_USE_CPU": "true", "COLUMNS": "160"},
         capture_output=True,
@@ -176,8 +119,8 @@ def run(project: Path, recipe: str, *args: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-ROWS = "{path: rows.toy, image: image, captions: {ko: text}}"
-SETS = f"[{{source: {ROWS}, tasks: [retrieval, toy_task]}}]"
+ROWS = "{path: rows.pipe, image: image, captions: {ko: text}}"
+SETS = f"[{{source: {ROWS}, tasks: [retrieval, two_way]}}]"
 TRAINING = [
     *("--data.sources", f"[{ROWS}]", "--data.num_workers", "0", "--data.length_pool", "1", "--eval.sets", SETS),
     *("--train.num_threads", "1", "--train.tracker", "none", "--train.batch_size", "4", "--train.num_steps", "4"),
@@ -190,45 +133,97 @@ def trained(project: Path) -> tuple[Path, str]:
     """A run that reads the new format, has the new loss and measures the new task; what it prints."""
     sizes = ("--model.image_width", "32", "--model.text_width", "32", "--model.image_layers", "1")
     tokens = ("--tokenizer.vocab_size", "600", "--model.text_layers", "1")
-    output = run(project, "pretrain", *TRAINING, *sizes, *tokens, "--loss.name", "toy", "--output_dir", "runs/toy")
-    return project / "runs" / "toy", output
+    output = run(project, "pretrain", *TRAINING, *sizes, *tokens, "--loss.name", "smooth", "--output_dir", "runs/new")
+    return project / "runs" / "new", output
 
 
-def measured(run: Path) -> str:
-    """Return the number of the new task as tables show it."""
+def measured(run: Path) -> dict[str, Any]:
+    """Return the number of the new task."""
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    return f"{100 * results['metrics']['rows/ko/toy_task/accuracy']['value']:.1f}"
+    metric: dict[str, Any] = results["metrics"]["rows/ko/two_way/accuracy"]
+    return metric
+
+
+def weights(model: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = load_file(model / "model.safetensors")
+    return tensors
 
 
 def test_a_format_a_loss_and_a_task_reach_results_table_report_and_picture(trained: tuple[Path, str]) -> None:
     directory, output = trained
-    assert measured(directory) == "25.0"
-    assert "captions of toys" in output
-    assert "| captions of toys | ko | 16 | 25.0 (" in (directory / "table.md").read_text(encoding="utf-8")
-    assert "captions with a digit" in (directory / "report.html").read_text(encoding="utf-8")
-    assert (directory / "pictures" / "toys-rows.png").is_file()
+    metric = measured(directory)
+    assert metric["n"] == 16
+    assert metric["value"] in [hits / 16 for hits in range(17)]
+    row = f"| own image of two | ko | 16 | {100 * metric['value']:.1f} ("
+    assert row in (directory / "table.md").read_text(encoding="utf-8")
+    assert "own image of two" in output
+    assert "captions that fit their own image better" in (directory / "report.html").read_text(encoding="utf-8")
+    assert (directory / "pictures" / "two_way-rows.png").is_file()
+
+
+def test_the_loss_is_the_smoothed_cross_entropy(project: Path) -> None:
+    """With a target that gives 0.1 to all texts alike, and the rest to the image's own."""
+    code = (
+        "import torch; from koclip.losses.smooth import smooth; from koclip.losses.contrastive import Embeddings\n"
+        "image, text = torch.nn.functional.normalize(torch.randn(2, 5, 8), dim=-1)\n"
+        "own = smooth(Embeddings(image, text, torch.tensor(9.0)), torch.arange(5)).value\n"
+        "ways = (9 * image @ text.T, 9 * text @ image.T)\n"
+        "losses = [torch.nn.functional.cross_entropy(way, torch.arange(5), label_smoothing=0.1) for way in ways]\n"
+        "torch.testing.assert_close(own, sum(losses) / 2)\n"
+        "for duplicates in ('masked', 'positives'):\n"
+        "    assert smooth(Embeddings(image, text, torch.tensor(9.0)), torch.tensor([0, 0, 1, 2, 3]), duplicates)"
+        ".value.isfinite()"
+    )
+    python(project, "-c", code)
+
+
+def test_a_broken_line_of_the_format_is_refused(project: Path) -> None:
+    (project / "broken.pipe").write_text("no bar here\n", encoding="utf-8")
+    source = ("--data.sources", "[{path: broken.pipe, image: image, captions: {ko: text}}]", "--eval.sets", "[]")
+    error = run(project, "pretrain", *TRAINING, *source, "--output_dir", "runs/broken", code=2)
+    assert "broken.pipe, line 1" in error
 
 
 def test_a_task_reaches_the_card(project: Path, trained: tuple[Path, str]) -> None:
     directory, _ = trained
-    run(project, "publish", "--model", str(directory / "model"), "--repo_id", "toys/toy", "--dry_run")
+    run(project, "publish", "--model", str(directory / "model"), "--repo_id", "new/model", "--dry_run")
     card = (directory / "model" / "README.md").read_text(encoding="utf-8")
-    assert "| rows | captions of toys | 25.0 |" in card
-    assert "숫자 있는 설명: 25.0 %" in card
+    assert "| rows | own image of two |" in card
+    assert "두 이미지 가운데 맞는 것을 고른 비율: " in card
 
 
-def test_a_way_to_align_trains(project: Path, trained: tuple[Path, str]) -> None:
+def test_a_way_to_align_trains_the_biases_alone(project: Path, trained: tuple[Path, str]) -> None:
     directory, _ = trained
-    source = ("--model.clip", str(directory / "model"), "--data.num_crops", "1", "--tokenizer.vocab_size", "600")
-    output = run(project, "align", *TRAINING, *source, "--align.method", "toy_way", "--output_dir", "runs/aligned")
-    assert "A toy way." in output
-    assert measured(project / "runs" / "aligned") == "25.0"
+    source = ("--model.clip", str(directory / "model"), "--model.text_encoder", "same", "--data.num_crops", "1")
+    run(project, "align", *TRAINING, *source, "--align.method", "biases", "--output_dir", "runs/biases")
+    before, after = weights(directory / "model"), weights(project / "runs" / "biases" / "model")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "text_projection.weight" in changed
+    assert len(changed) > 3
+    assert all(name == "text_projection.weight" or re.fullmatch(r"text_model\..*bias", name) for name in changed)
 
 
 def test_an_encoder_is_evaluated_and_named_in_errors(project: Path, trained: tuple[Path, str]) -> None:
     directory, _ = trained
-    arguments = ("--sets", SETS, "--output_dir", "runs/measured")
-    output = run(project, "evaluate", "--model", f"toy:{directory / 'model'}", *arguments)
-    assert "captions of toys" in output
-    assert next((project / "runs" / "measured").rglob("results.json"))
-    assert "toy:<directory>" in run(project, "evaluate", "--model", "toi:5", *arguments, code=2)
+    model = directory / "model"
+    run(project, "evaluate", "--model", f"ensemble:{model}+{model}", "--sets", SETS, "--output_dir", "runs/measured")
+    results = next((project / "runs" / "measured").rglob("results.json"))
+    assert measured(results.parent)["value"] == pytest.approx(measured(directory)["value"], abs=1e-5)
+    error = run(project, "evaluate", "--model", "ensembel:5", "--sets", SETS, "--output_dir", "runs/none", code=2)
+    assert "ensemble:<any of these>" in error
+
+
+def test_a_model_class_is_trained_and_saved_as_itself(project: Path) -> None:
+    clip = saved("AltCLIP", project / "alt")
+    english = (project / "rows.pipe").read_text(encoding="utf-8").replace(" 그림", " picture")
+    for korean, name in zip(COLOURS, ("red", "green", "blue", "yellow"), strict=True):
+        english = english.replace(korean, name)
+    (project / "english.pipe").write_text(english, encoding="utf-8")
+    rows = "[{path: english.pipe, image: image, captions: {en: text}, languages: {en: 1.0}}]"
+    data = ("--data.sources", rows, "--eval.sets", "[]")
+    source = (*data, "--model.clip", str(clip), "--model.text_encoder", "same", "--data.num_crops", "1")
+    run(project, "align", *TRAINING, *source, "--align.method", "frozen_image", "--output_dir", "runs/alt")
+    before, after = weights(clip), weights(project / "runs" / "alt" / "model")
+    assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("text_model"))
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("vision_model"))
+    assert json.loads((project / "runs" / "alt" / "model" / "config.json").read_text())["model_type"] == "altclip"

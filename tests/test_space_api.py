@@ -19,6 +19,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 from space_server import HOSTILE, ROOT, Space, running
 from test_space import bomb, encoded, picture
+from texts import say
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_every_call_answers_by_name(client, photo):
     assert prompts.splitlines() == ["별을 찍은 사진", "사과를 찍은 사진", "car를 찍은 사진"]
     gallery, status, page = client.predict("빨간 별", 2, "en", api_name="/search")
     assert len(gallery) == 12
-    assert status == "Nearest 13–24 of 30 pictures"
+    assert status == say("status", "en", first=13, last=24, total=30)
     assert page == 2
     captions, near = client.predict(handle_file(photo), "하나\n둘\n셋", "ko", api_name="/caption")
     assert {row[0] for row in captions["data"]} == {"하나", "둘", "셋"}
@@ -95,13 +96,11 @@ def test_the_calls_have_names_and_nothing_else_has(client):
     assert taken == ["image", "labels", "template", "ensemble", "language"]
 
 
-@pytest.mark.parametrize(
-    ("language", "message"), [("ko", "그림을 먼저 올려 주세요."), ("en", "Please add a picture first.")]
-)
-def test_an_error_is_one_sentence_in_the_callers_language(client, language, message):
+@pytest.mark.parametrize("language", ["ko", "en"])
+def test_an_error_is_one_sentence_in_the_callers_language(client, language):
     with pytest.raises(AppError) as caught:
         client.predict(None, "별", "{label}", False, language, api_name="/classify")
-    assert message in str(caught.value)
+    assert say("no_image", language) in str(caught.value)
 
 
 def hostile_files(folder: Path) -> list[Path]:
@@ -303,7 +302,7 @@ def test_an_index_of_another_model_is_refused(space, tmp_path):
     command += ["--index", str(space.folder / "index")]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 2
-    assert "made by another model" in ran.stderr
+    assert "error: index: " in ran.stderr
 
 
 def draw(random: random.Random, files: list[Path], photo: str) -> tuple[str, list[object]]:

@@ -159,7 +159,7 @@ def test_markup_is_shown_and_never_run(visit, tmp_path):
         page.wait_for_timeout(700)
     go_to(page, "caption", "ko")
     page.locator("input[type=file]:not([disabled])").nth(1).set_input_files(tmp_path / "photo.png")
-    page.get_by_label(say("captions", "ko")).fill(f"{HOSTILE}\n<h1>크게</h1>")
+    page.get_by_role("textbox", name=say("captions", "ko")).fill(f"{HOSTILE}\n<h1>크게</h1>")
     page.get_by_role("button", name=say("caption", "ko"), exact=True).click()
     page.get_by_text("<h1>크게</h1>").last.wait_for()
     shoot(page, "ko-markup")

@@ -11,12 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -34,6 +33,9 @@ from koclip.models.fast import speed_up
 from koclip.models.stock import StockModel, layout_of
 from koclip.text import tokenizers
 from koclip.text.normalize import paired, usable
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 ROWS = 1_024  # of a source in a shard
 PIECE = 128  # rows read and embedded at a time
@@ -260,7 +262,7 @@ class Captions:
 
 @torch.no_grad()
 def image_features(
-    accelerator: Accelerator, encoder: DualEncoder, config: DataConfig, views: Views, cache: Cache
+    accelerator: "Accelerator", encoder: DualEncoder, config: DataConfig, views: Views, cache: Cache
 ) -> Shards:
     """Return the unit-norm embeddings of every view of every image; compute those that are not stored.
 
@@ -301,7 +303,7 @@ def image_features(
 
 @torch.no_grad()
 def teacher_features(
-    accelerator: Accelerator,
+    accelerator: "Accelerator",
     teacher: tuple[StockModel, PreTrainedTokenizerBase],
     config: DataConfig,
     language: str,

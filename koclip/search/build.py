@@ -31,6 +31,7 @@ from koclip.text.normalize import usable
 
 ROWS = 2_048  # images in a shard, at most: what a killed build loses
 _QUALITY = 80  # of thumbnails
+_SMALL = 128  # pixels; a browser enlarges smaller thumbnails, which makes the artefacts of JPEG visible
 
 
 class Collection(NamedTuple):
@@ -245,5 +246,8 @@ def _thumbnail(picture: Image.Image, side: int) -> bytes:
         return b""
     small, buffer = picture.copy(), io.BytesIO()
     small.thumbnail((side, side))
-    small.save(buffer, "JPEG", quality=_QUALITY)
+    if max(small.size) < _SMALL:
+        small.save(buffer, "JPEG", quality=95, subsampling=0)
+    else:
+        small.save(buffer, "JPEG", quality=_QUALITY)
     return buffer.getvalue()

@@ -95,6 +95,11 @@ _SYLLABLES, _JAMO = re.compile("[가-힣]+"), re.compile("[\u1100-\u11ff]")  # i
 COUNT_FROM_PADDING = (
     *("roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm", "xlm-roberta-xl", "data2vec-text"),
 )
+READS_END = ("clip_text_model", "metaclip_2_text_model")  # text towers that read the first end token
+# In the config.json of the first CLIPs, also OpenAI's: CLIP's text tower then reads the token with the largest id.
+LEGACY_EOS_ID = 2
+# Text towers that were trained on lower-case texts, padded to the longest length, without an attention mask.
+UNMASKED = ("siglip_text_model",)
 _NUM_PROBES = 300  # captions that a tokenizer is tested with
 _MOST_LOST = 0.5  # share of the letters of a script; a right tokenizer loses almost none, a wrong one almost all
 _RARE = 0.1  # share of all letters below which a script may be lost, such as Hanja in Korean captions
@@ -154,7 +159,7 @@ def load(
 
     Args:
         path: Directory or Hub id.
-        max_tokens: Length of the longest text, in tokens; longer texts are cut.
+        max_tokens: Length of the longest text, in tokens; longer texts are cut. SigLIP keeps its own length.
         config: Configuration of the text encoder. Default: a CLIP text tower built for this tokenizer.
         probes: Captions in the language of the data, to test the tokenizer with. Default: Korean captions if there is a
             text encoder, else none.
@@ -169,9 +174,22 @@ def load(
         raise ConfigError(f"tokenizer.path: no tokenizer can be loaded from {path!r}: {reason}") from error
     _drop_leaked_state(tokenizer, path)
     check(tokenizer, path, config, probes)
+    if config is not None and config.model_type in UNMASKED:
+        return _unmasked(tokenizer, config)
     tokenizer = cleaning(tokenizer)
     tokenizer.model_max_length = max_tokens
     return tokenizer
+
+
+def _unmasked(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """Return a tokenizer for a tower in `UNMASKED`: lower case, no mask, as many tokens as the tower has positions."""
+    backend = tokenizer.backend_tokenizer
+    own = backend.normalizer
+    if own is None or own.normalize_str("A") != own.normalize_str("a"):
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([] if own is None else [own])])
+    tokenizer.model_input_names = ["input_ids"]
+    tokenizer.model_max_length = config.max_position_embeddings
+    return cleaning(tokenizer)
 
 
 def check(
@@ -203,7 +221,7 @@ def check(
                 f"tokenizer {path!r} {what} on the left; text towers need {side}='right': set it in "
                 'tokenizer_config.json, and "padding" and "truncation" to null in tokenizer.json'
             )
-    encoder = None if config is None or config.model_type == "clip_text_model" else config
+    encoder = None if config is None or config.model_type in READS_END else config
     if probes is None:
         probes = () if encoder is None else _KOREAN
     for probe in probes:
@@ -211,8 +229,11 @@ def check(
     _check_letters(tokenizer, path, probes)
     if encoder is None:
         _check_end(tokenizer, path)
+    elif encoder.model_type in UNMASKED:
+        _check_vocabulary(tokenizer, path, encoder)
     else:
         _check_ids(tokenizer, path, encoder)
+        _check_vocabulary(tokenizer, path, encoder)
         _check_start(tokenizer, path)
 
 
@@ -294,7 +315,9 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, path: str, config: PreTrained
         if getattr(tokenizer, name) is None:
             raise ConfigError(f"tokenizer {path!r} has no {name}, which a text encoder needs: set it and save it")
     sep = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
-    special = {"cls": (tokenizer.cls_token_id, "bos_token_id"), "sep": (sep, "eos_token_id")}
+    # A ChineseCLIP does not read these two ids; if its config.json has none, the class gives 0 and 2.
+    unread = config.model_type == "chinese_clip_text_model"
+    special = {} if unread else {"cls": (tokenizer.cls_token_id, "bos_token_id"), "sep": (sep, "eos_token_id")}
     if config.model_type in COUNT_FROM_PADDING:  # for others, `koclip.align.methods` uses the tokenizer's padding token
         special = {"pad": (tokenizer.pad_token_id, "pad_token_id")} | special
     for token, (got, name) in special.items():
@@ -306,6 +329,9 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, path: str, config: PreTrained
                 "correct the wrong id"
                 + (f" (a {config.model_type} counts its positions from pad_token_id)" if token == "pad" else "")
             )
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, config: PreTrainedConfig) -> None:
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise ConfigError(
@@ -323,9 +349,37 @@ def _check_start(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
         )
 
 
+def differing_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> list[str]:
+    """Return the ids that change embeddings and differ between a tokenizer and the configuration of its text tower.
+
+    Towers that read the end token, and towers without a mask, do not use the configuration's padding id.
+    """
+    problems = []
+    if config.model_type not in (*READS_END, *UNMASKED) and config.pad_token_id != tokenizer.pad_token_id:
+        pads = f"{config.pad_token_id}, the tokenizer's is {tokenizer.pad_token_id}"
+        problems.append(f"text_config.pad_token_id is {pads}")
+    largest = max(tokenizer.get_vocab().values())
+    legacy = config.model_type == "clip_text_model" and config.eos_token_id == LEGACY_EOS_ID
+    end = largest if legacy else config.eos_token_id
+    if config.model_type in READS_END and tokenizer.eos_token_id != end:
+        problems.append(f"text_config.eos_token_id is {end}, the tokenizer's is {tokenizer.eos_token_id}")
+    if largest >= config.vocab_size:
+        problems.append(f"text_config.vocab_size is {config.vocab_size}, the tokenizer has ids up to {largest}")
+    return problems
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, captions: list[str], **options: Any) -> Any:
-    """Tokenize captions and cut them to the tokenizer's `model_max_length`."""
-    return tokenizer(captions, truncation=True, max_length=tokenizer.model_max_length, **options)
+    """Tokenize captions and cut them to the tokenizer's `model_max_length`.
+
+    The tokenizer of a tower without a mask (`UNMASKED`) pads to its longest length; the mask is 1 everywhere.
+    """
+    unmasked = "attention_mask" not in tokenizer.model_input_names and options.get("padding")
+    if unmasked:
+        options |= {"padding": "max_length", "return_attention_mask": True}
+    encoded = tokenizer(captions, truncation=True, max_length=tokenizer.model_max_length, **options)
+    if unmasked:
+        encoded["attention_mask"].fill_(1)
+    return encoded
 
 
 def forget_call_state(tokenizer: PreTrainedTokenizerBase) -> None:

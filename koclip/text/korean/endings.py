@@ -192,9 +192,6 @@ def _read_polite(form: str) -> list[Predicate]:
     for start in range(len(form)):
         stems |= {form[:start] + stem: False for stem in _table().stems_of.get(form[start:], [])}
     # Keep only stems with this infinitive, to exclude readings such as 가아 or 뛰여.
-    fitting = {}
-    for stem, free in stems.items():
-        forms = _listed(stem)[1] or [Predicate(stem, "v", _infinitive(stem))]
-        if any(predicate.infinitive == form for predicate in forms):
-            fitting[stem] = free
+    infinitives = {stem: {each.infinitive for each in _listed(stem)[1]} or {_infinitive(stem)} for stem in stems}
+    fitting = {stem: free for stem, free in stems.items() if form in infinitives[stem]}
     return [reading for reading in _best(fitting) if reading.infinitive == form]

@@ -160,8 +160,7 @@ def romanized(text: str, seed: int) -> str:
 def english_nouns(text: str, seed: int) -> str:
     """Replace half of the known nouns, at random, by English, with fitting particles: 개가 -> dog가.
 
-    Only nouns in `assets/stress_english.tsv` change, and only with known particles. English plurals are not formed: 개들
-    -> dog들.
+    Only nouns in `assets/stress_english.tsv` change, and only with known particles. No plurals: 개들 -> dog들.
     """
     rng = _generator("english_nouns", text, seed)
     names = _names("stress_english.tsv")
