@@ -209,7 +209,7 @@ def test_what_cannot_be_read_is_named_with_a_remedy_that_works(change: dict[str,
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--int8_sets", SCENES], "expected --onnx int8"),
+        (["--int8_sets", SCENES], "int8_sets: got ['scenes'], "),
         (
             ["--onnx", "int8", "--int8_sets", "[{source: {path: a}}, {source: {path: b/a.csv}}]"],
             "int8_sets[].source.name: got ['a', 'a']",

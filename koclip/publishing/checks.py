@@ -107,8 +107,8 @@ def check_files(directory: Path, repo_id: str | None = None, adapter: bool = Tru
             "use a stock class of transformers, and remove auto_map",
         ),
         "weights are fp32": (_types(directory, files), "save the model again in fp32, as safetensors"),
-        "tokenizer.json without padding and truncation": (_state(directory), "set both to null in tokenizer.json"),
-        "no paths and names of this machine": (
+        "tokenizer.json: no padding set": (_state(directory), "set padding and truncation to null in it"),
+        "no private paths or names": (
             _traces(directory, files, repo_id),
             "replace the path by a Hub id, or delete the entry",
         ),
