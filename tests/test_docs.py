@@ -1,11 +1,17 @@
 """The documents: every page in Korean and in English, with the same headings, tables and code; links lead somewhere."""
 
+import pkgutil
 import re
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 from PIL import Image
 from runs_to_publish import pretrained
+
+from koclip import config
+from koclip.cli import RECIPES
+from koclip.config import AlignConfig, EvaluateConfig, IndexConfig, PretrainConfig, PublishConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -76,6 +82,30 @@ def test_links_lead_somewhere_and_stay_in_their_language(page, language):
         elif not re.match(r"https?:|mailto:", target):
             assert (DOCS / page).parent.joinpath(target).is_file(), target
             assert not target.endswith(".md") or target.endswith(f".{language}.md"), target
+
+
+def test_api_entries_are_there():
+    entries = [entry for page in PAGES for entry in re.findall(r"^::: (\S+)$", text_of(page, "en"), re.MULTILINE)]
+    assert len(entries) > 40
+    for entry in entries:
+        pkgutil.resolve_name(entry)
+
+
+def test_the_page_of_commands_has_every_command_and_section():
+    page = text_of("cli", "en")
+    assert re.findall(r"^\| `koclip (\w+)`", page, re.MULTILINE) == [*RECIPES, "ls", "cp"]
+    recipes = {PretrainConfig, AlignConfig, EvaluateConfig, PublishConfig, IndexConfig}
+    assert set(re.findall(r"^::: koclip\.config\.(\w+)$", page, re.MULTILINE)) == sections_of(recipes)
+
+
+def sections_of(schemas: set[Any]) -> set[str]:
+    """Return the names of configurations and of all dataclasses that they hold."""
+    names = {schema.__name__ for schema in schemas}
+    for schema in schemas:
+        text = " ".join(str(hint) for hint in get_type_hints(schema).values())
+        inner = set(re.findall(r"koclip\.config\.(?:\w+\.)+(\w+)", text))
+        names |= sections_of({getattr(config, name) for name in inner})
+    return names
 
 
 @pytest.fixture(scope="module")
