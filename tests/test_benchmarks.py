@@ -15,6 +15,7 @@ from torchvision import transforms
 from koclip.config import DataConfig, SourceConfig, TrainConfig
 from koclip.data.loader import training_captions
 from koclip.models.dual_encoder import from_scratch
+from koclip.models.stock import parts
 from koclip.text.tokenizers import train_bpe
 
 BENCHMARKS = Path(__file__).parents[1] / "recipes" / "benchmarks"
@@ -66,7 +67,7 @@ def test_weights_under_open_clips_names_are_the_same_weights():
     fused = converted["transformer.resblocks.1.attn.in_proj_weight"]
     attention = model.get_submodule("text_model.encoder.layers.1.self_attn")
     assert torch.equal(fused[64:128], attention.get_parameter("k_proj.weight"))
-    assert torch.equal(converted["visual.proj"], model.visual_projection.weight.T)
+    assert torch.equal(converted["visual.proj"], parts(model).image_projection.weight.T)
 
 
 def test_stand_in_captions_are_as_long_as_cocos(tmp_path):

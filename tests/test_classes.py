@@ -139,7 +139,7 @@ def test_names_of_tiny_imagenet_are_names_of_their_synset():
         assert folded(entry.names["en"]) in {folded(lemma) for lemma in lemmas}, entry.key
 
 
-@pytest.mark.parametrize(("data_set", "file"), [("cifar10", "cifar10_test"), ("tiny_imagenet", "tiny_imagenet_val")])
+@pytest.mark.parametrize(("data_set", "file"), [("cifar10", "cifar10/test"), ("tiny_imagenet", "tiny_imagenet_ko/val")])
 def test_places_are_the_label_numbers_of_the_data(data_set, file, shared_data):
     import pyarrow.parquet as pq
 
@@ -233,7 +233,7 @@ def test_the_card_lists_every_correction(shared_data):
     import pyarrow.parquet as pq
 
     table = re.findall(r"^\| (n\d+) \| ([^|]+) \| ([^|]+) \|", CARD, re.MULTILINE)
-    rows = pq.read_table(shared_data / "tiny_imagenet_val.parquet", columns=["key", "name_ko"]).to_pylist()
+    rows = pq.read_table(shared_data / "tiny_imagenet_ko" / "val.parquet", columns=["key", "name_ko"]).to_pylist()
     before = {row["key"]: row["name_ko"] for row in rows}
     now = {entry.key: entry.names["ko"] for entry in load_classes("tiny_imagenet")}
     assert len(table) > 10

@@ -29,6 +29,7 @@ from koclip.models.fast import (
     speed_up,
 )
 from koclip.models.swap import swap_text_tower
+from koclip.text.tokenizers import LEGACY_EOS_ID
 
 CPU = torch.device("cpu")
 
@@ -103,8 +104,11 @@ def test_a_sped_up_model_gives_the_stock_embeddings_and_gradients(attention: str
     torch.testing.assert_close(got_gradients, expected_gradients, atol=1e-5 * scale, rtol=0)
 
 
-def test_the_end_of_a_text_is_found_without_a_mask_and_without_padding() -> None:
+@pytest.mark.parametrize("legacy", [False, True], ids=["", "end token 2 in config.json, as OpenAI's"])
+def test_the_end_of_a_text_is_found_without_a_mask_and_without_padding(legacy: bool) -> None:
     stock = tiny_dual_encoder()
+    if legacy:  # transformers then reads the largest id
+        stock.model.text_model.eos_token_id = LEGACY_EOS_ID
     fast = copy.deepcopy(stock)
     speed_up(fast.model, CPU)
     ids = tiny_batch(6)["input_ids"]

@@ -223,10 +223,10 @@ def test_the_order_of_many_rows_is_cheap(tokenizer) -> None:
     assert len(next(iter(order))) == 8
 
 
-@pytest.mark.parametrize("kind", ["flickr8k_ko_val", "emoji_dev"])
+@pytest.mark.parametrize("kind", ["flickr8k_ko/val", "emoji/emoji"])
 def test_shared_data_load(kind, shared_data, tokenizer) -> None:
     captions = {"ko": "captions_ko"} if kind.startswith("flickr") else {"ko": "name_ko", "en": "name_en"}
-    where = {"vendor": ["noto"]} if kind == "emoji_dev" else None
+    where = {"vendor": ["noto"]} if kind == "emoji/emoji" else None
     source = SourceConfig(path=str(shared_data / f"{kind}.parquet"), captions=captions, where=where)
     drawn = batches(config(source), tokenizer, 10, BatchPart(16))
     assert sum(len(batch.skipped) for batch in drawn) == 0

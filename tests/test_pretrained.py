@@ -33,7 +33,7 @@ TOWERS = {
     "dinov2": ("Dinov2Model", "dinov2", DINO),
     "dinov2 classifier": ("Dinov2ForImageClassification", "dinov2", DINO),
     "clip vision": ("CLIPVisionModel", "clip_vision_model", VISION),
-    "siglip": ("SiglipModel", "siglip", {"text_config": TEXT, "vision_config": VISION}),
+    "siglip": ("SiglipVisionModel", "siglip_vision_model", VISION),
     "timm vit": ("TimmWrapperForImageClassification", "timm_wrapper", {"architecture": "test_vit", "num_labels": 5}),
     "timm resnet": ("TimmWrapperForImageClassification", "timm_wrapper", {"architecture": "test_resnet"}),
 }
@@ -206,7 +206,7 @@ def test_remote_code_is_refused(tmp_path: Path) -> None:
 
 
 def test_models_without_an_image_space_are_refused(tmp_path: Path) -> None:
-    assert "is a BertModel; expected a CLIPModel" in refusal(stored_text(tmp_path / "bert"))
+    assert "is a BertModel; expected one of CLIPModel" in refusal(stored_text(tmp_path / "bert"))
     stored_tower(tmp_path / "tower", "timm vit")
     change(tmp_path / "tower", do_pooling=False)
     assert "got None, expected (images, config.hidden_size)" in refusal(tmp_path / "tower")

@@ -252,7 +252,7 @@ def reviewed_captions(request: pytest.FixtureRequest, name: str) -> list[str]:
     if name == "scenes":
         texts = [text for index in range(2_000) for text in scenes.captions(scenes.scene("test", 0, index))["ko"]]
     else:
-        file = request.getfixturevalue("shared_data") / "flickr8k_ko_train.parquet"
+        file = request.getfixturevalue("shared_data") / "flickr8k_ko" / "train.parquet"
         column = pq.read_table(file, columns=["captions_ko"])["captions_ko"]
         texts = [text for captions in column.to_pylist() for text in captions]
     return sorted(set(texts), key=lambda text: sha256(text.encode()).digest())[:150]

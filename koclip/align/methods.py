@@ -21,7 +21,7 @@ from koclip.config import AlignConfig, ConfigError, Stage, SwapConfig, check
 from koclip.models.dual_encoder import DualEncoder, checkpoint_gradients, text_config
 from koclip.models.presets import HEAD_WIDTH, Preset, initialize_tower
 from koclip.models.pretrained import load_text_encoder, take_padding
-from koclip.models.stock import StockModel, is_stock, layout_of, parts, save_stock_model
+from koclip.models.stock import StockModel, bias_of, is_stock, layout_of, parts, save_stock_model
 from koclip.models.swap import swap_text_tower
 from koclip.optim import depth
 from koclip.text import tokenizers
@@ -150,8 +150,7 @@ def set_trainable(encoder: DualEncoder, config: AlignConfig, stage: Stage, clip:
     model.image_projection.requires_grad_(stage.trains_image)
     contrasted = stage.images or bool(stage.distill and stage.distill.contrastive)
     model.logit_scale.requires_grad_(contrasted and (stage.trains_image or not is_stock(clip)))
-    if encoder.logit_bias is not None:
-        encoder.logit_bias.requires_grad_(contrasted)
+    _set_bias_trainable(encoder, stage, clip)
     depths, top = depth(model.image_tower), config.align.image_layers
     if top is not None and top >= max(depths.values()):
         most = max(depths.values()) - 1
@@ -160,6 +159,14 @@ def set_trainable(encoder: DualEncoder, config: AlignConfig, stage: Stage, clip:
         trained = stage.trains_image and (top is None or depths[name] <= top)
         # DDP stops at parameters without a gradient: the mask token belongs to masked-image training.
         parameter.requires_grad_(trained and not name.endswith("mask_token"))
+
+
+def _set_bias_trainable(encoder: DualEncoder, stage: Stage, clip: Source) -> None:
+    """Train a new bias. The source's own bias is trained if the image tower is."""
+    if encoder.logit_bias is not None:
+        contrasted = stage.images or bool(stage.distill and stage.distill.contrastive)
+        is_new = not is_stock(clip) or bias_of(clip) is None
+        encoder.logit_bias.requires_grad_(contrasted and (stage.trains_image or is_new))
 
 
 def _attach_adapters(model: StockModel, config: AlignConfig) -> str:
@@ -178,7 +185,9 @@ def _save_adapters(
 
 
 _WEIGHTS = Method(lambda model, config: None, set_trainable, lambda _, model, processor, weights, config: weights)
-_ADAPTERS = Method(_attach_adapters, lambda *_: None, _save_adapters)  # PEFT has set what trains
+_ADAPTERS = Method(  # PEFT has set what else trains
+    _attach_adapters, lambda encoder, _, stage, clip: _set_bias_trainable(encoder, stage, clip), _save_adapters
+)
 
 METHODS = {
     "frozen_image": _WEIGHTS,

@@ -19,7 +19,9 @@ from koclip.config.checks import ConfigError, RunError, Stopped, all_faults
 Config = TypeVar("Config")
 
 
-def parse(schema: type[Config], args: Sequence[str] | None = None, default: Path | None = None) -> Config:
+def parse(
+    schema: type[Config], args: Sequence[str] | None = None, default: Path | None = None, first: str | None = None
+) -> Config:
     """Build `schema` from the command line: `--config FILE.yaml` and `--section.key value`.
 
     Args:
@@ -27,11 +29,15 @@ def parse(schema: type[Config], args: Sequence[str] | None = None, default: Path
         args: The command line without the program's name; default: this process's. `--config` takes a file, or the name
             of a configuration that `koclip ls` lists.
         default: YAML file to use if `args` has no `--config`.
+        first: Key that the first word sets, if it is no option: `emoji` for `--name emoji`.
 
     Exits with code 2 and a line on stderr if a key is unknown, a type is wrong, a file is missing or a value is out of
     range.
     """
-    words = _join_lists(sys.argv[1:] if args is None else list(args), schema)
+    words = list(sys.argv[1:] if args is None else args)
+    if first is not None and words and not words[0].startswith("-"):
+        words.insert(0, f"--{first}")
+    words = _join_lists(words, schema)
     words = _spell_out_flags(words, schema)
     if default is not None and not any(word.split("=")[0] == "--config" for word in words):
         words = ["--config", str(default), *words]
@@ -97,13 +103,15 @@ def _explain(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def run(main: Callable[[Config], None], schema: type[Config], default: Path | None = None) -> None:
-    """Parse the command line and run a recipe.
+def run(
+    main: Callable[[Config], None], schema: type[Config], default: Path | None = None, first: str | None = None
+) -> None:
+    """Parse the command line, as `parse` does, and run a recipe.
 
     A mistake in the configuration or the data prints one line and exits with code 2. A run that cannot continue exits
     with code 1, a run that was asked to stop with code 0.
     """
-    config = parse(schema, default=default)
+    config = parse(schema, default=default, first=first)
     try:
         with suppress(Stopped):
             main(config)

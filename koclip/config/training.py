@@ -56,8 +56,9 @@ class SwapConfig:
     """The source dual encoder, and its new text encoder.
 
     Args:
-        clip: Directory or Hub id of a CLIP, or of an image tower such as `google/vit-large-patch16-224`. Its image
-            embeddings stay the same. From a SigLIP, only the image tower is taken.
+        clip: Directory or Hub id of a dual encoder (CLIP, ChineseCLIP, AltCLIP, MetaCLIP 2, SigLIP, SigLIP 2 of one
+            resolution, VisionTextDualEncoder), or of an image tower such as `google/vit-large-patch16-224`. Its image
+            embeddings stay the same.
         text_encoder: Directory or Hub id of a text encoder with its tokenizer. `auto:<directory or Hub id>`: random
             weights of that configuration, with the tokenizer there. `same`: keep the text encoder of `clip`.
             Default: a CLIP text transformer of the sizes below with random weights.

@@ -25,6 +25,7 @@ from koclip.data.transforms import to_rgb
 from koclip.encoders.base import Encoder, NoPatchesError, evaluating, fingerprint
 from koclip.models.pretrained import read, read_processor, refuse
 from koclip.models.stock import longest_text
+from koclip.text.tokenizers import LEGACY_EOS_ID
 
 DUAL_ENCODERS = (
     CLIPModel,
@@ -37,7 +38,6 @@ DUAL_ENCODERS = (
 )
 SIGLIP_TOKENS = 64  # SigLIP and SigLIP 2 were trained on texts padded to this length, without a mask
 _NO_LIMIT = 10**9  # tokens; a tokenizer without a longest length says 10^30
-_LARGEST_IS_END = 2  # end token in the config.json of the first CLIPs; transformers then reads the largest id
 
 FORM = "a directory, a Hub id"
 
@@ -206,6 +206,6 @@ def _check_end(spec: str, model: Any, tokenizer: Any) -> None:
         return
     end = model.config.text_config.eos_token_id
     ids = tokenizer("a picture")["input_ids"]
-    oldest = model.config.model_type == "clip" and end == _LARGEST_IS_END
+    oldest = model.config.model_type == "clip" and end == LEGACY_EOS_ID
     expected = f"expected the end token {end} of its config.json in it: take the tokenizer that it was trained with"
     check(oldest or end in ids, f"model: {spec}, its tokenizer's ids of a text", ids, expected)

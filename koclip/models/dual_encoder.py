@@ -30,17 +30,22 @@ from transformers import (
 from koclip.config import ConfigError, ModelConfig, check
 from koclip.losses.contrastive import Embeddings
 from koclip.models.presets import Preset, initialize, resolve, tower_config
-from koclip.models.stock import StockModel, layout_of, parts, set_part
+from koclip.models.stock import StockModel, bias_of, layout_of, parts, set_part
+from koclip.text import tokenizers
 
 MAX_LOGIT_SCALE = math.log(100)  # the paper's cap on the temperature
-LEGACY_EOS_ID = 2  # transformers' CLIP pools at the largest id, not at the end token, when the end token is 2
 
 
 class DualEncoder(nn.Module):
     """A stock dual encoder for training: uint8 pixels in, `Embeddings` out.
 
-    The sigmoid loss learns a bias. The stock classes have no parameter for it, so it is kept beside the model and saved
-    as `logit_bias` in config.json. Probabilities need it, rankings do not.
+    The sigmoid loss learns a bias. Most stock classes have no parameter for it, so it is kept beside the model. It is
+    saved where `Layout.logit_bias` says. Probabilities need it, rankings do not.
+
+    Args:
+        model: The stock model.
+        processor: Its processor.
+        logit_bias: Initial bias of the sigmoid loss, if the model was not trained with one. None: a loss without bias.
 
     Raises:
         ConfigError: the model and the processor's tokenizer disagree on ids or on the longest text.
@@ -54,10 +59,17 @@ class DualEncoder(nn.Module):
         check_tokenizer(model, processor.tokenizer)
         self.model = model
         self._scale_name = layout_of(model).logit_scale  # read in `forward`, which is compiled
+        # A source may have a larger scale than the cap; SigLIP's is about 117.
+        self.max_logit_scale = max(MAX_LOGIT_SCALE, parts(model).logit_scale.item())
         images = processor.image_processor
         self.register_buffer("pixel_mean", 255 * torch.tensor(images.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", 255 * torch.tensor(images.image_std).view(3, 1, 1), persistent=False)
-        self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(logit_bias))
+        self.logit_bias: nn.Parameter | None = None
+        if logit_bias is not None:
+            own = bias_of(model)
+            self.logit_bias = nn.Parameter(torch.tensor(logit_bias if own is None else own))
+        if layout_of(model).has_bias_parameter:
+            model.logit_bias.requires_grad_(False)  # the parameter above takes its place
 
     def forward(
         self,
@@ -113,8 +125,8 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep the temperature at 0.01 or above, as the paper does after every step."""
-        parts(self.model).logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        """Keep the temperature at 0.01 or above, as the paper does after every step; or at the source's, if lower."""
+        parts(self.model).logit_scale.clamp_(max=self.max_logit_scale)
 
     @torch.no_grad()
     def logit_scale(self) -> float:
@@ -144,7 +156,8 @@ def encode_texts(model: StockModel, input_ids: torch.Tensor, attention_mask: tor
 
 def text_features(model: StockModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Return float32 text features (B, D) of ids and mask (B, L), not normalised."""
-    features: torch.Tensor = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+    mask = attention_mask if layout_of(model).reads_mask else None
+    features: torch.Tensor = model.get_text_features(input_ids=input_ids, attention_mask=mask).pooler_output
     return features.float()
 
 
@@ -194,7 +207,7 @@ def text_config(preset: Preset, tokenizer: PreTrainedTokenizerBase) -> CLIPTextC
     for name in ("eos_token_id", "pad_token_id"):
         if ids[name] is None:
             raise ConfigError(f"tokenizer.path: the tokenizer has no {name}, which CLIP's text tower needs")
-    if ids["eos_token_id"] == LEGACY_EOS_ID:
+    if ids["eos_token_id"] == tokenizers.LEGACY_EOS_ID:
         raise ConfigError(
             "tokenizer.path: the tokenizer's end token has id 2, for which transformers' CLIP pools at the largest id "
             "instead of at the end: train a tokenizer (leave tokenizer.path out) or give its end token another id"
@@ -220,16 +233,9 @@ def check_tokenizer(model: StockModel, tokenizer: PreTrainedTokenizerBase) -> No
         ConfigError: they do not.
     """
     text: Any = model.config.text_config
-    names = ("eos_token_id", "pad_token_id") if text.model_type == "clip_text_model" else ("pad_token_id",)
-    for name in names:
-        configured, actual = getattr(text, name), getattr(tokenizer, name)
-        if configured != actual:
-            raise ConfigError(
-                f"the model's text_config.{name} is {configured}, the tokenizer's is {actual}; make them equal"
-            )
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= text.vocab_size:
-        raise ConfigError(f"the tokenizer has ids up to {largest}, the model's vocabulary {text.vocab_size} entries")
+    problems = tokenizers.differing_ids(tokenizer, text)
+    if problems:
+        raise ConfigError(f"the model and the tokenizer disagree: {'; '.join(problems)}. Make them equal")
     if tokenizer.model_max_length > text.max_position_embeddings:
         raise ConfigError(
             f"the tokenizer allows {tokenizer.model_max_length} tokens, the model has "

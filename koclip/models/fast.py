@@ -23,6 +23,8 @@ from transformers.activations import QuickGELUActivation
 from transformers.models.chinese_clip.modeling_chinese_clip import ChineseCLIPTextLayer, ChineseCLIPVisionLayer
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from koclip.text.tokenizers import LEGACY_EOS_ID
+
 SHORT_SEQUENCE = 128  # tokens; on a CPU plain attention beats the fused kernel below this
 
 
@@ -189,7 +191,8 @@ def _name_the_end(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Pass the place where each text ends to the layers, as CLIP's own pooling computes it."""
     input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-    return args, kwargs | {"end": (input_ids == text_model.eos_token_id).int().argmax(dim=-1)}
+    is_end = input_ids if text_model.eos_token_id == LEGACY_EOS_ID else (input_ids == text_model.eos_token_id).int()
+    return args, kwargs | {"end": is_end.argmax(dim=-1)}
 
 
 def _is_patch_embedding(conv: nn.Conv2d) -> bool:

@@ -26,18 +26,23 @@ from transformers import (
     AutoModel,
     AutoProcessor,
     AutoTokenizer,
+    ChineseCLIPModel,
     CLIPImageProcessor,
+    CLIPModel,
     PreTrainedModel,
     ProcessorMixin,
     TimmWrapperImageProcessor,
+    VisionTextDualEncoderModel,
 )
 
 from koclip.config import ConfigError, check
-from koclip.models.stock import StockModel, is_stock, parts
+from koclip.models.stock import LAYOUTS, StockModel, is_stock, parts
 from koclip.models.swap import linear_pooler
-from koclip.text.tokenizers import COUNT_FROM_PADDING
+from koclip.text.tokenizers import COUNT_FROM_PADDING, READS_END, UNMASKED
 
 UNREADABLE = (OSError, ValueError, ImportError, SafetensorError)  # what transformers raises
+# Dual encoders whose text tower another image tower can take; `text_encoder: same` takes that of any `StockModel`.
+GIVE_THEIR_TEXTS = (CLIPModel, ChineseCLIPModel, VisionTextDualEncoderModel)
 _CLIP, _TEXT = "model.clip", "model.text_encoder"  # the keys that errors name
 
 
@@ -45,13 +50,13 @@ def load_image_side(path: str) -> tuple[StockModel | PreTrainedModel, Any]:
     """Load the model whose image space is kept, and its image processor.
 
     Args:
-        path: Directory or Hub id of a CLIP (`CLIPModel`, `ChineseCLIPModel`, `VisionTextDualEncoderModel`), or of an
-            image tower: a classifier's such as google/vit-*, DINOv2, timm, SigLIP's, any whose pooled output is (B, W).
+        path: Directory or Hub id of a dual encoder (a class of `koclip.models.stock.LAYOUTS`: CLIP, ChineseCLIP,
+            AltCLIP, MetaCLIP 2, SigLIP and SigLIP 2 of one resolution, VisionTextDualEncoder), or of an image tower: a
+            classifier's such as google/vit-*, DINOv2, timm, any whose pooled output is (B, W).
 
     Returns:
         The stock dual encoder, which has a text tower to learn from; or the image tower alone, with W as its
-        `config.hidden_size`. Both in evaluation mode. Of a SigLIP it is the image tower, and a warning names what is
-        left out: its text tower, logit scale and bias.
+        `config.hidden_size`. Both in evaluation mode.
 
     Raises:
         ConfigError: nothing that can be loaded is there, weights are missing or left over, or it has no image space.
@@ -60,20 +65,19 @@ def load_image_side(path: str) -> tuple[StockModel | PreTrainedModel, Any]:
     if is_stock(model):
         refuse(path, _CLIP, model, problems)
         return model, _image_processor(path)
-    tower = model if model.main_input_name == "pixel_values" else getattr(model, "vision_model", None)
-    if tower is None or hasattr(model, "visual_projection"):
+    if model.main_input_name != "pixel_values" or hasattr(model, "text_model"):
         raise ConfigError(
-            f"{_CLIP}: {path} is a {type(model).__name__}; expected a CLIPModel, ChineseCLIPModel or "
-            "VisionTextDualEncoderModel, or an image tower: give another path"
+            f"{_CLIP}: {path} is a {type(model).__name__}; expected one of "
+            f"{', '.join(layout.model_class.__name__ for layout in LAYOUTS)}, or an image tower: give another path (of "
+            "SigLIP 2 one of a fixed resolution, not NaFlex)"
         )
-    _say_what_is_left_out(path, model)
     if _lacks_only_the_pooler(model, problems) and hasattr(model.config, "pooler_act"):
         del problems["missing_keys"]
         linear_pooler(model)
     refuse(path, _CLIP, model, _without_heads(model, problems))
     processor = _image_processor(path)
-    _set_width(path, tower, processor)
-    return tower, processor
+    _set_width(path, model, processor)
+    return model, processor
 
 
 def load_text_encoder(path: str, seed: int = 0) -> PreTrainedModel:
@@ -94,13 +98,13 @@ def load_text_encoder(path: str, seed: int = 0) -> PreTrainedModel:
     else:
         model, problems = read(path, _TEXT)
     encoder: PreTrainedModel = model
-    if is_stock(model):
+    if isinstance(model, GIVE_THEIR_TEXTS):
         refuse(path, _TEXT, model, problems)
         encoder = parts(model).text_tower
     elif hasattr(model, "vision_model") and hasattr(model, "text_model"):
         raise ConfigError(
-            f"{_TEXT}: {path} is a {type(model).__name__}, a dual encoder whose text tower koclip cannot take. Give "
-            "an encoder of texts alone, or a CLIPModel, ChineseCLIPModel or VisionTextDualEncoderModel"
+            f"{_TEXT}: {path} is a {type(model).__name__}, a dual encoder whose text tower koclip cannot take. Give an "
+            f"encoder of texts alone, or one of {', '.join(kind.__name__ for kind in GIVE_THEIR_TEXTS)}"
         )
     fits = encoder.main_input_name == "input_ids"
     check(fits, _TEXT, path, f"a {type(encoder).__name__}, which reads no text: expected a text encoder")
@@ -120,7 +124,7 @@ def take_padding(encoder: PreTrainedModel, pad_token_id: int | None) -> None:
     `ChineseCLIPModel` loads it as zeros. Encoders that count positions from the padding token are not changed.
     """
     config = encoder.config
-    if pad_token_id in (None, config.pad_token_id) or config.model_type in (*COUNT_FROM_PADDING, "clip_text_model"):
+    if pad_token_id in (None, config.pad_token_id) or config.model_type in (*COUNT_FROM_PADDING, *READS_END, *UNMASKED):
         return
     warnings.warn(
         f"text encoder: config.json of this {config.model_type} says pad_token_id {config.pad_token_id}, its tokenizer "
@@ -197,20 +201,6 @@ def unreadable(path: str | Path, key: str, expected: str, error: Exception) -> C
         f"{key}: {path} {place}cannot be loaded: {str(error).strip().splitlines()[0]} Expected {expected} of a stock "
         "class of transformers: no pickles, no remote code"
     )
-
-
-def _say_what_is_left_out(path: str, model: PreTrainedModel) -> None:
-    """Warn of the parts of a dual encoder that are not of its image tower."""
-    if not hasattr(model, "vision_model"):
-        return
-    parts = dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters())
-    left_out = [part for part in parts if part != "vision_model"]
-    if left_out:
-        warnings.warn(
-            f"{_CLIP}: of {path}, a {type(model).__name__}, koclip takes the image tower alone. Left out: "
-            f"{', '.join(left_out)}; the image space is the tower's pooled output, with a logit scale of its own",
-            stacklevel=3,
-        )
 
 
 def _lacks_only_the_pooler(model: PreTrainedModel, problems: dict[str, list[str]]) -> bool:

@@ -3,11 +3,12 @@
 **The StockModel protocol.** A class of transformers can be trained and published if it has
 
 - an image tower and a text tower, each a `PreTrainedModel` with a `pooler_output` (B, W) of its own width W;
-- a bias-free linear projection of each, to the same width D;
-- a logit scale: a scalar parameter, the logarithm of the factor of cosines;
+- a bias-free linear projection of each, to the same width D; or none, if the pooled outputs are the embeddings;
+- a logit scale: a parameter of one number, the logarithm of the factor of cosines;
 - `get_image_features(pixel_values=...)` and `get_text_features(input_ids=..., attention_mask=...)`, whose
   `pooler_output` is the projected embedding (B, D), not normalised;
-- a `config` with a place for the bias of a sigmoid loss and with the number of text positions;
+- a place for the bias of a sigmoid loss, a parameter or in its `config`, and a `config` with the number of text
+  positions;
 - `save_pretrained(directory, state_dict=...)`, and a processor class that holds an image processor and a tokenizer.
 
 To add such a class, add it to `StockModel` and add a `Layout` of it to `LAYOUTS`. Which classes a swapped text tower
@@ -23,25 +24,34 @@ from typing import Any, NamedTuple, TypeAlias, TypeGuard
 import torch
 from torch import nn
 from transformers import (
+    AltCLIPModel,
+    AltCLIPProcessor,
     ChineseCLIPModel,
     CLIPModel,
     CLIPProcessor,
+    MetaClip2Model,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
+    SiglipModel,
+    SiglipProcessor,
     VisionTextDualEncoderModel,
     VisionTextDualEncoderProcessor,
 )
 
 from koclip.text.tokenizers import forget_call_state
 
-StockModel: TypeAlias = CLIPModel | ChineseCLIPModel | VisionTextDualEncoderModel
+StockModel: TypeAlias = (
+    CLIPModel | ChineseCLIPModel | AltCLIPModel | MetaClip2Model | SiglipModel | VisionTextDualEncoderModel
+)
 
 
 @dataclass(frozen=True)
 class Layout:
     """Where the parts of a class are: paths of attributes, from the model.
 
+    A projection is None if the class has none: the tower's pooled output is the embedding. `reads_mask` is False if
+    the class was trained on texts that are padded to the longest length, without an attention mask.
     `nested_towers` are model types whose weights early versions of transformers 5 look for one level deeper, under the
     tower's name twice.
     """
@@ -50,27 +60,45 @@ class Layout:
     processor_class: type[ProcessorMixin] = CLIPProcessor
     image_tower: str = "vision_model"
     text_tower: str = "text_model"
-    image_projection: str = "visual_projection"
-    text_projection: str = "text_projection"
+    image_projection: str | None = "visual_projection"
+    text_projection: str | None = "text_projection"
     logit_scale: str = "logit_scale"
-    logit_bias: str = "config.logit_bias"  # of the sigmoid loss; these classes have no parameter for it
+    logit_bias: str = "config.logit_bias"  # of the sigmoid loss; most classes have no parameter for it
     num_positions: str = "config.text_config.max_position_embeddings"  # rows for a text's tokens
+    reads_mask: bool = True
+    scalar_shape: tuple[int, ...] = ()  # of the logit scale and of a bias parameter
     nested_towers: tuple[str, ...] = ()
 
     @property
-    def image_side(self) -> tuple[str, str]:
+    def image_side(self) -> tuple[str, ...]:
         """The modules that image embeddings are computed by."""
-        return self.image_tower, self.image_projection
+        return (self.image_tower, self.image_projection) if self.image_projection else (self.image_tower,)
 
     @property
-    def text_side(self) -> tuple[str, str]:
+    def text_side(self) -> tuple[str, ...]:
         """The modules that text embeddings are computed by."""
-        return self.text_tower, self.text_projection
+        return (self.text_tower, self.text_projection) if self.text_projection else (self.text_tower,)
+
+    @property
+    def has_bias_parameter(self) -> bool:
+        """Whether the bias of the sigmoid loss is a parameter of the class."""
+        return not self.logit_bias.startswith("config.")
 
 
 LAYOUTS = (
     Layout(CLIPModel),
     Layout(ChineseCLIPModel),
+    Layout(AltCLIPModel, AltCLIPProcessor),
+    Layout(MetaClip2Model),
+    Layout(
+        SiglipModel,
+        SiglipProcessor,
+        image_projection=None,
+        text_projection=None,
+        logit_bias="logit_bias",
+        reads_mask=False,
+        scalar_shape=(1,),
+    ),
     Layout(
         VisionTextDualEncoderModel,
         VisionTextDualEncoderProcessor,
@@ -84,9 +112,9 @@ class Parts(NamedTuple):
 
     image_tower: Any
     text_tower: Any
-    image_projection: nn.Linear  # (D, W)
-    text_projection: nn.Linear  # (D, W)
-    logit_scale: nn.Parameter  # ()
+    image_projection: Any  # nn.Linear (D, W), or nn.Identity
+    text_projection: Any
+    logit_scale: nn.Parameter  # () or (1,)
 
 
 def is_stock(model: object) -> TypeGuard[StockModel]:
@@ -108,8 +136,16 @@ def layout_of(model: object) -> Layout:
 
 def parts(model: object) -> Parts:
     """Return the parts of a stock model."""
+    paths = [getattr(layout_of(model), name) for name in Parts._fields]
+    modules: list[Any] = [attrgetter(path)(model) if path else nn.Identity() for path in paths]
+    return Parts(*modules)
+
+
+def bias_of(model: StockModel) -> float | None:
+    """Return the bias of the sigmoid loss that a model was trained with; None if there is none."""
     layout = layout_of(model)
-    return Parts(*(attrgetter(getattr(layout, name))(model) for name in Parts._fields))
+    bias: Any = model.logit_bias if layout.has_bias_parameter else getattr(model.config, "logit_bias", None)
+    return None if bias is None else float(torch.as_tensor(bias).detach())
 
 
 def set_part(model: object, path: str, value: object) -> None:
@@ -153,14 +189,16 @@ def save_stock_model(
     class fails on a longer text that nobody cuts.
     """
     layout = layout_of(model)
-    if "logit_bias" in weights:
-        set_part(model, layout.logit_bias, weights["logit_bias"].item())
     stock = {
         name.removeprefix("model."): value.float() if value.is_floating_point() else value
         for name, value in weights.items()
         if name != "logit_bias"
     }
-    stock[layout.logit_scale] = stock[layout.logit_scale].reshape(())  # of one dimension under FSDP2
+    if "logit_bias" in weights and layout.has_bias_parameter:
+        stock[layout.logit_bias] = weights["logit_bias"].float().reshape(layout.scalar_shape)
+    elif "logit_bias" in weights:
+        set_part(model, layout.logit_bias, weights["logit_bias"].item())
+    stock[layout.logit_scale] = stock[layout.logit_scale].reshape(layout.scalar_shape)  # (1,) under FSDP2
     _cut_positions(model, stock, processor.tokenizer)
     stock = {_name_for_all(model, name): value for name, value in stock.items()}
     model.save_pretrained(directory, state_dict=stock)

@@ -8,7 +8,7 @@ The result is a stock class, so saving converts only the number of text position
 | CLIP's ViT | CLIP's text transformer, with a tokenizer of its own | `CLIPModel` |
 | any other, or CLIP's ViT | any encoder with a pooler, CLIP's text transformer | `VisionTextDualEncoderModel` |
 
-An image tower alone gets the identity as its projection: its pooled output is the image space.
+An image tower alone, or that of a SigLIP, gets the identity as its projection: its pooled output is the image space.
 A text's embedding is a bias-free projection of its first token's last hidden state (`ChineseCLIPModel`), of its end
 token's (`CLIPModel`), or of what the encoder's pooler returns (`VisionTextDualEncoderModel`).
 """
@@ -24,14 +24,18 @@ from transformers import (
     ChineseCLIPModel,
     CLIPConfig,
     CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     PreTrainedModel,
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
 )
 
 from koclip.config import ConfigError
-from koclip.models.stock import StockModel, is_stock, parts
+from koclip.models.stock import StockModel, bias_of, is_stock, layout_of, parts, set_part
 
+# Towers that compute what CLIP's ViT computes, under the same names.
+_CLIP_VITS = ("clip_vision_model", "chinese_clip_vision_model", "altclip_vision_model", "metaclip_2_vision_model")
 _BERT = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "chinese_clip_text_model")
 _POOLED = ("albert", "mpnet", "big_bird", "roberta-prelayernorm", "ernie", "xlm-roberta-xl", "data2vec-text")
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # whose positions begin behind the padding id
@@ -83,7 +87,7 @@ def swap_text_tower(clip: StockModel | PreTrainedModel, text_encoder: PreTrained
     """
     image = _image_side(clip)
     kind = text_encoder.config.model_type
-    clip_image = image.tower.config.model_type in ("clip_vision_model", "chinese_clip_vision_model")
+    clip_image = image.tower.config.model_type in _CLIP_VITS
     swapped: Any
     if clip_image and kind == "clip_text_model":
         swapped = _as_clip(image, text_encoder)
@@ -100,6 +104,8 @@ def swap_text_tower(clip: StockModel | PreTrainedModel, text_encoder: PreTrained
         target = parts(swapped)
         target.image_projection.weight.copy_(image.projection)
         target.logit_scale.copy_(image.logit_scale)
+        if is_stock(clip) and bias_of(clip) is not None:
+            set_part(swapped, layout_of(swapped).logit_bias, bias_of(clip))
         generator = torch.Generator().manual_seed(seed)
         width = target.text_projection.in_features
         target.text_projection.weight.normal_(std=width**-0.5, generator=generator)
@@ -110,9 +116,14 @@ def swap_text_tower(clip: StockModel | PreTrainedModel, text_encoder: PreTrained
 def _image_side(clip: StockModel | PreTrainedModel) -> _ImageSide:
     if is_stock(clip):
         source = parts(clip)
-        return _ImageSide(source.image_tower, source.image_projection.weight, source.logit_scale)
-    identity = torch.eye(clip.config.hidden_size, dtype=clip.dtype, device=clip.device)
-    return _ImageSide(clip, identity, torch.tensor(math.log(1 / _START_TEMPERATURE)))
+        if isinstance(source.image_projection, nn.Linear):
+            return _ImageSide(source.image_tower, source.image_projection.weight, source.logit_scale)
+        return _ImageSide(source.image_tower, _identity(source.image_tower), source.logit_scale.reshape(()))
+    return _ImageSide(clip, _identity(clip), torch.tensor(math.log(1 / _START_TEMPERATURE)))
+
+
+def _identity(tower: PreTrainedModel) -> torch.Tensor:
+    return torch.eye(tower.config.hidden_size, dtype=tower.dtype, device=tower.device)
 
 
 def _as_clip(image: _ImageSide, text_encoder: PreTrainedModel) -> StockModel:
@@ -146,7 +157,11 @@ def _as_pair(image: _ImageSide, text_encoder: PreTrainedModel) -> StockModel:
             f"text encoder: this {type(text_encoder).__name__} has no pooler, whose output a "
             "VisionTextDualEncoderModel projects; load it with its pooling layer, or take a CLIP image tower"
         )
-    tower = copy.deepcopy(image.tower)  # the source may be the teacher while the copy is trained
+    if image.tower.config.model_type in _CLIP_VITS:  # not all of these classes exist on their own
+        tower: Any = CLIPVisionModel(CLIPVisionConfig(**_vision_config(image)))
+        tower.load_state_dict(image.tower.state_dict())
+    else:
+        tower = copy.deepcopy(image.tower)  # the source may be the teacher while the copy is trained
     config = VisionTextDualEncoderConfig.from_vision_text_configs(tower.config, text_encoder.config, **image.config)
     return VisionTextDualEncoderModel(config=config, vision_model=tower, text_model=text_encoder)
 

@@ -161,12 +161,5 @@ def _ids(directory: Path) -> Check:
         tokenizers.check(tokenizer, "of this model", text, probes=())
     except ConfigError as error:
         problems.append(str(error))
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= text.vocab_size:
-        problems.append(f"the tokenizer has ids up to {largest}, text_config.vocab_size is {text.vocab_size}")
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    for name in names if text.model_type == "clip_text_model" else names[2:]:
-        configured, actual = getattr(text, name), getattr(tokenizer, name)
-        if configured != actual:
-            problems.append(f"text_config.{name} is {configured}, the tokenizer's {actual}")
+    problems += tokenizers.differing_ids(tokenizer, text)
     return Check("the tokenizer's ids are config.json's", problems, "write the tokenizer's ids into config.json")

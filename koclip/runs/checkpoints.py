@@ -29,7 +29,6 @@ from tqdm.auto import tqdm
 from koclip import distributed, storage
 from koclip.config import ConfigError, RunError
 from koclip.data.batches import Position
-from koclip.models.dual_encoder import MAX_LOGIT_SCALE
 from koclip.optim import set_step
 from koclip.training import TrainState
 from koclip.training.grad_cache import random_states, restore_random
@@ -289,7 +288,9 @@ def weights(state: TrainState) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
         masters = {name: safe_get_full_fp32_param(weight) for name, weight in state.dual_encoder.named_parameters()}
-        masters["model.logit_scale"].clamp_(max=MAX_LOGIT_SCALE)  # a step clamps the low-precision copy only
+        masters["model.logit_scale"].clamp_(
+            max=state.dual_encoder.max_logit_scale
+        )  # as after each step
         return {**state.dual_encoder.state_dict(), **masters}
     return cast(dict[str, torch.Tensor], get_model_state_dict(state.model, options=FULL))
 

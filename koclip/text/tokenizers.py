@@ -95,6 +95,10 @@ _SYLLABLES, _JAMO = re.compile("[가-힣]+"), re.compile("[\u1100-\u11ff]")  # i
 COUNT_FROM_PADDING = (
     *("roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm", "xlm-roberta-xl", "data2vec-text"),
 )
+READS_END = ("clip_text_model", "metaclip_2_text_model")  # text towers that read the first end token
+LEGACY_EOS_ID = 2  # in the config.json of the first CLIPs, OpenAI's too: CLIP's text tower then reads the largest id
+# Text towers that were trained on texts in lower case, padded to the longest length, without an attention mask.
+UNMASKED = ("siglip_text_model",)
 _NUM_PROBES = 300  # captions that a tokenizer is tried on
 _MOST_LOST = 0.5  # of the letters of a script; the right tokenizer loses next to none, a wrong tokenizer nearly all
 _RARE = 0.1  # of all letters; Hanja in Korean captions may be unknown
@@ -154,7 +158,7 @@ def load(
 
     Args:
         path: Directory or Hub id.
-        max_tokens: Length of the longest text, in tokens; longer texts are cut.
+        max_tokens: Length of the longest text, in tokens; longer texts are cut. SigLIP keeps its own length.
         config: Configuration of the text encoder. Default: a CLIP text tower built for this tokenizer.
         probes: Captions in the language of the data, to test the tokenizer with. Default: Korean captions if there is a
             text encoder, else none.
@@ -169,9 +173,22 @@ def load(
         raise ConfigError(f"tokenizer.path: no tokenizer can be loaded from {path!r}: {reason}") from error
     _drop_leaked_state(tokenizer, path)
     check(tokenizer, path, config, probes)
+    if config is not None and config.model_type in UNMASKED:
+        return _unmasked(tokenizer, config)
     tokenizer = cleaning(tokenizer)
     tokenizer.model_max_length = max_tokens
     return tokenizer
+
+
+def _unmasked(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """Return a tokenizer by the rules of `UNMASKED`: lower case, no mask, as long as the tower has positions."""
+    backend = tokenizer.backend_tokenizer
+    own = backend.normalizer
+    if own is None or own.normalize_str("A") != own.normalize_str("a"):
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([] if own is None else [own])])
+    tokenizer.model_input_names = ["input_ids"]
+    tokenizer.model_max_length = config.max_position_embeddings
+    return cleaning(tokenizer)
 
 
 def check(
@@ -203,7 +220,7 @@ def check(
                 f"tokenizer {path!r} {what} on the left; text towers need {side}='right': set it in "
                 'tokenizer_config.json, and "padding" and "truncation" to null in tokenizer.json'
             )
-    encoder = None if config is None or config.model_type == "clip_text_model" else config
+    encoder = None if config is None or config.model_type in READS_END else config
     if probes is None:
         probes = () if encoder is None else _KOREAN
     for probe in probes:
@@ -211,8 +228,11 @@ def check(
     _check_letters(tokenizer, path, probes)
     if encoder is None:
         _check_end(tokenizer, path)
+    elif encoder.model_type in UNMASKED:
+        _check_vocabulary(tokenizer, path, encoder)
     else:
         _check_ids(tokenizer, path, encoder)
+        _check_vocabulary(tokenizer, path, encoder)
         _check_start(tokenizer, path)
 
 
@@ -296,6 +316,8 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, path: str, config: PreTrained
         if getattr(tokenizer, name) is None:
             raise ConfigError(f"tokenizer {path!r} has no {name}, which a text encoder needs: set it and save again")
     sep = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    # Nothing reads these ids of a ChineseCLIP; where its config.json has none, the class says 0 and 2.
+    unread = config.model_type == "chinese_clip_text_model"
     counts = config.model_type in COUNT_FROM_PADDING  # else `koclip.align.methods` takes the tokenizer's padding token
     for token, given, name in (
         *((("pad", tokenizer.pad_token_id, "pad_token_id"),) if counts else ()),
@@ -303,13 +325,16 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, path: str, config: PreTrained
         ("sep", sep, "eos_token_id"),
     ):
         expected = getattr(config, name, None)
-        if given != expected and (token == "pad" or None not in (given, expected)):
+        if given != expected and (token == "pad" or not (unread or None in (given, expected))):
             raise ConfigError(
                 f"tokenizer {path!r}: its {token} token has id {given}, the {config.model_type} encoder's config.json "
                 f"says {name} {expected}; expected the same. Take the tokenizer that the encoder was trained with, or "
                 "correct the wrong id"
                 + (f" (a {config.model_type} counts its positions from pad_token_id)" if token == "pad" else "")
             )
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, config: PreTrainedConfig) -> None:
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise ConfigError(
@@ -327,9 +352,38 @@ def _check_start(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
         )
 
 
+def differing_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> list[str]:
+    """Return where a tokenizer and the configuration of its text tower disagree on ids that change embeddings.
+
+    A tower that reads the end of a text never sees the padding after it, and one that reads no mask sees padding as a
+    token like any other.
+    """
+    problems = []
+    if config.model_type not in (*READS_END, *UNMASKED) and config.pad_token_id != tokenizer.pad_token_id:
+        pads = f"{config.pad_token_id}, the tokenizer's is {tokenizer.pad_token_id}"
+        problems.append(f"text_config.pad_token_id is {pads}")
+    largest = max(tokenizer.get_vocab().values())
+    legacy = config.model_type == "clip_text_model" and config.eos_token_id == LEGACY_EOS_ID
+    end = largest if legacy else config.eos_token_id
+    if config.model_type in READS_END and tokenizer.eos_token_id != end:
+        problems.append(f"text_config.eos_token_id is {end}, the tokenizer's is {tokenizer.eos_token_id}")
+    if largest >= config.vocab_size:
+        problems.append(f"text_config.vocab_size is {config.vocab_size}, the tokenizer has ids up to {largest}")
+    return problems
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, captions: list[str], **options: Any) -> Any:
-    """Tokenize `captions` cut to the tokenizer's longest length; `options` go to the tokenizer."""
-    return tokenizer(captions, truncation=True, max_length=tokenizer.model_max_length, **options)
+    """Tokenize `captions` cut to the tokenizer's longest length; `options` go to the tokenizer.
+
+    A tokenizer of a tower that reads no mask (`UNMASKED`) pads to its longest length; the mask is 1 everywhere.
+    """
+    unmasked = "attention_mask" not in tokenizer.model_input_names and options.get("padding")
+    if unmasked:
+        options |= {"padding": "max_length", "return_attention_mask": True}
+    encoded = tokenizer(captions, truncation=True, max_length=tokenizer.model_max_length, **options)
+    if unmasked:
+        encoded["attention_mask"].fill_(1)
+    return encoded
 
 
 def forget_call_state(tokenizer: PreTrainedTokenizerBase) -> None:

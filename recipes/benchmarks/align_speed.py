@@ -56,9 +56,10 @@ from koclip.encoders.transformers import TransformersEncoder
 from koclip.metrics import first_ranks, share
 from koclip.models.dual_encoder import DualEncoder
 from koclip.models.pretrained import load_text_encoder
+from koclip.models.stock import parts
 from koclip.text.tokenizers import load, train_bpe
 
-VOCAB = Path("../shared/data/text/vocab_koelectra.txt")
+VOCAB = Path("data/koelectra/vocab.txt")  # of monologg/koelectra-base-v3-discriminator
 EPOCHS = 10  # of a whole alignment
 CHECKED = 16  # pairs whose loss is compared
 
@@ -202,7 +203,8 @@ def compare(options: argparse.Namespace, folder: Path) -> tuple[Turns, str]:
     start = starting_point(options, pairs.captions, folder / "encoder")
     config = config_of(options, pairs.source)
     ours = Koclip(start, config, folder / "features")
-    model: Any = locked(start.clip, start.encoder, ours.model.text_projection.weight)
+    projection = parts(ours.model).text_projection.weight
+    model: Any = locked(start.clip, start.encoder, projection)
     peer = OpenClip(model, config.optim, config.train.num_steps, {"bf16": "amp_bf16"}.get(options.precision, "fp32"))
     tokenize = hf_tokenizer(str(start.encoder), CONTEXT)
     photos = Photos(pairs.files, pairs.captions, view_size(start.image_processor), tokenize)
