@@ -1,5 +1,6 @@
 """The documents: every page in Korean and in English, with the same headings, tables and code; links lead somewhere."""
 
+import inspect
 import pkgutil
 import re
 from pathlib import Path
@@ -59,8 +60,8 @@ def test_a_page_is_the_same_in_both_languages(page):
     assert korean.startswith("# ")
     assert outline_of(korean) == outline_of(english)
     assert code_of(korean) == code_of(english)
-    letters = len(re.findall(r"[가-힣]", FENCED.sub("", korean)))
-    assert letters > len(FENCED.sub("", english)) / 10, "the Korean page is not in Korean"
+    prose = [re.sub(r"^:::.*\n.*\n", "", FENCED.sub("", text), flags=re.MULTILINE) for text in (korean, english)]
+    assert len(re.findall(r"[가-힣]", prose[0])) > len(prose[1]) / 10, "the Korean page is not in Korean"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -88,7 +89,9 @@ def test_api_entries_are_there():
     entries = [entry for page in PAGES for entry in re.findall(r"^::: (\S+)$", text_of(page, "en"), re.MULTILINE)]
     assert len(entries) > 40
     for entry in entries:
-        pkgutil.resolve_name(entry)
+        text = re.sub(r"`[^`]*`", "", inspect.getdoc(pkgutil.resolve_name(entry)) or "")
+        assert text, f"{entry} has no docstring"
+        assert not re.search(r"<\w", text), f"{entry}: the site takes <...> for HTML; put it into backticks"
 
 
 def test_the_page_of_commands_has_every_command_and_section():
