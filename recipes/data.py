@@ -17,9 +17,9 @@ from koclip.data_sets import DATA_SETS, build
 def main(cfg: config.DataSetConfig) -> None:
     """Run the recipe."""
     if not cfg.name:
-        print(
-            "\n\n".join(f"{name}: {d.summary}\n  {d.size}\n  {d.licence}\n  {d.home}" for name, d in DATA_SETS.items())
-        )
+        for name, each in DATA_SETS.items():
+            print(f"{name}: {each.summary}\n  {each.size}\n  {each.licence}\n  {each.home}\n")
+        print("To build one in data/emoji: koclip data emoji")
         return
     near = difflib.get_close_matches(cfg.name, DATA_SETS, n=1)
     fix = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(DATA_SETS)}"

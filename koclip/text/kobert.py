@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import import_protobuf
 
+from koclip import installation
 from koclip.config import ConfigError, check
+
+installation.require("train")
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # noqa: E402
 
 _MODEL, _VOCABULARY, _SKT_MODEL = "tokenizer_78b3253a26.model", "vocab.txt", "spiece.model"
 _SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "pad", "cls", "sep", "mask")}

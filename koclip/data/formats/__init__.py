@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 
+from koclip import installation
 from koclip.config import SourceConfig
+
+installation.require("data")
+import datasets  # noqa: E402
 
 LISTS = (datasets.List, datasets.LargeList)
 _BATCH = 256  # rows read at a time
