@@ -288,9 +288,7 @@ def weights(state: TrainState) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
         masters = {name: safe_get_full_fp32_param(weight) for name, weight in state.dual_encoder.named_parameters()}
-        masters["model.logit_scale"].clamp_(
-            max=state.dual_encoder.max_logit_scale
-        )  # as after each step
+        masters["model.logit_scale"].clamp_(max=state.dual_encoder.max_logit_scale)  # as after each step
         return {**state.dual_encoder.state_dict(), **masters}
     return cast(dict[str, torch.Tensor], get_model_state_dict(state.model, options=FULL))
 
