@@ -19,16 +19,17 @@ import yaml
 import koclip
 from koclip import installation, storage
 
-# What a command does, and whether accelerate starts it.
+# What a command does, and the extra that it needs.
 RECIPES = {
-    "pretrain": ("train a CLIP from random weights on (image, caption) pairs", True),
-    "align": ("give a CLIP a Korean or multilingual text encoder", True),
-    "evaluate": ("measure models in Korean and English: results, charts, a report", True),
-    "publish": ("check a trained model, write its card, push both to the Hub", False),
-    "index": ("make a collection of images searchable", False),
-    "space": ("show a model in the browser", False),
-    "data": ("download a data set from its public source", False),
+    "pretrain": ("train a CLIP from random weights on (image, caption) pairs", "train"),
+    "align": ("give a CLIP a Korean or multilingual text encoder", "train"),
+    "evaluate": ("measure models in Korean and English: results, charts, a report", "eval"),
+    "publish": ("check a trained model, write its card, push both to the Hub", "publish"),
+    "index": ("make a collection of images searchable", "search"),
+    "space": ("show a model in the browser", "space"),
+    "data": ("download a data set from its public source", "data"),
 }
+LAUNCHED = {"pretrain", "align", "evaluate"}  # by accelerate
 EXAMPLES = """\
 examples:
   koclip pretrain                       train on the built-in images, 4 minutes on 2 CPU cores
@@ -54,6 +55,8 @@ def main(words: Sequence[str] | None = None) -> None:
             print(table(options.recipe))
         elif options.command == "cp":
             copy(options.name, Path(options.to or f"{options.name.rpartition('/')[2]}.yaml"), options.force)
+    except BrokenPipeError:  # `koclip ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         _fail(str(error))
 
@@ -94,22 +97,21 @@ def run_recipe(name: str, words: list[str]) -> None:
         words: The recipe's arguments, and `--launch OPTIONS` for accelerate.
     """
     launch_options, words = _take_launch_options(words)
-    launched = RECIPES[name][1]
-    if launch_options and not launched:
+    if launch_options and name not in LAUNCHED:
         _fail(f"--launch: koclip {name} runs in one process")
     folder = installation.files("space" if name == "space" else "recipes")
     script = folder / ("app.py" if name == "space" else f"{name}.py")
     try:
-        if launched and "--help" not in words and "-h" not in words:
-            launch(script, launch_options, words)
-            return
+        installation.require(RECIPES[name][1])
+    except installation.MissingExtraError as error:
+        _fail(f"{name}: {error}")
+    if name in LAUNCHED and "--help" not in words and "-h" not in words:
+        launch(script, launch_options, words)
+    else:
         sys.argv = [str(script), *words]
-        sys.path.insert(0, str(folder))  # as `python script` does: the Space's modules import each other by bare name
+        if name == "space":  # its modules import each other by bare name
+            sys.path.insert(0, str(folder))
         runpy.run_path(str(script), run_name="__main__")
-    except ModuleNotFoundError as error:
-        if error.name not in installation.EXTRAS:
-            raise
-        _fail(str(error))
 
 
 def _take_launch_options(words: list[str]) -> tuple[list[str], list[str]]:
@@ -135,7 +137,6 @@ def launch(script: Path, options: list[str], words: list[str]) -> None:
 
     A single process takes the place of this one, so that it gets the signals and its exit status is kept.
     """
-    installation.require("accelerate")
     from accelerate.commands import launch as accelerate_launch  # imports torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -187,16 +188,11 @@ def _header(path: Path) -> list[str]:
 
 def _row(name: str, path: Path) -> tuple[str, ...]:
     text = path.read_text(encoding="utf-8")
-    data: dict[str, None] = {}
-    models: dict[str, None] = {}
-    for key, value in _entries(yaml.safe_load(text)):
-        if key == "path":
-            data[_origin(value)] = None
-        elif key in _MODELS and value != "same":
-            models[value] = None
+    entries = list(_entries(yaml.safe_load(text)))
+    paths = [value for key, value in entries if key == "path"] or ["scenes"]
+    models = dict.fromkeys(value for key, value in entries if key in _MODELS and value != "same")
     hardware = _HARDWARE.search(text)
-    cells = (", ".join(data) or "built in", ", ".join(models) or "-", hardware[1] if hardware else "-")
-    return (name, *cells)
+    return (name, _origin(paths), ", ".join(models) or "-", hardware[1] if hardware else "-")
 
 
 def _entries(values: Any) -> Iterator[tuple[str, str]]:
@@ -208,14 +204,13 @@ def _entries(values: Any) -> Iterator[tuple[str, str]]:
             yield from _entries(value)
 
 
-def _origin(path: str) -> str:
-    """Say how a user gets the data of a path."""
-    if path == "scenes":
-        return "built in"
-    folder, _, rest = path.partition("/")
-    name = rest.partition("/")[0]
-    packaged = folder == "data" and (installation.files("data_cards") / f"{name}.md").is_file()
-    return f"koclip data {name}" if packaged else "your files"
+def _origin(paths: list[str]) -> str:
+    """Say how a user gets the data of these paths."""
+    cards = installation.files("data_cards")
+    folders = dict.fromkeys(path.removeprefix("data/").split("/")[0] for path in paths if path != "scenes")
+    public = [name for name in folders if (cards / f"{name}.md").is_file()]
+    origins = [f"koclip data {', '.join(public)}"] * bool(public) + ["your files"] * (len(folders) > len(public))
+    return ", ".join(origins) or "built in"
 
 
 def copy(name: str, target: Path, force: bool = False) -> None:

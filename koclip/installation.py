@@ -7,22 +7,21 @@ from importlib.util import find_spec
 from pathlib import Path
 
 _ENDING = ".yaml"
-# Optional libraries by the name they are imported by, and the extra of pyproject.toml that installs each.
+# The libraries of each extra of pyproject.toml, by the names they are imported by.
+_DATA = ("datasets", "fsspec", "httpx", "jsonargparse")
+_EVAL = (*_DATA, "accelerate", "evaluate", "jinja2", "koreanize_matplotlib", "matplotlib", "rich", "scipy", "sklearn")
 EXTRAS = {
-    "accelerate": "train",
-    "datasets": "train",
-    "fsspec": "train",
-    "jsonargparse": "train",
-    "peft": "train",
-    "psutil": "train",
-    "timm": "train",
-    "jinja2": "eval",
-    "matplotlib": "eval",
-    "rich": "eval",
-    "scipy": "eval",
-    "sklearn": "eval",
-    "gradio": "space",
+    "data": _DATA,
+    "eval": _EVAL,
+    "train": (*_EVAL, "google.protobuf", "peft", "psutil", "tensorboard", "timm"),
+    "publish": _EVAL,
+    "search": (*_DATA, "faiss"),
+    "space": (*_EVAL, "faiss", "gradio"),
 }
+
+
+class MissingExtraError(ModuleNotFoundError):
+    """Libraries of an extra are not installed."""
 
 
 def files(name: str) -> Path:
@@ -69,15 +68,20 @@ def config_path(name: str) -> Path:
     return path
 
 
-def require(*libraries: str) -> None:
-    """Refuse to go on without optional libraries.
+def require(extra: str) -> None:
+    """Refuse to go on without the libraries of an extra.
 
     Raises:
-        ModuleNotFoundError: one is missing; the message says which extra installs it.
+        MissingExtraError: a library is missing; the message says how to install the extra.
     """
-    missing = [library for library in libraries if find_spec(library) is None]
+    missing = [library for library in EXTRAS[extra] if not _is_installed(library)]
     if missing:
-        extra = EXTRAS[missing[0]]
-        raise ModuleNotFoundError(
-            f"{', '.join(missing)}: not installed, and needed here; run: pip install 'koclip[{extra}]'", name=missing[0]
-        )
+        message = f"not installed: {', '.join(missing)}. Run: pip install 'koclip[{extra}]'"
+        raise MissingExtraError(message, name=missing[0])
+
+
+def _is_installed(library: str) -> bool:
+    try:
+        return find_spec(library) is not None
+    except ModuleNotFoundError:  # of the parent package
+        return False

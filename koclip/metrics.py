@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.stats import binomtest, bootstrap, kendalltau
+
+from koclip import installation
+
+installation.require("eval")
+from scipy.stats import binomtest, bootstrap, kendalltau  # noqa: E402
 
 Numbers = npt.NDArray[np.float64]
 

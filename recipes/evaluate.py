@@ -12,7 +12,7 @@ import koclip
 from koclip import config
 from koclip.data.transforms import PixelLimit
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.report.write import Evaluated, keep, write
+from koclip.evaluation.report.write import Evaluated, write, write_model_results
 from koclip.evaluation.run import evaluate, folders_of, open_all, processes, start, surroundings, warnings_of
 from koclip.evaluation.tasks.zero_shot import add_effective_robustness
 
@@ -31,7 +31,7 @@ def main(cfg: config.EvaluateConfig) -> None:
         warnings |= dict.fromkeys(warnings_of(embedder, eval_sets))
         models.append(Evaluated(spec, folder, embedder, evaluate(embedder, eval_sets)))
         if accelerator.is_main_process:
-            keep(models[-1], eval_sets, surroundings())
+            write_model_results(models[-1], eval_sets, surroundings())
         accelerator.print(f"Evaluated {spec} in {(time.monotonic() - began) / 60:.1f} minutes")
     add_effective_robustness({model.model: model.metrics for model in models})
     if accelerator.is_main_process:

@@ -17,7 +17,18 @@ from helpers.skips import unexpected_skips
 
 from koclip.config import SourceConfig
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+# Data that may not be published, for development, by the places where `koclip data` puts them.
+SHARED = Path(os.environ.get("KOCLIP_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+LINKS = {
+    "emoji/emoji.parquet": "emoji_dev.parquet",
+    "emoji/names.jsonl": "emoji_names.jsonl",
+    "flickr8k_ko/train.parquet": "flickr8k_ko_train.parquet",
+    "flickr8k_ko/val.parquet": "flickr8k_ko_val.parquet",
+    "tiny_imagenet_ko/train.parquet": "tiny_imagenet_train.parquet",
+    "tiny_imagenet_ko/val.parquet": "tiny_imagenet_val.parquet",
+    "cifar10/test.parquet": "cifar10_test.parquet",
+    "text": "text",
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -98,11 +109,15 @@ def torchrun() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Return the folder of data sets that are at hand for development but may not be published."""
+def shared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder `data` as `koclip data` would write it, with links to data that are at hand for development."""
     if not SHARED.is_dir():
         pytest.skip("../shared/data is not there: data that may not be published (data_cards/README.md)")
-    return SHARED
+    data = tmp_path_factory.mktemp("shared") / "data"
+    for link, file in LINKS.items():
+        (data / link).parent.mkdir(parents=True, exist_ok=True)
+        (data / link).symlink_to(SHARED / file)
+    return data
 
 
 @pytest.fixture(scope="session")
@@ -207,8 +222,8 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep features in shards of 8 rows, embedded 3 at a time."""
     from koclip.embeddings import fill
 
-    monkeypatch.setattr(fill, "ROWS", 8)
-    monkeypatch.setattr(fill, "PIECE", 3)
+    monkeypatch.setattr(fill, "SHARD_ROWS", 8)
+    monkeypatch.setattr(fill, "BATCH_ROWS", 3)
 
 
 @pytest.fixture

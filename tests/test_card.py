@@ -22,6 +22,7 @@ from koclip.publishing import card_inputs
 from koclip.publishing.card import render, write_card
 from koclip.publishing.card_inputs import gather
 from koclip.publishing.checks import CARD, LICENCE
+from koclip.publishing.licences import read_data_card
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).with_name("golden_card.md")
@@ -160,12 +161,12 @@ def test_a_file_that_is_missing_is_named(run, name):
         card_of(run)
 
 
-def test_a_part_of_a_data_set_has_the_card_that_lists_its_file(run):
-    source = {"path": "../shared/data/emoji_dev.parquet", "name": "emoji_blob"}
+def test_a_part_of_a_data_set_has_the_card_of_its_folder(run):
+    source = {"path": "data/emoji/emoji.parquet", "name": "emoji_blob"}
     change(run / "results.json", data={"emoji_blob": {"source": {"source": source}}})
-    assert "| emoji_blob | evaluation | ko, en | noto 1,350," in card_of(run).text
+    assert "| emoji_blob | evaluation | ko, en | noto 1,906," in card_of(run).text
     assert card_of(run).data["license"] == "apache-2.0"  # what it is measured on does not bind it
-    source["path"] = "mine/emoji_dev.parquet"
+    source["path"] = "mine/emoji.parquet"
     change(run / "results.json", data={"emoji_blob": {"source": {"source": source}}})
     with pytest.raises(ConfigError, match="mine/"):
         card_of(run)
@@ -242,7 +243,8 @@ def test_the_card_of_a_data_set_binds_the_models_trained_on_it(run, name):
     card = card_of(run)
     assert name in VERDICTS[card.data.get("license_name") or card.data["license"]]
     (used,) = [data for data in gather(settings(run)).data if data.name == name]
-    assert used.version.startswith("made by" if name == "scenes" else (name[:5], "no version known"))
+    files = [Path(path).name for path in read_data_card(ROOT / "data_cards" / f"{name}.md").files]
+    assert used.version.startswith("made by" if name == "scenes" else files[0] if files else "no version known")
 
 
 def test_the_commit_of_a_data_card_is_told_of_data_read_from_the_hub_only(run):

@@ -1,6 +1,7 @@
 """The command `koclip`: what it lists and copies, how it starts recipes, and that it is quick to answer."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,15 @@ def test_ls_says_what_each_configuration_needs():
     assert "1 GPU of 24 GB" in rows["align/klue_roberta_base_two_stage"]
     assert "built in" in rows["pretrain/scenes"]
     assert "2 CPU cores, 3.5 minutes" in rows["pretrain/scenes"]
+    assert "koclip data emoji " in rows["pretrain/emoji_small"]
+
+
+def test_the_data_sets_that_ls_names_can_be_built():
+    from koclip.data_sets import DATA_SETS
+
+    named = {name for names in re.findall(r"koclip data ((?:\w+, )*\w+)  ", cli.table()) for name in names.split(", ")}
+    assert "emoji" in named
+    assert named - {"your files"} <= set(DATA_SETS)
 
 
 def test_ls_of_one_recipe_lists_its_own_only():

@@ -10,7 +10,7 @@ import pytest
 from sources_on_disk import all_rows, colour
 from test_data_cards import ROOT, blocks, front_matter
 
-from koclip.config import AlignConfig, EvaluateConfig, SourceConfig, parse
+from koclip.config import AlignConfig, SourceConfig, parse
 from koclip.data.sources import open_source
 
 CONFIGS = ROOT / "recipes" / "configs"
@@ -69,50 +69,10 @@ def test_koclips_own_annotations(coco):
     assert read(source) == [(COLOURS[1], {"ko": ["가"]})]
 
 
-def public(name: str) -> SourceConfig:
-    config = parse(EvaluateConfig, ["--config", str(CONFIGS / "evaluate" / "public.yaml"), "--model", "a"])
-    (source,) = [eval_set.source for eval_set in config.sets if eval_set.source.name == name]
-    return source
-
-
-def test_xtd10(coco):
-    """Adobe's repository has names and captions in files of their own, line by line; a caption may hold marks."""
-    lines = {
-        "XTD10/test_image_names": NAMES,
-        "XTD10/test_1kcaptions_ko": ['"다시?" 묻는 개', "나", "다"],
-        "MIC/test_1kcaptions_en": ["a", "b", 'c " d'],
-    }
-    for name, texts in lines.items():
-        file = coco.parent / "xtd10" / f"{name}.txt"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("\n".join(texts) + "\n", encoding="utf-8")
-    data = run_block("xtd10", "data/xtd10")["test"]
-    assert set(data.column_names) == front_matter(card("xtd10"))["columns"].keys()
-    assert read(public("xtd10")) == [
-        (COLOURS[0], {"ko": ['"다시?" 묻는 개'], "en": ["a"]}),
-        (COLOURS[1], {"ko": ["나"], "en": ["b"]}),
-        (COLOURS[2], {"ko": ["다"], "en": ['c " d']}),
-    ]
-
-
 @pytest.fixture
 def photos() -> list[dict[str, list[str]]]:
     """Return captions of three photos, not equally many in both languages."""
     return [{"ko": ["가", "나", "다"][: n + 1], "en": ["a", "b"]} for n in range(3)]
-
-
-def test_crossmodal_3600_of_google(tmp_path, encoded, monkeypatch, photos):
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "data" / "xm3600"
-    (folder / "images").mkdir(parents=True)
-    lines = []
-    for number, (captions, shade) in enumerate(zip(photos, COLOURS, strict=True)):
-        (folder / "images" / f"{number:016x}.jpg").write_bytes(encoded(shade))
-        row = {language: {"caption": texts, "caption/tokenized": texts} for language, texts in captions.items()}
-        lines.append(json.dumps({"image/key": f"{number:016x}", "image/locale": "ko", **row}, ensure_ascii=False))
-    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    assert len(run_block("crossmodal_3600", "data/xm3600")["test"]) == 3
-    assert read(public("crossmodal_3600")) == list(zip(COLOURS, photos, strict=True))
 
 
 def test_crossmodal_3600_of_the_hub(tmp_path, encoded, monkeypatch, photos):

@@ -137,7 +137,7 @@ def test_scenes_are_a_source() -> None:
 
 def test_shared_flickr(shared_data) -> None:
     captions = {"ko": "captions_ko", "en": "captions_en"}
-    source = open_source(SourceConfig(path=str(shared_data / "flickr8k_ko_val.parquet"), captions=captions))
+    source = open_source(SourceConfig(path=str(shared_data / "flickr8k_ko" / "val.parquet"), captions=captions))
     assert len(source) == 1_000
     first = source.rows([0])[0]
     assert {language: len(texts) for language, texts in first.captions.items()} == {"ko": 5, "en": 5}

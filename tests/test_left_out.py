@@ -169,7 +169,7 @@ def test_rows_of_classes_that_are_left_out_are_listed(tmp_path, encoded, colours
     eval_set = colours(path=file, present_classes=True, shifted={"x": other}, tasks=["shift"])
     assert len(eval_set.shifted["x"].images) + len(eval_set.shifted["x"].skipped) == 24
     assert {skip.reason for skip in eval_set.shifted["x"].skipped} == {
-        f"no image of the source is of its class, {name} (present_classes)" for name in ("green", "blue")
+        f"the source has no image of its class, {name} (present_classes)" for name in ("green", "blue")
     }
 
 

@@ -13,7 +13,7 @@ from koclip.data.batches import Position
 from koclip.data.loader import training_captions
 from koclip.data.order import BatchPart, CaptionChooser, MapOrder
 from koclip.data.sources import open_source
-from koclip.data.survey import survey
+from koclip.data.survey import survey_source
 
 
 def test_a_batch_has_the_shapes_it_tells(tokenizer, table) -> None:
@@ -217,16 +217,16 @@ def test_training_captions_come_from_all_sources_in_turn(table, tars) -> None:
 
 def test_the_order_of_many_rows_is_cheap(tokenizer) -> None:
     source, data = open_source(SCENES), config(SCENES)
-    lengths = [survey(source, data, tokenizer).lengths]
+    lengths = [survey_source(source, data, tokenizer).lengths]
     order = MapOrder([source], CaptionChooser(data), BatchPart(8), 10**6, lengths)
     assert order.epoch_size == 80
     assert len(next(iter(order))) == 8
 
 
-@pytest.mark.parametrize("kind", ["flickr8k_ko_val", "emoji_dev"])
+@pytest.mark.parametrize("kind", ["flickr8k_ko/val", "emoji/emoji"])
 def test_shared_data_load(kind, shared_data, tokenizer) -> None:
     captions = {"ko": "captions_ko"} if kind.startswith("flickr") else {"ko": "name_ko", "en": "name_en"}
-    where = {"vendor": ["noto"]} if kind == "emoji_dev" else None
+    where = {"vendor": ["noto"]} if kind == "emoji/emoji" else None
     source = SourceConfig(path=str(shared_data / f"{kind}.parquet"), captions=captions, where=where)
     drawn = batches(config(source), tokenizer, 10, BatchPart(16))
     assert sum(len(batch.skipped) for batch in drawn) == 0

@@ -133,5 +133,5 @@ def test_few_shots_never_see_the_test_images_to_choose_by(
 def test_too_few_images_are_refused(colours: Callable[..., EvalSet]) -> None:
     with pytest.raises(ConfigError, match=r"colours: .*20%.* 12 .* 4 "):
         linear_probe(Embedder(ColourEncoder(), 8), colours(tasks=["linear_probe"]))
-    with pytest.raises(ConfigError, match=r"eval\.sets\[\]\.shots: 4 .* 4 .*colours has 3 "):
+    with pytest.raises(ConfigError, match=r"eval\.sets\[\]\.shots: 4 .*colours has 3"):
         few_shot(Embedder(ColourEncoder(), 8), colours(tasks=["few_shot"], shots=[1, 4]))

@@ -282,7 +282,7 @@ def test_a_missing_column_is_one_line_and_exit_code_2(dirty):
 @pytest.mark.parametrize("name", ["flickr8k_ko_small", "emoji_small"])
 def test_the_real_configs_run(name, shared_data, tmp_path, monkeypatch):
     """Two steps of each small config on the real data."""
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(shared_data.parent)
     file = ROOT / "recipes" / "configs" / "pretrain" / f"{name}.yaml"
     sets = config.parse(config.PretrainConfig, ["--config", str(file)]).eval.sets
     spec = json.dumps([{**config.to_dict(eval_set), "max_images": 30, "gallery": []} for eval_set in sets])

@@ -232,7 +232,7 @@ def test_missing_tasks_leave_nothing_empty(measured, tmp_path):
     assert {file.stem for file in (tmp_path / "pictures").iterdir()} == {"recall-photos", "queries-photos"}
     reader = Reader()
     reader.feed((tmp_path / "report.html").read_text(encoding="utf-8"))
-    for heading in ("Few-shot", "taken for others", "templates gain", "under shift", "come to write", "Each template"):
+    for heading in ("Few-shot", "Confusion", "by templates", "under shift", "rewritten Korean", "Each template"):
         assert heading not in reader.text
     assert "##  " not in (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "warning" not in reader.text.split("</style>")[-1].split("Evaluated by")[1]
@@ -307,7 +307,7 @@ def test_names_come_apart_at_the_last_three_slashes():
             "zero_shot_template_03/gain_over_name",
             {"template": 3},
             "template 03",
-            "Each template alone, less the bare name",
+            "Each template alone, minus the bare name",
         ),
         ("few_shot/accuracy_02_shots", {"shots": 2}, "probe on 2 per class", ""),
         (

@@ -203,7 +203,7 @@ def outcome(file: Path, options: dict[str, Any]) -> object:
         numbers = evaluate(Embedder(Guessing(), 8), [eval_set])
     except (ConfigError, ValueError) as error:
         return type(error)
-    return {name: metric.to_dict() for name, metric in numbers.items()}, len(eval_set.images), eval_set.images.digest()
+    return {name: metric.to_dict() for name, metric in numbers.items()}, len(eval_set.images), eval_set.images.digest
 
 
 def test_each_row_of_a_set_of_classes_counts_but_its_pictures_are_one_where_captions_are_asked(tmp_path: Path) -> None:

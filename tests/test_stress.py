@@ -18,7 +18,7 @@ from koclip.storage import read_table
 from koclip.text.korean.endings import restyle
 from koclip.text.korean.hangul import compose, keystrokes, letters, neighbours, spell, typed
 from koclip.text.korean.nouns import replace_nouns, split
-from koclip.text.korean.stress import STRESSES, share_changed
+from koclip.text.korean.stress import STRESSES
 
 TABLES = Path(__file__).parent / "stress"
 SEEDED = {"moved_spaces", "typo", "two_typos", "english_nouns"}
@@ -198,13 +198,6 @@ def test_split(word: str, following: str, expected: tuple[str, str]) -> None:
     assert split(word, following) == expected
 
 
-def test_share_changed() -> None:
-    assert share_changed(STRESSES["polite"], ["개가 뛴다.", "뛰는 개", "a dog", "개가 뛰어요."]) == 0.25
-    assert share_changed(STRESSES["no_spaces"], ["개", "개 둘"]) == 0.5
-    with pytest.raises(ValueError, match="texts"):
-        share_changed(STRESSES["jamo"], [])
-
-
 def test_tables_of_words() -> None:
     for name, columns, floor in (
         ("stress_endings.tsv", 3, 600),
@@ -252,7 +245,7 @@ def reviewed_captions(request: pytest.FixtureRequest, name: str) -> list[str]:
     if name == "scenes":
         texts = [text for index in range(2_000) for text in scenes.captions(scenes.scene("test", 0, index))["ko"]]
     else:
-        file = request.getfixturevalue("shared_data") / "flickr8k_ko_train.parquet"
+        file = request.getfixturevalue("shared_data") / "flickr8k_ko" / "train.parquet"
         column = pq.read_table(file, columns=["captions_ko"])["captions_ko"]
         texts = [text for captions in column.to_pylist() for text in captions]
     return sorted(set(texts), key=lambda text: sha256(text.encode()).digest())[:150]

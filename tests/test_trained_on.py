@@ -101,7 +101,7 @@ def test_no_image_is_both_fitted_and_tested(photos, source, train) -> None:
         eval_set = probe_set(photos("photos", source), photos("train", train))
     except ConfigError:
         return
-    tested, fitted = set(eval_set.images.digests()), set(eval_set.train.images.digests())
+    tested, fitted = set(eval_set.images.digests), set(eval_set.train.images.digests)
     assert not tested & fitted
     assert len(eval_set.images) == len(source)
     assert len(eval_set.train.images) + len(eval_set.train.skipped) == len(train)
@@ -144,7 +144,7 @@ def trained(photos, tmp_path) -> tuple[Path, SourceConfig]:
 
 def test_images_that_a_model_was_trained_on_are_said(trained, tmp_path, capsys) -> None:
     run, tested = trained
-    said = "9 of 24 images tested are among those that the model was trained on"
+    said = "trained on 9 of the 24 test images"
     assert trained_on(run) == {"images": 9, "of": 24, "unknown": []}
     assert len(kept(run)) == 40
     suite = {"device": "cpu", "cache_dir": None, "sets": [{"source": {**config.to_dict(tested), "label": None}}]}
@@ -158,7 +158,7 @@ def test_images_that_a_model_was_trained_on_are_said(trained, tmp_path, capsys) 
     alone = shutil.copytree(run / "model", tmp_path / "elsewhere" / "model")
     evaluate_recipe(tmp_path, "--model", str(alone), "--output_dir", str(tmp_path / "unknown"))
     assert trained_on(tmp_path / "unknown") == {"images": None, "of": 24, "unknown": ["elsewhere/model"]}
-    assert "not compared with the training images of elsewhere/model" in capsys.readouterr().out
+    assert "the training images of elsewhere/model are unknown" in capsys.readouterr().out
 
 
 def test_a_resumed_run_knows_all_of_its_images(trained, photos, tmp_path) -> None:
@@ -261,8 +261,8 @@ def test_the_card_says_what_was_left_out_and_trained_on(tmp_path) -> None:
     asked = config.PublishConfig(model=str(model), repo_id="someone/thing", data_cards=str(CARDS))
     evaluation = str(render(asked, gather(asked))).split("## Evaluation\n")[1].split("\n## ")[0]
     assert "- scenes: 1,000 of 1,040 rows, 40 left out\n" in evaluation
-    assert "- scenes: 12 of 1,000 images tested are among those that the model was trained on\n" in evaluation
-    assert "- scenes: not compared with the training images of owner/clip" in evaluation
+    assert "- scenes: the model was trained on 12 of the 1,000 test images\n" in evaluation
+    assert "- scenes: the training images of owner/clip are unknown" in evaluation
 
 
 CARDS = Path(__file__).parents[1] / "data_cards"

@@ -19,7 +19,7 @@ from koclip.config.checks import (
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig
 from koclip.config.parsing import dump, parse, run, to_dict
-from koclip.config.recipes import AlignConfig, EvaluateConfig, IndexConfig, PretrainConfig, PublishConfig
+from koclip.config.recipes import AlignConfig, DataSetConfig, EvaluateConfig, IndexConfig, PretrainConfig, PublishConfig
 from koclip.config.training import AdapterConfig, LossConfig, ModelConfig, OptimConfig, SwapConfig, TrainConfig
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "AlignMethodConfig",
     "ConfigError",
     "DataConfig",
+    "DataSetConfig",
     "DistillConfig",
     "EvalConfig",
     "EvalSetConfig",

@@ -5,13 +5,12 @@ import difflib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 
 from koclip import installation, storage
 from koclip.config.checks import ConfigError, RunError, Stopped, all_faults
@@ -19,7 +18,9 @@ from koclip.config.checks import ConfigError, RunError, Stopped, all_faults
 Config = TypeVar("Config")
 
 
-def parse(schema: type[Config], args: Sequence[str] | None = None, default: Path | None = None) -> Config:
+def parse(
+    schema: type[Config], args: Sequence[str] | None = None, default: Path | None = None, first: str | None = None
+) -> Config:
     """Build `schema` from the command line: `--config FILE.yaml` and `--section.key value`.
 
     Args:
@@ -27,12 +28,20 @@ def parse(schema: type[Config], args: Sequence[str] | None = None, default: Path
         args: The command line without the program's name; default: this process's. `--config` takes a file, or the name
             of a configuration that `koclip ls` lists.
         default: YAML file to use if `args` has no `--config`.
+        first: Key that the first word sets, if it is no option: `emoji` for `--name emoji`.
 
     Exits with code 2 and a line on stderr if a key is unknown, a type is wrong, a file is missing or a value is out of
     range.
     """
-    words = _join_lists(sys.argv[1:] if args is None else list(args), schema)
+    installation.require("data")
+    from jsonargparse import ArgumentError, ArgumentParser  # what is not parsed needs no extra
+
+    words = list(sys.argv[1:] if args is None else args)
+    if first is not None and words and not words[0].startswith("-"):
+        words.insert(0, f"--{first}")
+    words = _join_lists(words, schema)
     words = _spell_out_flags(words, schema)
+    words = _replace_lists(words, set(_lists_of_sections(schema)))
     if default is not None and not any(word.split("=")[0] == "--config" for word in words):
         words = ["--config", str(default), *words]
     summary = (schema.__doc__ or "").split("\n")[0]
@@ -71,6 +80,25 @@ def _spell_out_flags(words: list[str], schema: Any) -> list[str]:
     return [f"{word}=true" if word in flags and after.startswith("--") else word for word, after in pairs]
 
 
+def _lists_of_sections(schema: Any, prefix: str = "--") -> Iterator[str]:
+    """Yield the options that take a list of sections, such as --data.sources."""
+    for field in dataclasses.fields(schema):
+        name, inner = f"{prefix}{field.name}", get_args(field.type)
+        if dataclasses.is_dataclass(field.type):
+            yield from _lists_of_sections(field.type, f"{name}.")
+        elif get_origin(field.type) is list and dataclasses.is_dataclass(inner[0]):
+            yield name
+
+
+def _replace_lists(words: list[str], lists: set[str]) -> list[str]:
+    """Let a list of sections replace that of the file. jsonargparse keeps the keys that an item does not name."""
+    replaced: list[str] = []
+    for word in words:
+        option = word.split("=")[0]
+        replaced += [f"{option}=[]", word] if option in lists else [word]
+    return replaced
+
+
 def _find_configs(words: list[str]) -> list[str]:
     """Allow `--config align/scenes`, a configuration of koclip by name, where there is no such file."""
     located: list[str] = []
@@ -97,13 +125,15 @@ def _explain(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def run(main: Callable[[Config], None], schema: type[Config], default: Path | None = None) -> None:
-    """Parse the command line and run a recipe.
+def run(
+    main: Callable[[Config], None], schema: type[Config], default: Path | None = None, first: str | None = None
+) -> None:
+    """Parse the command line, as `parse` does, and run a recipe.
 
     A mistake in the configuration or the data prints one line and exits with code 2. A run that cannot continue exits
     with code 1, a run that was asked to stop with code 0.
     """
-    config = parse(schema, default=default)
+    config = parse(schema, default=default, first=first)
     try:
         with suppress(Stopped):
             main(config)

@@ -298,3 +298,20 @@ class IndexConfig:
         check_pixels("max_image_pixels", self.max_image_pixels)
         size = self.thumbnail_size
         check(size == 0 or 16 <= size <= 1_024, "thumbnail_size", size, "expected 16 to 1024, or 0 for none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSetConfig:
+    """Build a public data set from its source. Without a name: list the data sets.
+
+    Args:
+        name: Data set, such as `emoji`. May be given as the first word: `koclip data emoji`.
+        output_dir: Directory of the data set. Default: data/<name>, where the configurations read it. Its folder
+            `downloads` keeps the downloads: if the command is interrupted, run it again, and it continues.
+        accept_terms: The same name again: you have read and accept the terms of the data set, which the command prints.
+            Needed for data that may be used for research only.
+    """
+
+    name: str = ""
+    output_dir: str | None = None
+    accept_terms: str | None = None

@@ -1,36 +1,35 @@
-"""Which class each label names: by key or by number, in the same way everywhere in an evaluation set.
+"""Read class labels: keys or numbers, the same in all parts of an evaluation set.
 
-A number is a class's place in the list, from 0. Nothing in the data says so: a data set may count from 1, or number the
-classes of a longer list. So numbers are accepted on their own only where each place of the list has an image.
+A number is a class's index in the list, from 0. The data do not say so: they may count from 1, or number the classes of
+a longer list. So `labels: auto` accepts numbers only if every class of the list has an image.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
 
 from koclip.config import ConfigError, EvalSetConfig
 from koclip.data.sources import Row
 from koclip.text.classes import ClassName
 from koclip.text.normalize import normalize
 
-NAMED = 10  # classes or rows that a message names at most
+NAMED = 10  # the most classes or rows in a message
 _NUMBER = re.compile("0|[1-9][0-9]*")  # 007 is an id
-_NUMERAL = re.compile(r"[+-]?\d+(\.\d*)?")  # a key that may be meant as a number
-_FIRST = 3  # classes that a note names
+_NUMERAL = re.compile(r"[+-]?\d+(\.\d*)?")  # a key that may be a number
+_FIRST = 3  # classes in a note
 
 
 def read_labels(
     parts: Mapping[str, Sequence[Row]], classes: Sequence[ClassName], config: EvalSetConfig
 ) -> tuple[str, dict[str, list[int]]]:
-    """Return "key" or "number", how classes are named, and each row's place in the list, by part of the set.
+    """Return "key" or "number", the kind of the labels, and by part of the set each row's index in the list.
 
     Args:
-        parts: Rows that have a label, by part of the set: `source`, `train`, `shifted.<name>`.
+        parts: Rows with labels, by part of the set: `source`, `train`, `shifted.<name>`.
         classes: All classes of the list.
-        config: The set's: `labels` says which way, `auto` takes the one that fits.
+        config: The set's configuration; its `labels` chooses the kind.
 
     Raises:
-        ConfigError: some labels fit and others do not, or numbers may not be places in the list.
+        ConfigError: a label is not in the list, or `auto` cannot tell whether numbers are indices.
     """
     keys = {name.key: place for place, name in enumerate(classes)}
     labels = {part: [normalize(row.label or "") for row in rows] for part, rows in parts.items()}
@@ -48,49 +47,45 @@ def read_labels(
         for row, label in zip(parts[part], own, strict=True)
         if label not in keys
     ]
-    if missing:  # among numbers, the label that is not a number is named
-        _refuse(
-            *next((pair for pair in missing if not known and not _NUMBER.fullmatch(pair[0])), missing[0]), keys, config
+    if missing:  # if the others are numbers, report the label that is no number
+        odd = (pair for pair in missing if not known and not _NUMBER.fullmatch(pair[0]))
+        label, where = next(odd, missing[0])
+        near = [key for key in keys if key.casefold() == label.casefold()]
+        likely = f"; {near[0]!r} differs in letter case only" if near else ""
+        raise ConfigError(
+            f"eval.sets[].classes: {config.classes} has no class {label!r} of image {where}{likely}; its keys are "
+            f"{few(list(keys))}: add the class, or choose another column than source.label: {config.source.label}; the "
+            "labels of a set are all keys or all numbers"
         )
     return "number" if by_number else "key", {part: [keys[label] for label in own] for part, own in labels.items()}
 
 
 def _check_numbers(labels: Mapping[str, list[str]], keys: Sequence[str], config: EvalSetConfig) -> None:
-    """Make sure that the numbers can only be places in the list."""
+    """Check that the numbers can only be indices in the list."""
     places = {str(place) for place in range(len(keys))}
     for part, own in labels.items():
         absent, beyond = (sorted(some, key=int) for some in (places - set(own), set(own) - places))
         why = ""
         if any(_NUMERAL.fullmatch(key) for key in keys):
-            why = f"the keys are numbers, too, but others: {few(keys)}"
+            why = f"the keys are different numbers: {few(keys)}"
         elif beyond:
-            why = f"the list has {len(keys)} classes, and {few(beyond)} of {part} is behind its end"
+            why = f"the list has {len(keys)} classes, so {few(beyond)} of {part} is too large"
         elif absent:
-            why = f"{few(absent)} of the list's {len(keys)} has no image in {part}: it may be numbered in another way"
+            why = f"{few(absent)} of the list's {len(keys)} has no image in {part}, so numbers may mean other classes"
         if why:
             raise ConfigError(
-                f"eval.sets[].labels: {config.source.label} holds numbers and no key of {config.classes}; {why}. Name "
-                f"a column that holds keys in source.label; or, if a number is a class's place in that list, from 0 "
+                f"eval.sets[].labels: {config.source.label} has numbers and no key of {config.classes}; {why}. Set "
+                f"source.label to a column of keys; or, if a number is a class's index in that list, from 0 "
                 f"({numbering(keys)}), set labels: number"
             )
 
 
-def _refuse(label: str, where: str, keys: Mapping[str, int], config: EvalSetConfig) -> NoReturn:
-    near = [key for key in keys if key.casefold() == label.casefold()]
-    likely = f"; it is {near[0]!r}, except for the letter case" if near else ""
-    raise ConfigError(
-        f"eval.sets[].classes: {config.classes} has no class {label!r} of image {where}{likely}; its keys are "
-        f"{few(list(keys))}: add the class, or name another column than source.label: {config.source.label}; the "
-        "labels of a set are all keys, or all numbers"
-    )
-
-
 def numbering(keys: Sequence[str]) -> str:
-    """Return what the first and the last number stand for: 0 = airplane, 1 = automobile, 2 = bird, ..., 9 = truck."""
+    """Return what the first and the last numbers mean: 0 = airplane, 1 = automobile, 2 = bird, ..., 9 = truck."""
     pairs = [f"{number} = {key}" for number, key in enumerate(keys)]
     return ", ".join(pairs if len(pairs) <= _FIRST + 1 else [*pairs[:_FIRST], "...", pairs[-1]])
 
 
 def few(names: Sequence[str]) -> str:
-    """Return the first names of a list that may be long."""
+    """Return the first `NAMED` names of a list."""
     return ", ".join(names[:NAMED]) + (" ..." if len(names) > NAMED else "")

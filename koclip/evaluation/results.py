@@ -1,7 +1,7 @@
-"""What an evaluation task is, what its numbers are called, and the numbers themselves as records.
+"""Evaluation tasks, the descriptions of their metrics (`Spec`), and the measured numbers (`Record`).
 
-A metric's name is `<data set>/<language>/<task>/<metric>`. Each task describes its names with `Spec`s. `records_of` is
-the only code that reads a name; tables, charts, pages and cards read records.
+A metric's name is `<data set>/<language>/<task>/<metric>`. Each task describes its names with `Spec`s. Only
+`records_of` parses a name; tables, charts, pages and cards read records.
 """
 
 import json
@@ -20,29 +20,29 @@ from koclip.evaluation.embed import Embedder
 from koclip.evaluation.sets import EvalSet
 from koclip.metrics import Metric
 
-MAIN = ""  # the group of rows that a reader needs first
-IMAGES = "images"  # in the place of the language, for tasks that read no text
+MAIN = ""  # the group of the most important rows
+IMAGES = "images"  # instead of a language, for tasks without text
 
 Unit = Literal["percent", "points", "rank", "number"]
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Describes the numbers whose names fit a pattern.
+    """Describes the metrics whose names match a pattern.
 
     Args:
-        pattern: `<task>/<metric>` with fields in braces: `{rewrite}` is any text, `{k:d}` a whole number.
-        label: What a row is called; may use the fields.
-        unit: `percent` of a share, `points` for differences of shares, `rank` and `number` as they are.
-        group: Rows that stand together, under this heading; `MAIN` comes first. May use the fields.
-        params: Values of further fields, which the pattern does not hold.
-        worst: The label of a main row that shows the largest number of all that differ in their fields.
-        summary: What the number means, for the summary of report.html; default: it is not in there.
-        chart: The picture that it is drawn in, and as what there. A new name gets a picture with bars.
-        card: The heading that it stands under on the card; default: its language's, and only if it is a main number.
-        headline: By language: its name in Korean, for the first lines of the card.
-        hub_task: What the Hub calls the task.
-        watched: Whether it is drawn over the steps of training.
+        pattern: `<task>/<metric>` with fields in braces: `{rewrite}` matches any text, `{k:d}` a whole number.
+        label: The name of the row; may use the fields.
+        unit: `percent` for shares, `points` for differences of shares, `rank` and `number` for plain values.
+        group: The heading of the row's group; `MAIN` comes first. May use the fields.
+        params: Further fields with fixed values.
+        worst: Label of a main row that shows the largest of all numbers with this spec; default: no such row.
+        summary: The meaning of the number in the summary of report.html; default: not in the summary.
+        chart: The chart that shows the number, and the part of the chart. An unknown chart is drawn as bars.
+        card: The heading on the model card; default: the language, and only for numbers of the group `MAIN`.
+        headline: By language, the number's Korean name in the summary of the card.
+        hub_task: The task's name on the Hub.
+        watched: Whether the chart of the training run shows it.
     """
 
     pattern: str
@@ -59,7 +59,7 @@ class Spec:
     watched: bool = False
 
     def fields(self, key: str) -> dict[str, str | int] | None:
-        """Return the fields of `<task>/<metric>`; None if it does not fit the pattern."""
+        """Return the fields of `<task>/<metric>`; None if it does not match the pattern."""
         regex, whole, _ = _compiled(self.pattern)
         match = regex.fullmatch(key)
         if match is None:
@@ -67,15 +67,10 @@ class Spec:
         values = {name: int(value) if name in whole else value for name, value in match.groupdict().items()}
         return {**self.params, **values}
 
-    @property
-    def exactness(self) -> int:
-        """The number of letters of the pattern outside of its fields."""
-        return _compiled(self.pattern)[2]
-
 
 @cache
 def _compiled(pattern: str) -> tuple[re.Pattern[str], frozenset[str], int]:
-    """Return the regular expression of a pattern, its fields that are whole numbers, and its letters outside fields."""
+    """Return a pattern's regular expression, its integer fields, and the number of its letters outside of fields."""
     regex, whole, letters = "", set(), 0
     for literal, name, kind, _ in Formatter().parse(pattern):
         regex += re.escape(literal)
@@ -87,20 +82,20 @@ def _compiled(pattern: str) -> tuple[re.Pattern[str], frozenset[str], int]:
 
 
 class Task(NamedTuple):
-    """Something that a model is asked to do on an evaluation set."""
+    """A measurement of a model on an evaluation set."""
 
     name: str  # in `sets[].tasks`
-    run: Callable[[Embedder, EvalSet, str], dict[str, Metric]]  # in a language: metrics by <task>/<metric>
-    languages: Callable[[EvalSet], Sequence[str]]  # that it can be run in
+    run: Callable[[Embedder, EvalSet, str], dict[str, Metric]]  # measures in a language: metrics by <task>/<metric>
+    languages: Callable[[EvalSet], Sequence[str]]  # the languages it can measure in
     specs: tuple[Spec, ...]
-    check: Callable[[EvalSet], None] | None = None  # raises a ConfigError if the set does not suffice
-    # By language, the numbers (C, C) of images by class and answer, which are drawn.
+    check: Callable[[EvalSet], None] | None = None  # raises a ConfigError if the set is too small or lacks something
+    # Confusion matrices to draw: (language, numbers of images (C, C) by class and answer).
     confusions: Callable[[Embedder, EvalSet], Iterator[tuple[str, torch.Tensor]]] | None = None
 
 
 @dataclass(frozen=True)
 class Record:
-    """One number of an evaluation, with what its name says."""
+    """One number of an evaluation, with the parts of its name."""
 
     dataset: str
     language: str
@@ -124,11 +119,11 @@ class Record:
 
     @property
     def group(self) -> str:
-        """The heading that its row stands under."""
+        """The heading of its row's group."""
         return self.spec.group.format(**self.params)
 
     def label(self, templates: Sequence[str] = ()) -> str:
-        """Return what its row is called; the field `template` is a place in `templates`, whose text is shown."""
+        """Return the label of its row: the text of the template if the field `template` is an index in `templates`."""
         template = self.params.get("template")
         if isinstance(template, int) and template < len(templates):
             return templates[template]
@@ -136,35 +131,33 @@ class Record:
 
 
 def records_of(metrics: Mapping[str, Metric], specs: Iterable[Spec]) -> list[Record]:
-    """Return metrics as records, in their order. A name that fits no spec is its own label."""
+    """Return metrics as records, in order. Of several matching specs the most exact is taken.
+
+    A name that matches no spec is its own label.
+    """
     specs = tuple(specs)
     records = []
     for name, metric in metrics.items():
         dataset, language, task, measure = name.rsplit("/", 3)
-        spec, params = _described(f"{task}/{measure}", specs)
+        key = f"{task}/{measure}"
+        matching = [(spec, params) for spec in specs if (params := spec.fields(key)) is not None]
+        unknown = Spec(pattern=key, label=key.replace("{", "{{").replace("}", "}}"))
+        spec, params = max(matching, key=lambda pair: _compiled(pair[0].pattern)[2], default=(unknown, {}))
         records.append(Record(dataset, language, task, measure, params, metric.value, metric.ci95, metric.n, spec))
     return records
 
 
-def _described(key: str, specs: Sequence[Spec]) -> tuple[Spec, dict[str, str | int]]:
-    """Return the most exact spec that a key fits, and the key's fields."""
-    fitting = [(spec, params) for spec in specs if (params := spec.fields(key)) is not None]
-    if fitting:
-        return max(fitting, key=lambda pair: pair[0].exactness)
-    return Spec(pattern=key, label=key.replace("{", "{{").replace("}", "}}")), {}
-
-
 class Measured(NamedTuple):
-    """The model that numbers are of."""
+    """The model that was measured."""
 
-    name: str  # as it was given to koclip
+    name: str  # the path, Hub id or spec that the user gave
     fingerprint: str  # of all that its embeddings depend on (`koclip.encoders.base.Encoder`)
 
 
 def write_results(
     path: Path, model: Measured, data: dict[str, Any], metrics: dict[str, Metric], environment: dict[str, Any]
 ) -> None:
-    """Write results.json: what was evaluated, on what, with which numbers, where; keys are in alphabetical order.
+    """Write results.json: the model, the data, the metrics and the environment, each with keys in alphabetical order.
 
     Raises:
         ValueError: a number is not finite.
@@ -177,6 +170,5 @@ def write_results(
         "environment": environment,
     }
     ordered = json.loads(json.dumps(results, sort_keys=True, allow_nan=False))
-    results = {name: ordered[name] for name in results}  # the contract's order; below it, alphabetical
-    path.parent.mkdir(parents=True, exist_ok=True)
+    results = {name: ordered[name] for name in results}  # the sections keep this order
     storage.replace_text(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")

@@ -1,12 +1,11 @@
-"""The directory of an evaluation, and what its results.json says of the data beside the numbers.
+"""Open the data, evaluate a model on it, and describe the data in results.json.
 
-`data.<set>` of results.json holds: `source`, the configuration; `rows` read, of which `skipped` were left out, and
-`images` measured, fewer than rows where rows of equal images are merged; `cut` where `max_images` left rows unread;
-`parts`, the same of train, shifted sets and gallery; `captions` by language, equal ones too; `pairs`, of the task
-`languages`: how many captions are `compared`, in how many `images` of how many, and how many without a counterpart are
-`left_out`; `classes`, `absent_classes` that were left out, and `labels`, how they are named; `trained_on`, how many
-`images` of all that are tested (`of`) the model was trained on, null where nothing is known, and of which models it is
-not known (`unknown`).
+`data.<set>` of results.json has these keys. `source`: the configuration. `rows`: rows read; `skipped`: those left out;
+`images`: images measured (rows of equal images are one image). `cut`: whether reading stopped at `max_images`. `parts`:
+the same for train, shifted sets and gallery. `captions`: their number by language. `pairs`: for the task `languages`,
+the captions `compared`, in `images` images `of` all, and those `left_out`. `classes`: their number; `absent_classes`:
+those left out; `labels`: how the data name them. `trained_on`: how many `images` `of` all tested images the model was
+trained on, null if unknown; `unknown`: the models whose training images are unknown.
 """
 
 import itertools
@@ -32,22 +31,20 @@ from koclip.metrics import Metric
 from koclip.storage import environment
 from koclip.training import pictures
 
-_MOST_UNKNOWN = 0.1  # share of tokens; the right tokenizer loses next to none
+_MOST_UNKNOWN = 0.1  # share of unknown tokens; the right tokenizer has almost none
 
 
 def open_all(config: EvalConfig | EvaluateConfig, limit: PixelLimit = PIXEL_LIMIT) -> list[EvalSet]:
-    """Open all data sets and ratings, and check that they suffice for their tasks: before a model is loaded or trained.
+    """Open all data sets and ratings, and check that they have enough data for their tasks, before a model is loaded.
 
     Raises:
         ConfigError: a task does not exist, or a set cannot be opened or is too small for its tasks.
     """
     names = [task.name for task in TASKS]
-    for set_config in config.sets:
-        unknown = sorted(set(set_config.tasks) - set(names))
+    for each in config.sets:
+        unknown = sorted(set(each.tasks) - set(names))
         check(not unknown, "eval.sets[].tasks", unknown, f"expected some of {names}")
-    eval_sets = []
-    for set_config in config.sets:
-        eval_sets.append(replace(open_set(set_config, limit), questions=questions_of(set_config.source)))
+    eval_sets = [replace(open_set(each, limit), questions=questions_of(each.source)) for each in config.sets]
     eval_sets += [open_ratings(ratings, limit) for ratings in config.ratings]
     for eval_set in eval_sets:
         for task in _tasks_of(eval_set):
@@ -59,22 +56,26 @@ def open_all(config: EvalConfig | EvaluateConfig, limit: PixelLimit = PIXEL_LIMI
 def evaluate(embedder: Embedder, eval_sets: Sequence[EvalSet]) -> dict[str, Metric]:
     """Return every metric of every set, named <data set>/<language>/<task>/<metric>.
 
-    The task `languages` has two languages in the place of the language, as in ko-en; probes have `images`.
+    Instead of a language, the task `languages` has a pair such as ko-en, and probes have `images`.
 
     Raises:
         ValueError: a task returns a number that its specs do not describe.
     """
     metrics: dict[str, Metric] = {}
     for eval_set in eval_sets:
-        asked = [(task, task.languages(eval_set)) for task in _tasks_of(eval_set)]
-        languages = [*eval_set.languages, *(language for _, own in asked for language in own)]
-        for language in dict.fromkeys(languages):
-            for task, own in asked:
-                if language in own:
-                    numbers = task.run(embedder, eval_set, language)
-                    measured = {f"{eval_set.name}/{language}/{key}": metric for key, metric in numbers.items()}
-                    _check_specs(task, measured)
-                    metrics |= measured
+        tasks = [(task, task.languages(eval_set)) for task in _tasks_of(eval_set)]
+        languages = [*eval_set.languages, *(language for _, own in tasks for language in own)]
+        for language, (task, own) in itertools.product(dict.fromkeys(languages), tasks):
+            if language in own:
+                numbers = task.run(embedder, eval_set, language)
+                measured = {f"{eval_set.name}/{language}/{key}": metric for key, metric in numbers.items()}
+                for record in records_of(measured, SPECS):
+                    if record.spec not in task.specs:
+                        raise ValueError(
+                            f"evaluation task {task.name}: got the number {record.key}; expected a spec of this task "
+                            f"to match it better than the spec {record.spec.pattern}"
+                        )
+                metrics |= measured
     return metrics
 
 
@@ -82,17 +83,8 @@ def _tasks_of(eval_set: EvalSet) -> list[Task]:
     return [task for task in TASKS if task.name in eval_set.tasks]
 
 
-def _check_specs(task: Task, metrics: dict[str, Metric]) -> None:
-    for record in records_of(metrics, SPECS):
-        if record.spec not in task.specs:
-            raise ValueError(
-                f"evaluation task {task.name}: got the number {record.key}, which none of its specs describes, or "
-                f"which another task describes more exactly: {record.spec.pattern}"
-            )
-
-
 def warnings_of(embedder: Embedder, eval_sets: Sequence[EvalSet]) -> list[str]:
-    """Return what a reader of the numbers should know: classes without images, letters that the model cannot read."""
+    """Return warnings about the numbers: classes without images, and text that the tokenizer does not know."""
     warnings = [warning for eval_set in eval_sets for warning in eval_set.warnings]
     for eval_set in eval_sets:
         for language in eval_set.languages:
@@ -102,7 +94,7 @@ def warnings_of(embedder: Embedder, eval_sets: Sequence[EvalSet]) -> list[str]:
             if unknown > _MOST_UNKNOWN:
                 warnings.append(
                     f"{eval_set.name}/{language}: {unknown:.0%} of the tokens are unknown to the tokenizer of "
-                    f"{embedder.encoder.name}; its numbers in that language say nothing"
+                    f"{embedder.encoder.name}; its numbers in that language mean nothing"
                 )
     return warnings
 
@@ -111,24 +103,24 @@ Facts = Mapping[str, Any]
 
 
 def processes(config: EvaluateConfig) -> Accelerator:
-    """Return the accelerator that makes the processes of a launch one group.
+    """Return the accelerator, which connects the processes of a launch.
 
     Raises:
-        ConfigError: several processes were launched and do not form a group. On a CPU torchrun needs
-            ACCELERATE_USE_CPU=true: without it each of them would silently evaluate everything.
+        ConfigError: several processes were launched and are not connected. On a CPU torchrun needs
+            ACCELERATE_USE_CPU=true; without it each process would evaluate everything.
     """
     accelerator = Accelerator(cpu=config.device == "cpu")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise ConfigError(
-            f"{launched} processes were launched and do not find each other; on CPUs launch with "
+            f"{launched} processes were launched, and {accelerator.num_processes} is connected; on CPUs launch with "
             f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {launched}`"
         )
     return accelerator
 
 
 def start(config: EvaluateConfig, eval_sets: Sequence[EvalSet]) -> Path:
-    """Return the run directory, the same on every process; config.yaml and skipped.jsonl are in it."""
+    """Create the run directory with config.yaml and skipped.jsonl, and return it, the same on every process."""
     name = config.output_dir or f"runs/evaluate-{datetime.now():%Y%m%d-%H%M%S}"
     run = Path(distributed.gather_objects(name)[0])
     if distributed.rank() == 0:
@@ -143,25 +135,25 @@ def start(config: EvaluateConfig, eval_sets: Sequence[EvalSet]) -> Path:
 
 
 def surroundings() -> dict[str, Any]:
-    """Return what the numbers depend on besides model and data; the number of processes is not among it."""
+    """Return the environment of results.json: without the number of processes, which changes no number."""
     return {name: value for name, value in environment().items() if name != "num_processes"}
 
 
 def folders_of(run: Path, models: Sequence[str]) -> dict[str, Path]:
-    """Return where each model's results go: the run directory, or of several models a directory each in it."""
+    """Return the folder of each model's results: the run directory, or for several models folders in it."""
     labels = labels_of(models)
     return {model: run / labels[model] if len(models) > 1 else run for model in models}
 
 
 def labels_of(models: Sequence[str]) -> dict[str, str]:
-    """Return a short name for each model: a for runs/a/model. Models that would share it keep the whole name."""
+    """Return a short name for each model, such as a for runs/a/model; names that are not unique stay long."""
     short = {model: (Path(model).parent if Path(model).name == "model" else Path(model)).name for model in models}
     names = list(short.values())
     return {model: name if names.count(name) == 1 else model.replace("/", "-") for model, name in short.items()}
 
 
 def described(eval_sets: Sequence[EvalSet], model: str) -> dict[str, dict[str, Any]]:
-    """Return what results.json says of each data set that a model was measured on; nothing of ratings."""
+    """Return the description of each data set in results.json; ratings have none."""
     ids, unknown = pictures.of_model(model)
     return {
         eval_set.name: _described(eval_set) | {"trained_on": _trained_on(eval_set, ids, unknown)}
@@ -192,14 +184,14 @@ def _described(eval_set: EvalSet) -> dict[str, Any]:
 
 
 def counts(part: EvalSet) -> dict[str, Any]:
-    """Return the rows read, those left out and the images measured of a set or of a part of one."""
+    """Return the numbers of rows and images of a set or of a part of a set."""
     rows = len(part.images) + len(part.skipped) if part.num_rows is None else part.num_rows
     facts = {"rows": rows, "images": len(part.images), "skipped": len(part.skipped)}
     return facts | ({"cut": True} if part.cut else {})
 
 
 def _pairs(eval_set: EvalSet) -> dict[str, Any]:
-    """Return how many captions the task languages compares and leaves out, by pair of languages."""
+    """Return the numbers of captions that the task languages compares and leaves out, by pair of languages."""
     pairs = {}
     for first, second in itertools.combinations(eval_set.languages, 2):
         own = eval_set.pairs(first, second)
@@ -216,57 +208,54 @@ def _trained_on(eval_set: EvalSet, ids: pictures.Ids | None, unknown: list[str])
         *(part.images for part in eval_set.shifted.values()),
         *(question.images for question in eval_set.questions),
     ]
-    images = None if ids is None else sum(pictures.count(ids, shown.digests()) for shown in tested)
+    images = None if ids is None else sum(pictures.count(ids, shown.digests) for shown in tested)
     return {"images": images, "of": sum(map(len, tested)), "unknown": unknown}
 
 
 def notes(facts: Mapping[str, Facts]) -> list[str]:
-    """Return what a reader of a data set's numbers should know of what they were measured on.
+    """Return notes for readers on the data of the numbers: rows, captions, classes, and training images among them.
 
     Args:
-        facts: What `described` returns, by the model's label; they differ in `trained_on` only.
+        facts: A data set's entry of `described`, by the model's label; the entries differ only in `trained_on`.
     """
     first = next(iter(facts.values()))
-    lines = [f"{name}: {text}" if name else text for name, text in _of_rows(first)]
+    lines = [f"{name}: {text}" if name else text for name, text in _row_notes(first)]
     if first.get("captions"):
         lines.append(", ".join(f"{count:,} captions in {name}" for name, count in first["captions"].items()))
-    lines += [_of_pairs(languages, pairs) for languages, pairs in first.get("pairs", {}).items()]
+    lines += [_pair_note(languages, pairs) for languages, pairs in first.get("pairs", {}).items()]
     if first.get("labels", "").startswith("number"):
         lines.append(f"classes by {first['labels']}")
     if first.get("absent_classes"):
         classes = first["classes"] + first["absent_classes"]
         lines.append(f"{first['absent_classes']:,} of {classes:,} classes have no image and are left out")
     for label, own in facts.items():
-        for text in _of_training(own.get("trained_on", {})):
+        for text in _training_notes(own.get("trained_on", {})):
             lines.append(f"{label}: {text}" if len(facts) > 1 else text)
     return lines
 
 
-def _of_rows(facts: Facts) -> Iterator[tuple[str, str]]:
+def _row_notes(facts: Facts) -> Iterator[tuple[str, str]]:
     for name, part in {"": facts, **facts.get("parts", {})}.items():
-        if "rows" not in part:  # written before rows were counted
+        if "rows" not in part:  # results.json of a koclip that did not count rows
             continue
         used = part["rows"] - part["skipped"]
         text = f"{used:,} of {part['rows']:,} rows, {part['skipped']:,} left out"
         if part.get("in_source"):
-            text += f" ({part['in_source']:,} because the source holds the same image)"
+            text += f" ({part['in_source']:,} because the source has the same image)"
         if part.get("images", used) != used:
             text += f", {part['images']:,} images"
         yield name, text + (", the first ones only (max_images)" if part.get("cut") else "")
 
 
-def _of_pairs(languages: str, pairs: Facts) -> str:
+def _pair_note(languages: str, pairs: Facts) -> str:
     images = f"{pairs['images']:,} of {pairs['of']:,} images"
     text = f"{languages} compares {pairs['compared']:,} pairs of captions, in {images}"
     left_out = [f"{count:,} in {language}" for language, count in pairs["left_out"].items() if count]
-    reason = "captions that have no counterpart at their place are left out"
-    return f"{text}; {reason}: {', '.join(left_out)}" if left_out else text
+    return f"{text}; captions without a counterpart are left out: {', '.join(left_out)}" if left_out else text
 
 
-def _of_training(trained: Facts) -> Iterator[str]:
-    if trained.get("images"):
-        yield f"{trained['images']:,} of {trained['of']:,} images tested are among those that the model was trained on"
-    elif trained.get("images") == 0:
-        yield f"none of {trained['of']:,} images tested is among those that the model was trained on"
+def _training_notes(trained: Facts) -> Iterator[str]:
+    if trained.get("images") is not None:
+        yield f"the model was trained on {trained['images']:,} of the {trained['of']:,} test images"
     if trained.get("unknown"):
-        yield f"not compared with the training images of {', '.join(trained['unknown'])}, which are not known here"
+        yield f"the training images of {', '.join(trained['unknown'])} are unknown here, so they are not compared"

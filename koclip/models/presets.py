@@ -12,12 +12,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, TimmWrapperConfig, TimmWrapperModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPTextEmbeddings, CLIPVisionEmbeddings
 
+from koclip import installation
 from koclip.config import ConfigError, ModelConfig, check
 from koclip.models.stock import StockModel, parts
 
@@ -138,7 +138,16 @@ def tower_config(image_tower: str, image_size: int) -> tuple[Any, int]:
     return config, size
 
 
+def _timm() -> Any:
+    """Return the library, which only models with such a tower need."""
+    installation.require("train")
+    import timm
+
+    return timm
+
+
 def _timm_config(architecture: str) -> TimmWrapperConfig:
+    timm = _timm()
     similar = timm.list_models(f"*{architecture.split('_')[0]}*")[:5]
     check(
         timm.is_model(architecture), "model.preset", f"timm:{architecture}", f"no such architecture; close: {similar}"
@@ -156,7 +165,7 @@ def _auto_config(path: str) -> Any:
 
 def _image_size(config: Any) -> int:
     if isinstance(config, TimmWrapperConfig):
-        known = timm.get_pretrained_cfg(config.architecture)
+        known = _timm().get_pretrained_cfg(config.architecture)
         return int(known.input_size[-1]) if known else DEFAULT_IMAGE_SIZE
     size = getattr(config, "image_size", DEFAULT_IMAGE_SIZE)
     return int(size if isinstance(size, int) else size[0])
@@ -174,7 +183,7 @@ def _resize(config: Any, image_size: int) -> None:
 def _timm_takes_size(config: TimmWrapperConfig, image_size: int) -> bool:
     try:
         with torch.device("meta"):
-            timm.create_model(config.architecture, **{**(config.model_args or {}), "img_size": image_size})
+            _timm().create_model(config.architecture, **{**(config.model_args or {}), "img_size": image_size})
     except TypeError:  # an unexpected keyword argument
         return False
     return True
@@ -249,5 +258,5 @@ def _restore_timm(tower: TimmWrapperModel) -> None:
 
     transformers draws every layer again with a standard deviation of 0.02, under which a deep ResNet hardly learns.
     """
-    fresh = timm.create_model(tower.config.architecture, num_classes=0, **(tower.config.model_args or {}))
+    fresh = _timm().create_model(tower.config.architecture, num_classes=0, **(tower.config.model_args or {}))
     tower.timm_model.load_state_dict(fresh.state_dict())

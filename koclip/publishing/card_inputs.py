@@ -197,14 +197,17 @@ def _path(described: Mapping[str, Any]) -> str | None:
 
 
 def _find_card(name: str, path: str | None, cards: Sequence[Path]) -> Path:
-    """Return the data card of that name, else the card that lists the file that was read (a part of a data set).
+    """Return the data card of that name, else the card of the file that was read (a part of a data set).
 
-    Earlier directories of `cards` go first.
+    That is the card that lists the file, or the card of the folder that the file is in, such as data/emoji. Earlier
+    directories of `cards` go first.
     """
     named = [directory / f"{name}.md" for directory in cards]
     others = (card for directory in cards for card in sorted(directory.glob("*.md")) if path is not None)
     listing = (card for card in others if path in (front_matter(card)[0].get("files") or {}))
-    file = next(itertools.chain(filter(Path.is_file, named), listing), named[0])
+    folder = [directory / f"{Path(path or '').parent.name}.md" for directory in cards]
+    places = itertools.chain(filter(Path.is_file, named), listing, filter(Path.is_file, folder))
+    file = next(places, named[0])
     write = "write it, as data_cards/README.md of koclip says, and name its directory: --data_cards"
     also = f", nor one that lists {path}" if path else ""
     check(file.is_file(), f"the data card of {name}", str(file), f"no such file{also}; {write}")

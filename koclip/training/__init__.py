@@ -1,7 +1,10 @@
 """Prepare a model for training, train it step by step, and check every step."""
 
-from koclip.training.loop import DivergedError, Event, StopRequest, TrainState, progress_text, steps
-from koclip.training.setup import prepare, release, start
+from koclip import installation
+
+installation.require("train")
+from koclip.training.loop import DivergedError, Event, StopRequest, TrainState, progress_text, steps  # noqa: E402
+from koclip.training.setup import prepare, release, start  # noqa: E402
 
 __all__ = [
     "DivergedError",

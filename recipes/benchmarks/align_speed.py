@@ -59,7 +59,7 @@ from koclip.models.pretrained import load_text_encoder
 from koclip.models.stock import parts
 from koclip.text.tokenizers import load, train_bpe
 
-VOCAB = Path("../shared/data/text/vocab_koelectra.txt")
+VOCAB = Path("data/koelectra/vocab.txt")  # of monologg/koelectra-base-v3-discriminator
 EPOCHS = 10  # of a whole alignment
 CHECKED = 16  # pairs whose loss is compared
 

@@ -11,7 +11,7 @@ From the bytes of a JPEG to a 224-pixel random crop of 90-100 % of its area, bot
 
 Images/s are per second of CPU time, median of the rounds; the ratio is taken within a round, and its median, lowest and
 highest are shown. PSNR and the largest difference (of 255) compare koclip's pixels with open_clip's for the same crop.
-Bar of the project: 2x. The pictures are mosaics of Flickr8k photos where ../shared/data has them, else drawn ones.
+Bar of the project: 2x. The pictures are mosaics of Flickr8k photos if data/flickr8k_ko has them, else drawn ones.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from koclip.data.transforms import Views, decode
 
 SIZES = ((640, 480), (500, 375))  # pixels
 CROP = 224  # pixels
-PHOTOS = Path("../shared/data/flickr8k_ko_val.parquet")
+PHOTOS = Path("data/flickr8k_ko/val.parquet")
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # any will do, and these can be undone without loss
 
 

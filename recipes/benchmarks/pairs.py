@@ -20,7 +20,7 @@ from koclip.data.sources import open_source
 from koclip.data.transforms import Views, read
 from koclip.text.normalize import usable
 
-FLICKR8K_KO = Path("../shared/data/flickr8k_ko_train.parquet")
+FLICKR8K_KO = Path("data/flickr8k_ko/train.parquet")
 CONTEXT = 77  # tokens; what CLIP pads every text to
 
 

@@ -7,7 +7,7 @@ own recipe's pieces (text padded to the batch's longest, fused AdamW, its kernel
 ClipLoss, AdamW groups and schedule (text padded to 77). The table shows both losses; the last line is the largest
 difference of any step. Exit code 1 if that is above 1e-4.
 
-Batches are Flickr8k-ko photos and captions where ../shared/data has them, else the built-in scenes. Five batches come
+Batches are Flickr8k-ko photos and captions if data/flickr8k_ko has them, else the built-in scenes. Five batches come
 up again and again, so that the loss falls far within 50 steps: a flat curve would hide a wrong learning rate or decay.
 """
 

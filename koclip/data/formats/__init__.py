@@ -12,16 +12,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 
+from koclip import installation
 from koclip.config import SourceConfig
+
+installation.require("data")
+import datasets  # noqa: E402
 
 LISTS = (datasets.List, datasets.LargeList)
 _BATCH = 256  # rows read at a time
 
-Captions = dict[str, list[str]]
+RowCaptions = dict[str, list[str]]
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
@@ -33,7 +36,7 @@ class Row(NamedTuple):
     """
 
     image: bytes | Path | npt.NDArray[np.uint8] | None
-    captions: Captions
+    captions: RowCaptions
     key: str
     label: str | None = None
 
@@ -74,7 +77,7 @@ class MapSource(ABC):
     def rows(self, indices: Sequence[int], images: bool = True) -> list[Row]:
         """Return these rows, in this order; without `images`, their images may be missing."""
 
-    def captions(self, indices: Sequence[int]) -> list[Captions]:
+    def captions(self, indices: Sequence[int]) -> list[RowCaptions]:
         """Return the captions of these rows without reading images."""
         return [row.captions for row in self.rows(indices, images=False)]
 

@@ -1,4 +1,4 @@
-"""Charts of a model's numbers on a data set, with 95 % intervals; and the style of all pictures."""
+"""Charts of a model's numbers on a data set, with 95 % intervals, and the style of all pictures."""
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,23 +18,23 @@ from koclip.text.korean.stress import STRESSES
 
 COLOURS = {"ko": "#2f6db5", "en": "#d9822b"}
 OTHER_COLOUR = "#4b9b6e"
-MORE_COLOURS = ("#7a4fa3", "#2a9d8f", "#8c6d46", "#c0507e", "#5b6470", "#9aa62b")  # of what is no language
+MORE_COLOURS = ("#7a4fa3", "#2a9d8f", "#8c6d46", "#c0507e", "#5b6470", "#9aa62b")  # of corruptions
 GREY = "#c9ced6"
-FEWER = "#b5432f"  # a number that is worse, and its interval excludes 0
+WORSE = "#b5432f"  # of a loss whose interval excludes 0, and of a rank that is not 1
 _DPI = 110
-_EXAMPLE = "고양이가 논다"  # rewrites are shown on it
-_INVISIBLE = "nfd"  # a rewrite that cannot be seen
+_EXAMPLE = "고양이가 논다"  # shown rewritten
+_INVISIBLE = "nfd"  # a rewrite that looks the same
 
 
 class Numbers(NamedTuple):
-    """What a chart is drawn from: a model's records on a data set, and the text of the templates by language."""
+    """The data of a chart: a model's records on a data set."""
 
-    name: str
-    records: Sequence[Record]  # those whose specs name the chart
-    templates: Mapping[str, Sequence[str]]
+    name: str  # of the data set
+    records: Sequence[Record]  # those of the chart
+    templates: Mapping[str, Sequence[str]]  # texts by language
 
     def of(self, part: str, language: str | None = None, **params: str | int) -> list[Record]:
-        """Return the records of a part of the chart, in a language, with these params."""
+        """Return the records of a part of the chart (`Spec.chart`) in a language (default: all) with these params."""
         return [
             record
             for record in self.records
@@ -43,16 +43,15 @@ class Numbers(NamedTuple):
             and all(record.params[name] == value for name, value in params.items())
         ]
 
-    def languages(self, *parts: str) -> list[str]:
-        """Return the languages that have records of these parts, or of any part."""
-        some = [record for record in self.records if not parts or record.spec.chart[1] in parts]
-        return list(dict.fromkeys(record.language for record in some))
+    def languages(self, part: str) -> list[str]:
+        """Return the languages with records of a part."""
+        return list(dict.fromkeys(record.language for record in self.of(part)))
 
 
 def charts(
     dataset: str, records: Sequence[Record], templates: Mapping[str, Sequence[str]]
 ) -> Iterator[tuple[str, Figure]]:
-    """Yield the charts that a model's records on a data set allow, by kind."""
+    """Yield (kind, chart) for every chart that a model's records on a data set allow."""
     own = [record for record in records if record.dataset == dataset and record.spec.chart[0]]
     for kind in dict.fromkeys([*_CHARTS, *(record.spec.chart[0] for record in own)]):
         numbers = Numbers(dataset, [record for record in own if record.spec.chart[0] == kind], templates)
@@ -83,7 +82,7 @@ def _recalls(numbers: Numbers) -> Figure:
 
 
 def _templates(numbers: Numbers) -> Figure | None:
-    """Draw what each template alone, and all together, gain over the bare name."""
+    """Draw the gain of each template, and of all together, over the bare name."""
     languages = numbers.languages("gain")
     if not languages:
         return None
@@ -97,13 +96,13 @@ def _templates(numbers: Numbers) -> Figure | None:
             low, high = bare.ci95
             ordered.append(("all together", Metric(-bare.value, (-high, -low), bare.n)))
         _points(axis, [name for name, _ in ordered], [gain for _, gain in ordered], language)
-        axis.set(title=language, xlabel="accuracy less that of the bare name, percentage points")
-    figure.suptitle(f"{numbers.name}: what templates gain")
+        axis.set(title=language, xlabel="accuracy minus that of the bare name, percentage points")
+    figure.suptitle(f"{numbers.name}: gain by templates")
     return figure
 
 
 def _stress(numbers: Numbers) -> Figure | None:
-    """Draw recall of each rewrite over the recall of the original captions, the worst first."""
+    """Draw recall of each rewrite over the recall of the original captions, the largest loss first."""
     worst_first = sorted(numbers.of("lost", k=10), key=lambda record: record.value)  # drawn from below
     order = [str(record.params["rewrite"]) for record in worst_first]
     if not order:
@@ -114,12 +113,12 @@ def _stress(numbers: Numbers) -> Figure | None:
         lost = {record.params["rewrite"]: record for record in numbers.of("lost", k=k)}
         _losses(axis, k, [kept[name] for name in order], [lost[name] for name in order])
     figure.axes[0].set_yticks(range(len(order)), [_rewritten(name) for name in order], linespacing=1.3)
-    figure.suptitle(f"{numbers.name}: recall by rewritten Korean captions; red: less, and the interval excludes 0")
+    figure.suptitle(f"{numbers.name}: recall by rewritten Korean captions; red: a loss whose interval excludes 0")
     return figure
 
 
 def _shifts(numbers: Numbers) -> Figure | None:
-    """Draw accuracy over the severity of corruptions, and on shifted sets next to the set itself."""
+    """Draw accuracy over the severity of corruptions, and on shifted sets next to the original set."""
     languages = numbers.languages("base")
     drawn = [draw for part, draw in (("severity", _severities), ("shifted", _shifted)) if numbers.of(part)]
     if not languages or not drawn:
@@ -137,7 +136,7 @@ def _shifts(numbers: Numbers) -> Figure | None:
 
 
 def _shots(numbers: Numbers) -> Figure | None:
-    """Draw the probe on a few images per class against zero-shot accuracy and the probe on all images."""
+    """Draw the few-shot probe over the number of images, with zero-shot accuracy and the probe on all images."""
     few = numbers.of("few")
     if not few:
         return None
@@ -161,8 +160,9 @@ def _shots(numbers: Numbers) -> Figure | None:
 
 
 def _plain(numbers: Numbers, kind: str) -> Figure:
-    """Draw bars of all numbers, by label and language: the chart of a task that has no chart of its own."""
-    labels, languages = list(dict.fromkeys(record.label() for record in numbers.records)), numbers.languages()
+    """Draw bars of all numbers, by label and language: the chart of a kind without its own function."""
+    labels = list(dict.fromkeys(record.label() for record in numbers.records))
+    languages = list(dict.fromkeys(record.language for record in numbers.records))
     figure = Figure(figsize=(1.6 * len(labels) + 2.4, 3.6), layout="constrained")
     axis, width = figure.subplots(), 0.8 / len(languages)
     for number, language in enumerate(languages):
@@ -176,22 +176,22 @@ def _plain(numbers: Numbers, kind: str) -> Figure:
 
 
 def _severities(axis: Any, numbers: Numbers, language: str) -> None:
-    """Draw a curve for each corruption, starting at the set as it is."""
+    """Draw a curve for each corruption, from severity 0, the original images."""
     base = numbers.of("base", language)[0]
     names = list(dict.fromkeys(record.params["name"] for record in numbers.of("severity", language)))
     for number, name in enumerate(names):
         corrupted = numbers.of("severity", language, name=name)
-        apart = 0.06 * (number - (len(names) - 1) / 2)  # so that intervals do not hide each other
+        apart = 0.06 * (number - (len(names) - 1) / 2)  # intervals must not cover each other
         places = [apart, *(int(record.params["severity"]) + apart for record in corrupted)]
         options = {"marker": "o", "markersize": 4, "capsize": 2, "color": MORE_COLOURS[number % len(MORE_COLOURS)]}
         metrics = [base, *corrupted]
         axis.errorbar(places, percents(metrics), whiskers(metrics), label=name, **options)
-    axis.set(title=f"{language}: corruptions", xlabel="severity (0: as it is)")
+    axis.set(title=f"{language}: corruptions", xlabel="severity (0: original)")
     axis.legend(frameon=False, loc="lower left")
 
 
 def _shifted(axis: Any, numbers: Numbers, language: str) -> None:
-    """Draw a bar for the set itself and for each shifted set."""
+    """Draw a bar for the original set and for each shifted set."""
     bars = [*numbers.of("base", language), *numbers.of("shifted", language)]
     names = [record.params["name"] or numbers.name for record in bars]
     _bars(axis, range(len(bars)), bars, 0.6, language)
@@ -200,10 +200,10 @@ def _shifted(axis: Any, numbers: Numbers, language: str) -> None:
 
 
 def _losses(axis: Any, k: int, kept: Sequence[Record | Metric], lost: Sequence[Record | Metric]) -> None:
-    """Horizontal bars of recall for each rewrite, over the recall of the original captions, labelled with the drop."""
+    """Draw horizontal bars of recall for each rewrite over the recall of the original captions; label each loss."""
     plain = 100 * (kept[0].value + lost[0].value)
     places = range(len(kept))
-    colours = [FEWER if loss.ci95[0] > 0 else colour("ko") for loss in lost]
+    colours = [WORSE if loss.ci95[0] > 0 else colour("ko") for loss in lost]
     axis.barh(places, [plain] * len(kept), color=GREY, height=0.62)
     axis.barh(places, percents(kept), color=colours, height=0.62)
     below, above = whiskers(lost)[::-1]  # a larger loss is a lower recall
@@ -213,7 +213,7 @@ def _losses(axis: Any, k: int, kept: Sequence[Record | Metric], lost: Sequence[R
     for place, loss in zip(places, lost, strict=True):
         value, high, low = (percent(-share) for share in (loss.value, *loss.ci95))
         axis.text(1.06 * end, place, f"{value:+.1f} [{low:+.1f}, {high:+.1f}]", va="center", fontsize=8)
-    axis.set(title=f"R@{k}: {plain:.1f} % by the captions as they are", xlabel="%", xlim=(0, 1.65 * end))
+    axis.set(title=f"R@{k}: {plain:.1f} % by the original captions", xlabel="%", xlim=(0, 1.65 * end))
 
 
 def _bars(axis: Any, places: Sequence[float], metrics: Sequence[Record | Metric], width: float, language: str) -> None:
@@ -232,7 +232,7 @@ def _bars(axis: Any, places: Sequence[float], metrics: Sequence[Record | Metric]
 
 
 def _points(axis: Any, names: Sequence[str], gains: Sequence[Record | Metric], language: str) -> None:
-    """Draw differences as dots with intervals around 0; those whose interval holds 0 are pale."""
+    """Draw differences as dots with intervals; those whose interval contains 0 are pale."""
     for place, gain in enumerate(gains):
         low, high = gain.ci95
         alpha = 1.0 if low > 0 or high < 0 else 0.4
@@ -245,17 +245,14 @@ def _points(axis: Any, names: Sequence[str], gains: Sequence[Record | Metric], l
 
 
 def _rewritten(name: str) -> str:
-    """Return the name of a rewrite, and an example of it."""
+    """Return the name of a rewrite with an example."""
     example = STRESSES[name](_EXAMPLE, 0) if name in STRESSES and name != _INVISIBLE else _EXAMPLE
     return f"{name}\n{example}" if example != _EXAMPLE else name
 
 
 @contextmanager
 def korean_style() -> Iterator[None]:
-    """Make matplotlib draw Hangul, which its own fonts lack: koreanize-matplotlib brings NanumGothic.
-
-    Captions may hold any text: a dollar sign is shown as it is, and starts no formula.
-    """
+    """Draw with NanumGothic of koreanize-matplotlib, because matplotlib's fonts lack Hangul; `$` starts no formula."""
     package = importlib.util.find_spec("koreanize_matplotlib")
     folders: Sequence[str] = (package.submodule_search_locations or []) if package else []
     for folder in folders:
@@ -265,7 +262,7 @@ def korean_style() -> Iterator[None]:
         "font.family": fonts,
         "font.size": 9.5,
         "text.parse_math": False,
-        "axes.unicode_minus": False,  # NanumGothic has no such sign
+        "axes.unicode_minus": False,  # NanumGothic lacks it
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
@@ -280,7 +277,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def colour(language: str) -> str:
-    """Return the colour that a language has in every picture."""
+    """Return the colour of a language in every picture."""
     return COLOURS.get(language, OTHER_COLOUR)
 
 

@@ -1,4 +1,4 @@
-"""Pictures that need the model: queries with their nearest images, and confusion matrices of classes."""
+"""Pictures that need embeddings: captions with their nearest images, and confusion matrices of classes."""
 
 import textwrap
 from typing import Any, NamedTuple
@@ -11,34 +11,34 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from koclip.evaluation.embed import Embedder, collect, search
-from koclip.evaluation.report.charts import COLOURS, FEWER, GREY, OTHER_COLOUR
+from koclip.evaluation.report.charts import COLOURS, GREY, OTHER_COLOUR, WORSE
 from koclip.evaluation.sets import EvalSet
 from koclip.text.classes import ClassName
 
 _SHOWN = 6  # images per query
-_OF_A_KIND = 2  # queries per language that find their image, and as many that miss it
-_TRIED = 512  # captions per language that queries are chosen from
+_OF_A_KIND = 2  # hits per language, and as many misses
+_TRIED = 512  # captions per language to choose from
 _THUMBNAIL = 200  # pixels
-_LINE, _LINES = 26, 5  # letters per line of a caption, lines
-_ALL_CLASSES = 12  # up to as many are all shown; of more classes, those that are confused most
+_LINE, _LINES = 26, 5  # of a caption: letters per line, lines
+_ALL_CLASSES = 12  # the most classes in a matrix
 
 Counts = npt.NDArray[np.int64]
 
 
 class Query(NamedTuple):
-    """A caption, its images and the images that score highest."""
+    """A caption, its images and its nearest images, as indices, the nearest first."""
 
     language: str
     text: str
-    owners: list[int]  # the best first
-    rank: int  # of the first right one, from 1
+    owners: list[int]
+    rank: int  # of the nearest owner, from 1
     nearest: list[int]
 
 
 def queries(embedder: Embedder, eval_set: EvalSet) -> Figure | None:
-    """Draw captions of every language, some that find their image and some that miss it, with their nearest images.
+    """Draw captions of every language, hits and misses, with their nearest images; right images are framed.
 
-    Right images are framed. None for a set without captions.
+    Returns None for a set without captions.
     """
     if not any(eval_set.captions):
         return None
@@ -57,15 +57,14 @@ def queries(embedder: Embedder, eval_set: EvalSet) -> Figure | None:
         for axis, place in zip(row[1:-2], query.nearest, strict=True):
             _show(axis, eval_set.images[place], place in query.owners)
         _show(row[-1], eval_set.images[query.owners[0]], True)
-        row[-1].set_title(f"rank {query.rank:,}", fontsize=9, color="black" if query.rank == 1 else FEWER)
-    figure.suptitle(
-        f"{eval_set.name}: captions, the images they score highest, and the captioned one (framed)", fontsize=11
-    )
+        row[-1].set_title(f"rank {query.rank:,}", fontsize=9, color="black" if query.rank == 1 else WORSE)
+    title = f"{eval_set.name}: captions, their nearest images, and the right image (framed)"
+    figure.suptitle(title, fontsize=11)
     return figure
 
 
 def confusion(counts: Counts, eval_set: EvalSet, language: str) -> Figure:
-    """Draw `counts` (C, C) of images by class and answer, in percent of each class's images."""
+    """Draw the numbers of images `counts` (C, C) by class and answer, in percent of each class's images."""
     chosen = most_confused(counts, _ALL_CLASSES)
     names = [_both_names(eval_set.classes[place]) for place in chosen]
     some = len(chosen) < len(counts)
@@ -76,7 +75,7 @@ def confusion(counts: Counts, eval_set: EvalSet, language: str) -> Figure:
         shares = np.hstack([shares, np.where(totals > 0, 100 - shares.sum(axis=1, keepdims=True), 0)])
     figure = Figure(figsize=(0.52 * len(names) + 3.2, 0.46 * len(chosen) + 3.0), layout="constrained")
     axis = figure.subplots()
-    coloured = np.where(np.arange(len(names)) < len(chosen), shares, 0)  # the rest would outshine the classes
+    coloured = np.where(np.arange(len(names)) < len(chosen), shares, 0)  # no colour for "any other"
     axis.imshow(coloured, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     for place in range(len(chosen)):
         axis.add_patch(Rectangle((place - 0.5, place - 0.5), 1, 1, fill=False, edgecolor=OTHER_COLOUR, linewidth=1.5))
@@ -93,10 +92,10 @@ def confusion(counts: Counts, eval_set: EvalSet, language: str) -> Figure:
 
 
 def most_confused(counts: Counts, most: int) -> list[int]:
-    """Return all classes if there are at most `most`, else those mistaken most often, the most often first.
+    """Return the indices of the `most` classes that are confused most often, the most often first; all if no more.
 
     Args:
-        counts: (C, C) images by class and answer.
+        counts: (C, C) numbers of images by class and answer.
         most: An even number.
     """
     if len(counts) <= most:
@@ -115,7 +114,7 @@ def most_confused(counts: Counts, most: int) -> list[int]:
 
 
 def _queries_of(embedder: Embedder, eval_set: EvalSet, language: str, images: torch.Tensor) -> list[Query]:
-    """Return captions whose nearest image is theirs, and captions whose image is not among those shown."""
+    """Return captions whose nearest image is right, and captions without a right image among those shown."""
     captions = collect(eval_set.texts(language), [])
     tried = list(range(0, len(captions.texts), max(1, len(captions.texts) // _TRIED)))
     if not tried:
@@ -136,7 +135,7 @@ def _queries_of(embedder: Embedder, eval_set: EvalSet, language: str, images: to
 
 
 def _spread(chosen: torch.Tensor) -> torch.Tensor:
-    """Return a few places of the true entries (Q,), evenly spaced."""
+    """Return the indices of a few true entries of (Q,), evenly spaced."""
     places = chosen.nonzero()[:, 0]
     step = max(1, len(places) // _OF_A_KIND)
     return places[step // 2 :: step][:_OF_A_KIND]
@@ -153,6 +152,6 @@ def _show(axis: Any, image: Image.Image, framed: bool) -> None:
 
 
 def _both_names(name: ClassName) -> str:
-    """Return a class's Korean and English name, or what there is of them."""
+    """Return a class's Korean and English names, as far as they exist, or its key."""
     known = [name.names[language] for language in COLOURS if language in name.names]
     return " · ".join(dict.fromkeys(known)) or name.key

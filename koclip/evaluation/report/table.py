@@ -1,7 +1,8 @@
-"""Records as rows that people read, in Markdown and in the terminal."""
+"""Tables of records, in Markdown and in the terminal."""
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,32 +18,32 @@ NOTE = (
     "Percent with 95 % intervals. Differences are in percentage points, with a sign; * where the interval excludes 0. "
     "n: queries."
 )
-_WIDTH = 110  # columns where there is no terminal
-_LEFT = 52  # columns of what stands left of the numbers
-_WIDE, _NARROW = 28, 16  # columns of a model's numbers in one line and in two
-_MOST_WIDE = 2  # models
+_WIDTH = 110  # columns, if there is no terminal
+_LEFT = 52  # columns left of the numbers
+_WIDE, _NARROW = 28, 16  # columns of a model's numbers in one line and in two lines
+_MOST_WIDE = 2  # models in wide columns
 
 Templates = Mapping[str, Mapping[str, Sequence[str]]]  # the text of each template, by data set and language
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A number as text. `marked`: it is a difference whose interval excludes 0; `share`: 0 to 1, for shares only."""
+    """A number as text."""
 
     value: str
     interval: str
-    marked: bool = False
-    share: float | None = None
+    marked: bool = False  # whether it is a difference whose interval excludes 0
+    share: float | None = None  # 0 to 1, for shares only
     note: str = ""
 
     def __str__(self) -> str:
-        """Return all of it in one line."""
+        """Return it in one line."""
         return f"{self.value} ({self.interval})" + (" *" if self.marked else "") + (f" {self.note}" * bool(self.note))
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row: what was measured, in which language, on how many queries, and each model's number."""
+    """A row of a table: what was measured, and each model's number."""
 
     spec: Spec
     language: str
@@ -60,14 +61,14 @@ class Line:
 
 @dataclass
 class Section:
-    """A data set's rows, by group; the group `MAIN` comes first, and no group is empty."""
+    """A data set's rows by group."""
 
     name: str
     groups: dict[str, list[Line]] = field(default_factory=dict)
 
     @property
     def main(self) -> list[Line]:
-        """Rows that a reader needs first."""
+        """The most important rows."""
         return self.groups.get(MAIN, [])
 
     @property
@@ -98,7 +99,7 @@ def sections(records: Sequence[Sequence[Record]], templates: Templates) -> list[
     """Return the rows of every data set, in the order of the records.
 
     Args:
-        records: Each model's.
+        records: The records of each model.
         templates: The text of each template.
     """
     by_name: dict[str, list[Record | None]] = {}
@@ -115,12 +116,12 @@ def sections(records: Sequence[Sequence[Record]], templates: Templates) -> list[
         section.groups.setdefault(first.group, []).append(line)
     for section in by_dataset.values():
         worst = _worst([line for lines in section.details.values() for line in lines])
-        section.groups[MAIN] = [*_ordered(section.main, worst)]
+        section.groups[MAIN] = _ordered(section.main, worst)
     return list(by_dataset.values())
 
 
 def _ordered(lines: Sequence[Line], worst: Sequence[Line]) -> list[Line]:
-    """Return main lines by language, in the order of the specs; lines without a spec and the worst are behind."""
+    """Sort main rows by language, then by spec; rows without a spec, and then the `worst` rows, are last."""
     order = {id(spec): number for number, spec in enumerate(SPECS)} | {id(line): len(SPECS) + 1 for line in worst}
     languages = list(dict.fromkeys(line.language for line in (*lines, *worst)))
 
@@ -131,32 +132,27 @@ def _ordered(lines: Sequence[Line], worst: Sequence[Line]) -> list[Line]:
 
 
 def _worst(lines: Sequence[Line]) -> list[Line]:
-    """Return for each spec that has a `worst` row each model's largest number, with the label of that number."""
+    """Return the rows of `Spec.worst`: each model's largest number, with the label of that number as a note."""
     by_label: dict[tuple[str, str], list[Line]] = {}
     for line in lines:
         if line.spec.worst:
             by_label.setdefault((line.language, line.spec.worst), []).append(line)
     rows = []
     for (language, label), same in by_label.items():
-        models = range(len(same[0].records))
-        largest = [_largest([line for line in same if line.records[model]], model) for model in models]
-        records = [line.records[model] if line else None for model, line in enumerate(largest)]
+        records: list[Record | None] = []
+        notes: list[str] = []
+        for model in range(len(same[0].records)):
+            own = [(record, line.label) for line in same if (record := line.records[model])]
+            largest = max(own, key=lambda pair: pair[0].value) if own else (None, "")
+            records.append(largest[0])
+            notes.append(largest[1])
         count = max(record.n for record in records if record)
-        notes = [line.label if line else "" for line in largest]
         rows.append(Line(same[0].spec, language, label, count, records, notes))
     return rows
 
 
-def _largest(lines: Sequence[Line], model: int) -> Line | None:
-    def value(line: Line) -> float:
-        record = line.records[model]
-        return record.value if record else -math.inf
-
-    return max(lines, key=value, default=None)
-
-
 def console() -> Console:
-    """Return a console for tables: as wide as the terminal, or `_WIDTH` columns without a terminal."""
+    """Return a console for tables, as wide as the terminal."""
     return Console(width=None if Console().is_terminal else _WIDTH)
 
 
@@ -166,14 +162,13 @@ def print_tables(
     warnings: Sequence[str] = (),
     notes: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Print the main rows of every data set, with as many models side by side as fit, and notes by data set."""
+    """Print the main rows of every data set with its notes, in tables of as many models as fit."""
     out = console()
     for warning in warnings:
         out.print(Text(f"Warning: {warning}", style="yellow"))
     width = _WIDE if len(labels) <= _MOST_WIDE else _NARROW
     fitting = max(1, (out.width - _LEFT) // width)
-    blocks = math.ceil(len(labels) / fitting)
-    size = math.ceil(len(labels) / blocks)  # blocks of nearly the same size
+    size = math.ceil(len(labels) / math.ceil(len(labels) / fitting))  # tables of nearly the same size
     for section in sections:
         for start in range(0, len(labels), size):
             chosen = range(start, min(start + size, len(labels)))
@@ -213,7 +208,7 @@ def markdown(
     warnings: Sequence[str],
     notes: Mapping[str, Sequence[str]],
 ) -> str:
-    """Return a Markdown page: every data set's main rows with its notes, then all others by group."""
+    """Return a Markdown page: the main rows and the notes of every data set, then the other rows by group."""
     parts = ["# Results", NOTE, *(f"> **Warning:** {_escaped(warning)}" for warning in warnings)]
     for section in sections:
         parts += [f"## {_escaped(section.name)}", _rows(section.main, labels)]
@@ -229,12 +224,9 @@ def _rows(lines: Sequence[Line], labels: Sequence[str]) -> str:
     for line in lines:
         cells = [str(cell) if cell else "" for cell in line.cells]
         rows.append([line.label, line.language, f"{line.n:,}", *cells])
-    head, rule, *body = rows
-    escaped = [[_escaped(value) for value in row] for row in (head, *body)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (escaped[0], rule, *escaped[1:]))
+    return "\n".join(f"| {' | '.join(map(_escaped, row))} |" for row in rows)
 
 
 def _escaped(text: str) -> str:
-    """Return text that Markdown shows as it is, in one line."""
-    plain = "".join(f"\\{letter}" if letter in "\\`*|[]<" else letter for letter in text)
-    return " ".join(plain.split())
+    """Return text in one line, without Markdown's effects."""
+    return " ".join(re.sub(r"([\\`*|\[\]<])", r"\\\1", text).split())

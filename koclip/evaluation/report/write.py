@@ -1,6 +1,6 @@
-"""What an evaluation writes into a directory: results.json and pictures of each model, a table and a page of all.
+"""Write an evaluation: results.json and pictures of each model, and table.md and report.html of all models.
 
-`report.html` needs no other file: its pictures are in it.
+`report.html` needs no other file: it contains its pictures.
 """
 
 import base64
@@ -31,21 +31,21 @@ _TRAINING = "training.png"
 
 
 class Evaluated(NamedTuple):
-    """A model with its numbers."""
+    """A model with its metrics."""
 
-    model: str  # as it was given to koclip
-    folder: Path  # where its results go
+    model: str  # the path, Hub id or spec that the user gave
+    folder: Path  # of its results
     embedder: Embedder
-    metrics: dict[str, Metric]  # as `evaluate` names them
+    metrics: dict[str, Metric]  # of `evaluate`
 
 
 def report(run: Path, embedder: Embedder, eval_sets: Sequence[EvalSet]) -> dict[str, Metric]:
     """Evaluate the model of a training run; write results.json, pictures/, table.md and report.html; print the table.
 
     Args:
-        run: The run directory: environment.json, metrics.jsonl and model/ are in it.
-        embedder: Embeds with the model as it was saved.
-        eval_sets: What to evaluate on.
+        run: The run directory, with environment.json, metrics.jsonl and model/.
+        embedder: Embeds with the saved model.
+        eval_sets: The sets to evaluate on.
     """
     metrics = evaluate(embedder, eval_sets)
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
@@ -68,30 +68,28 @@ def write(
 ) -> None:
     """Write results.json and pictures/ of every model, table.md and report.html, and print the table.
 
-    A single process does this: what the pictures need is taken from the embedders' cache, else embedded again.
+    A single process does this. It embeds again what the pictures need and the embedders' cache lacks.
 
     Args:
-        run: The directory of the evaluation; config.yaml and skipped.jsonl may be in it.
+        run: The directory of the evaluation; config.yaml and skipped.jsonl in it are shown.
         evaluated: The models.
-        eval_sets: What they were evaluated on.
-        environment: What results.json says of it.
-        warnings: What a reader should know.
+        eval_sets: The sets of the evaluation.
+        environment: As in results.json.
+        warnings: Warnings for readers of the numbers.
 
     Raises:
         ValueError: a metric is not finite.
     """
-    data = {model.model: described(eval_sets, model.model) for model in evaluated}
-    for model in evaluated:
-        _write_results(model, data[model.model], environment)
+    data = {model.model: write_model_results(model, eval_sets, environment) for model in evaluated}
     labels = labels_of([model.model for model in evaluated])
     records = {model.model: records_of(model.metrics, SPECS) for model in evaluated}
     templates = {eval_set.name: eval_set.used_templates for eval_set in eval_sets}
     names = dict.fromkeys(name for own in data.values() for name in own)
-    said = {name: notes({labels[model]: own[name] for model, own in data.items()}) for name in names}
+    notes_of = {name: notes({labels[model]: own[name] for model, own in data.items()}) for name in names}
     rows = sections(list(records.values()), templates)
     if rows:
-        storage.replace_text(run / "table.md", markdown(rows, list(labels.values()), warnings, said))
-        print_tables(rows, list(labels.values()), warnings, said)
+        storage.replace_text(run / "table.md", markdown(rows, list(labels.values()), warnings, notes_of))
+        print_tables(rows, list(labels.values()), warnings, notes_of)
     skipped = len(storage.read_lines(run / "skipped.jsonl"))
     if skipped:
         print(f"{skipped:,} samples could not be used: {run / 'skipped.jsonl'} lists them with their reasons")  # noqa: T201
@@ -105,18 +103,18 @@ def write(
         write_page(run, models, rows, environment, warnings)
 
 
-def keep(model: Evaluated, eval_sets: Sequence[EvalSet], environment: Mapping[str, Any]) -> None:
-    """Write a model's results.json.
+def write_model_results(
+    model: Evaluated, eval_sets: Sequence[EvalSet], environment: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Write a model's results.json; return its `data`.
 
     Raises:
         ValueError: a metric is not finite.
     """
-    _write_results(model, described(eval_sets, model.model), environment)
-
-
-def _write_results(model: Evaluated, data: dict[str, dict[str, Any]], environment: Mapping[str, Any]) -> None:
+    data = described(eval_sets, model.model)
     measured = Measured(model.model, model.embedder.fingerprint)
     write_results(model.folder / "results.json", measured, data, model.metrics, dict(environment))
+    return data
 
 
 def _draw(
@@ -150,7 +148,7 @@ def _figures(
 
 
 def training_figure(log: Path, final: Mapping[str, Metric]) -> Figure:
-    """Draw the loss of a run over its steps, and the recall or accuracy measured meanwhile; `final` is at the end."""
+    """Draw the loss of a run over its steps, and the watched metrics, with their `final` values at the end."""
     logged = storage.read_lines(log)
     losses = [(line["step"], line["loss"]) for line in logged if line.get("loss") is not None]
     logged.append({"step": logged[-1]["step"], **{name: metric.value for name, metric in final.items()}})
@@ -173,31 +171,31 @@ def training_figure(log: Path, final: Mapping[str, Metric]) -> Figure:
 _QUALITY = 85  # of pictures, 0 to 100
 _KINDS = {
     "recall": "Recall",
-    "queries": "Captions and the images they find",
-    "stress": "Captions as people come to write them",
-    "templates": "What templates gain",
-    "confusion": "Classes taken for others",
+    "queries": "Captions and their nearest images",
+    "stress": "Recall by rewritten Korean captions",
+    "templates": "Gain by templates",
+    "confusion": "Confusion of classes",
     "shift": "Accuracy under shift",
     "shots": "Few-shot probe",
 }
 
 
 class PagePicture(NamedTuple):
-    """A picture of a model: its label, a text in its place, and the picture as WebP in base64."""
+    """A picture of a model on the page."""
 
-    label: str
-    text: str
-    content: str
+    label: str  # the model's
+    text: str  # alternative text
+    content: str  # WebP in base64
 
 
 class PageModel(NamedTuple):
-    """A model as the page shows it."""
+    """A model on the page."""
 
-    name: str  # as it was given to koclip
+    name: str  # the path, Hub id or spec that the user gave
     label: str  # a short name
     pictures: Mapping[str, Mapping[str, Path]]  # files by data set and kind
-    data: Mapping[str, Mapping[str, Any]]  # what results.json says of the data sets
-    training: Path | None = None  # a picture of its training
+    data: Mapping[str, Mapping[str, Any]]  # `data` of results.json
+    training: Path | None = None  # chart of its training
 
 
 def write_page(
@@ -210,11 +208,11 @@ def write_page(
     """Write report.html.
 
     Args:
-        run: Where to; its config.yaml is shown if it is there.
+        run: Its directory; a config.yaml in it is shown.
         models: In the order of the cells.
         sections: The rows, by data set.
         environment: As in results.json.
-        warnings: What a reader should know.
+        warnings: Warnings for readers of the numbers.
     """
     configuration = run / "config.yaml"
     name, *arguments = environment["command"]
@@ -238,7 +236,6 @@ def write_page(
 
 
 def _notes(name: str, models: Sequence[PageModel]) -> list[str]:
-    """Return the notes on a data set; none on ratings."""
     facts = {model.label: model.data[name] for model in models if name in model.data}
     if not facts:
         return []
@@ -248,14 +245,14 @@ def _notes(name: str, models: Sequence[PageModel]) -> list[str]:
 
 
 def _best(line: Line) -> list[bool]:
-    """Return for each model whether its share is the largest of several."""
+    """Return by model whether its share is the largest of several."""
     shares = [cell.share if cell and cell.share is not None else None for cell in line.cells]
     known = [share for share in shares if share is not None]
     return [len(known) > 1 and share == max(known) for share in shares]
 
 
 def _pictures(dataset: str, models: Sequence[PageModel]) -> dict[str, list[PagePicture]]:
-    """Return a data set's pictures by kind, those of all models side by side."""
+    """Return a data set's pictures of all models by title."""
     kinds = [name.partition("-")[0] for model in models for name in model.pictures.get(dataset, {})]
     pictures: dict[str, list[PagePicture]] = {}
     for kind in dict.fromkeys([*_KINDS, *kinds]):
@@ -269,7 +266,7 @@ def _pictures(dataset: str, models: Sequence[PageModel]) -> dict[str, list[PageP
 
 
 def _content(file: Path) -> str:
-    """Return a picture in base64; as WebP, a page with photos is a tenth as large."""
+    """Return a picture as WebP in base64; a page with photos is then a tenth as large."""
     buffer = io.BytesIO()
     with Image.open(file) as image:
         image.convert("RGB").save(buffer, "WEBP", quality=_QUALITY)

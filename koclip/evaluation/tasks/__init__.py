@@ -1,9 +1,9 @@
-"""What a model is asked to do. A new task is a file in this folder and an entry in `TASKS`."""
+"""The evaluation tasks. A new task is a file in this folder and an entry in `TASKS`."""
 
 from koclip.evaluation.results import Spec, Task
 from koclip.evaluation.tasks import multiple_choice, probe, ratings, retrieval, zero_shot
 
-# In the order in which their numbers are shown.
+# Their numbers are shown in this order.
 TASKS: tuple[Task, ...] = (
     retrieval.RETRIEVAL,
     zero_shot.ZERO_SHOT,

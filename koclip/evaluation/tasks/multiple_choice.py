@@ -1,4 +1,4 @@
-"""Multiple choice: which of its candidate texts fits each image? The share of right answers."""
+"""Multiple choice: which of several texts fits each image? The share of right answers."""
 
 from collections.abc import Callable, Mapping
 
@@ -7,7 +7,7 @@ import torch
 from koclip.config import ConfigError, SourceConfig
 from koclip.data.formats import scenes
 from koclip.data.sources import Row
-from koclip.evaluation.embed import Embedder, Images
+from koclip.evaluation.embed import Embedder, Images, collect
 from koclip.evaluation.results import Spec, Task
 from koclip.evaluation.sets import EvalSet, Question
 from koclip.metrics import Metric, first_ranks, share
@@ -17,19 +17,17 @@ _TASK_SIZE = 400  # images per question of the scenes
 
 def run(embedder: Embedder, eval_set: EvalSet, language: str) -> dict[str, Metric]:
     """Return each question's share of images whose right candidate scores highest; a tie is a miss."""
-    asked = [question for question in eval_set.questions if language in question.candidates]
-    return {f"{question.name}/accuracy": _accuracy(embedder, question, language) for question in asked}
-
-
-def _accuracy(embedder: Embedder, question: Question, language: str) -> Metric:
-    images, candidates = embedder.images(question.images), question.candidates[language]
-    texts = list(dict.fromkeys(text for own in candidates for text in own))
-    place = {text: number for number, text in enumerate(texts)}
-    embedded = embedder.texts(texts)
-    places = torch.tensor([[place[text] for text in own] for own in candidates])  # (I, K)
-    similarity = torch.einsum("id,ikd->ik", images, embedded[places])
-    right = torch.nn.functional.one_hot(torch.tensor(question.answers), places.shape[1]).bool()
-    return share(first_ranks(similarity, right) == 0)
+    metrics = {}
+    for question in eval_set.questions:
+        if language in question.candidates:
+            images, unique = embedder.images(question.images), collect(question.candidates[language], [])
+            place = {text: number for number, text in enumerate(unique.texts)}
+            embedded = embedder.texts(unique.texts)
+            places = torch.tensor([[place[text] for text in own] for own in question.candidates[language]])  # (I, K)
+            similarity = torch.einsum("id,ikd->ik", images, embedded[places])
+            right = torch.nn.functional.one_hot(torch.tensor(question.answers), places.shape[1]).bool()
+            metrics[f"{question.name}/accuracy"] = share(first_ranks(similarity, right) == 0)
+    return metrics
 
 
 def _languages(eval_set: EvalSet) -> list[str]:
@@ -39,8 +37,8 @@ def _languages(eval_set: EvalSet) -> list[str]:
 def _check(eval_set: EvalSet) -> None:
     if not eval_set.questions:
         raise ConfigError(
-            f"eval.sets[].tasks: multiple_choice, but {eval_set.name} has no questions; data with questions: "
-            f"{sorted(QUESTIONS)}"
+            f"eval.sets[].tasks: multiple_choice needs questions, and {eval_set.name} has none; expected data with "
+            f"questions: {sorted(QUESTIONS)}"
         )
 
 
@@ -50,15 +48,15 @@ TASK = Task("multiple_choice", run, _languages, (_ACCURACY,), _check)
 
 
 def questions_of(source: SourceConfig) -> list[Question]:
-    """Return the questions that a data set brings with it; most bring none."""
+    """Return the questions of a data set; most have none."""
     return QUESTIONS[source.path]() if source.path in QUESTIONS else []
 
 
 def _scenes() -> list[Question]:
     """Return the questions of the built-in set.
 
-    `unseen_pairs`: the (colour, shape) of a single object, among all 40, though training never showed that pair.
-    `relation`: where an object is from another (4-way). `size` (2-way) and `count` (3-way).
+    `unseen_pairs`: which of 40 (colour, shape) pairs is the object? Training never showed these pairs.
+    `relation`: where is one object, seen from the other (4-way)? `size` is 2-way, `count` is 3-way.
     """
     unseen = [scenes.unseen_pair(1, index) for index in range(_TASK_SIZE)]
     shown = [scenes.scene("test", 1, index) for index in range(12 * _TASK_SIZE)]

@@ -1,9 +1,9 @@
 """Logistic regression on image features: the CLIP paper's linear probe, and the same on a few images per class.
 
-Radford et al. 2021, appendix A.3: the layer before the projection, scikit-learn's L-BFGS with at most 1,000 iterations,
-the strength of the L2 regularisation found on a validation split. The grid has 96 steps of an eighth of a decade from
-1e-6 to 1e6. The search starts at 1e-6, 1e-4 ... 1e6 and halves its step around the best, down to the grid's. The
-paper's lambda is taken for scikit-learn's C, as its authors' README does (C = 0.316).
+Radford et al. 2021, appendix A.3: features before the projection, scikit-learn's L-BFGS with at most 1,000 iterations,
+and the L2 regularisation that is best on a validation split. The search over C starts at 1e-6, 1e-4 ... 1e6 and halves
+its step around the best, down to an eighth of a decade (the grid has 96 steps). The paper's lambda is used as
+scikit-learn's C, as in its authors' README (C = 0.316).
 """
 
 import warnings
@@ -23,16 +23,16 @@ from koclip.evaluation.results import IMAGES, Spec, Task
 from koclip.evaluation.sets import EvalSet
 from koclip.metrics import Metric, mean, mean_per_class, share
 
-if TYPE_CHECKING:  # imported where it is used: the Space imports this file, and has no scikit-learn
+if TYPE_CHECKING:  # scikit-learn is imported where it is used: the Space imports this file without it
     from sklearn.linear_model import LogisticRegression
 
 _START = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)  # exponents of C
 _STEP = 0.125  # eight per decade
 _ITERATIONS = 1_000
-_VALIDATION = 0.2  # of the training images
-_TESTED = 0.5  # of a set without training images
-_DRAWS = 3  # of few-shot images, as in CoOp
-_MOST_VALIDATION_SHOTS = 4  # per class, as in CoOp
+_VALIDATION = 0.2  # share of the training images
+_TESTED = 0.5  # share of a set without training images
+_DRAWS = 3  # random draws of few-shot images, as in CoOp
+_MOST_VALIDATION_SHOTS = 4  # images per class, as in CoOp
 
 Array = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -44,39 +44,38 @@ class Part(NamedTuple):
     features: Array
     labels: Labels
 
-    def of(self, places: npt.NDArray[np.int64]) -> "Part":
-        """Return some of the rows."""
-        return Part(self.features[places], self.labels[places])
+    def of(self, rows: npt.NDArray[np.int64]) -> "Part":
+        """Return these rows."""
+        return Part(self.features[rows], self.labels[rows])
 
 
 def fit(train: Part, c: float) -> "LogisticRegression":
-    """Fit the probe with inverse regularisation strength `c`. Not to converge in 1,000 iterations is the protocol."""
+    """Fit the probe with inverse regularisation strength `c`. It stops after 1,000 iterations, converged or not."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        warnings.filterwarnings("ignore", "The number of unique classes")  # so few images per class are few shots
+        warnings.filterwarnings("ignore", "The number of unique classes")  # few images per class are intended
         return LogisticRegression(C=c, max_iter=_ITERATIONS).fit(train.features, train.labels)
 
 
 def search_c(scores_of: Callable[[list[float]], list[float]]) -> tuple[float, list[float]]:
-    """Return the C with the best score on validation and all that were tried; of equal scores the smallest C.
+    """Return the C with the best validation score, the smallest of several, and all Cs that were tried.
 
     Args:
-        scores_of: Takes some Cs and returns their scores.
+        scores_of: Returns the scores of a list of Cs.
     """
     scores: dict[float, float] = {}
     exponents, step = list(_START), 1.0
-    while step >= _STEP:
+    while True:
         scores |= zip(exponents, scores_of([10**exponent for exponent in exponents]), strict=True)
         best = max(scores, key=lambda exponent: (scores[exponent], -exponent))
+        if step < _STEP:
+            return 10**best, [10**exponent for exponent in scores]
         near = (best - step, best + step)
         exponents = [exponent for exponent in near if _START[0] <= exponent <= _START[-1] and exponent not in scores]
         step /= 2
-    scores |= zip(exponents, scores_of([10**exponent for exponent in exponents]), strict=True)
-    best = max(scores, key=lambda exponent: (scores[exponent], -exponent))
-    return 10**best, [10**exponent for exponent in scores]
 
 
 def linear_probe(embedder: Embedder, eval_set: EvalSet, _: str = IMAGES) -> dict[str, Metric]:
@@ -92,7 +91,7 @@ def linear_probe(embedder: Embedder, eval_set: EvalSet, _: str = IMAGES) -> dict
 
 
 def few_shot(embedder: Embedder, eval_set: EvalSet, _: str = IMAGES) -> dict[str, Metric]:
-    """Fit on a few images per class; C is found on as many others, at most four. The mean of three draws."""
+    """Fit on a few images per class, with C from as many others (at most four); return the mean of three draws."""
     train, test = _parts(embedder, eval_set)
     metrics = {}
     for shots in eval_set.config.shots:
@@ -107,10 +106,10 @@ def few_shot(embedder: Embedder, eval_set: EvalSet, _: str = IMAGES) -> dict[str
 
 
 def check_probes(eval_set: EvalSet) -> None:
-    """Make sure that a set has images enough for the probes it asks for.
+    """Check that a set has enough images for its probes.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: it has too few.
     """
     labels = np.array(eval_set.labels if eval_set.train is None else eval_set.train.labels)
     if eval_set.train is None:
@@ -123,22 +122,18 @@ def check_probes(eval_set: EvalSet) -> None:
 
 
 def _held(shots: int, labels: Labels, eval_set: EvalSet) -> int:
-    """Return how many images per class validate that many shots.
-
-    Raises:
-        ConfigError: a class has too few for both.
-    """
+    """Return the number of validation images per class for a number of shots; raise if a class has too few images."""
     held, smallest = min(shots, _MOST_VALIDATION_SHOTS), int(np.unique(labels, return_counts=True)[1].min())
     if shots + held > smallest:
         raise ConfigError(
-            f"eval.sets[].shots: {shots} shots and {held} for validation, but a class of {eval_set.name} has "
-            f"{smallest} training images: leave the number out"
+            f"eval.sets[].shots: {shots} shots need {shots + held} training images per class, {held} of them for "
+            f"validation, but a class of {eval_set.name} has {smallest}: remove this number"
         )
     return held
 
 
 def draw_shots(labels: Labels, shots: int, held: int, seed: int) -> tuple[Labels, Labels]:
-    """Return the places of `shots` and of `held` other images of every class."""
+    """Return the indices of `shots` images, and of `held` other images, of every class."""
     rng = np.random.default_rng(seed)
     drawn = [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
     fitted = np.concatenate([places[:shots] for places in drawn])
@@ -156,9 +151,9 @@ def _best_c(embedder: Embedder, train: Part, held: Part, label: str) -> float:
 
 
 def _split_distinct(labels: Labels, share: float, eval_set: EvalSet) -> tuple[Labels, Labels]:
-    """Split a set's images as `_split` does; equal images, which would be fitted on and tested, stay together."""
+    """Split a set's images as `_split` does, but keep equal images in one part: no training image is tested."""
     places: dict[bytes, list[int]] = {}
-    for place, digest in enumerate(eval_set.images.digests()):
+    for place, digest in enumerate(eval_set.images.digests):
         places.setdefault(digest, []).append(place)
     equal = list(places.values())
     parts = _split(labels[[first for first, *_ in equal]], share, eval_set)
@@ -167,26 +162,22 @@ def _split_distinct(labels: Labels, share: float, eval_set: EvalSet) -> tuple[La
 
 
 def _split(labels: Labels, share: float, eval_set: EvalSet) -> tuple[Labels, Labels]:
-    """Return the places of the images that stay and of a share that is set aside, of every class alike.
-
-    Raises:
-        ConfigError: a class has too few images for it.
-    """
-    places, classes = np.arange(len(labels)), len(np.unique(labels))
-    smallest = int(np.unique(labels, return_counts=True)[1].min())
-    if smallest < 2 or share * len(labels) < classes:
+    """Return the indices of the images to fit on and of a share to set aside, drawn from each class in proportion."""
+    counts = np.unique(labels, return_counts=True)[1]
+    if counts.min() < 2 or share * len(labels) < len(counts):
         raise ConfigError(
-            f"{eval_set.name}: a probe sets {share:.0%} of its images aside, and {len(labels)} images of {classes} "
-            f"classes (the smallest has {smallest}) are too few for that; give more in eval.sets[].train"
+            f"{eval_set.name}: a probe sets {share:.0%} of its images aside, and {len(labels)} images of {len(counts)} "
+            f"classes (the smallest has {counts.min()}) are too few for that; add images in eval.sets[].train"
         )
     from sklearn.model_selection import train_test_split
 
-    fitted, aside = train_test_split(places, test_size=share, stratify=labels, random_state=eval_set.config.seed)
+    places, seed = np.arange(len(labels)), eval_set.config.seed
+    fitted, aside = train_test_split(places, test_size=share, stratify=labels, random_state=seed)
     return fitted, aside
 
 
 def _parts(embedder: Embedder, eval_set: EvalSet) -> tuple[Part, Part]:
-    """Return what probes are fitted on and what they are tested on."""
+    """Return the training and the test images of probes."""
     whole = Part(embedder.features(eval_set.images).numpy(), np.array(eval_set.labels))
     if eval_set.train is not None:
         return Part(embedder.features(eval_set.train.images).numpy(), np.array(eval_set.train.labels)), whole
@@ -203,7 +194,7 @@ LINEAR_PROBE = Task(
         Spec(
             "linear_probe/accuracy",
             "linear probe",
-            summary="images whose class a linear probe finds",
+            summary="images that a linear probe classifies correctly",
             chart=("shots", "all images"),
             hub_task=_HUB,
             watched=True,

@@ -19,10 +19,9 @@ from koclip.text.normalize import normalize
 def run(embedder: Embedder, eval_set: EvalSet, language: str) -> dict[str, Metric]:
     """Return Kendall's tau c and b between cosine similarities and ratings.
 
-    A caption that several people rated counts once per rating, as in Flickr8k-Expert's protocol.
+    A caption with several ratings counts once per rating, as in Flickr8k-Expert's protocol.
     """
     assert eval_set.ratings is not None
-    assert eval_set.ratings.language == language
     places, captions, ratings = zip(*eval_set.ratings.rows, strict=True)
     texts = list(dict.fromkeys(captions))
     images, embedded = embedder.images(eval_set.images), embedder.texts(texts)
@@ -52,7 +51,7 @@ def open_ratings(config: RatingsConfig, limit: PixelLimit = PIXEL_LIMIT) -> Eval
 
 
 def read_ratings(config: RatingsConfig, limit: PixelLimit = PIXEL_LIMIT) -> list[tuple[Path, str, float]]:
-    """Return image, caption and rating; a caption that several people rated once for each rating.
+    """Return the image, the caption and the rating of each rating in a file.
 
     Raises:
         ConfigError: see `open_ratings`.
@@ -68,15 +67,15 @@ def read_ratings(config: RatingsConfig, limit: PixelLimit = PIXEL_LIMIT) -> list
                 raise ConfigError(
                     f"{where}: got {len(cells)} cells, expected image, caption and ratings, tab-separated"
                 )
+            image = locate(root / cells[0])
             try:
-                image = locate(root / cells[0])
                 decode(image, *limit)
                 ratings = [float(cell) for cell in cells[2:]]
             except ImageError as error:
                 raise ConfigError(f"{where}: {root / cells[0]} cannot be used: {error}") from None
             except ValueError:
-                raise ConfigError(f"{where}: got ratings {cells[2:]}, expected numbers") from None
-            if not all(math.isfinite(rating) for rating in ratings):
+                ratings = [math.nan]
+            if not all(map(math.isfinite, ratings)):
                 raise ConfigError(f"{where}: got ratings {cells[2:]}, expected finite numbers")
             rated += [(image, normalize(cells[1]), rating) for rating in ratings]
     if not rated:
@@ -91,7 +90,7 @@ def _languages(eval_set: EvalSet) -> list[str]:
 def _check(eval_set: EvalSet) -> None:
     if eval_set.ratings is None:
         raise ConfigError(
-            f"eval.sets[].tasks: ratings, but {eval_set.name} has no ratings; name the file under `ratings`"
+            f"eval.sets[].tasks: ratings needs ratings, and {eval_set.name} has none; add the file under `ratings`"
         )
 
 

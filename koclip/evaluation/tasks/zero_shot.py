@@ -15,34 +15,35 @@ from koclip.evaluation.sets import EvalSet
 from koclip.metrics import Metric, difference, mean, mean_per_class, share
 from koclip.text.classes import fill, has_particle, spelt_out
 
-_FEWEST = 3  # other models that a line is drawn through
-_EDGE = 0.5  # images; the logit of 0 and 1 is infinite
-_Ranks = Callable[[torch.Tensor], torch.Tensor]  # of class embeddings (C, D): each image's rank
+_FEWEST = 3  # other models that the line of effective robustness needs
+_EDGE = 0.5  # images; keeps accuracies away from 0 and 1, whose logits are infinite
+_Ranks = Callable[[torch.Tensor], torch.Tensor]  # from class embeddings (C, D) to each image's rank
 
 
 @dataclass(frozen=True)
 class Names:
-    """The candidates, and which of them are right for each image."""
+    """The candidate names, and which of them are right for each image."""
 
     plain: list[str]
-    described: list[str]  # with what they mean, where they may mean several things
-    owned: list[list[int]]  # by image that has any: the right ones
-    images: list[int]  # those images
+    described: list[str]  # ambiguous names with their meaning
+    owned: list[list[int]]  # by image in `images`: the indices of the right names
+    images: list[int]  # the images with at least one right name
 
 
 def names_of(eval_set: EvalSet, language: str) -> Names:
-    """Return a set's candidates: its classes, or all captions of the set, of its shifts and of its gallery."""
+    """Return a set's candidates: its classes, or all captions of the set, of its shifted sets and of its gallery."""
     if eval_set.classes:
-        described = [name.text(language, described=True) for name in eval_set.classes]
         plain = [name.text(language) for name in eval_set.classes]
-        return Names(plain, described, [[label] for label in eval_set.labels], list(range(len(eval_set.labels))))
-    sets = [eval_set, *eval_set.shifted.values()]
-    captions = [text for part in sets for own in part.texts(language) for text in own]
-    plain = list(dict.fromkeys([*captions, *eval_set.gallery.get(language, [])]))
-    return Names(plain, plain, *_owned(eval_set, language, plain))
+        described = [name.text(language, described=True) for name in eval_set.classes]
+    else:
+        sets = [eval_set, *eval_set.shifted.values()]
+        captions = [text for part in sets for own in part.texts(language) for text in own]
+        plain = described = list(dict.fromkeys([*captions, *eval_set.gallery.get(language, [])]))
+    return Names(plain, described, *_owned(eval_set, language, plain))
 
 
 def _owned(eval_set: EvalSet, language: str, names: list[str]) -> tuple[list[list[int]], list[int]]:
+    """Return `Names.owned` and `Names.images` of a set."""
     if eval_set.labels:
         return [[label] for label in eval_set.labels], list(range(len(eval_set.labels)))
     place = {name: number for number, name in enumerate(names)}
@@ -60,24 +61,24 @@ def classifier(embedder: Embedder, names: Sequence[str], templates: Sequence[str
 
 
 def ensemble(prompts: torch.Tensor) -> torch.Tensor:
-    """Return the mean of each class's unit-norm prompts (C, T, D), of unit norm again, (C, D): CLIP's ensemble."""
+    """Return the normalized mean (C, D) of each class's unit-norm prompts (C, T, D): CLIP's ensemble."""
     return F.normalize(prompts.mean(dim=1), dim=-1)
 
 
 def zero_shot(embedder: Embedder, eval_set: EvalSet, language: str, images: torch.Tensor) -> dict[str, Metric]:
     """Classify images by the names of their classes, or without classes by their captions.
 
-    `zero_shot` is the ensemble of all templates. Compared with it: `zero_shot_name` the bare name, `zero_shot_single`
-    the first template alone, `zero_shot_described` names with what they mean. `zero_shot_template_03` is the fourth
-    template alone, compared with the bare name; `zero_shot_particles` all templates with particles, compared with
-    `zero_shot_naive`, the same with "을(를)" spelt out. Gains are of accuracy, image by image.
+    `zero_shot` is the ensemble of all templates. Three variants are compared with it: `zero_shot_name` uses the bare
+    name, `zero_shot_single` the first template, `zero_shot_described` names with their meaning.
+    `zero_shot_template_03` uses the fourth template and is compared with the bare name. `zero_shot_particles` uses the
+    templates with particles and is compared with `zero_shot_naive`, the same with both forms as in "을(를)". Gains are
+    differences of accuracy, image by image.
     """
     names, templates = names_of(eval_set, language), eval_set.templates(language)
-    shown = images[names.images]
     prompts = classifier(embedder, names.plain, templates)
 
     def ranks(classes: torch.Tensor) -> torch.Tensor:
-        return search(shown, classes, names.owned, embedder.spread)[0]
+        return search(images[names.images], classes, names.owned, embedder.spread)[0]
 
     together = ranks(ensemble(prompts))
     metrics = {"zero_shot/accuracy": share(together < 1), "zero_shot/accuracy@5": share(together < 5)}
@@ -99,7 +100,7 @@ def zero_shot(embedder: Embedder, eval_set: EvalSet, language: str, images: torc
 
 
 def _particles(embedder: Embedder, names: Sequence[str], templates: Sequence[str], ranks: _Ranks) -> dict[str, Metric]:
-    """Compare the templates that have particles with themselves, the particles spelt out as in 은(는)."""
+    """Compare the templates that have particles with the same templates with both forms, as in 은(는)."""
     inflected = [template for template in templates if has_particle(template)]
     if not inflected:
         return {}
@@ -119,10 +120,10 @@ def _gain(ranks: torch.Tensor, other: torch.Tensor) -> Metric:
 
 
 def shift(embedder: Embedder, eval_set: EvalSet, language: str, images: torch.Tensor) -> dict[str, Metric]:
-    """Classify the images of other data sets with the same classes, and the set's own images corrupted.
+    """Classify the images of other data sets with the same classes, and the set's own images with corruptions.
 
-    `drop` is the accuracy on the set itself less that on the other; a corruption's is the mean of its severities'
-    (ImageNet-C without its weights).
+    `drop` is the accuracy on the original set minus that on the other set; of a corruption, the mean over its
+    severities (ImageNet-C without its weights).
     """
     names = names_of(eval_set, language)
     classes = ensemble(classifier(embedder, names.plain, eval_set.templates(language)))
@@ -144,22 +145,22 @@ def shift(embedder: Embedder, eval_set: EvalSet, language: str, images: torch.Te
 
 
 def effective_robustness(base: Metric, shifted: Metric, others: list[tuple[Metric, Metric]]) -> Metric:
-    """Return the accuracy under shift less what the line through the other models expects at this base accuracy.
+    """Return the accuracy under shift minus the accuracy that a line through the other models predicts.
 
     Taori et al. 2020, section 4: the line is fitted on logits of accuracies. The interval is that of the accuracy under
-    shift; the line is taken as known.
+    shift; it leaves out the error of the line.
 
     Args:
-        base: The model's accuracy on the set itself.
+        base: The model's accuracy on the original set.
         shifted: Its accuracy on the shifted set.
-        others: Both of the other models.
+        others: Both accuracies of the other models.
 
     Raises:
-        ValueError: there are fewer than three others, or all of them have the same base accuracy.
+        ValueError: there are fewer than three other models, or all of them have the same base accuracy.
     """
     points = np.array([[_logit(before), _logit(after)] for before, after in others])
     if len(points) < _FEWEST or np.ptp(points[:, 0]) == 0:
-        raise ValueError(f"a line takes at least {_FEWEST} other models of different accuracy, got {len(points)}")
+        raise ValueError(f"others: got {len(points)} models, expected at least {_FEWEST} of different base accuracy")
     slope, offset = np.polyfit(points[:, 0], points[:, 1], deg=1)
     expected = float(expit(slope * _logit(base) + offset))
     low, high = shifted.ci95
@@ -172,7 +173,7 @@ def _logit(accuracy: Metric) -> float:
 
 
 def add_effective_robustness(results: dict[str, dict[str, Metric]]) -> None:
-    """Add `effective_robustness` to every shift of every model's metrics, where the other models allow a line."""
+    """Add `effective_robustness` to every shift of every model's metrics if there are enough other models."""
     for model, metrics in results.items():
         for record in records_of(metrics, [_BASE, _SHIFTED]):
             if record.spec is not _SHIFTED:
@@ -184,12 +185,8 @@ def add_effective_robustness(results: dict[str, dict[str, Metric]]) -> None:
                 metrics[f"{record.dataset}/{record.language}/{record.task}/effective_robustness"] = robustness
 
 
-_BARE, _ALONE = "zero_shot_name/gain_over_ensemble", "zero_shot_template_{template:d}"
-_LESS_BARE = "Each template alone, less the bare name"
-
-
 def confusions(embedder: Embedder, eval_set: EvalSet) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the numbers (C, C) of images by class and answer, for each language; nothing for a set without classes."""
+    """Yield for each language the numbers of images (C, C) by class and answer; nothing for a set without classes."""
     if not eval_set.classes:
         return
     labels, size = torch.tensor(eval_set.labels), len(eval_set.classes)
@@ -201,6 +198,8 @@ def confusions(embedder: Embedder, eval_set: EvalSet) -> Iterator[tuple[str, tor
         yield language, torch.bincount(labels * size + answers, minlength=size**2).view(size, size)
 
 
+_BARE, _ALONE = "zero_shot_name/gain_over_ensemble", "zero_shot_template_{template:d}"
+_GAIN = "Each template alone, minus the bare name"
 ZERO_SHOT = Task(
     "zero_shot",
     lambda embedder, eval_set, language: zero_shot(embedder, eval_set, language, embedder.images(eval_set.images)),
@@ -209,20 +208,20 @@ ZERO_SHOT = Task(
         Spec(
             "zero_shot/accuracy",
             "zero-shot accuracy",
-            summary="images whose class is found by its name",
+            summary="images classified correctly by the names of the classes",
             chart=("shots", "zero-shot"),
             headline={"ko": "한국어 이름으로 분류한 정확도"},
             watched=True,
         ),
         Spec("zero_shot/mean_per_class", "zero-shot, mean over classes"),
         Spec("zero_shot/accuracy@5", "zero-shot, among the first 5"),
-        Spec("zero_shot_single/gain_over_ensemble", "first template less all", "points"),
-        Spec(_BARE, "bare name less all templates", "points", chart=("templates", "bare")),
-        Spec("zero_shot_particles/gain", "right particles less spelt out", "points"),
-        Spec("zero_shot_described/gain", "described names less plain", "points"),
+        Spec("zero_shot_single/gain_over_ensemble", "first template minus all", "points"),
+        Spec(_BARE, "bare name minus all templates", "points", chart=("templates", "bare")),
+        Spec("zero_shot_particles/gain", "right particles minus both forms", "points"),
+        Spec("zero_shot_described/gain", "described names minus plain", "points"),
         Spec("zero_shot_described/gain_ambiguous", "the same, ambiguous names", "points"),
         Spec(f"{_ALONE}/accuracy", "template {template:02d}", group="Each template alone, accuracy"),
-        Spec(f"{_ALONE}/gain_over_name", "template {template:02d}", "points", _LESS_BARE, chart=("templates", "gain")),
+        Spec(f"{_ALONE}/gain_over_name", "template {template:02d}", "points", _GAIN, chart=("templates", "gain")),
         Spec("zero_shot_{prompt}/accuracy", "{prompt}", group="Accuracy by kind of prompt"),
     ),
     confusions=confusions,
