@@ -6,6 +6,7 @@ that embed texts and images. The directory stays a model of transformers, with o
 
 import json
 from pathlib import Path
+from typing import Any
 
 from koclip import storage
 
@@ -19,7 +20,7 @@ _MODULES = (
 def describe(directory: Path) -> list[Path]:
     """Write the files for sentence-transformers into a model's directory; return them."""
     features = {side: f"get_{side}_features" for side in ("text", "image")}
-    contents = {
+    contents: dict[str, Any] = {
         MODULES: [
             {"idx": number, "name": str(number), "path": path, "type": kind}
             for number, (path, kind) in enumerate(_MODULES)
@@ -34,6 +35,10 @@ def describe(directory: Path) -> list[Path]:
         "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
         f"{FOLDER}/config.json": {},
     }
+    settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if "attention_mask" not in settings.get("model_input_names", ["attention_mask"]):  # SigLIP: padded, without a mask
+        padded = {"padding": "max_length", "max_length": settings["model_max_length"], "truncation": True}
+        contents["sentence_bert_config.json"]["processing_kwargs"] = {"text": padded}
     for name, content in contents.items():
         storage.replace_text(directory / name, json.dumps(content, indent=2) + "\n")
     return [directory / name for name in contents]
