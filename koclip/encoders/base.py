@@ -1,7 +1,7 @@
-"""The `Encoder`: what every dual encoder offers, whatever library it comes from, and what its subclasses share.
+"""The `Encoder`: the interface of all dual encoders, and functions that its subclasses share.
 
-To embed with a new kind of model, add one file to this folder: a subclass of `Encoder` that defines the abstract
-methods below, and `FORM` and `open_spec`, which `koclip.load` looks for (`koclip.encoders`).
+To embed with a new kind of model, add one file to this folder: a subclass of `Encoder` with the abstract methods below,
+and `FORM` and `open_spec` for `koclip.load` (see `koclip.encoders`).
 """
 
 import json
