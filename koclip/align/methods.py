@@ -21,7 +21,6 @@ from koclip.models.swap import swap_text_tower
 from koclip.optim import depth
 from koclip.text import tokenizers
 
-
 Source: TypeAlias = StockModel | PreTrainedModel  # a dual encoder, or an image tower alone
 Weights: TypeAlias = dict[str, torch.Tensor]
 
@@ -80,8 +79,8 @@ def load_teacher(clip: Source, path: str) -> tuple[StockModel, PreTrainedTokeniz
     """
     if not is_stock(clip):
         raise ConfigError(
-            f"model.clip: {_alone(path, clip)}, but a teacher needs a text tower: name a CLIP, or set distill.anchor to "
-            "0 and align.method to a method without a teacher"
+            f"model.clip: {_alone(path, clip)}, but a teacher needs a text tower: name a CLIP, or set distill.anchor "
+            "to 0 and align.method to a method without a teacher"
         )
     text: Any = clip.config.text_config
     return clip, tokenizers.load(path, text.max_position_embeddings, text, probes=["a photo of a cat"])

@@ -123,7 +123,7 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Limit the scale to 100, as in the paper, or to the source's scale if it is larger. Call it after each step."""
+        """Limit the scale to 100, as in the paper, or to the source's scale if it is larger. Call it each step."""
         parts(self.model).logit_scale.clamp_(max=self.max_logit_scale)
 
     @torch.no_grad()
@@ -189,7 +189,10 @@ def checkpoint_gradients(model: StockModel, image: bool, text: bool) -> None:
     """
     for name, tower, recompute in (("image", parts(model).image_tower, image), ("text", parts(model).text_tower, text)):
         if recompute:
-            key, advice = f"model.{name}_gradient_checkpointing", f"not supported by a {type(tower).__name__}: set false"
+            key, advice = (
+                f"model.{name}_gradient_checkpointing",
+                f"not supported by a {type(tower).__name__}: set false",
+            )
             check(tower.supports_gradient_checkpointing, key, recompute, advice)
             tower.activation_checkpointing_enable({"use_reentrant": False})
 

@@ -67,8 +67,8 @@ def load_image_side(path: str) -> tuple[StockModel | PreTrainedModel, Any]:
     if model.main_input_name != "pixel_values" or hasattr(model, "text_model"):
         raise ConfigError(
             f"{_CLIP}: {path} is a {type(model).__name__}, expected one of "
-            f"{', '.join(layout.model_class.__name__ for layout in LAYOUTS)}, or an image tower: give another path (for "
-            "SigLIP 2 a model with a fixed resolution, not NaFlex)"
+            f"{', '.join(layout.model_class.__name__ for layout in LAYOUTS)}, or an image tower: give another path "
+            "(for SigLIP 2 a model with a fixed resolution, not NaFlex)"
         )
     if _lacks_only_the_pooler(model, problems) and hasattr(model.config, "pooler_act"):
         del problems["missing_keys"]

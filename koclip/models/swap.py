@@ -149,7 +149,7 @@ def _as_pair(image: _ImageSide, text_encoder: PreTrainedModel) -> StockModel:
     if text_encoder.config.model_type != "clip_text_model" and getattr(text_encoder, "pooler", None) is None:
         raise ConfigError(
             f"text encoder: got a {type(text_encoder).__name__} without a pooler, expected a pooler, because a "
-            "VisionTextDualEncoderModel projects its output; load the encoder with its pooler, or use a CLIP image tower"
+            "VisionTextDualEncoderModel projects its output; load it with its pooler, or use a CLIP image tower"
         )
     if image.tower.config.model_type in _CLIP_VITS:  # not every class of these towers can be loaded alone
         tower: Any = CLIPVisionModel(CLIPVisionConfig(**image.vision_config))
