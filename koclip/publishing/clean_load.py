@@ -27,9 +27,10 @@ def main(directory: str, folder: Path) -> dict[str, Any]:
     model.eval()
     processor: Any = AutoProcessor.from_pretrained(directory)
     pictures = [Image.open(file) for file in inputs["pictures"]]
-    options = {"padding": True, "truncation": True, "return_tensors": "pt"}
-    encoded = processor(text=inputs["texts"], images=pictures, **options)
-    text_inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    names = [name for name in ("input_ids", "attention_mask") if name in processor.tokenizer.model_input_names]
+    padding = True if "attention_mask" in names else "max_length"  # SigLIP was trained on padded texts, without a mask
+    encoded = processor(text=inputs["texts"], images=pictures, padding=padding, truncation=True, return_tensors="pt")
+    text_inputs = {name: encoded[name] for name in names}
     with torch.inference_mode():
         features = {
             "image": model.get_image_features(pixel_values=encoded["pixel_values"]).pooler_output,

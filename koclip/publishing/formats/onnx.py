@@ -29,7 +29,8 @@ from koclip.encoders import load
 from koclip.encoders.transformers import encode
 from koclip.models import StockModel
 from koclip.models.dual_encoder import encode_images, encode_texts
-from koclip.models.stock import longest_text
+from koclip.models.stock import layout_of, longest_text
+from koclip.text import tokenizers
 
 FOLDER = "onnx"
 SIDES = ("vision_model", "text_model")
@@ -55,12 +56,12 @@ class _Texts(nn.Module):
     """The text side. A text's tokens come first in its row, at most `longest` of them, and `end` is among them.
 
     A CLIP reads the embedding at the first end token, in a row without one at the first place, which holds the same
-    token in every text.
+    token in every text. A class that reads no mask gets every row padded to `longest` with `pad`.
     """
 
-    def __init__(self, model: StockModel, longest: int, end: int | None) -> None:
+    def __init__(self, model: StockModel, longest: int, end: int | None, pad: int | None) -> None:
         super().__init__()
-        self.model, self.longest, self.end = model, longest, end
+        self.model, self.longest, self.end, self.pad = model, longest, end, pad
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         length = input_ids.shape[1]
@@ -73,7 +74,11 @@ class _Texts(nn.Module):
             ended = ((input_ids == self.end) & (attention_mask == 1)).any(dim=1, keepdim=True)
             last = (places * attention_mask).amax(dim=1, keepdim=True)  # (B, 1)
             input_ids = torch.where(~ended & (places == last), self.end, input_ids)
-        return encode_texts(self.model, input_ids[:, : self.longest], attention_mask[:, : self.longest])
+        input_ids, attention_mask = input_ids[:, : self.longest], attention_mask[:, : self.longest]
+        if self.pad is not None:
+            input_ids = torch.where(attention_mask == 1, input_ids, self.pad)
+            input_ids = nn.functional.pad(input_ids, (0, self.longest), value=self.pad)[:, : self.longest]
+        return encode_texts(self.model, input_ids, attention_mask)
 
 
 class Probe(NamedTuple):
@@ -207,16 +212,24 @@ def _text_side(model: StockModel, processor: ProcessorMixin) -> tuple[nn.Module,
     long = [" ".join(texts * (longest // 2)) for texts in (captions[:2], captions[2:4])]
     tokens = [tokenizer(text, verbose=False)["input_ids"] for text in (*captions[:4], *long)]
     last = tokens[0][-1]
-    side = _Texts(model, longest, end=last if last in tokenizer.all_special_ids else None)
+    pad = None if layout_of(model).reads_mask else tokenizer.pad_token_id
+    side = _Texts(model, longest, last if last in tokenizer.all_special_ids else None, pad)
 
     whole = encode(tokenizer, captions, model.text_model)
-    cut = encode(tokenizer, [*captions[:4], *long, *long], model.text_model)
+    fitted = [captions, [*captions[:4], *long, *long]]
+    if pad is None:
+        fits = [encode(tokenizer, texts, model.text_model) for texts in fitted]
+    else:
+        fits = [tokenizers.encode(tokenizer, texts, padding=True, return_tensors="pt") for texts in fitted]
     sent: Any = {"input_ids": [*tokens, *(ids[:longest] for ids in tokens[4:])]}
     with _quiet():
-        odd = [tokenizer.pad(sent, padding_side=where, return_tensors="pt") for where in ("left", "right")]
+        odd = [
+            tokenizer.pad(sent, return_attention_mask=True, padding_side=where, return_tensors="pt")
+            for where in ("left", "right")
+        ]
     return side, [
-        Probe({name: given[name] for name in _TEXT_INPUTS}, encode_texts(model, *(fits[name] for name in _TEXT_INPUTS)))
-        for given, fits in ((whole, whole), *((padded, cut) for padded in odd))
+        Probe({name: given[name] for name in _TEXT_INPUTS}, encode_texts(model, *(fit[name] for name in _TEXT_INPUTS)))
+        for given, fit in ((whole, fits[0]), *((padded, fits[1]) for padded in odd))
     ]
 
 

@@ -6,6 +6,7 @@ model's methods embeds what. No weight is written twice, and the directory stays
 
 import json
 from pathlib import Path
+from typing import Any
 
 from koclip import storage
 
@@ -19,7 +20,7 @@ _MODULES = (
 def describe(directory: Path) -> list[Path]:
     """Write the files that sentence-transformers needs into a model's directory; return them."""
     features = {side: f"get_{side}_features" for side in ("text", "image")}
-    contents = {
+    contents: dict[str, Any] = {
         MODULES: [
             {"idx": number, "name": str(number), "path": path, "type": kind}
             for number, (path, kind) in enumerate(_MODULES)
@@ -34,6 +35,10 @@ def describe(directory: Path) -> list[Path]:
         "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
         f"{FOLDER}/config.json": {},
     }
+    settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if "attention_mask" not in settings.get("model_input_names", ["attention_mask"]):  # SigLIP: padded, without a mask
+        padded = {"padding": "max_length", "max_length": settings["model_max_length"], "truncation": True}
+        contents["sentence_bert_config.json"]["processing_kwargs"] = {"text": padded}
     files = []
     for name, content in contents.items():
         file = directory / name
