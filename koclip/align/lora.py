@@ -126,11 +126,9 @@ def attach(model: StockModel, config: AdapterConfig, new_text: bool = True, seed
 
 
 def merge(model: StockModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the stock weights with adapters merged, in fp32. `model` is not changed.
+    """Return the stock weights with adapters merged, in fp32. `model` has adapters, and is not changed.
 
-    Args:
-        model: The model with adapters.
-        state_dict: Weights of the model, of its moving average, or of its `DualEncoder`, whose names are kept.
+    `state_dict` has the weights of the model, of its moving average, or of its `DualEncoder`, whose names are kept.
     """
     weights = {name: value.float() if value.is_floating_point() else value for name, value in state_dict.items()}
     layers = [name.removesuffix(".base_layer.weight") for name in weights if name.endswith(".base_layer.weight")]

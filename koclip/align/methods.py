@@ -48,14 +48,7 @@ def adapt(
     image_processor: Any,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[StockModel, ProcessorMixin]:
-    """Return the dual encoder to train, and its processor.
-
-    Args:
-        config: The text side.
-        clip: The source.
-        encoder: The text encoder that `text_encoder` returned.
-        image_processor: The source's image processor.
-        tokenizer: The tokenizer of the text encoder.
+    """Return the dual encoder to train, and its processor. `encoder` is what `text_encoder` returned.
 
     Raises:
         ConfigError: no stock class can hold this pair.
@@ -126,12 +119,8 @@ class Method(NamedTuple):
 def set_trainable(encoder: DualEncoder, config: AlignConfig, stage: Stage, clip: Source) -> None:
     """Set `requires_grad` for a stage that trains weights. Not for adapters: PEFT sets it.
 
-    Args:
-        encoder: The dual encoder.
-        config: The method, and the number of layers of the image tower to train.
-        stage: The stage.
-        clip: The source. Its logit scale is trained only if the image tower is trained. If the source is an image tower
-            alone, the logit scale is new, and is trained.
+    The logit scale of the source `clip` is trained only if the image tower is trained. If the source is an image tower
+    alone, the logit scale is new, and is trained.
 
     Raises:
         ConfigError: the image tower has fewer layers than `align.image_layers`.
@@ -194,11 +183,8 @@ class AlignedModelWriter:
     """Writes the trained stock model, with adapters merged, or with weights averaged with those before training.
 
     Adapters are also written to `adapter/`. If the text encoder is new, their base model is in the folder
-    `koclip.align.lora.BASE` beside the model.
-
-    Args:
-        config: The run's configuration.
-        model: The model before training, without adapters. Its weights are copied if `align.wise_ft` averages them.
+    `koclip.align.lora.BASE` beside the model. `model` is the model before training, without adapters. Its weights are
+    copied if `align.wise_ft` averages them.
     """
 
     def __init__(self, config: AlignConfig, model: StockModel) -> None:

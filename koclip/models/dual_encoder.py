@@ -178,7 +178,11 @@ def from_scratch(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tup
     if config.patch_dropout:
         drop_patches(parts(model).image_tower, config.patch_dropout)
     checkpoint_gradients(model, config.image_gradient_checkpointing, config.text_gradient_checkpointing)
-    return model, _processor(image_size, model, tokenizer)
+    images = CLIPImageProcessor(
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+    )
+    kind: Any = layout_of(model).processor_class
+    return model, kind(image_processor=images, tokenizer=tokenizer)
 
 
 def checkpoint_gradients(model: StockModel, image: bool, text: bool) -> None:
@@ -189,11 +193,8 @@ def checkpoint_gradients(model: StockModel, image: bool, text: bool) -> None:
     """
     for name, tower, recompute in (("image", parts(model).image_tower, image), ("text", parts(model).text_tower, text)):
         if recompute:
-            key, advice = (
-                f"model.{name}_gradient_checkpointing",
-                f"not supported by a {type(tower).__name__}: set false",
-            )
-            check(tower.supports_gradient_checkpointing, key, recompute, advice)
+            key, expected = f"model.{name}_gradient_checkpointing", f"a {type(tower).__name__} needs false"
+            check(tower.supports_gradient_checkpointing, key, recompute, expected)
             tower.activation_checkpointing_enable({"use_reentrant": False})
 
 
@@ -253,13 +254,8 @@ def _clip(preset: Preset, text: CLIPTextConfig, logit_scale: float) -> StockMode
         "patch_size": preset.patch_size,
         "projection_dim": preset.embed_dim,
     }
-    config = CLIPConfig(
-        text_config=text.to_dict(),
-        vision_config=vision,
-        projection_dim=preset.embed_dim,
-        logit_scale_init_value=logit_scale,
-    )
-    return CLIPModel(config)
+    shared: dict[str, Any] = {"projection_dim": preset.embed_dim, "logit_scale_init_value": logit_scale}
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision, **shared))
 
 
 def _around_image_tower(preset: Preset, text: CLIPTextConfig, logit_scale: float) -> tuple[StockModel, int]:
@@ -273,15 +269,6 @@ def _around_image_tower(preset: Preset, text: CLIPTextConfig, logit_scale: float
         if name.endswith("mask_token"):  # for masked-image training; DDP fails on parameters without a gradient
             parameter.requires_grad_(False)
     return VisionTextDualEncoderModel(config, vision_model=image_tower, text_model=CLIPTextModel(text)), image_size
-
-
-def _processor(image_size: int, model: StockModel, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
-    images = CLIPImageProcessor(
-        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
-    )
-    kind: Any = layout_of(model).processor_class
-    processor: ProcessorMixin = kind(image_processor=images, tokenizer=tokenizer)
-    return processor
 
 
 def drop_patches(vision_model: nn.Module, share: float) -> None:

@@ -8,6 +8,7 @@ pool has a bias, but the stock class's `visual_projection` has none. So a model 
 """
 
 import dataclasses
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,33 +45,21 @@ class Preset:
     head_width: int = HEAD_WIDTH
 
 
+def _vit(
+    image: tuple[int, int, int, int], text: tuple[int, int], embed_dim: int, head_width: int = HEAD_WIDTH
+) -> Preset:
+    """Return a preset with a ViT, from (image size, patch size, width, layers) and the text tower's (width, layers)."""
+    sizes: dict[str, Any] = dict(zip(("image_size", "patch_size", "image_width", "image_layers"), image, strict=True))
+    return Preset(**sizes, text_width=text[0], text_layers=text[1], embed_dim=embed_dim, head_width=head_width)
+
+
 PRESETS: dict[str, Preset] = {
-    "tiny": Preset(
-        image_size=40,
-        patch_size=8,
-        image_width=128,
-        image_layers=3,
-        text_width=128,
-        text_layers=2,
-        embed_dim=128,
-        head_width=32,
-    ),
-    "small": Preset(
-        image_size=48,
-        patch_size=8,
-        image_width=192,
-        image_layers=4,
-        text_width=192,
-        text_layers=2,
-        embed_dim=192,
-        head_width=32,
-    ),
-    "vit_b32": Preset(image_size=224, patch_size=32, image_width=768, image_layers=12, text_width=512, embed_dim=512),
-    "vit_b16": Preset(image_size=224, patch_size=16, image_width=768, image_layers=12, text_width=512, embed_dim=512),
-    "vit_l14": Preset(image_size=224, patch_size=14, image_width=1024, image_layers=24, text_width=768, embed_dim=768),
-    "vit_l14_336": Preset(
-        image_size=336, patch_size=14, image_width=1024, image_layers=24, text_width=768, embed_dim=768
-    ),
+    "tiny": _vit((40, 8, 128, 3), (128, 2), embed_dim=128, head_width=32),
+    "small": _vit((48, 8, 192, 4), (192, 2), embed_dim=192, head_width=32),
+    "vit_b32": _vit((224, 32, 768, 12), (512, 12), embed_dim=512),
+    "vit_b16": _vit((224, 16, 768, 12), (512, 12), embed_dim=512),
+    "vit_l14": _vit((224, 14, 1024, 24), (768, 12), embed_dim=768),
+    "vit_l14_336": _vit((336, 14, 1024, 24), (768, 12), embed_dim=768),
     "rn50": Preset(image_tower="timm:resnet50_clip", image_size=224, text_width=512, embed_dim=1024),
     "rn101": Preset(image_tower="timm:resnet101_clip", image_size=224, text_width=512, embed_dim=512),
     "rn50x4": Preset(image_tower="timm:resnet50x4_clip", image_size=288, text_width=640, embed_dim=640),
@@ -150,7 +139,7 @@ def _timm_config(architecture: str) -> TimmWrapperConfig:
     timm = _timm()
     similar = timm.list_models(f"*{architecture.split('_')[0]}*")[:5]
     check(
-        timm.is_model(architecture), "model.preset", f"timm:{architecture}", f"no such architecture; close: {similar}"
+        timm.is_model(architecture), "model.preset", f"timm:{architecture}", f"no such architecture; similar: {similar}"
     )
     return TimmWrapperConfig(architecture=architecture)
 
@@ -174,19 +163,12 @@ def _image_size(config: Any) -> int:
 def _resize(config: Any, image_size: int) -> None:
     """Set the image size of the position embeddings. Convolutional towers have none and accept any size."""
     if isinstance(config, TimmWrapperConfig):
-        if _timm_takes_size(config, image_size):
-            config.model_args = {**(config.model_args or {}), "img_size": image_size}
+        arguments = {**(config.model_args or {}), "img_size": image_size}
+        with suppress(TypeError), torch.device("meta"):  # TypeError: the tower has no such argument
+            _timm().create_model(config.architecture, **arguments)
+            config.model_args = arguments
     elif hasattr(config, "image_size"):
         config.image_size = image_size
-
-
-def _timm_takes_size(config: TimmWrapperConfig, image_size: int) -> bool:
-    try:
-        with torch.device("meta"):
-            _timm().create_model(config.architecture, **{**(config.model_args or {}), "img_size": image_size})
-    except TypeError:  # an unexpected keyword argument
-        return False
-    return True
 
 
 def _pooled_width(config: Any, name: str, image_size: int) -> int:

@@ -109,7 +109,10 @@ def load_text_encoder(path: str, seed: int = 0) -> PreTrainedModel:
     check(fits, _TEXT, path, f"a {type(encoder).__name__}, which does not read text: expected a text encoder")
     if _lacks_only_the_pooler(encoder, problems):
         del problems["missing_keys"]
-        _identity_pooler(encoder)
+        pooler: Any = encoder.pooler
+        linear = getattr(pooler, "dense", pooler)  # in ALBERT and BigBird the pooler is the linear layer
+        nn.init.eye_(linear.weight)
+        nn.init.zeros_(linear.bias)
     refuse(path, _TEXT, encoder, _without_heads(encoder, problems))
     _pad_as_the_tokenizer_beside_it(path.removeprefix("auto:"), encoder)
     return encoder
@@ -147,10 +150,7 @@ def is_hub_id(name: str) -> bool:
 def read(path: str | Path, key: str, subfolder: str = "") -> tuple[Any, dict[str, list[str]]]:
     """Load a model in fp32 and evaluation mode. Also return the problems of its weights: kind of problem -> names.
 
-    Args:
-        path: Directory or Hub id.
-        key: The configuration key, for error messages.
-        subfolder: Folder of the model in the directory or repository.
+    `key` is the configuration key of `path`, for error messages.
 
     Raises:
         ConfigError: the model cannot be loaded.
@@ -233,14 +233,6 @@ def _pad_as_the_tokenizer_beside_it(path: str, encoder: PreTrainedModel) -> None
     empty = len(tokenizer) <= len(set(tokenizer.all_special_ids))  # a tokenizer built without files
     if not empty and len(tokenizer) <= encoder.config.vocab_size:
         take_padding(encoder, tokenizer.pad_token_id)
-
-
-@torch.no_grad()
-def _identity_pooler(text_encoder: PreTrainedModel) -> None:
-    pooler: Any = text_encoder.pooler
-    linear = getattr(pooler, "dense", pooler)  # in ALBERT and BigBird the pooler is the linear layer
-    nn.init.eye_(linear.weight)
-    nn.init.zeros_(linear.bias)
 
 
 def _from_config(path: str, seed: int) -> Any:

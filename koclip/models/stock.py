@@ -235,7 +235,7 @@ def _name_for_all(model: Any, name: str) -> str:
 def _let_transformers_4_read(directory: Path) -> None:
     """Use the names of transformers 4 in the settings files. transformers 5 reads them too."""
     for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
-        values = _renamed(json.loads((directory / name).read_text(encoding="utf-8")))
+        values = json.loads((directory / name).read_text(encoding="utf-8"), object_hook=_renamed)
         if isinstance(values.get("extra_special_tokens"), list):  # a dictionary in transformers 4
             values["additional_special_tokens"] = values.pop("extra_special_tokens")
         text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -243,10 +243,6 @@ def _let_transformers_4_read(directory: Path) -> None:
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """Return nested settings with the class names of transformers 4."""
-    renamed: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in ("tokenizer_class", "processor_class", "image_processor_type"):
-            value = _NAMES_IN_4.get(value, value)
-        renamed[key] = _renamed(value) if isinstance(value, dict) else value
-    return renamed
+    """Return settings with the class names of transformers 4."""
+    classes = ("tokenizer_class", "processor_class", "image_processor_type")
+    return {key: _NAMES_IN_4.get(value, value) if key in classes else value for key, value in values.items()}

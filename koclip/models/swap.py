@@ -210,7 +210,6 @@ def _from_distilbert(encoder: PreTrainedModel) -> tuple[dict[str, Any], dict[str
     return text, weights
 
 
-@torch.no_grad()
 def linear_pooler(vision_model: nn.Module) -> None:
     """Make a ViT's pooler return the class token, for checkpoints without a pooler (google/vit-*).
 
