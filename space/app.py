@@ -1,7 +1,7 @@
 """Show a model in the browser: zero-shot classification, image search, captions and heat maps.
 
-python space/app.py --model runs/mine/model --index index/     # recipes/index.py makes the index
-python space/app.py                                            # the newest run in runs/, and the built-in images
+koclip space --model runs/mine/model --index index/     # `koclip index` makes the index
+koclip space                                            # the newest run in runs/, and the built-in images
 
 On Hugging Face Spaces, the variables `KOCLIP_MODEL` and `KOCLIP_INDEX` name the model and the index. space/README.md
 describes the API.
@@ -47,9 +47,7 @@ def newest_run(root: Path = Path("runs")) -> str:
         ConfigError: there is no run.
     """
     configs = sorted(root.glob("*/model/config.json"), key=lambda path: path.stat().st_mtime)
-    fix = (
-        "train a model with `accelerate launch recipes/pretrain.py` (4 minutes), or give --model <directory or Hub id>"
-    )
+    fix = "train a model with `koclip pretrain` (4 minutes), or give --model <directory or Hub id>"
     check(bool(configs), "model", None, f"no run in {root}/ has a model; {fix}")
     return str(configs[-1].parent)
 
@@ -66,7 +64,7 @@ def open_collection(directory: str | None, model: str, encoder: Encoder) -> Imag
         return open_index(Path(_WORK) / "index")
     index = open_index(directory)
     ours = index.facts.get("fingerprint") == encoder.fingerprint()
-    again = f"make a new one: python recipes/index.py --model {model} --images <folder> --output_dir <index>"
+    again = f"make a new one: koclip index --model {model} --images <folder> --output_dir <index>"
     check(ours, "index", directory, f"it has the embeddings of another model ({index.facts.get('model')}); {again}")
     return index
 
@@ -113,7 +111,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument(
         "--index",
         default=os.environ.get("KOCLIP_INDEX"),
-        help="directory that recipes/index.py made; default: built-in images",
+        help="directory that `koclip index` made; default: built-in images",
     )
     parser.add_argument(
         "--host",
