@@ -1,4 +1,4 @@
-"""A program: load a published directory where neither koclip nor PEFT can be imported, and embed with it.
+"""A program that loads a published directory and embeds with it, without koclip and PEFT.
 
 python -I clean_load.py <directory> <folder> reads folder/inputs.json ({"texts": [...], "pictures": [files], "pairs":
 [[NFC, NFD], ...], "threads": n}), writes folder/embeddings.safetensors ("image" (N, D), "text" (M, D), unit norm) and
@@ -51,5 +51,5 @@ def _ids(processor: Any, text: str) -> Any:
 
 
 if __name__ == "__main__":
-    # `python -I` leaves the current directory out of the path, where koclip's files may lie.
+    # `python -I` keeps the current directory out of the import path: it may contain koclip.
     sys.stdout.write(json.dumps(main(sys.argv[1], Path(sys.argv[2]))) + "\n")

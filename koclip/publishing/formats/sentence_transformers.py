@@ -1,7 +1,7 @@
-"""Let `SentenceTransformer(directory)` load a published dual encoder, and embed texts and pictures in one space.
+"""Let `SentenceTransformer(directory)` load a published dual encoder, and embed texts and images in one space.
 
-sentence-transformers (5.4 and newer) reads four small files beside the model: which modules there are, and which of the
-model's methods embeds what. No weight is written twice, and the directory stays a model of transformers.
+sentence-transformers (5.4 and newer) reads four small files beside the model: its modules, and the methods of the model
+that embed texts and images. The directory stays a model of transformers, with one copy of the weights.
 """
 
 import json
@@ -18,7 +18,7 @@ _MODULES = (
 
 
 def describe(directory: Path) -> list[Path]:
-    """Write the files that sentence-transformers needs into a model's directory; return them."""
+    """Write the files for sentence-transformers into a model's directory; return them."""
     features = {side: f"get_{side}_features" for side in ("text", "image")}
     contents: dict[str, Any] = {
         MODULES: [
@@ -39,9 +39,6 @@ def describe(directory: Path) -> list[Path]:
     if "attention_mask" not in settings.get("model_input_names", ["attention_mask"]):  # SigLIP: padded, without a mask
         padded = {"padding": "max_length", "max_length": settings["model_max_length"], "truncation": True}
         contents["sentence_bert_config.json"]["processing_kwargs"] = {"text": padded}
-    files = []
     for name, content in contents.items():
-        file = directory / name
-        storage.replace_text(file, json.dumps(content, indent=2) + "\n")
-        files.append(file)
-    return files
+        storage.replace_text(directory / name, json.dumps(content, indent=2) + "\n")
+    return [directory / name for name in contents]
