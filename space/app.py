@@ -47,9 +47,7 @@ def newest_run(root: Path = Path("runs")) -> str:
         ConfigError: there is no run.
     """
     configs = sorted(root.glob("*/model/config.json"), key=lambda path: path.stat().st_mtime)
-    fix = (
-        "train a model with `accelerate launch recipes/pretrain.py` (4 minutes), or give --model <directory or Hub id>"
-    )
+    fix = "train a model with `koclip pretrain` (4 minutes), or give --model <directory or Hub id>"
     check(bool(configs), "model", None, f"no run in {root}/ has a model; {fix}")
     return str(configs[-1].parent)
 
@@ -66,7 +64,7 @@ def open_collection(directory: str | None, model: str, encoder: Encoder) -> Imag
         return open_index(Path(_WORK) / "index")
     index = open_index(directory)
     ours = index.facts.get("fingerprint") == encoder.fingerprint()
-    again = f"make a new one: python recipes/index.py --model {model} --images <folder> --output_dir <index>"
+    again = f"make a new one: koclip index --model {model} --images <folder> --output_dir <index>"
     check(ours, "index", directory, f"it has the embeddings of another model ({index.facts.get('model')}); {again}")
     return index
 

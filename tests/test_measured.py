@@ -69,7 +69,7 @@ def test_the_numbers_of_another_model_are_refused(run, trained, name):
 
 def test_numbers_that_do_not_say_of_which_weights_they_are_are_refused(run):
     say(run, fingerprint=None)
-    command = "python recipes/evaluate.py --model .*/copy/model --output_dir runs/measured"
+    command = "koclip evaluate --model .*/copy/model --output_dir runs/measured"
     with pytest.raises(ConfigError, match=f"results.json, fingerprint: got None, .*{command}"):
         card_of(run)
 

@@ -258,7 +258,7 @@ def open_index(directory: str | Path) -> ImageIndex:
     """
     directory = Path(directory)
     facts = Store(directory, "index").facts()
-    command = "python recipes/index.py --model <model> --images <folder> --output_dir <index>"
+    command = "koclip index --model <model> --images <folder> --output_dir <index>"
     if facts is None:
         raise ConfigError(f"index: got {directory}, expected a directory with {FACTS}; this builds it: {command}")
     num_images = facts.get("num_images")
