@@ -1,12 +1,13 @@
 """Make the pictures of the documents from a model that was trained on the built-in scenes.
 
     accelerate launch recipes/pretrain.py --output_dir runs/quickstart       # 4 minutes on 2 CPU cores
-    python docs/make_pictures.py --model runs/quickstart/model               # 2 minutes more
+    python docs/make_pictures.py --model runs/quickstart/model               # 4 minutes more
 
 It needs the extra `dev` and Chromium (`apt-get install chromium`). The pictures go to docs/pictures.
 """
 
 import argparse
+import base64
 import io
 import os
 import shutil
@@ -20,10 +21,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import nbformat
+from nbclient import NotebookClient
 from PIL import Image
 from playwright import sync_api as playwright
 
 ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "docs" / "notebooks" / "search_in_korean.ipynb"
 CHARTS = {"queries-scenes": "queries", "recall-scenes": "recall", "stress-scenes": "stress"}  # of the report
 DESKTOP = {"viewport": {"width": 1_120, "height": 800}}
 PHONE = {"viewport": {"width": 390, "height": 800}, "device_scale_factor": 2}
@@ -33,7 +37,7 @@ COLOURS = 192  # of a picture's palette: small files, no visible change
 
 
 def main() -> None:
-    """Evaluate the model, show it in the Space, and save the pictures of both."""
+    """Evaluate the model, show it in the Space, run the notebook, and save the pictures of all three."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="runs/quickstart/model", help="directory; trained on the built-in scenes")
     parser.add_argument("--output_dir", default=str(ROOT / "docs" / "pictures"))
@@ -44,6 +48,7 @@ def main() -> None:
         report = evaluated(model, Path(folder) / "evaluation")
         for chart, name in CHARTS.items():
             save((report.parent / "pictures" / f"{chart}.png").read_bytes(), output / f"{name}.png")
+        save(search_of_notebook(Path(folder)), output / "notebook_search.png")
         page = opened.new_page(**DESKTOP)
         page.goto(report.as_uri())
         save(page.screenshot(), output / "report.png")
@@ -61,6 +66,16 @@ def evaluated(model: Path, folder: Path) -> Path:
     command = [sys.executable, ROOT / "recipes" / "evaluate.py", "--model", model, "--output_dir", folder]
     subprocess.run([str(part) for part in command], check=True)
     return folder / "report.html"
+
+
+def search_of_notebook(folder: Path) -> bytes:
+    """Run the notebook in a folder; return the picture that it draws."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return base64.b64decode(
+        next(output.data["image/png"] for output in outputs if "image/png" in output.get("data", {}))
+    )
 
 
 def show(page: playwright.Page, tab: str) -> None:

@@ -222,8 +222,8 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep features in shards of 8 rows, embedded 3 at a time."""
     from koclip.embeddings import fill
 
-    monkeypatch.setattr(fill, "ROWS", 8)
-    monkeypatch.setattr(fill, "PIECE", 3)
+    monkeypatch.setattr(fill, "SHARD_ROWS", 8)
+    monkeypatch.setattr(fill, "BATCH_ROWS", 3)
 
 
 @pytest.fixture

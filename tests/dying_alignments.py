@@ -73,7 +73,7 @@ def run(log: Path, args: list[str], moment: Moment | None, place: Place) -> None
         facts = {"RANK": place.rank, "LOCAL_RANK": place.rank, "MASTER_PORT": place.port}
         facts |= {"WORLD_SIZE": place.world_size, "LOCAL_WORLD_SIZE": place.world_size, "MASTER_ADDR": "127.0.0.1"}
         os.environ.update({name: str(value) for name, value in facts.items()})
-    fill.ROWS, fill.PIECE = 8, 4  # so that there are several shards
+    fill.SHARD_ROWS, fill.BATCH_ROWS = 8, 4  # so that there are several shards
     if moment is not None and place.rank == 0:
         room, name = CALLS[moment.what]
         setattr(room, name, dying(getattr(room, name), moment))

@@ -40,6 +40,15 @@ def test_file_and_override_order(tmp_path):
     assert (config.optim.lr, config.optim.weight_decay) == (1e-4, 0.1)
 
 
+def test_a_list_of_sections_replaces_that_of_the_file(tmp_path):
+    """Otherwise another source would keep the name, and so the data card, of the first."""
+    file = tmp_path / "config.yaml"
+    file.write_text("data: {sources: [{path: a.csv, name: photos, weight: 2}, {path: b.csv}]}\n", encoding="utf-8")
+    for override in (["--data.sources", "[{path: c.csv}]"], ["--data.sources=[{path: c.csv}]"]):
+        config = parse(PretrainConfig, ["--config", str(file), *override])
+        assert config.data.sources == [SourceConfig(path="c.csv")]
+
+
 @pytest.mark.parametrize(
     ("args", "dry_run", "private"),
     [

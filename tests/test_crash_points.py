@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoProcessor
 from koclip import storage
 from koclip.config import ConfigError, DataConfig, IndexConfig, SourceConfig
 from koclip.embeddings import fill
-from koclip.embeddings.fill import Captions, Piece, Work
+from koclip.embeddings.fill import CaptionReader, ItemBatch, Work
 from koclip.embeddings.store import Shard, Store
 from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.models.stock import save_stock_model
@@ -58,13 +58,13 @@ def test_a_checkpoint_is_the_old_or_the_new_one(step: int, tmp_path: Path) -> No
 
 
 def test_a_shard_of_features_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fill, "ROWS", 4)
+    monkeypatch.setattr(fill, "SHARD_ROWS", 4)
     config = DataConfig(sources=[SourceConfig(scenes_size=8)])
 
-    def embed(piece: Piece) -> torch.Tensor:
+    def embed(piece: ItemBatch) -> torch.Tensor:
         return torch.tensor([[[float(len(text)), 1.0]] for text in piece.inputs])
 
-    work = Work(Captions("en"), embed, torch.float16, "captions")
+    work = Work(CaptionReader("en"), embed, torch.float16, "captions")
 
     def filled(root: Path) -> None:
         fill.fill(Store(root / "features", "align.cache_dir"), {"features": "lengths"}, config, work)

@@ -271,7 +271,7 @@ def test_texts_without_the_end_token_are_refused(kind: str, directories: Callabl
     settings = json.loads((tmp_path / "model" / "config.json").read_text())
     settings["text_config"]["eos_token_id"] = 7
     change(tmp_path / "model" / "config.json", **settings)
-    assert "expected the end token 7 of its config.json" in refusal(tmp_path / "model")
+    assert "end token 7" in refusal(tmp_path / "model")
 
 
 def test_metaclip2_reads_the_first_end_token(directories: Callable[[str], Path]) -> None:

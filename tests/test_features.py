@@ -18,8 +18,8 @@ from torch import Tensor
 
 from koclip.config import ConfigError, DataConfig, SourceConfig
 from koclip.data.transforms import Views, centre_view, decode, digest_of
-from koclip.embeddings.fill import Cache, Piece, embed_shard, image_features, teacher_features
-from koclip.embeddings.store import Item, Shards
+from koclip.embeddings.fill import Cache, ItemBatch, embed_shard, image_features, teacher_features
+from koclip.embeddings.store import Shards, StoredItem
 from koclip.encoders.transformers import TransformersEncoder
 from koclip.models.dual_encoder import DualEncoder, encode_images, from_scratch, text_features
 
@@ -81,9 +81,9 @@ def test_the_first_view_is_what_evaluation_sees(pairs: SourceConfig, tmp_path: P
 
 def test_shards_are_mapped_not_read(tmp_path: Path) -> None:
     count, width = 4_096, 4_096  # 64 MiB
-    items = [Item(str(number), digest_of(str(number).encode())) for number in range(count)]
+    items = [StoredItem(str(number), digest_of(str(number).encode())) for number in range(count)]
     path = tmp_path / "shard-000000.safetensors"
-    embed_shard(path, [Piece(count, items, [""] * count)], lambda _: torch.ones(count, 1, width), torch.float32)
+    embed_shard(path, [ItemBatch(count, items, [""] * count)], lambda _: torch.ones(count, 1, width), torch.float32)
     process = psutil.Process()
     before = process.memory_info().rss
     shards = Shards([path], "align.cache_dir")
@@ -167,9 +167,9 @@ def other_bytes(rows: list[dict]) -> list[dict]:
     [
         (other_bytes, r"the first that differs is rows~\w+/9;"),
         (swapped, r"the first that differs is rows~\w+/9;"),
-        (lambda rows: rows[:18], "it has 2 entries, 4 then"),
+        (lambda rows: rows[:18], r"\b2\b.*\b4\b"),
         (lambda rows: rows[:16], "shard-000002.safetensors "),
-        (lambda rows: rows + rows[:1], "it has 5 entries, 4 then"),
+        (lambda rows: rows + rows[:1], r"\b5\b.*\b4\b"),
     ],
 )
 def test_other_data_is_refused(
@@ -265,7 +265,7 @@ def test_another_teacher_is_refused(teacher: tuple, pairs: SourceConfig, tmp_pat
     config, model = DataConfig(sources=[pairs]), teacher[0]
     teacher_features(Accelerator(cpu=True), teacher, config, "en", Cache(tmp_path / "kept", "fp32"))
     rewrite(pairs, lambda rows: [row | {"captions_en": row["captions_en"][:1]} for row in rows])
-    with pytest.raises(ConfigError, match=r"align\.cache_dir: .* 8 .*16 "):
+    with pytest.raises(ConfigError, match=r"align\.cache_dir: .*\b8\b.*\b16\b"):
         teacher_features(Accelerator(cpu=True), teacher, config, "en", Cache(tmp_path / "kept", "fp32"))
     with pytest.raises(ConfigError, match=r"features: .* en, here .* ko"):
         teacher_features(Accelerator(cpu=True), teacher, config, "ko", Cache(tmp_path / "kept", "fp32"))

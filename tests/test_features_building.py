@@ -19,7 +19,7 @@ from koclip.data.order import BatchPart
 from koclip.data.sources import open_source
 from koclip.data.transforms import Views, digest_of
 from koclip.embeddings import fill
-from koclip.embeddings.fill import Captions, Images, Piece, SourceShards, embed_shard
+from koclip.embeddings.fill import CaptionReader, ImageReader, ItemBatch, SourceShards, embed_shard
 from koclip.embeddings.store import Shards
 from koclip.models.dual_encoder import encode_images
 
@@ -89,9 +89,9 @@ def test_worker_processes_make_the_same_files(pairs: SourceConfig, tmp_path: Pat
 
 def test_a_pieces_views_travel_as_one_tensor(pairs: SourceConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each tensor from a worker takes a file handle: with one per image, 16 workers would use up all 1,024."""
-    monkeypatch.setattr(fill, "PIECE", 128)
-    reader = Images(Views(DataConfig(num_crops=2), 32), 10_000)
-    piece = reader.piece(open_source(pairs).rows(range(20)), wanted=True)  # type: ignore[union-attr]
+    monkeypatch.setattr(fill, "BATCH_ROWS", 128)
+    reader = ImageReader(Views(DataConfig(num_crops=2), 32), 10_000)
+    piece = reader.read(open_source(pairs).rows(range(20)), wanted=True)  # type: ignore[union-attr]
     assert piece.inputs.shape == (20, 2, 3, 32, 32)  # type: ignore[union-attr]
     assert [value for item in piece.items for value in item if isinstance(value, torch.Tensor)] == []
 
@@ -133,7 +133,7 @@ def test_broken_images_are_replaced_as_without_features(
     whole = images_of(pairs)
     broken = {1: whole[1][:60], 8: b"no picture", 9: b"", 10: None, 11: whole[0][:50]}
     rewrite(pairs, lambda rows: [row | {"image": broken.get(place, row["image"])} for place, row in enumerate(rows)])
-    monkeypatch.setattr(fill, "PIECE", 4)  # so that no image of the third piece is whole
+    monkeypatch.setattr(fill, "BATCH_ROWS", 4)  # so that no image of the third piece is whole
     config = DataConfig(sources=[pairs], num_crops=3, crop_scale=(0.3, 0.6))
     known = Precomputed(images=build(tmp_path / "kept", pairs, num_crops=3, crop_scale=(0.3, 0.6)))
     plain, kept = batches(config), batches(config, known=known)
@@ -197,7 +197,7 @@ def test_processes_share_the_shards(
     source = open_source(pairs if kind == "map" else tars)
 
     def digests(rank: int, world_size: int) -> Iterator[tuple[str, list[bytes]]]:
-        for path, _, pieces in SourceShards(source, Captions("ko"), tmp_path, rank, world_size).read(0):
+        for path, _, pieces in SourceShards(source, CaptionReader("ko"), tmp_path, rank, world_size).read(0):
             yield path.name, [item.digest for piece in pieces for item in piece.items]
 
     alone = dict(digests(0, 1))
@@ -212,13 +212,13 @@ def test_the_corresponding_sentence_teaches(pairs: SourceConfig, tmp_path: Path)
     config = DataConfig(sources=[pairs], num_crops=1)
     seen: list[str] = []
 
-    def embed(piece: Piece) -> torch.Tensor:
+    def embed(piece: ItemBatch) -> torch.Tensor:
         sentences = piece.inputs
         seen.extend(sentences)
         return torch.tensor([float(len(seen) - len(sentences) + n) for n in range(len(sentences))]).view(-1, 1, 1)
 
     paths = []
-    for path, _, pieces in SourceShards(open_source(pairs), Captions("en"), tmp_path / "en").read(0):
+    for path, _, pieces in SourceShards(open_source(pairs), CaptionReader("en"), tmp_path / "en").read(0):
         embed_shard(path, pieces, embed, torch.float32)
         paths.append(path)
     known = Precomputed(teacher=Shards(paths, "align.cache_dir"))

@@ -13,7 +13,7 @@ from koclip.data.batches import Position
 from koclip.data.loader import training_captions
 from koclip.data.order import BatchPart, CaptionChooser, MapOrder
 from koclip.data.sources import open_source
-from koclip.data.survey import survey
+from koclip.data.survey import survey_source
 
 
 def test_a_batch_has_the_shapes_it_tells(tokenizer, table) -> None:
@@ -217,7 +217,7 @@ def test_training_captions_come_from_all_sources_in_turn(table, tars) -> None:
 
 def test_the_order_of_many_rows_is_cheap(tokenizer) -> None:
     source, data = open_source(SCENES), config(SCENES)
-    lengths = [survey(source, data, tokenizer).lengths]
+    lengths = [survey_source(source, data, tokenizer).lengths]
     order = MapOrder([source], CaptionChooser(data), BatchPart(8), 10**6, lengths)
     assert order.epoch_size == 80
     assert len(next(iter(order))) == 8

@@ -83,13 +83,13 @@ def test_mclip_refusals(tmp_path: Path) -> None:
     directory, images = mclip(tmp_path / "mclip"), saved("CLIP", tmp_path / "clip")
     assert "expected mclip:<text model>+<any of these, for images>" in refusal(f"mclip:{directory}")
     wider = saved("SigLIP", tmp_path / "wider")
-    assert "got [(1, 32), (1, 24), (1, 32)], expected (1, D), (1, D)" in refusal(f"mclip:{directory}+{wider}")
+    assert "(1, 32), (1, 24)" in refusal(f"mclip:{directory}+{wider}")
     with pytest.raises(ValueError, match="modelBase"):
         load(f"mclip:{images}+{images}", "cpu")
     weights = load_file(directory / "model.safetensors")
     for change, fault in (
         ({"LinearTransformation.bias": None}, "missing"),
-        ({"more": torch.zeros(2)}, "left over"),
+        ({"more": torch.zeros(2)}, "more"),
         ({"LinearTransformation.bias": torch.zeros(7)}, "of other sizes"),
     ):
         changed: dict[str, Any] = {name: value for name, value in (weights | change).items() if value is not None}

@@ -18,9 +18,9 @@ from PIL import Image
 
 from koclip import storage
 from koclip.config import ConfigError, IndexConfig, SourceConfig
-from koclip.embeddings.store import Entry, Item, Shards, write_shard
+from koclip.embeddings.store import Entry, Shards, StoredItem, write_shard
 from koclip.search import ImageIndex, build, open_index
-from koclip.search.index import _MARGIN, Quick, build_quick, open_quick
+from koclip.search.index import _MARGIN, ApproximateIndex, build_approximate, open_approximate
 
 TESTS = Path(__file__).parent
 
@@ -40,7 +40,7 @@ def stored(folder: Path, rows: torch.Tensor, size: int) -> Shards:
     for number, part in enumerate(rows.split(size)):
         paths.append(folder / f"shard-{number:06}.safetensors")
         entries = [Entry({"key": f"{number}/{row}"}, b"x" * row) for row in range(len(part))]
-        items = [Item(entry.record["key"], bytes(16)) for entry in entries]
+        items = [StoredItem(entry.record["key"], bytes(16)) for entry in entries]
         write_shard(paths[-1], part.to(torch.bfloat16).unsqueeze(1), items, entries)
     return Shards(paths, "index")
 
@@ -131,14 +131,14 @@ def test_threads_are_set_back_after_a_scan(tmp_path):
 
 
 def test_all_are_looked_at_where_too_few_are_likely(tmp_path):
-    class Few(Quick):
+    class Few(ApproximateIndex):
         def __init__(self) -> None:
             pass
 
         def __len__(self) -> int:
             return 20
 
-        def likely(self, query: torch.Tensor, k: int) -> torch.Tensor:
+        def candidates(self, query: torch.Tensor, k: int) -> torch.Tensor:
             return torch.tensor([3, 11])
 
     index = ImageIndex(stored(tmp_path, vectors(20), 6), {}, Few())
@@ -330,8 +330,8 @@ def test_a_killed_build_goes_on_and_gives_the_same_bytes(folder, tmp_path, small
 def test_approximate_search_finds_nearly_all(tmp_path):
     rows, queries = vectors(20_000, 64, clusters=300), vectors(100, 64, seed=3)
     shards = stored(tmp_path, rows, 3_000)
-    build_quick(shards.rows, shards.width, tmp_path / "quick.faiss")
-    quick = ImageIndex(shards, {}, open_quick(tmp_path / "quick.faiss"))
+    build_approximate(shards.rows, shards.width, tmp_path / "quick.faiss")
+    quick = ImageIndex(shards, {}, open_approximate(tmp_path / "quick.faiss"))
     assert quick.is_approximate
     assert quick.width == 64
     queries = F.normalize(queries + 2 * rows[::200], dim=-1)
@@ -345,7 +345,7 @@ def test_approximate_search_finds_nearly_all(tmp_path):
     assert quick.search(queries[:1], 2_000).places.shape == (1, 2_000)
     (tmp_path / "quick.faiss").write_bytes(b"broken")
     with pytest.raises(ConfigError, match=r"index: .*quick\.faiss"):
-        open_quick(tmp_path / "quick.faiss")
+        open_approximate(tmp_path / "quick.faiss")
 
 
 def test_a_build_makes_the_approximate_index_when_asked(folder, tmp_path, small):
@@ -363,7 +363,7 @@ def test_an_approximate_index_of_other_rows_is_not_used(folder, tmp_path, small)
     build.build(cfg, ColourEncoder(), target)
     (quick,) = target.glob("approximate-*")
     whole = quick.read_bytes()
-    build_quick([other], 8, quick)
+    build_approximate([other], 8, quick)
     with pytest.raises(ConfigError, match="images: got 29, expected 30"):
         open_index(target)
     (target / "shard-000001.safetensors").unlink()
@@ -500,6 +500,6 @@ def test_the_benchmark_runs_at_a_tiny_size(tmp_path, monkeypatch, capsys):
     benchmark.make(tmp_path, args.rows, args.width)
     exact = benchmark.measure(tmp_path, args)
     shards = Shards(sorted(tmp_path.glob("shard-*")), "index")
-    build_quick(shards.rows, shards.width, tmp_path / benchmark.QUICK)
+    build_approximate(shards.rows, shards.width, tmp_path / benchmark.QUICK)
     args.way = "approximate"
     assert benchmark.recall(benchmark.measure(tmp_path, args)["places"], exact["places"]) > 0.9

@@ -102,7 +102,7 @@ def test_a_picture_replaced_by_one_of_the_same_size_is_embedded_anew(behind, sta
 
 def test_pictures_in_a_table_are_told_apart_by_their_content(tmp_path, monkeypatch):
     """Even where neither the table's name, nor its size, nor the number of its rows tells."""
-    monkeypatch.setattr(build, "_files", lambda _: "")
+    monkeypatch.setattr(build, "stored_files", lambda _: [])
     photos = folder(tmp_path)
     cfg = config(photos, source=table(photos, "parquet"))
     build.build(cfg, ColourEncoder(), tmp_path / "index")

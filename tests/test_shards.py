@@ -28,7 +28,7 @@ from koclip.data.loader import train_loader, training_captions
 from koclip.data.order import BatchPart
 from koclip.data.sources import open_source
 from koclip.data.transforms import Views
-from koclip.embeddings.fill import Captions, Images, SourceShards
+from koclip.embeddings.fill import CaptionReader, ImageReader, SourceShards
 from koclip.evaluation.sets import open_set
 
 BLOCK = 512
@@ -146,8 +146,8 @@ def test_every_reader_of_shards_refuses_a_broken_one(cut_tars, tokenizer, tmp_pa
         "tokenizer": lambda: list(training_captions(config(cut_tars))),
         "evaluation": lambda: open_set(evaluation),
         "gallery": lambda: open_set(EvalSetConfig(source=SourceConfig(scenes_size=4), gallery=[cut_tars])),
-        "image features": lambda: features(Images(views, 10**6)),
-        "sentences": lambda: features(Captions("ko")),
+        "image features": lambda: features(ImageReader(views, 10**6)),
+        "sentences": lambda: features(CaptionReader("ko")),
     }
     for read in readers.values():
         with pytest.raises(SourceError, match=r"shard-2\.tar"):

@@ -18,7 +18,7 @@ from koclip.storage import read_table
 from koclip.text.korean.endings import restyle
 from koclip.text.korean.hangul import compose, keystrokes, letters, neighbours, spell, typed
 from koclip.text.korean.nouns import replace_nouns, split
-from koclip.text.korean.stress import STRESSES, share_changed
+from koclip.text.korean.stress import STRESSES
 
 TABLES = Path(__file__).parent / "stress"
 SEEDED = {"moved_spaces", "typo", "two_typos", "english_nouns"}
@@ -196,13 +196,6 @@ def test_no_space_is_lost_or_made_by_moving() -> None:
 )
 def test_split(word: str, following: str, expected: tuple[str, str]) -> None:
     assert split(word, following) == expected
-
-
-def test_share_changed() -> None:
-    assert share_changed(STRESSES["polite"], ["개가 뛴다.", "뛰는 개", "a dog", "개가 뛰어요."]) == 0.25
-    assert share_changed(STRESSES["no_spaces"], ["개", "개 둘"]) == 0.5
-    with pytest.raises(ValueError, match="texts"):
-        share_changed(STRESSES["jamo"], [])
 
 
 def test_tables_of_words() -> None:

@@ -53,7 +53,7 @@ def test_lengths_are_those_of_the_captions_that_are_drawn(name: str, word_dropou
     tokenizer = tokenizers.load(str(tmp_path), LENGTH, FAMILIES[name].config, CORPUS)
     source = Captions(CORPUS, 60)
     data = config(source.config, word_dropout=word_dropout)
-    lengths = survey.survey(source, data, tokenizer).lengths
+    lengths = survey.survey_source(source, data, tokenizer).lengths
     chooser = CaptionChooser(data)
     estimates, exact = [], []
     for row, epoch in itertools.product(range(len(source)), range(3)):
@@ -91,7 +91,7 @@ def test_any_number_of_processes_finds_the_same(world_size: int, tokenizer, monk
 def test_workers_find_the_same(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey, "BLOCK", 2)
     source, data = Pile("rows", 41, {3, 8}), SourceConfig(captions={"ko": "ko", "en": "en"})
-    surveys = [survey.survey(source, config(data, num_workers=count), tokenizer) for count in (0, 2)]
+    surveys = [survey.survey_source(source, config(data, num_workers=count), tokenizer) for count in (0, 2)]
     assert surveys[0].facts == surveys[1].facts
     assert surveys[0].lengths.row(40) == surveys[1].lengths.row(40)
 
@@ -103,7 +103,7 @@ def test_equal_captions_are_tokenised_once(tokenizer, monkeypatch: pytest.Monkey
         tokenizers, "encode", lambda tokenizer, batch, **options: texts.extend(batch) or encode(tokenizer, batch)
     )
     source = Pile("rows", 20, set())
-    survey.survey(source, config(source.config), tokenizer)
+    survey.survey_source(source, config(source.config), tokenizer)
     assert len(texts) == len(set(texts)) == 20 + 20 + 1
 
 
@@ -198,4 +198,4 @@ def test_another_commit_of_a_stream_from_the_hub_is_noticed(tokenizer, monkeypat
 def test_pictures_of_a_table_are_not_read(table, monkeypatch: pytest.MonkeyPatch, tokenizer) -> None:
     source = open_source(table)
     monkeypatch.setattr(source, "rows", lambda *_: pytest.fail("a picture was read"))
-    assert survey.survey(source, config(table), tokenizer).facts["rows"] == 50  # type: ignore[arg-type]
+    assert survey.survey_source(source, config(table), tokenizer).facts["rows"] == 50  # type: ignore[arg-type]

@@ -138,7 +138,7 @@ def test_a_sound_tokenizer_loads_in_silence(name, tmp_path) -> None:
         ({"pad_token_id": None}, "its pad token has id 1, the roberta encoder's config.json says pad_token_id None"),
         ({"bos_token_id": 5}, "its cls token has id 0, the roberta encoder's config.json says bos_token_id 5"),
         ({"eos_token_id": 5}, "its sep token has id 2, the roberta encoder's config.json says eos_token_id 5"),
-        ({"vocab_size": 100}, "the roberta encoder's vocabulary 100 entries"),
+        ({"vocab_size": 100}, "the roberta encoder's vocabulary has 100 entries"),
     ],
 )
 def test_ids_that_are_not_the_encoders_are_refused(config, message, tmp_path) -> None:
@@ -155,7 +155,7 @@ def test_an_uncased_bert_is_refused_for_hangul(tmp_path) -> None:
     wordpiece(tmp_path, BERT, "bert", do_lower_case=True)
     message = refusal(tmp_path, BertConfig())
     assert "splits Hangul syllables into jamo: '고양이가' becomes 'ᄀ ᅩ ᄋ ᅣ ᆼ ᄋ ᅵ ᄀ ᅡ'" in message
-    assert "An uncased BERT does so, by strip_accents, which do_lower_case turns on" in message
+    assert "strip_accents, which do_lower_case turns on" in message
     rewrite(tmp_path / "tokenizer_config.json", strip_accents=False)  # as the message says
     tokenizers.load(str(tmp_path), 40, BertConfig(), ["ㅋㅋㅋ 고양이"])
     rewrite(tmp_path / "tokenizer_config.json", strip_accents=None)
@@ -182,8 +182,8 @@ def test_a_missing_tokenizer_class_is_named(with_json, tmp_path) -> None:
         message = refusal(tmp_path, RobertaConfig(), probes)
         assert "loses 100% of the HANGUL letters" in message
         assert "becomes ['<s>', " in message
-        assert "was loaded as a RobertaTokenizer of " in message
-        assert 'tokenizer_config.json lacks tokenizer_class (a KLUE-RoBERTa needs "BertTokenizer")' in message
+        assert " RobertaTokenizer " in message
+        assert 'tokenizer_class in its tokenizer_config.json (a KLUE-RoBERTa needs "BertTokenizer")' in message
     klue(tmp_path)  # as the message says
     tokenizers.load(str(tmp_path), 40, RobertaConfig(), [*CORPUS[:5], *english])
 
@@ -192,8 +192,8 @@ def test_a_missing_vocabulary_and_an_unconverted_kobert_are_named(tmp_path) -> N
     klue(tmp_path)
     (tmp_path / "vocab.txt").unlink()
     message = refusal(tmp_path, RobertaConfig())
-    assert "loaded as a BertTokenizer of 5 tokens" in message
-    assert "its vocabulary is missing, or of another language, or KoBERT's" in message
+    assert " BertTokenizer with 5 tokens" in message
+    assert "koclip.text.kobert.convert" in message
     write_kobert(tmp_path / "kobert", "monologg")
     settle(tmp_path / "kobert", "bert", do_lower_case=False)
     assert "convert it with koclip.text.kobert.convert" in refusal(tmp_path / "kobert", BertConfig(pad_token_id=1))
@@ -261,7 +261,7 @@ def test_texts_begin_with_the_cls_token(tmp_path) -> None:
     tokenizer = tokenizers.load(str(tmp_path), 40, RobertaConfig())
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A [SEP]", special_tokens=[("[SEP]", 2)])
     tokenizer.save_pretrained(tmp_path)
-    assert "expected the cls token (0) at the front" in refusal(tmp_path, RobertaConfig())
+    assert "expected the cls token (0)" in refusal(tmp_path, RobertaConfig())
 
 
 @pytest.mark.parametrize("token", ["pad", "cls"])

@@ -55,7 +55,7 @@ def write(folder: Path) -> None:
 
 def run_all(folder: Path) -> None:
     """Align by every method, with the same global batch whatever the number of processes."""
-    fill.ROWS, fill.PIECE, survey.BLOCK = 8, 4, 4  # so that each process has a share
+    fill.SHARD_ROWS, fill.BATCH_ROWS, survey.BLOCK = 8, 4, 4  # so that each process has a share
     clean = f"path: {folder / 'clean.parquet'}, captions: {{ko: captions_ko, en: captions_en}}"
     count = distributed.world_size()
     for name, args in METHODS.items():

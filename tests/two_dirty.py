@@ -40,7 +40,7 @@ def pretrain_on(folder: Path, way: str, *more: str) -> None:
 
 def align_on(folder: Path, way: str, *more: str) -> None:
     """Teach a text tower by another one's sentences, then by images whose features are kept."""
-    fill.ROWS, fill.PIECE = 16, 4  # so that each process makes shards
+    fill.SHARD_ROWS, fill.BATCH_ROWS = 16, 4  # so that each process makes shards
     method = ["--align.method", "two_stage", "--align.first_steps", str(STEPS // 3)]
     align(*arguments(folder / "source", Path("overridden"), *method, *options(folder, "align", way)), *more)
 

@@ -5,10 +5,10 @@ import difflib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
 
@@ -41,6 +41,7 @@ def parse(
         words.insert(0, f"--{first}")
     words = _join_lists(words, schema)
     words = _spell_out_flags(words, schema)
+    words = _replace_lists(words, set(_lists_of_sections(schema)))
     if default is not None and not any(word.split("=")[0] == "--config" for word in words):
         words = ["--config", str(default), *words]
     summary = (schema.__doc__ or "").split("\n")[0]
@@ -77,6 +78,25 @@ def _spell_out_flags(words: list[str], schema: Any) -> list[str]:
     flags = {f"--{field.name}" for field in dataclasses.fields(schema) if field.type is bool}
     pairs = itertools.pairwise([*words, "--"])
     return [f"{word}=true" if word in flags and after.startswith("--") else word for word, after in pairs]
+
+
+def _lists_of_sections(schema: Any, prefix: str = "--") -> Iterator[str]:
+    """Yield the options that take a list of sections, such as --data.sources."""
+    for field in dataclasses.fields(schema):
+        name, inner = f"{prefix}{field.name}", get_args(field.type)
+        if dataclasses.is_dataclass(field.type):
+            yield from _lists_of_sections(field.type, f"{name}.")
+        elif get_origin(field.type) is list and dataclasses.is_dataclass(inner[0]):
+            yield name
+
+
+def _replace_lists(words: list[str], lists: set[str]) -> list[str]:
+    """Let a list of sections replace that of the file. jsonargparse keeps the keys that an item does not name."""
+    replaced: list[str] = []
+    for word in words:
+        option = word.split("=")[0]
+        replaced += [f"{option}=[]", word] if option in lists else [word]
+    return replaced
 
 
 def _find_configs(words: list[str]) -> list[str]:

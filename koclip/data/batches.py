@@ -1,4 +1,4 @@
-"""Rows -> Batch: draw a caption, decode and crop the image, tokenize, pad to the longest caption of the batch."""
+"""Rows -> Batch: choose a caption, decode and crop the image, tokenize, pad to the longest caption of the batch."""
 
 import dataclasses
 import itertools
@@ -12,33 +12,33 @@ from transformers import PreTrainedTokenizerBase
 from xxhash import xxh3_64_intdigest
 
 from koclip.config import DataConfig
-from koclip.data.formats import Captions
+from koclip.data.formats import RowCaptions
 from koclip.data.order import CaptionChooser, generator
 from koclip.data.sources import Row, Skip, SourceError
 from koclip.data.transforms import ImageError, Views, decode, digest_of, image_id, read
 from koclip.text import tokenizers
 from koclip.text.normalize import usable
 
-MAX_REPLACEMENTS = 1_000  # rows tried for one sample before their source counts as unusable
+MAX_REPLACEMENTS = 1_000  # rows tried for one sample before the source counts as unusable
 
 
 class Position(NamedTuple):
-    """Resume point of a reader of streamed data: rows read before its current pool, and samples taken from the pool.
+    """Resume point of a stream reader: rows read before its current pool, and samples taken from the pool.
 
-    All of it counts rows or samples, so that a run may resume in batches or pieces of another size.
+    It counts rows and samples, so that a run may resume with another batch or micro-batch size.
     """
 
     reader: int
-    rows: int = 0  # read in all before the pool
-    passes: tuple[tuple[int, int], ...] = ()  # (epoch, rows of it read) of every source before the pool
-    chunks: int = 0  # of similar length that the pool is cut into
-    chunk_size: int = 0  # samples in each of them
+    rows: int = 0  # read before the pool
+    passes: tuple[tuple[int, int], ...] = ()  # for each source: epoch, and rows of it read before the pool
+    chunks: int = 0  # chunks of captions of similar length in the pool
+    chunk_size: int = 0  # samples per chunk
     samples: int = 0  # taken from the pool
-    replaced: tuple[int, ...] = ()  # rows of every source read since, in the place of unusable ones
+    replaced: tuple[int, ...] = ()  # for each source: rows read since then to replace unusable rows
 
 
-class Candidate(NamedTuple):
-    """A row that may become a sample, the number of its source, and the seed of its random choices."""
+class SeededRow(NamedTuple):
+    """A row, the number of its source, and the seed of its random choices."""
 
     row: Row
     source: int
@@ -51,14 +51,14 @@ class Batch:
 
     input_ids: torch.Tensor  # (B, L) int64
     attention_mask: torch.Tensor  # (B, L) int64
-    pair_ids: torch.Tensor  # (B, 2) int64, equal for equal captions and equal images; (B, 3) with teacher's sentences
+    pair_ids: torch.Tensor  # (B, 2) int64, equal for equal captions and images; (B, 3) with the teacher's sentences
     keys: list[str]
     skipped: list[Skip]
-    num_drawn: int  # rows looked at to fill this batch
+    num_drawn: int  # rows read to fill this batch
     pixel_values: torch.Tensor | None = None  # (B, 3, H, W) uint8; the model normalises
-    image: torch.Tensor | None = None  # (B, D) unit norm, where it is known already
+    image: torch.Tensor | None = None  # (B, D) unit norm, cached embeddings instead of pixels
     teacher: torch.Tensor | None = None  # (B, D) the teacher's features
-    position: Position | None = None  # of a streamed source's reader
+    position: Position | None = None  # of the stream reader
 
     @property
     def inputs(self) -> dict[str, torch.Tensor | None]:
@@ -83,7 +83,7 @@ class Batch:
         return dataclasses.replace(self, **moved)
 
     def cut(self, pieces: Sequence[slice]) -> Iterator["Batch"]:
-        """Yield the pieces of a batch, each padded to its own longest caption; the first lists what was skipped."""
+        """Yield micro-batches, each padded to its own longest caption; the first one lists the skipped rows."""
         for number, piece in enumerate(pieces):
             rows = self._map(lambda tensor, piece=piece: tensor[piece])  # type: ignore[misc]
             longest = int(rows.attention_mask.sum(dim=1).max())
@@ -98,7 +98,7 @@ class Batch:
             )
 
     def pin_memory(self) -> "Batch":
-        """Copy the tensors to page-locked memory; the data loader calls this."""
+        """Copy the tensors to page-locked memory, for the data loader."""
         return self._map(torch.Tensor.pin_memory)
 
     def to(self, device: torch.device) -> "Batch":
@@ -119,35 +119,31 @@ class Sample(NamedTuple):
 
 
 class MissingError(ValueError):
-    """An image or a sentence has no stored embedding; the message says why."""
+    """An image or a sentence without a stored embedding. The message says why."""
 
 
 class Lookup(Protocol):
-    """Stored embeddings, found by a hash of what was embedded."""
+    """Stored embeddings, by a hash of the content."""
 
     def embedding(self, digest: bytes, view: int = 0) -> torch.Tensor:
-        """Return the embedding (D,) float32 of a view.
-
-        Raises:
-            MissingError: there is none.
-        """
+        """Return the embedding (D,) float32 of a view; raises a `MissingError` if it is not stored."""
 
 
 class Precomputed(NamedTuple):
     """Embeddings that frozen towers computed before training."""
 
-    images: Lookup | None = None  # used in the place of pixels
-    teacher: Lookup | None = None  # of the sentences that correspond to the captions drawn,
-    language: str = "en"  # in this language
+    images: Lookup | None = None  # instead of pixels
+    teacher: Lookup | None = None  # features of the translations of captions
+    language: str = "en"  # of the translations
 
 
 class Assembler:
-    """Makes batches of rows. Every random choice about a row comes from that row's own seed.
+    """Makes batches from rows. Each row has its own seed for all its random choices.
 
     Args:
         config: The sources, and how their rows become samples.
         tokenizer: Tokenizes the captions.
-        views: What the model is shown of an image; None for batches without images.
+        views: Crops of the images; None for batches without images.
         precomputed: Embeddings of frozen towers.
     """
 
@@ -165,21 +161,21 @@ class Assembler:
 
     @property
     def needs_images(self) -> bool:
-        """Whether batches have anything to do with images."""
+        """Whether rows must be read with their images."""
         return self._views is not None
 
     def lengths(self, captions: list[str | None]) -> list[int]:
-        """Return each caption's length in tokens (0 for none)."""
+        """Return the length of each caption in tokens, 0 for None."""
         encoded = tokenizers.encode(self.tokenizer, [caption or "" for caption in captions])
         return [len(ids) if caption else 0 for ids, caption in zip(encoded["input_ids"], captions, strict=True)]
 
     def sample(self, row: Row, source: int, seed: tuple[int, ...]) -> Sample | Skip:
-        """Turn one row into a training pair, or say why it cannot be one."""
+        """Turn a row into a training pair, or skip it and return the reason."""
         path = self.config.sources[source].path
         chosen = self.chooser.caption(row.captions, source, seed)
         if chosen is None:
             gaps = any(self.chooser.languages[source].get(language) for language in row.captions)
-            reason = f"no caption has a counterpart in {self._precomputed.language}" if gaps else "no usable caption"
+            reason = f"no caption has a translation in {self._precomputed.language}" if gaps else "no usable caption"
             return Skip(row.key, reason, path)
         language, place, caption = chosen
         try:
@@ -190,7 +186,7 @@ class Assembler:
         return Sample(row.key, caption, image_id, pixels, image, sentence, teacher)
 
     def _see(self, row: Row, seed: tuple[int, ...]) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
-        """Return a number of the image, and a view of it as pixels (3, H, W) or as a known embedding (D,)."""
+        """Return the number of the image, and one of its views as pixels (3, H, W) or cached embedding (D,)."""
         if self._views is None:
             return xxh3_64_intdigest(row.key.encode()) >> 1, None, None
         content = read(row.image)
@@ -206,54 +202,50 @@ class Assembler:
         return number_of_image, self._views.random(decoded, generator("crop", *seed).getrandbits(62)), None
 
     def _teach(
-        self, captions: Captions, chosen: tuple[str, int], seed: tuple[int, ...]
+        self, captions: RowCaptions, chosen: tuple[str, int], seed: tuple[int, ...]
     ) -> tuple[str | None, torch.Tensor | None]:
-        """Return the sentence in the teacher's language that corresponds to a caption, and its features (D,).
+        """Return the translation of a caption in the teacher's language, and its features (D,).
 
-        It is the one in the same place where both languages have equally many places, else any of the row's.
+        The translation has the same position if both languages have equally many captions, else a random one.
         """
         if self._precomputed.teacher is None:
             return None, None
         language, place = chosen
         sentences = captions.get(self._precomputed.language, [])
         if not sentences:
-            raise MissingError(f"no caption in the teacher's language, {self._precomputed.language}")
+            raise MissingError(f"no caption in {self._precomputed.language}, the teacher's language")
         aligned = len(sentences) == len(captions[language])
         sentence = sentences[place] if aligned else generator("sentence", *seed).choice(usable(sentences))
         return sentence, self._precomputed.teacher.embedding(digest_of(sentence.encode()))
 
-    def fill(self, draws: Iterable[Iterator[Candidate]]) -> Batch:
-        """Make a batch of one sample for each draw.
+    def fill(self, draws: Iterable[Iterator[SeededRow]]) -> Batch:
+        """Make a batch with one sample for each draw.
 
         Args:
-            draws: The candidates of each: the row that was drawn, then those that replace it while it is unusable.
+            draws: For each sample, the drawn row, then the rows that replace it while it is unusable.
 
         Raises:
-            SourceError: `MAX_REPLACEMENTS` candidates for a draw were unusable.
+            SourceError: `MAX_REPLACEMENTS` rows for a sample were unusable.
         """
         samples: list[Sample] = []
         skipped: list[Skip] = []
         for candidates in draws:
-            sample, unusable = self._first_usable(candidates)
-            samples.append(sample)
-            skipped += unusable
+            for candidate in itertools.islice(candidates, MAX_REPLACEMENTS):
+                sample = self.sample(*candidate)
+                if isinstance(sample, Sample):
+                    samples.append(sample)
+                    break
+                skipped.append(sample)
+            else:
+                last = skipped[-1]
+                raise SourceError(
+                    f"source {last.source!r}: {MAX_REPLACEMENTS} consecutive rows are unusable, the last one is "
+                    f"{last.key} ({last.reason}); check the data"
+                )
         return self.collate(samples, skipped, len(samples) + len(skipped))
 
-    def _first_usable(self, candidates: Iterator[Candidate]) -> tuple[Sample, list[Skip]]:
-        skipped: list[Skip] = []
-        for candidate in itertools.islice(candidates, MAX_REPLACEMENTS):
-            sample = self.sample(*candidate)
-            if isinstance(sample, Sample):
-                return sample, skipped
-            skipped.append(sample)
-        last = skipped[-1]
-        raise SourceError(
-            f"source {last.source!r}: {len(skipped)} samples in a row could not be used; "
-            f"the last one: {last.key}: {last.reason}"
-        )
-
     def collate(self, samples: list[Sample], skipped: list[Skip], num_drawn: int) -> Batch:
-        """Stack samples; captions are padded on the right to the longest of them."""
+        """Stack samples; captions are padded on the right to the longest caption."""
         captions = [sample.caption for sample in samples]
         text: Any = tokenizers.encode(self.tokenizer, captions, padding=True, return_tensors="pt")
         ids = [_numbers(captions), [sample.image_id for sample in samples]]
@@ -267,13 +259,13 @@ class Assembler:
             skipped=skipped,
             num_drawn=num_drawn,
             pixel_values=_stack([sample.pixels for sample in samples]),
-            image=None if image is None else F.normalize(image, dim=-1),  # fp16 rounds them off the unit sphere
+            image=None if image is None else F.normalize(image, dim=-1),  # fp16 has changed the norms slightly
             teacher=_stack([sample.teacher for sample in samples]),
         )
 
 
 def _numbers(texts: Sequence[str]) -> list[int]:
-    """Return a number for each text; 63 bits of its hash fit an int64."""
+    """Return a number for each text: 63 bits of its hash, which fit an int64."""
     return [xxh3_64_intdigest(text.encode()) >> 1 for text in texts]
 
 

@@ -1,4 +1,4 @@
-"""The training loader: rows of map-style or streamed sources -> batches, made here or in worker processes."""
+"""The training loader: batches from map-style or streamed sources, in this process or in worker processes."""
 
 import dataclasses
 import itertools
@@ -10,37 +10,37 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from koclip.config import DataConfig
-from koclip.data.batches import Assembler, Batch, Candidate, Position
-from koclip.data.order import BatchPart, Draw, MapOrder, generator, row_seed
+from koclip.data.batches import Assembler, Batch, Position, SeededRow
+from koclip.data.order import BatchPart, MapOrder, RowDraw, generator
 from koclip.data.sources import MapSource, Row, SourceError, StreamSource, open_source
-from koclip.data.survey import CaptionLengths, single_threaded, survey
+from koclip.data.survey import CaptionLengths, single_threaded, survey_source
 from koclip.text.normalize import usable
 
 Result = TypeVar("Result")
 
-PREFETCH = 4  # batches, or pieces of one, that each worker has ready
+PREFETCH = 4  # batches or micro-batches that each worker prepares in advance
 
 
 class Start(NamedTuple):
-    """Where the loader begins."""
+    """The point at which the loader starts."""
 
     step: int = 0  # steps already done
-    positions: Sequence[Position] = ()  # of the readers of streamed sources, from a checkpoint
-    first_step: int = 0  # steps that were done when these readers began
+    positions: Sequence[Position] = ()  # of the stream readers, from a checkpoint
+    first_step: int = 0  # step at which these readers started
 
 
 class MapPairs(Dataset[Batch]):
-    """Fetches a whole batch of draws at once; an unusable row is replaced by a random row of its source.
+    """Reads the rows of a batch at once; a random row of the same source replaces an unusable row.
 
-    Which one is a function of the draw that it replaces, whatever else is in the batch.
+    The random row depends only on the draw that it replaces.
     """
 
     def __init__(self, sources: Sequence[MapSource], assembler: Assembler) -> None:
         self._sources, self._assembler = sources, assembler
         self._seed = assembler.config.seed
 
-    def __getitem__(self, draws: list[Draw]) -> Batch:
-        rows: dict[Draw, Row] = {}
+    def __getitem__(self, draws: list[RowDraw]) -> Batch:
+        rows: dict[RowDraw, Row] = {}
         for number, source in enumerate(self._sources):
             wanted = [draw for draw in draws if draw.source == number]
             if wanted:
@@ -51,19 +51,19 @@ class MapPairs(Dataset[Batch]):
             itertools.chain([candidate], self._others(draw)) for draw, candidate in zip(draws, candidates, strict=True)
         )
 
-    def _others(self, draw: Draw) -> Iterator[Candidate]:
+    def _others(self, draw: RowDraw) -> Iterator[SeededRow]:
         source = self._sources[draw.source]
         for attempt in itertools.count():
-            row = generator("replace", *row_seed(self._seed, draw), attempt).randrange(len(source))
+            row = generator("replace", *draw.seed(self._seed), attempt).randrange(len(source))
             other = draw._replace(row=row)
             yield self._candidate(other, source.rows([row], self._assembler.needs_images)[0])
 
-    def _candidate(self, draw: Draw, row: Row) -> Candidate:
-        return Candidate(row, draw.source, row_seed(self._seed, draw))
+    def _candidate(self, draw: RowDraw, row: Row) -> SeededRow:
+        return SeededRow(row, draw.source, draw.seed(self._seed))
 
 
 class StreamPairs(IterableDataset[Batch]):
-    """Batches of streamed rows. Each reader (a worker of a process) has shards, pools and batches of its own."""
+    """Batches of streamed rows. Each reader (a worker of a process) has its own shards, pools and batches."""
 
     def __init__(self, sources: Sequence[StreamSource], assembler: Assembler, part: BatchPart, start: Start) -> None:
         self._sources, self._assembler, self._part, self._step = sources, assembler, part, start.step
@@ -72,7 +72,7 @@ class StreamPairs(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        # The loader asks its workers in turn, from 0: after a resume the first of them must play the next reader.
+        # The loader calls its workers in turn, from 0: after a resume, worker 0 must continue as the next reader.
         reader = self._part.rank * count + (number + self._step) % count
         position = self._start.get(reader, Position(reader))
         rows = MixedRows(self._sources, self._assembler.config, position, self._part.world_size * count)
@@ -82,16 +82,16 @@ class StreamPairs(IterableDataset[Batch]):
             yield dataclasses.replace(batch, position=draws.position)
 
 
-class PooledDraws(Iterator[Iterator[Candidate]]):
-    """One reader's draws, without end: one pool of rows after another, in chunks of captions of similar length.
+class PooledDraws(Iterator[Iterator[SeededRow]]):
+    """The draws of one reader, endlessly: pool after pool, in chunks of captions of similar length.
 
-    A draw is its row, then those that replace it while it is unusable: the next ones of the same source.
+    A draw yields its row, then the next rows of the same source, which replace it while it is unusable.
     """
 
     def __init__(self, rows: "MixedRows", assembler: Assembler, batch_size: int, position: Position) -> None:
         self._rows, self._assembler, self._batch_size = rows, assembler, batch_size
         self.position = position
-        self._pool: list[Candidate] = []
+        self._pool: list[SeededRow] = []
         if position.samples:
             self._read(position.chunks, position.chunk_size)
             del self._pool[len(self._pool) - position.samples :]
@@ -100,14 +100,14 @@ class PooledDraws(Iterator[Iterator[Candidate]]):
                 for _ in range(count):
                     rows.take(source)
 
-    def __next__(self) -> Iterator[Candidate]:
+    def __next__(self) -> Iterator[SeededRow]:
         if not self._pool:
             self._read(self._assembler.config.length_pool, self._batch_size)
         self.position = self.position._replace(samples=self.position.samples + 1)
         candidate = self._pool.pop()
         return itertools.chain([candidate], self._others(candidate.source))
 
-    def _others(self, source: int) -> Iterator[Candidate]:
+    def _others(self, source: int) -> Iterator[SeededRow]:
         while True:
             replaced = list(self.position.replaced)
             replaced[source] += 1
@@ -115,7 +115,7 @@ class PooledDraws(Iterator[Iterator[Candidate]]):
             yield self._rows.take(source)
 
     def _read(self, chunks: int, size: int) -> None:
-        """Read a pool of rows; the next to be drawn is the last of the list."""
+        """Read a pool of rows, in reverse order of drawing."""
         self.position = self._rows.position()._replace(chunks=chunks, chunk_size=size)
         pool = list(itertools.islice(self._rows, chunks * size))
         chosen = (self._assembler.chooser.caption(drawn.row.captions, drawn.source, drawn.seed) for drawn in pool)
@@ -125,8 +125,8 @@ class PooledDraws(Iterator[Iterator[Candidate]]):
         self._pool = [pool[place] for start in starts for place in order[start : start + size]][::-1]
 
 
-class MixedRows(Iterator[Candidate]):
-    """One reader's rows of streamed sources, mixed by weight, without end, from the beginning of a pool on."""
+class MixedRows(Iterator[SeededRow]):
+    """The rows of one reader, from all streams, mixed by weight, endlessly, from the start of a pool."""
 
     def __init__(
         self, sources: Sequence[StreamSource], config: DataConfig, position: Position, num_readers: int
@@ -138,27 +138,27 @@ class MixedRows(Iterator[Candidate]):
         self._weights = [source.config.weight or 1.0 for source in sources]
 
     def position(self) -> Position:
-        """Return what it takes to go on from here."""
+        """Return the resume point here."""
         passes = tuple((part.epoch, part.rows) for part in self._parts)
         return Position(self._reader, self._count, passes, replaced=(0,) * len(passes))
 
-    def __next__(self) -> Candidate:
+    def __next__(self) -> SeededRow:
         number = 0
         if len(self._parts) > 1:
             key = (self._seed, self._reader, self._count)
             number = generator("source", *key).choices(range(len(self._parts)), self._weights)[0]
         return self.take(number)
 
-    def take(self, source: int) -> Candidate:
+    def take(self, source: int) -> SeededRow:
         """Return the next row of a source."""
         seed = (self._seed, self._reader, self._count)
         row = next(self._parts[source])
         self._count += 1
-        return Candidate(row, source, seed)
+        return SeededRow(row, source, seed)
 
 
 class _Endless(Iterator[Row]):
-    """One reader's rows of a stream, which starts over, in another order, when it ends.
+    """The rows of a stream for one reader; at the end it starts again, in another order.
 
     Args:
         source: The stream.
@@ -175,7 +175,7 @@ class _Endless(Iterator[Row]):
         row = next(self._rows, None)
         if row is None:
             if self.rows == 0:
-                raise SourceError(f"a reader of source {self._source.config.path!r} found no row in its shards")
+                raise SourceError(f"source {self._source.config.path!r}: the shards of a reader have no rows")
             self.epoch, self.rows = self.epoch + 1, 0
             self._rows = self._source.rows(self.epoch, *self._order)
             return next(self)
@@ -189,17 +189,17 @@ def train_loader(
     start: Start | None = None,
     lengths: Sequence[CaptionLengths | None] = (),
 ) -> Iterator[Batch]:
-    """Yield this process's batches, without end; if the part has pieces, piece by piece.
+    """Yield this process's batches endlessly, one micro-batch at a time.
 
     Args:
-        assembler: Makes the batches, of the sources of its config.
+        assembler: Makes the batches from the sources of its config.
         part: This process's part of the global batch.
-        start: Where a resumed run begins.
-        lengths: Those of the captions of every source, as `survey` returns them; default: they are measured now.
+        start: Start of a resumed run.
+        lengths: Caption lengths of every source, from the survey. Default: they are measured here.
 
     Raises:
-        SourceError: a source cannot be opened, streamed sources are mixed with others or have too few shards, or
-            `start.positions` are of another number of readers.
+        SourceError: a source cannot be opened, streams are mixed with other sources or have too few shards, or
+            `start.positions` belong to another number of readers.
     """
     config, start = assembler.config, start or Start()
     sources = [open_source(source, config.seed) for source in config.sources]
@@ -207,14 +207,14 @@ def train_loader(
     if not streams:
         maps = cast(list[MapSource], sources)
         if not lengths and config.length_pool > 1:
-            lengths = [survey(source, config, assembler.tokenizer).lengths for source in maps]
+            lengths = [survey_source(source, config, assembler.tokenizer).lengths for source in maps]
         order = MapOrder(maps, assembler.chooser, part, start.step, lengths)
         return _load(MapPairs(maps, assembler), config.num_workers, sampler=order)
     if len(streams) < len(sources):
-        raise SourceError("data.sources mixes streamed sources with others; set streaming: true on all of them or none")
+        raise SourceError("data.sources: some sources are streamed and some are not; set streaming for all or none")
     _check_readers(streams, part, max(1, config.num_workers), start)
     pairs = StreamPairs(streams, assembler, part, start)
-    # Readers make whole batches, so that the size of the pieces does not decide which rows are in them.
+    # Readers make whole batches, so that the rows of a batch do not depend on the size of its micro-batches.
     batches = _load(pairs, config.num_workers, prefetch=max(1, PREFETCH // len(part.pieces)))
     return itertools.chain.from_iterable(batch.cut(part.pieces) for batch in batches)
 
@@ -229,39 +229,40 @@ def _load(pairs: Dataset[Batch], num_workers: int, prefetch: int = PREFETCH, **o
             batch_size=None,
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # the default would draw from the generator that dropout uses
+            generator=torch.Generator(),  # the default would use the generator of dropout
             **options,
         )
     )
 
 
 def _check_readers(streams: Sequence[StreamSource], part: BatchPart, count: int, start: Start) -> None:
-    """Check that every reader (`count` per process) has a shard of every stream, and its position."""
+    """Check that every reader (`count` per process) has a shard of every stream, and a position after a resume."""
     done, positions = range(start.first_step, start.step), start.positions
     num_readers = part.world_size * count
     for stream in streams:
         if stream.num_shards < num_readers:
             raise SourceError(
-                f"source {stream.config.path!r} is streamed from {stream.num_shards} shards, too few for {num_readers} "
-                "readers (data.num_workers x processes); write it in more files, set fewer workers or streaming: false"
+                f"source {stream.config.path!r}: got {stream.num_shards} shards, expected {num_readers} or more, one "
+                "for each reader (data.num_workers x processes); write more files, or set fewer workers or streaming: "
+                "false"
             )
-    started = {step % count for step in done[:count]}  # they are asked in turn
+    started = {step % count for step in done[:count]}  # workers take turns
     expected = {rank * count + reader for rank in range(part.world_size) for reader in started}
     readers = {position.reader for position in positions}
     if positions and readers != expected:
         raise SourceError(
-            f"the checkpoint has {len(readers)} readers of streamed data (data.num_workers x processes), this "
-            f"run has {num_readers}; resume with as many workers and processes as before"
+            f"the checkpoint has {len(readers)} readers of streamed data (data.num_workers x processes), this run has "
+            f"{num_readers}; resume with the same number of workers and processes"
         )
     if any(len(position.passes) != len(streams) for position in positions):
         raise SourceError(
             f"data.sources: the checkpoint has {len(positions[0].passes)} streamed sources, this run has "
-            f"{len(streams)}; a stream can only go on among the same number of them"
+            f"{len(streams)}; resume with the same number of sources"
         )
 
 
 class _Parts(Dataset[Result]):
-    """Reads one part of a source's rows per range, in worker processes if there are any."""
+    """Reads a range of rows of a source."""
 
     def __init__(self, source: MapSource, read: Callable[[list[Row], range], Result], images: bool) -> None:
         self._source, self._read, self._images = source, read, images
@@ -277,17 +278,17 @@ def read_parts(
     images: bool,
     num_workers: int,
 ) -> Iterator[Result]:
-    """Yield what `read` returns of each part of a source's rows; ends where the rows do.
+    """Yield the result of `read` for each part of a source's rows, until the rows end.
 
     Args:
         source: The source.
-        parts: Numbers of rows, ascending.
-        read: Takes the rows and their numbers. The last part of a stream may have fewer rows.
-        images: Whether the rows' images are needed.
-        num_workers: Processes that read; a stream is read in this process.
+        parts: Ranges of row numbers, ascending.
+        read: Function of rows and their numbers. The last part of a stream may have fewer rows.
+        images: Whether the images of the rows are needed.
+        num_workers: Worker processes that read; a stream is read in this process.
     """
     if isinstance(source, MapSource):
-        # A generator of its own: the default would draw from the generator that dropout uses.
+        # The default generator would be the generator of dropout.
         options: dict[str, Any] = {"num_workers": num_workers, "generator": torch.Generator()}
         yield from DataLoader(_Parts(source, read, images), None, sampler=cast(Any, list(parts)), **options)
         return
@@ -301,7 +302,7 @@ def read_parts(
 
 
 def training_captions(config: DataConfig) -> Iterator[str]:
-    """Yield every caption of the sources, a row of each in turn: what a tokenizer is trained on."""
+    """Yield every caption of the sources, one row of each in turn, to train a tokenizer."""
     sources = [open_source(source, config.seed).iter_rows(images=False) for source in config.sources]
     while sources:
         for rows in list(sources):

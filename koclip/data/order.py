@@ -1,8 +1,8 @@
-"""Which rows are drawn, in which order, and which of their captions.
+"""The order in which rows are drawn, and the choice of their captions.
 
 The order of map-style sources is a function of (data.seed, step): a run that resumes at a step, or that has another
-number of processes but the same global batch, sees the same global batches. Every random choice about a row comes from
-that row's own seed.
+number of processes but the same global batch, sees the same global batches. Each row has its own seed for all its
+random choices.
 """
 
 import random
@@ -21,25 +21,29 @@ from koclip.text.normalize import paired
 Word = TypeVar("Word")
 
 
-class Draw(NamedTuple):
-    """One sample to be drawn: which row of which source, in which pass over the data."""
+class RowDraw(NamedTuple):
+    """One row to draw: the numbers of the source, of the row, and of the pass over the data."""
 
     source: int
     row: int
     epoch: int
 
+    def seed(self, seed: int) -> tuple[int, ...]:
+        """Return the seed of all random choices about this row, for `data.seed`."""
+        return (seed, self.epoch, self.source, self.row)
+
 
 def generator(purpose: str, *key: int) -> random.Random:
-    """Return a generator that is a function of its arguments, in every process and on every machine."""
+    """Return a generator that depends only on the arguments, in every process and on every machine."""
     return random.Random(f"{purpose} {key}")
 
 
 class CaptionChooser:
-    """Chooses one of a row's captions.
+    """Chooses one caption of a row.
 
     Args:
         config: The weights of the languages by source, and `word_dropout`.
-        teacher_language: A language that captions need a counterpart in; None: they need none.
+        teacher_language: Language of the translation that a caption must have; None: no translation is needed.
     """
 
     def __init__(self, config: DataConfig, teacher_language: str | None = None) -> None:
@@ -49,9 +53,9 @@ class CaptionChooser:
     def caption(
         self, captions: Mapping[str, Sequence[str]], source: int, seed: tuple[int, ...]
     ) -> tuple[str, int, str] | None:
-        """Return the language, the place and the text of a caption; None if there is none that can be used.
+        """Return the language, the position and the text of a random caption; None if the row has no usable caption.
 
-        The language is drawn by its weight among those that the row has captions in.
+        The language is drawn by weight among the languages of the row.
         """
         choice = self.choose(captions, source, seed)
         if choice is None:
@@ -65,9 +69,9 @@ class CaptionChooser:
     def choose(
         self, captions: Mapping[str, Sequence[Any]], source: int, seed: tuple[int, ...]
     ) -> tuple[str, int, random.Random] | None:
-        """Draw a language and a place among its captions, anything but an empty one; None if there is none.
+        """Draw a language and the position of a usable caption; None if there is none.
 
-        The generator that is returned too draws the words that are kept.
+        The third value is the generator for word dropout.
         """
         weights = self.languages[source]
         places = {name: self._usable(captions, name) for name in captions if weights.get(name)}
@@ -79,44 +83,44 @@ class CaptionChooser:
         return language, rng.choice(places[language]), rng
 
     def _usable(self, captions: Mapping[str, Sequence[Any]], language: str) -> list[int]:
-        """Return the places of captions that may be drawn: with a teacher, those that have a counterpart."""
+        """Return the positions of captions that may be drawn; with a teacher they must have a translation."""
         own = captions[language]
         taught = own if self._teacher_language is None else captions.get(self._teacher_language, own)
         places = paired(own, taught)
         return [place for place, caption in enumerate(own) if caption] if places is None else places
 
     def keep(self, words: Sequence[Word], rng: random.Random) -> list[Word]:
-        """Leave each word out with the chance `data.word_dropout`, but never all of them."""
+        """Drop each word with probability `data.word_dropout`, but keep at least one."""
         return [word for word in words if rng.random() >= self.config.word_dropout] or [rng.choice(words)]
 
 
 class BatchPart(NamedTuple):
-    """This process's part of every global batch of `batch_size * world_size` pairs, in pieces."""
+    """This process's part of every global batch of `batch_size * world_size` pairs, in micro-batches."""
 
     batch_size: int
     rank: int = 0
     world_size: int = 1
-    micro_batch_size: int | None = None  # pairs in a piece; the last one may be smaller
+    micro_batch_size: int | None = None  # pairs in a micro-batch; the last one may be smaller
 
     @property
     def pieces(self) -> list[slice]:
-        """Where each piece of this process's part begins and ends."""
+        """The slice of this process's part for each micro-batch."""
         size = self.micro_batch_size or self.batch_size
         return [slice(start, min(start + size, self.batch_size)) for start in range(0, self.batch_size, size)]
 
 
-class MapOrder(Sampler[list[Draw]]):
-    """Yields this process's draws from `start_step` on, without end, piece by piece.
+class MapOrder(Sampler[list[RowDraw]]):
+    """Yields this process's draws from `start_step` on, endlessly, one micro-batch at a time.
 
-    Rows of a source are permuted anew each epoch; nothing is dropped at an epoch's end. Within a pool of
-    `length_pool` global batches, groups of rows are sorted by caption length, so that batches need little padding.
+    Each epoch has another permutation of the rows, and no row is dropped at its end. Within a pool of `length_pool`
+    global batches, groups of rows are sorted by caption length, so that batches need little padding.
 
     Args:
         sources: The sources.
-        chooser: Draws the captions, whose lengths batches are grouped by.
+        chooser: Chooses the captions.
         part: This process's part.
         start_step: Steps already done.
-        lengths: Those of the captions of every source (`koclip.data.survey`); not needed where `length_pool` is 1.
+        lengths: Caption lengths of every source (`koclip.data.survey`); not needed if `length_pool` is 1.
     """
 
     def __init__(
@@ -135,10 +139,9 @@ class MapOrder(Sampler[list[Draw]]):
     @property
     def epoch_size(self) -> int:
         """Number of rows drawn in one pass over the data."""
-        groups = zip(self._num_groups, self._sources, strict=True)
-        return sum(count * source.group for count, source in groups)
+        return sum(count * source.group for count, source in zip(self._num_groups, self._sources, strict=True))
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[RowDraw]]:
         batch_size, rank, world_size, _ = self._part
         global_batch = batch_size * world_size
         pool, skip = divmod(self._start_step, self._config.length_pool)
@@ -155,18 +158,18 @@ class MapOrder(Sampler[list[Draw]]):
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([self._config.seed, *key])
 
-    def _pool(self, pool: int, size: int) -> list[Draw]:
+    def _pool(self, pool: int, size: int) -> list[RowDraw]:
         """Return the draws of a pool, in random order."""
         epoch, offset = divmod(pool * size, self.epoch_size)
-        draws: list[Draw] = []
+        draws: list[RowDraw] = []
         while len(draws) < size:
             part = self._epoch(epoch)[offset : offset + size - len(draws)]
-            draws += [Draw(source, row, epoch) for source, row in part.tolist()]
+            draws += [RowDraw(source, row, epoch) for source, row in part.tolist()]
             epoch, offset = epoch + 1, 0
         return draws
 
     def _epoch(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Return (source, row) of every draw of one pass, groups of rows kept together, in random order."""
+        """Return (source, row) of every draw of an epoch in random order; rows of a group stay together."""
         if self._cached is not None and self._cached[0] == epoch:
             return self._cached[1]
         parts = []
@@ -180,8 +183,8 @@ class MapOrder(Sampler[list[Draw]]):
         self._cached = (epoch, rows)
         return rows
 
-    def _by_length(self, draws: list[Draw]) -> list[Draw]:
-        """Sort draws by the length of their captions; rows of a group stay together, as long as their longest."""
+    def _by_length(self, draws: list[RowDraw]) -> list[RowDraw]:
+        """Sort draws by caption length; rows of a group stay together and count with their longest caption."""
         if self._config.length_pool == 1:
             return draws
         groups = [(draw.source, draw.epoch, draw.row // self._sources[draw.source].group) for draw in draws]
@@ -191,12 +194,12 @@ class MapOrder(Sampler[list[Draw]]):
         order = sorted(range(len(draws)), key=lambda place: (longest[groups[place]], groups[place]))
         return [draws[place] for place in order]
 
-    def _length(self, draw: Draw) -> int:
-        """Return the length in tokens of the caption that a row will have, 0 if it has none."""
+    def _length(self, draw: RowDraw) -> int:
+        """Return the length in tokens of the caption that will be chosen; 0 if the row has none."""
         lengths = self._lengths[draw.source]
-        assert lengths is not None, "measured where pools are sorted"
+        assert lengths is not None, "`length_pool` above 1 needs the lengths"
         captions = lengths.row(draw.row)
-        choice = self._chooser.choose(captions, draw.source, row_seed(self._config.seed, draw))
+        choice = self._chooser.choose(captions, draw.source, draw.seed(self._config.seed))
         if choice is None:
             return 0
         language, place, rng = choice
@@ -204,25 +207,17 @@ class MapOrder(Sampler[list[Draw]]):
         return lengths.total(self._chooser.keep(parts, rng) if self._config.word_dropout else parts)
 
 
-def row_seed(seed: int, draw: Draw) -> tuple[int, ...]:
-    """Return the seed of everything random about one draw."""
-    return (seed, draw.epoch, draw.source, draw.row)
-
-
 def _groups_per_epoch(sources: Sequence[MapSource]) -> list[int]:
-    """Return how many groups of rows each source gives to one epoch: all, or its share by weight of all rows."""
+    """Return the number of groups per epoch of each source: all groups, or with weights its share of all rows."""
     sizes = [len(source) for source in sources]
     weights = [source.config.weight for source in sources]
     shares = [size if weight is None else weight for size, weight in zip(sizes, weights, strict=True)]
-    if all(weight is None for weight in weights):
-        rows = [float(size) for size in sizes]
-    else:
-        rows = [sum(sizes) * share / sum(shares) for share in shares]
+    rows = [sum(sizes) * share / sum(shares) for share in shares] if any(weights) else sizes
     return [max(1, round(count / source.group)) for count, source in zip(rows, sources, strict=True)]
 
 
 def _starts(rows: int, group: int, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Return the first rows of `count` groups in random order; none comes up again before all others have."""
+    """Return the first rows of `count` groups in random order; no group repeats before all have occurred."""
     starts = np.arange(0, rows, group)
     passes = [rng.permutation(starts) for _ in range(-(-count // len(starts)))]
     return np.concatenate(passes)[:count]

@@ -1,7 +1,4 @@
-"""Open any set of (image, captions) rows, in any format of `koclip.data.formats`.
-
-A row's image stays bytes or a path until it is drawn.
-"""
+"""Open a data set of images with captions, in any format of `koclip.data.formats`. Images stay undecoded."""
 
 import itertools
 import math
@@ -15,7 +12,7 @@ import numpy as np
 
 from koclip import installation
 from koclip.config import SourceConfig, locate
-from koclip.data.formats import Captions, MapSource, Row, Skip, Source, Table, dig, formats
+from koclip.data.formats import MapSource, Row, RowCaptions, Skip, Source, Table, dig, formats
 from koclip.data.formats.files import SourceError, file_format, find, is_remote
 from koclip.data.formats.tables import KEYS, UNREADABLE, open_table, reason
 from koclip.text.normalize import clean_captions
@@ -37,11 +34,11 @@ __all__ = [
     "row_captions",
 ]
 
-_PATH = ".path"  # of an image column whose pictures are left out
+_PATH = ".path"  # suffix of the column with the path of a picture, in tables without pictures
 
 
 class TableSource(MapSource):
-    """A `datasets.Dataset` as a map source. `numbers` are its rows' places in what is stored, if rows were left out."""
+    """A `datasets.Dataset` as a map source. `numbers` are the stored row numbers, if `where` has removed rows."""
 
     def __init__(self, table: datasets.Dataset, config: SourceConfig, numbers: Sequence[int] | None = None) -> None:
         self.config = config
@@ -61,12 +58,12 @@ class TableSource(MapSource):
             for record, number in zip(records, numbers, strict=True)
         ]
 
-    def captions(self, indices: Sequence[int]) -> list[Captions]:
+    def captions(self, indices: Sequence[int]) -> list[RowCaptions]:
         """Read these rows' caption columns."""
         return [row_captions(record, self.config) for record in _records(self._captions[list(indices)])]
 
     def picture_sizes(self) -> pa.ChunkedArray | None:
-        """Return how many bytes each row's picture has, without reading one; None where the table holds none."""
+        """Return the size in bytes of each picture, without reading it; None if the table contains no pictures."""
         if len(self.config.images) != 1 or self.config.images[0] not in self._table.column_names:
             return None
         column = self._table.data.column(self.config.images[0])
@@ -74,14 +71,14 @@ class TableSource(MapSource):
             column = pc.struct_field(column, "bytes")
         if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
             return None
-        sizes, indices = pc.binary_length(column), self._table._indices  # reads where each begins, no more
+        sizes, indices = pc.binary_length(column), self._table._indices  # reads only the offsets
         if indices is not None:  # rows were selected
             sizes = sizes.take(indices.column(0))
         return None if sizes.null_count == len(sizes) else sizes
 
 
 def _without_pictures(table: datasets.Dataset, config: SourceConfig) -> datasets.Dataset:
-    """Return a table of captions and of what names a row, its picture's path too, but not the picture."""
+    """Return a table with the captions, the keys and the paths of pictures, but without the pictures."""
     paths = []
     for image in config.images:
         if isinstance(table.features.get(image), datasets.Image):
@@ -94,12 +91,12 @@ def _without_pictures(table: datasets.Dataset, config: SourceConfig) -> datasets
 
 
 class StreamSource:
-    """A `datasets.IterableDataset`: rows in order of arrival, its shards split among readers.
+    """A `datasets.IterableDataset`: rows in order of arrival, with its shards split among readers.
 
     Args:
         stream: The stream.
         config: The source.
-        shards: Name of each shard; default: their numbers.
+        shards: Names of the shards. Default: their numbers.
     """
 
     def __init__(self, stream: datasets.IterableDataset, config: SourceConfig, shards: Sequence[str] = ()) -> None:
@@ -111,11 +108,11 @@ class StreamSource:
 
     @property
     def size(self) -> None:
-        """The number of rows is not known before they are read."""
+        """None: the number of rows is unknown before they are read."""
 
     @property
     def num_shards(self) -> int:
-        """Number of parts that can be read by different readers."""
+        """Number of shards, which different readers can read."""
         return int(self._stream.num_shards)
 
     def rows(self, epoch: int, seed: int, buffer_size: int, reader: int, num_readers: int) -> Iterator[Row]:
@@ -124,7 +121,7 @@ class StreamSource:
         Raises:
             SourceError: a shard is broken.
         """
-        # Equal for all readers: they split the same order of shards.
+        # The same order for all readers, which then split it.
         shards = np.random.default_rng((seed, epoch)).permutation(self.num_shards)[reader::num_readers]
         rng = random.Random(f"shuffle {seed} {epoch} {reader}")
         held: list[Row] = []
@@ -139,7 +136,7 @@ class StreamSource:
         yield from held
 
     def iter_rows(self, images: bool = True) -> Iterator[Row]:
-        """Yield every row in stored order. Without `images` their files are not read where the format allows.
+        """Yield every row in stored order. Without `images`, image files are not read if the format allows it.
 
         Raises:
             SourceError: a shard is broken.
@@ -158,10 +155,10 @@ class StreamSource:
             yield row(record, self.config, str(number), self._classes, name)
 
     def _records_of(self, stream: datasets.IterableDataset, shard: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the wanted rows of a shard, with their numbers among all of its rows."""
+        """Yield the rows of a shard that match `where`, with their numbers in the shard."""
         number = -1
         try:
-            # By iter(): iterating the stream itself would split the shards once more over the data loader's workers.
+            # iter(), because a loop over the stream itself would split the shards again over the loader's workers.
             for columns in stream.shard(self.num_shards, shard).iter(batch_size=1):
                 for record in _records(columns):
                     number += 1
@@ -176,14 +173,18 @@ class StreamSource:
 
 
 def open_source(config: SourceConfig, seed: int = 0) -> MapSource | StreamSource:
-    """Open one source for reading; `seed` is that of `scenes`.
+    """Open a source; `seed` is the seed of `scenes`.
 
     Raises:
-        SourceError: the format, the file, the data set or a column named in `config` does not exist, or no row is left.
+        SourceError: the format, the file, the data set or a column named in `config` does not exist, or no row matches.
     """
     kind = file_format(config)
     own = formats()[kind]
-    _check_encoding(config, kind)
+    if not own.encoded and config.encoding != "utf-8":
+        raise SourceError(
+            f"data.sources[].encoding: got {config.encoding!r} for {config.path!r}, but {kind} files define their "
+            "encoding; remove this setting"
+        )
     config = own.columns(config) if own.columns else config
     table = open_table(config, kind, seed)
     if isinstance(table, MapSource):
@@ -209,28 +210,28 @@ def row(
     classes: Sequence[str] | None = None,
     shard: str = "",
 ) -> Row:
-    """Turn one record of a table into a `Row`.
+    """Turn a record of a table into a `Row`.
 
     Args:
-        record: Its cells by column.
+        record: Cells by column.
         config: The source. Its key, the shard and the number identify the row; the row's key also has its name.
-        number: The row's place in what is stored, or in its shard.
-        classes: The names of numbered labels.
-        shard: Name of the row's shard, without a slash, if there are several.
+        number: Number of the row in the source or its shard.
+        classes: Class names of numeric labels.
+        shard: Name of the shard, without a slash, if there are several.
     """
     value = next((cell for column in config.images if _holds_image(cell := dig(record, column))), None)
     path = value.get("path") if isinstance(value, Mapping) else value
     path = path or next((path for column in config.images if (path := record.get(f"{column}{_PATH}"))), None)
     name = record.get("__key__") or (Path(path).name if isinstance(path, str) else None) or record.get("id")
     key = "/".join(filter(None, (config.key, shard, number, str(name or ""))))
-    key = key.encode("utf-8", "replace").decode()  # names may hold bytes that are no UTF-8
+    key = key.encode("utf-8", "replace").decode()  # names may contain bytes that are not UTF-8
     label = _label(dig(record, config.label), classes) if config.label else None
     return Row(_image(value, config), row_captions(record, config), key, label)
 
 
 def _label(value: Any, classes: Sequence[str] | None) -> str | None:
-    """Return a label as text, its name where the table has names; None for what means that there is none: NaN, -1."""
-    if isinstance(value, float):  # what pandas makes of whole numbers where some are missing
+    """Return a label as text, by its class name if the table has names; None for a missing label (NaN, -1)."""
+    if isinstance(value, float):  # pandas turns integers into floats if some are missing
         value = None if math.isnan(value) else int(value) if value.is_integer() else value
     if classes is not None and isinstance(value, int):
         value = classes[value] if 0 <= value < len(classes) else None
@@ -238,17 +239,17 @@ def _label(value: Any, classes: Sequence[str] | None) -> str | None:
 
 
 def _nfc(value: object) -> str:
-    """Return a label as text, alike in every Unicode form: folders from macOS have decomposed names."""
+    """Return a label as text in NFC: folders from macOS have decomposed names."""
     return unicodedata.normalize("NFC", str(value))
 
 
 def _matches(record: Mapping[str, Any], where: Mapping[str, Sequence[str]]) -> bool:
-    """Tell whether each column named holds one of the values listed, compared as text."""
+    """Return whether every column in `where` has one of its values, compared as text."""
     return all(_nfc(dig(record, column)) in map(_nfc, values) for column, values in where.items())
 
 
 def _shard_names(config: SourceConfig, kind: str) -> list[str]:
-    """Return a different name without a slash for each of a source's files on this machine."""
+    """Return a unique name without a slash for each local file of a source."""
     if is_remote(config.path):
         return []
     names = [Path(file).name for file in find(config.path, kind)]
@@ -256,35 +257,27 @@ def _shard_names(config: SourceConfig, kind: str) -> list[str]:
     return [f"{number}-{name}" if alike else name for number, name in enumerate(names)]
 
 
-def _check_encoding(config: SourceConfig, kind: str) -> None:
-    if not formats()[kind].encoded and config.encoding != "utf-8":
-        raise SourceError(
-            f"data.sources[].encoding: got {config.encoding!r} for {config.path!r}, but {kind} has an encoding of its "
-            "own; leave encoding out"
-        )
-
-
 def _class_names(table: Table, config: SourceConfig) -> list[str] | None:
-    """Return the names that a table has for the numbers in its label column."""
+    """Return the class names of a table's label column, None if it has none."""
     feature = dig(table.features, config.label) if config.label else None
     return feature.names if isinstance(feature, datasets.ClassLabel) else None
 
 
-def row_captions(record: Mapping[str, Any], config: SourceConfig) -> Captions:
-    """Return the captions of a record by language, as a `Row` has them."""
+def row_captions(record: Mapping[str, Any], config: SourceConfig) -> RowCaptions:
+    """Return the clean captions of a record by language."""
     cells = {language: clean_captions(dig(record, column)) for language, column in config.captions.items()}
     return {language: captions for language, captions in cells.items() if captions}
 
 
 def _holds_image(value: Any) -> bool:
-    """Tell whether an image cell holds bytes or a path."""
+    """Return whether an image cell contains bytes or a path."""
     if isinstance(value, Mapping):
         return value.get("bytes") is not None or bool(value.get("path"))
     return isinstance(value, bytes) or (isinstance(value, str) and bool(value))
 
 
 def _image(value: Any, config: SourceConfig) -> bytes | Path | None:
-    """Return an image cell's bytes or path; None if it holds neither."""
+    """Return the bytes or the path in an image cell; None if it has neither."""
     if isinstance(value, Mapping):
         if value.get("bytes") is not None:
             return bytes(value["bytes"])
@@ -303,5 +296,5 @@ def _records(columns: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _under(name: str, column: str) -> bool:
-    """Tell whether a table's column `name` holds the dotted `column`."""
+    """Return whether the column `name` of a table contains the dotted `column`."""
     return column == name or column.startswith(f"{name}.")

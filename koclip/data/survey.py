@@ -1,7 +1,7 @@
-"""Survey the sources before the first step: the lengths of their captions, and hashes that change when the data does.
+"""Survey the sources before the first step: measure caption lengths, and hash the data to detect later changes.
 
-Rows are looked at in blocks, each process at its share of them, in its data workers. What all of them found is the same
-whatever their number.
+Each process surveys its share of the rows, in blocks, in its data workers. The joined result does not depend on the
+number of processes.
 """
 
 import itertools
@@ -24,9 +24,9 @@ from koclip.data.sources import MapSource, StreamSource, TableSource
 from koclip.text import tokenizers
 
 BLOCK = 1_024  # rows
-_SAMPLE = 2**16  # bytes of a shard that are looked at, in three places
-_WORTH_A_WORKER = 4  # blocks
-_REMEMBERED = 2**17  # texts whose length a process keeps
+_SAMPLE = 2**16  # bytes of a shard that are hashed, in each of three places
+_BLOCKS_PER_WORKER = 4  # at least
+_MAX_CACHED = 2**17  # texts whose length a process caches
 
 Tokens = npt.NDArray[np.uint16]
 
@@ -35,29 +35,29 @@ class Block(NamedTuple):
     """The survey of some rows, or of some files of a stream."""
 
     digest: bytes
-    captions: npt.NDArray[np.int64] = np.empty(0, np.int64)  # of each row in each language
-    parts: npt.NDArray[np.int64] = np.empty(0, np.int64)  # of each of these
-    tokens: Tokens = np.empty(0, np.uint16)  # of each of these
+    captions: npt.NDArray[np.int64] = np.empty(0, np.int64)  # number of captions of each row in each language
+    parts: npt.NDArray[np.int64] = np.empty(0, np.int64)  # number of parts of each caption
+    tokens: Tokens = np.empty(0, np.uint16)  # number of tokens of each part
 
 
 class Survey(NamedTuple):
     """The survey of a source."""
 
     facts: dict[str, Any]  # equal for equal data
-    lengths: "CaptionLengths | None" = None  # of a source whose batches are grouped by them
+    lengths: "CaptionLengths | None" = None  # None if batches are not grouped by length
 
 
 class CaptionLengths:
     """The lengths in tokens of all captions of a source, in flat arrays.
 
-    A caption is one part; where `data.word_dropout` may leave words out, each word is. The sum of words' lengths is the
-    caption's length for tokenizers that split at white space, and an estimate for others.
+    A caption has one part, or with `data.word_dropout` one part per word. The sum over words is exact for tokenizers
+    that split at white space, and an estimate for others.
 
     Args:
-        languages: Those that a row may have captions in.
+        languages: Languages of the captions.
         blocks: The survey of the source's rows.
-        special: Tokens that are no caption's.
-        longest: Tokens at which captions are cut.
+        special: Number of special tokens that are added to a caption.
+        longest: Captions are cut to this many tokens.
     """
 
     def __init__(self, languages: Sequence[str], blocks: Sequence[Block], special: int, longest: int) -> None:
@@ -67,7 +67,7 @@ class CaptionLengths:
         self._tokens = np.concatenate([block.tokens for block in blocks])
 
     def row(self, row: int) -> dict[str, list[range]]:
-        """Return where the parts of a row's captions are, by language; an unusable caption has none."""
+        """Return the ranges of the parts of a row's captions by language; an unusable caption has an empty range."""
         first = row * len(self._languages)
         bounds = self._captions[first : first + len(self._languages) + 1].tolist()
         captions = {}
@@ -79,7 +79,7 @@ class CaptionLengths:
         return captions
 
     def total(self, parts: Iterable[int]) -> int:
-        """Return the length of a caption of these parts."""
+        """Return the length of a caption with these parts."""
         return min(self._special + int(self._tokens[list(parts)].sum()), self._longest)
 
 
@@ -90,14 +90,14 @@ def look(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Block]:
-    """Yield the blocks of this process's share of a source; `join` makes one of the shares in rank order."""
+    """Yield the blocks of this process's share of a source; `join` joins the shares, in rank order."""
     if isinstance(source, StreamSource):
         files = stored_files(source.config)
         share = range(len(files) * rank // world_size, len(files) * (rank + 1) // world_size)
         yield from (_look_at_file(files[number], source) for number in share)
         return
     if not source.stored and config.length_pool == 1:
-        return  # nothing to measure, nothing that can change
+        return  # no lengths are needed, and the rows cannot change
     if config.num_workers:
         single_threaded()
     count = -(-len(source) // BLOCK)
@@ -106,8 +106,8 @@ def look(
         _Blocks(source, config, tokenizer),
         batch_size=None,
         sampler=cast(Any, numbers),
-        num_workers=min(config.num_workers, len(numbers) // _WORTH_A_WORKER),
-        collate_fn=cast(Any, _as_it_is),
+        num_workers=min(config.num_workers, len(numbers) // _BLOCKS_PER_WORKER),
+        collate_fn=cast(Any, _unchanged),
         generator=torch.Generator(),  # the default would draw from the generator that dropout uses
     )
     yield from blocks
@@ -116,7 +116,7 @@ def look(
 def join(
     source: MapSource | StreamSource, config: DataConfig, tokenizer: PreTrainedTokenizerBase, blocks: Sequence[Block]
 ) -> Survey:
-    """Return what all blocks of a source say of it."""
+    """Return the survey of a source from all its blocks."""
     digest = xxh3_128(b"".join(block.digest for block in blocks)).hexdigest()
     name = {"source": source.config.short_name}
     if isinstance(source, StreamSource):
@@ -128,18 +128,18 @@ def join(
     return Survey(facts, CaptionLengths(list(source.config.captions), blocks, special, longest))
 
 
-def survey(source: MapSource, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Survey:
-    """Look at all of a source."""
+def survey_source(source: MapSource, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Survey:
+    """Survey all rows of a source in this process."""
     return join(source, config, tokenizer, list(look(source, config, tokenizer)))
 
 
 def single_threaded() -> None:
-    """Turn off the threads of tokenizers, which forked workers must not use; set explicitly, they print no warning."""
+    """Turn off the threads of tokenizers, which forked workers must not use, unless the user has set them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class _Blocks(Dataset[Block]):
-    """Looks at one block of rows per number."""
+    """Surveys the block of rows with the given number."""
 
     def __init__(self, source: MapSource, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._source, self._tokenizer = source, tokenizer
@@ -165,7 +165,7 @@ class _Blocks(Dataset[Block]):
         )
 
     def _read(self, rows: range) -> tuple[list[dict[str, list[str]]], list[Any]]:
-        """Return captions, and what identifies pictures without reading them: the number of bytes, or a file's name."""
+        """Return captions, and for each picture its size in bytes, or name and size of its file, or its row."""
         if self._sizes is not None:
             return self._source.captions(rows), self._sizes[rows.start : rows.stop].to_pylist()
         if not isinstance(self._source, TableSource):
@@ -179,24 +179,24 @@ class _Blocks(Dataset[Block]):
         return [caption] if caption else []
 
     def _count(self, texts: Sequence[str]) -> Tokens:
-        """Return the number of tokens of each text, special ones left out."""
+        """Return the number of tokens of each text, without special tokens."""
         unknown = list(dict.fromkeys(text for text in texts if text not in self._known))
         if unknown:
             encoded = tokenizers.encode(self._tokenizer, unknown, return_attention_mask=False)["input_ids"]
             self._known |= {text: len(ids) - self._special for text, ids in zip(unknown, encoded, strict=True)}
         counts = np.array([self._known[text] for text in texts], np.uint16)
-        if len(self._known) > _REMEMBERED:
+        if len(self._known) > _MAX_CACHED:
             self._known.clear()
         return counts
 
 
 def _starts(counts: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.unsignedinteger[Any]]:
-    """Return where each of so many items begins, and where the last one ends."""
+    """Return the start of each item in a flat array, and the end of the last, from the sizes of the items."""
     ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts]))
     return ends.astype(np.min_scalar_type(int(ends[-1])))
 
 
-def _as_it_is(block: Block) -> Block:
+def _unchanged(block: Block) -> Block:
     return block
 
 
@@ -210,7 +210,7 @@ def _file_facts(image: object) -> tuple[str, int] | None:
 
 
 def _look_at_file(file: Path, source: StreamSource) -> Block:
-    """Tell a file by its name and size, and a shard by its beginning, middle and end too."""
+    """Hash a file's name and size; of a shard also a sample of its beginning, middle and end."""
     size = file.stat().st_size
     digest = xxh3_128(repr((file.name, size)).encode())
     if file_format(source.config) != "image_folder":
@@ -222,11 +222,11 @@ def _look_at_file(file: Path, source: StreamSource) -> Block:
 
 
 def _revision(source: StreamSource) -> str | None:
-    """Return the commit of a stream from the Hub."""
+    """Return the commit of a stream from the Hub; None for other streams."""
     config = source.config
     if file_format(config) != "hub" or Path(config.path).exists():
         return None
     try:
         return HfApi().dataset_info(config.path, revision=config.revision).sha
     except OSError as error:
-        raise SourceError(f"source {config.path!r}: the Hub does not say which commit is streamed: {error}") from error
+        raise SourceError(f"source {config.path!r}: the Hub does not return its commit: {error}") from error

@@ -1,1 +1,1 @@
-"""Embeddings on disk: computed once, memory-mapped, and used for alignment, evaluation and search."""
+"""Embeddings on disk: computed once, memory-mapped, used by alignment, evaluation and search."""

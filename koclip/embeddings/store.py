@@ -1,14 +1,14 @@
-"""A directory of embeddings: facts in JSON, and shards of safetensors that are memory-mapped.
+"""A directory of embeddings: facts in JSON, and memory-mapped shards in safetensors.
 
-`embeddings.json` says what the embeddings were computed from and with; a directory with other facts is refused. A shard
-`shard-000123.safetensors`, in the directory or in a folder in it, holds of m items (images or sentences), in order:
+`embeddings.json` describes the data and the model of the embeddings. A directory with other facts is refused. A shard
+`shard-000123.safetensors`, in the directory or in a subfolder, stores m items (images or texts), in order:
 
-- `digests` (m, 16), a hash of each item's content; `row_hashes` (m, 16) and `stamps` (m, 3), of its row and its file,
-  zeros where they are not needed;
-- `embeddings` (n, V, D) of the n items that could be embedded, in V views;
-- `records` and `thumbnails`, runs of bytes with the places where each of the n parts ends: what an index shows.
+- `digests` (m, 16): a hash of each item's content; `row_hashes` (m, 16) and `stamps` (m, 3): of its row and its file,
+  or zeros if they are not needed;
+- `embeddings` (n, V, D): V views of each of the n items that could be embedded;
+- `records` and `thumbnails`: n byte strings each, concatenated, with their end positions; only in an index.
 
-Its header lists the items without embedding, with the reasons, and a checksum. A shard is complete or absent.
+The header lists the items without an embedding, with the reasons, and a checksum. A shard is complete or absent.
 """
 
 import json
@@ -37,20 +37,20 @@ _OLD = ("features.json", "index.json")  # facts of formats 1 to 3
 NO_HASH = bytes(16)
 
 
-class Item(NamedTuple):
-    """An image or a sentence."""
+class StoredItem(NamedTuple):
+    """An image or a text in a shard."""
 
     key: str
     digest: bytes  # 16 bytes, a hash of its content
-    reason: str = ""  # why it has no embedding, if it has none
+    reason: str = ""  # why it has no embedding; "" if it has an embedding
     row_hash: bytes = NO_HASH  # 16 bytes, a hash of its row's key and captions
-    stamp: tuple[int, int, int] = NO_FILE  # of its file: size, mtime and ctime in ns
+    stamp: tuple[int, int, int] = NO_FILE  # of its file: size in bytes, mtime and ctime in ns
 
 
 class Entry(NamedTuple):
-    """What an index keeps of an image: what is shown with it."""
+    """The data of an image that an index shows in search results."""
 
-    record: dict[str, Any]  # key: str; captions: list of texts by language
+    record: dict[str, Any]  # key: str; captions: lists of texts by language
     thumbnail: bytes = b""
 
 
@@ -60,17 +60,17 @@ class Store:
 
     Args:
         path: The directory.
-        key: The configuration's name for it, which error messages begin with.
+        key: The configuration key of the directory, for error messages.
     """
 
     path: Path
     key: str
 
     def facts(self) -> dict[str, Any] | None:
-        """Return the facts, None if there are none.
+        """Return the facts; None if the directory has none.
 
         Raises:
-            ConfigError: they cannot be read, or are of an older format.
+            ConfigError: the facts cannot be read, or have an older format.
         """
         file = self.path / FACTS
         old = [name for name in _OLD if (self.path / name).exists()]
@@ -85,10 +85,10 @@ class Store:
         return facts
 
     def claim(self, facts: dict[str, Any], unchecked: Sequence[str] = ()) -> None:
-        """Write the facts of a new directory, or compare those of an old one, `unchecked` left out.
+        """Write the facts into a new directory, or compare them with the facts there, except the `unchecked` names.
 
         Raises:
-            ConfigError: the directory holds embeddings of something else.
+            ConfigError: the directory has other facts.
         """
         stored = self.facts()
         if stored is None:
@@ -98,25 +98,25 @@ class Store:
         if differing:
             changes = "; ".join(f"{name}: {stored.get(name)}, here {facts[name]}" for name in differing)
             raise ConfigError(
-                f"{self.key}: the embeddings in {self.path} are of something else ({changes}); delete the directory or "
-                "name another"
+                f"{self.key}: the embeddings in {self.path} were computed from other data or settings ({changes}); "
+                "delete the directory or name another"
             )
 
     def write_facts(self, facts: dict[str, Any]) -> None:
-        """Replace the facts."""
+        """Write the facts; replace existing facts."""
         text = json.dumps({"format": FORMAT, **facts}, indent=2, ensure_ascii=False)
         storage.replace_text(self.path / FACTS, text + "\n")
 
 
 class Shard:
-    """A shard, memory-mapped: opening it reads next to nothing.
+    """A memory-mapped shard. Opening it reads only its header.
 
     Args:
         path: The file.
-        key: The configuration's name for its directory.
+        key: The configuration key of its directory, for error messages.
 
     Raises:
-        ConfigError: it is broken.
+        ConfigError: the file is broken.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -124,74 +124,72 @@ class Shard:
         try:
             with safe_open(path, framework="pt") as file:
                 notes = json.loads(file.metadata()["notes"])
-            self._tensors = load_file(path)  # maps the file, reads nothing
+            self._tensors = load_file(path)  # maps the file into memory
             self.embeddings = self._tensors["embeddings"]  # (n, V, D)
             self.digests = _as_keys(self._tensors["digests"])  # (m,)
-            self._left_out: dict[int, tuple[str, str]] = {
-                place: (key, reason) for place, key, reason in notes["left_out"]
-            }
+            self._left_out = {index: (key, reason) for index, key, reason in notes["left_out"]}
             self._gaps = np.array(sorted(self._left_out), dtype=np.int64)
             self.checksum: str = notes["checksum"]
             if len(self.digests) and len(self.embeddings) != len(self.digests) - len(self._left_out):
-                raise ValueError("its parts do not fit together")
+                raise ValueError("the numbers of embeddings and items do not match")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise self._broken(error) from error
 
     @property
     def left_out(self) -> list[tuple[str, str]]:
-        """The keys of the items without embedding, and the reasons."""
+        """Key and reason of each item without an embedding."""
         return list(self._left_out.values())
 
     @property
     def num_items(self) -> int:
-        """Number of items, those without embedding included."""
+        """Number of items, with or without an embedding."""
         return len(self.digests)
 
-    def items(self) -> list[Item]:
-        """Return the items; their keys are not kept."""
+    def items(self) -> list[StoredItem]:
+        """Return the items, without their keys, which are not stored."""
         parts = (self._tensors[name] for name in ("digests", "row_hashes", "stamps"))
         digests, row_hashes, stamps = (part.numpy() for part in parts)
         return [
-            Item("", digest.tobytes(), self.reason(place), row_hash.tobytes(), tuple(stamp))
-            for place, (digest, row_hash, stamp) in enumerate(zip(digests, row_hashes, stamps.tolist(), strict=True))
+            StoredItem("", digest.tobytes(), self.reason(index), row_hash.tobytes(), tuple(stamp))
+            for index, (digest, row_hash, stamp) in enumerate(zip(digests, row_hashes, stamps.tolist(), strict=True))
         ]
 
-    def reason(self, place: int) -> str:
-        """Return why an item has no embedding, "" if it has one."""
-        return self._left_out.get(place, ("", ""))[1]
+    def reason(self, index: int) -> str:
+        """Return why an item has no embedding; "" if it has an embedding."""
+        return str(self._left_out.get(index, ("", ""))[1])
 
-    def row(self, place: int) -> int:
+    def row(self, index: int) -> int:
         """Return the row of an item's embedding."""
-        return place - int(np.searchsorted(self._gaps, place))
+        return index - int(np.searchsorted(self._gaps, index))
 
     def entry(self, row: int) -> Entry:
-        """Return what an index keeps of an image."""
+        """Return the index entry of an embedding."""
         return Entry(json.loads(self._part("records", row)), self._part("thumbnails", row))
 
     def verify(self) -> None:
-        """Read all of it.
+        """Compare the checksum; this reads the whole file.
 
         Raises:
-            ConfigError: it is not as it was written.
+            ConfigError: the file is broken.
         """
         if self.checksum != _checksum(self._tensors):
-            raise self._broken("it does not have the checksum it was written with")
+            raise self._broken("its checksum is wrong")
 
-    def check(self, items: Sequence[Item]) -> None:
-        """Check that it was computed from these items, and is as it was written.
+    def check(self, items: Sequence[StoredItem]) -> None:
+        """Verify the file, and check that it was computed from these items.
 
         Raises:
-            ConfigError: it is not.
+            ConfigError: the file is broken, or the items have changed.
         """
         self.verify()
         expected = np.frombuffer(b"".join(item.digest for item in items), dtype="S16")
         if np.array_equal(self.digests, expected):
             return
-        where = f"it has {len(items)} entries, {self.num_items} then"
+        change = f"got {len(items)} items, expected {self.num_items}"
         if self.num_items == len(items):
-            where = f"the first that differs is {items[int(np.argmax(self.digests != expected))].key}"
+            change = f"the first that differs is {items[int(np.argmax(self.digests != expected))].key}"
         raise ConfigError(
-            f"{self._key}: the data has changed since {self.path} was written: {where}; delete {self.path.parent} or "
+            f"{self._key}: the data has changed since {self.path} was written: {change}; delete {self.path.parent} or "
             "name another directory"
         )
 
@@ -200,16 +198,13 @@ class Shard:
         return self._tensors[name][int(ends[row - 1]) if row else 0 : int(ends[row])].numpy().tobytes()
 
     def _broken(self, error: object) -> ConfigError:
-        return ConfigError(
-            f"{self._key}: {self.path} is broken: {error}; delete it and run the same command again: it will be "
-            "computed anew"
-        )
+        return ConfigError(f"{self._key}: {self.path} is broken: {error}; delete it and run the same command again")
 
 
 def write_shard(
     path: Path,
     embeddings: torch.Tensor,
-    items: Sequence[Item] = (),
+    items: Sequence[StoredItem] = (),
     entries: Sequence[Entry] = (),
     shared: bool = False,
 ) -> None:
@@ -217,10 +212,10 @@ def write_shard(
 
     Args:
         path: The file.
-        embeddings: Those of the items without a `reason`.
-        items: What was read; none if only the embeddings are kept.
-        entries: What an index shows of each embedding.
-        shared: Whether several processes may write it at once.
+        embeddings: Embeddings of the items without a `reason`.
+        items: All items; empty to store the embeddings alone.
+        entries: The index entry of each embedding.
+        shared: Whether several processes may write the file at the same time.
     """
     tensors = {
         "embeddings": embeddings.contiguous(),
@@ -233,23 +228,23 @@ def write_shard(
         for name, parts in (("records", records), ("thumbnails", [entry.thumbnail for entry in entries])):
             tensors[name] = torch.frombuffer(bytearray(b"".join(parts) or b"\0"), dtype=torch.uint8)
             tensors[f"{name}_ends"] = torch.tensor(np.cumsum([len(part) for part in parts]), dtype=torch.int64)
-    left_out = [(place, item.key, item.reason) for place, item in enumerate(items) if item.reason]
+    left_out = [(index, item.key, item.reason) for index, item in enumerate(items) if item.reason]
     notes = {"left_out": left_out, "checksum": _checksum(tensors)}
-    # One entry: safetensors writes several in any order.
+    # A single entry: safetensors writes several entries in random order.
     metadata = {"notes": json.dumps(notes, ensure_ascii=False)}
     with storage.atomic(path, shared) as partial:
         save_file(tensors, partial, metadata)
 
 
 class Shards:
-    """Shards, in order, as one sequence of embeddings.
+    """Shards as one sequence of embeddings.
 
     Args:
-        paths: The files.
-        key: The configuration's name for their directory.
+        paths: The files, in order.
+        key: The configuration key of their directory, for error messages.
 
     Raises:
-        ConfigError: one is broken, or the embeddings are of different widths.
+        ConfigError: a shard is broken, or the embeddings have different widths.
     """
 
     def __init__(self, paths: Sequence[Path], key: str) -> None:
@@ -257,24 +252,24 @@ class Shards:
         self._shards = [Shard(path, key) for path in paths]
         self.left_out = [pair for shard in self._shards for pair in shard.left_out]
         widths = {shard.embeddings.shape[-1] for shard in self._shards if len(shard.embeddings)}
-        check(len(widths) <= 1, key, sorted(widths), "expected shards of one width: delete them and build them again")
+        check(len(widths) <= 1, key, sorted(widths), "expected equal widths: delete the shards and build them again")
         self.width = widths.pop() if widths else 0
         self.rows = [shard.embeddings[:, 0] for shard in self._shards]  # (n, D) each, read when they are used
-        self.starts = np.cumsum([0, *(len(rows) for rows in self.rows)])
+        self.starts = np.cumsum([0, *map(len, self.rows)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def entry(self, place: int) -> Entry:
-        """Return what an index keeps of an image."""
-        number = int(np.searchsorted(self.starts, place, side="right")) - 1
-        return self._shards[number].entry(place - int(self.starts[number]))
+    def entry(self, row: int) -> Entry:
+        """Return the index entry of an embedding."""
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self._shards[number].entry(row - int(self.starts[number]))
 
-    def gather(self, places: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings (n, D) float32 at these places (n,), which ascend."""
-        numbers = np.searchsorted(self.starts, places.numpy(), side="right") - 1
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings (n, D) float32 of these rows (n,), which must ascend."""
+        numbers = np.searchsorted(self.starts, rows.numpy(), side="right") - 1
         parts = [
-            self.rows[number][places[numbers == number] - int(self.starts[number])].float()
+            self.rows[number][rows[numbers == number] - int(self.starts[number])].float()
             for number in np.unique(numbers)
         ]
         return torch.cat(parts) if parts else torch.zeros(0, self.width)
@@ -286,7 +281,7 @@ class Shards:
 
     @cached_property
     def _by_digest(self) -> tuple[npt.NDArray[np.bytes_], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return the digests, sorted; each one's place among all items; and where each shard's items begin."""
+        """Return the sorted digests, the item number of each, and the number of each shard's first item."""
         digests = np.concatenate([shard.digests for shard in self._shards])
         order = np.argsort(digests)
         return digests[order], order, np.cumsum([0, *(shard.num_items for shard in self._shards)])
@@ -295,23 +290,23 @@ class Shards:
         """Return the embedding (D,) float32 of a view of the item with this digest.
 
         Raises:
-            MissingError: the item could not be embedded, for the reason given.
-            ConfigError: there was no such item when the embeddings were computed.
+            MissingError: the item could not be embedded. The message gives the reason.
+            ConfigError: the item was not in the data when the embeddings were computed.
         """
         digests, order, starts = self._by_digest
         wanted = np.frombuffer(digest, dtype="S16")[0]
         index = int(np.searchsorted(digests, wanted))
         if index == len(digests) or digests[index] != wanted:
             raise ConfigError(
-                f"{self._key}: the data changed while the run was going on: one of its images or sentences is not in "
-                "the cache; start again with another directory"
+                f"{self._key}: the data has changed during the run: an image or a caption is not in the cache; start "
+                "again with another directory"
             )
-        place = int(order[index])
-        number = int(np.searchsorted(starts, place, side="right")) - 1
-        shard, place = self._shards[number], place - int(starts[number])
-        if reason := shard.reason(place):
+        item = int(order[index])
+        number = int(np.searchsorted(starts, item, side="right")) - 1
+        shard, item = self._shards[number], item - int(starts[number])
+        if reason := shard.reason(item):
             raise MissingError(reason)
-        return shard.embeddings[shard.row(place), view].float()
+        return shard.embeddings[shard.row(item), view].float()
 
 
 def _hashes(hashes: Sequence[bytes]) -> torch.Tensor:
@@ -320,7 +315,7 @@ def _hashes(hashes: Sequence[bytes]) -> torch.Tensor:
 
 
 def _as_keys(hashes: torch.Tensor) -> npt.NDArray[np.bytes_]:
-    """Return (m, 16) uint8 as m keys that sort."""
+    """Return (m, 16) uint8 as m sortable keys."""
     return np.ascontiguousarray(hashes.numpy()).view("S16").reshape(-1)
 
 

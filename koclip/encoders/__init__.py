@@ -1,11 +1,11 @@
-"""Embed images and texts with any dual encoder. `load` opens a model by a spec; `Encoder` is what every model offers.
+"""Embed images and texts with any dual encoder. `load` opens a model; `Encoder` is the interface of all models.
 
-Every module of this folder with `FORM` and `open_spec(spec, device)` opens specs. A spec `<module>:<rest>` goes to the
-module of that name, any other to `koclip.encoders.transformers`. To support another library, add a file. `FORM` says
-what the specs of the module look like; error messages show it.
+Every module of this folder with `FORM` and `open_spec(spec, device)` opens specs. A spec `<module>:<rest>` is opened by
+the module of that name, any other spec by `koclip.encoders.transformers`. To support another library, add a file.
+Error messages show `FORM`, the form of the module's specs.
 
-Weights are safetensors. Of what open_clip and sentence-transformers publish, some is in pickles only: those libraries
-read it with `torch.load(weights_only=True)`, which runs no code. A file that a spec names must be safetensors.
+Weights are safetensors. Some models of open_clip and sentence-transformers are published in pickles only; these
+libraries read them with `torch.load(weights_only=True)`, which runs no code. A file in a spec must be safetensors.
 """
 
 import pkgutil
@@ -21,42 +21,42 @@ from koclip.encoders.base import Encoder, NoPatchesError
 
 __all__ = ["FAULTS", "Encoder", "NoPatchesError", "first_line", "forms", "load", "open_spec", "usable"]
 
-# What a model whose parts do not belong together raises when it is used.
+# Errors of a model whose parts do not fit together.
 FAULTS = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, AssertionError)
 _DEFAULT = "transformers"
 
 
 def load(spec: str | Path, device: str | torch.device | None = None) -> Encoder:
-    """Open a dual encoder, in fp32 and evaluation mode. It embeds an image and a text once, to make sure that it can.
+    """Open a dual encoder, in fp32 and evaluation mode. It embeds an image and a text once, as a check.
 
     Args:
         spec: A directory such as a run's `model/`, a Hub id, or `open_clip:...`, `sentence_transformers:...`,
             `mclip:...` (`koclip.encoders.forms` lists the forms).
-        device: Where to put the model; default: a GPU if there is one.
+        device: Device of the model; default: a GPU if there is one, else the CPU.
 
     Raises:
-        ConfigError: nothing there can be loaded, weights are missing or unexpected, it is no dual encoder, its parts do
-            not belong together, or the package that it needs is not installed.
+        ConfigError: the model cannot be loaded, has missing or unexpected weights, is not a dual encoder, or has parts
+            that do not fit together; or a package that it needs is not installed.
     """
     spec = str(spec)
     encoder = open_spec(spec, usable(device))
-    picture = [Image.new("RGB", (64, 48), (200, 40, 90))]
     try:
-        outputs = encoder.encode_images(picture), encoder.encode_texts(["a picture"]), encoder.image_features(picture)
+        image = encoder.encode_images([Image.new("RGB", (64, 48), (200, 40, 90))])
+        text = encoder.encode_texts(["a picture"])
     except FAULTS as error:
         raise ConfigError(
             f"model: {spec} does not embed a picture and a text: {type(error).__name__}: {first_line(error)}. "
-            "Expected a model, a tokenizer and an image processor that belong together: take another"
+            "Expected a model, a tokenizer and an image processor that fit together: use another model"
         ) from error
-    shapes = [tuple(output.shape) for output in outputs]
-    fits = len(shapes[0]) == len(shapes[2]) == 2 and shapes[0] == shapes[1]
-    expected = "expected (1, D), (1, D), (1, W): texts and images in one space. Take parts that belong together"
-    check(fits, f"model: {spec}, shapes of an image's and a text's embedding and an image's features", shapes, expected)
+    shapes = tuple(image.shape), tuple(text.shape)
+    expected = "expected (1, D) twice, in one space: use a text model and an image model that fit together"
+    fits = image.ndim == 2 and shapes[0] == shapes[1]
+    check(fits, f"model: {spec}, shapes of an image's and a text's embedding", shapes, expected)
     return encoder
 
 
 def open_spec(spec: str, device: torch.device) -> Encoder:
-    """Open a dual encoder without trying it.
+    """Open a dual encoder without the check of `load`.
 
     Raises:
         ConfigError: see `load`.
@@ -70,24 +70,22 @@ def open_spec(spec: str, device: torch.device) -> Encoder:
 
 
 def forms() -> str:
-    """Return the forms that a spec may have, for help and errors."""
+    """Return the forms of specs, for help texts and errors."""
     openers = _openers()
     return ", ".join([openers.pop(_DEFAULT).FORM, *(opener.FORM for opener in openers.values())])
 
 
 def usable(device: str | torch.device | None) -> torch.device:
-    """Return a device; by default a GPU if there is one.
+    """Return the device; default: a GPU if there is one, else the CPU.
 
     Raises:
-        ConfigError: there is no such device, or it cannot be used here.
+        ConfigError: the device cannot be used on this machine.
     """
     default = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=device or default).device
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device: got {str(device)!r}, which cannot be used here: {first_line(error)}; take cpu"
-        ) from error
+        raise ConfigError(f"device: got {str(device)!r}, which cannot be used: {first_line(error)}; use cpu") from error
 
 
 def first_line(error: Exception) -> str:

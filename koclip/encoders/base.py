@@ -27,33 +27,33 @@ from koclip.text.normalize import normalize
 Item = TypeVar("Item")
 Picture: TypeAlias = Image.Image | str | Path
 
-_ANY_TEXT = "a picture"  # gives D for an empty list of texts
-_ANY_SIZE = (64, 64)  # pixels; of the image that gives D for an empty list of images
+_ANY_TEXT = "a picture"  # embedded to find D when the list of texts is empty
+_ANY_SIZE = (64, 64)  # pixels; size of the image that is embedded to find D when the list of images is empty
 _PROGRESS_FROM = 10  # batches; shorter work shows no progress bar
-# Settings of a configuration that do not change what is computed: the same tower in another class, folder or version.
+# Settings of a configuration that do not change the embeddings.
 _NAMES = {"model_type", "architectures", "_name_or_path", "transformers_version", "dtype"}
 
 
 class NoPatchesError(ValueError):
-    """The model has no embeddings of patches that can be compared with a text."""
+    """The model has no patch embeddings that can be compared with a text."""
 
 
 class Processor(NamedTuple):
-    """What prepares inputs, for models whose library has no single object for it. The names are those of HF."""
+    """An image processor and a tokenizer, for libraries that have no processor class."""
 
     image_processor: Any
     tokenizer: Any
 
 
 class Encoder(ABC):
-    """A dual encoder that embeds images and texts by its own rules. `koclip.load` opens one.
+    """A dual encoder that embeds images and texts with its own preprocessing. `koclip.load` opens it.
 
     Letters in shapes: N images, M texts, B items in one batch, D embedding width, W width before the projection.
 
     Args:
-        model: The network, or a `ModuleDict` of two networks. It stays on its device and in its mode.
-        processor: What prepares inputs: it has an `image_processor` and a `tokenizer`.
-        name: Where the model was loaded from.
+        model: The network, or a `ModuleDict` of two networks. Its device and mode do not change.
+        processor: An object with an `image_processor` and a `tokenizer`.
+        name: Path, Hub id or spec of the model.
     """
 
     def __init__(self, model: nn.Module, processor: Any, name: str = "") -> None:
@@ -71,11 +71,11 @@ class Encoder(ABC):
         """Return unit-norm float32 embeddings (N, D) of N images, in order, on the CPU.
 
         Args:
-            images: PIL images or file paths. They are turned upright by their orientation tag and decoded as in
-                training and evaluation (`koclip.data.transforms`).
+            images: PIL images or file paths. They are rotated by their EXIF orientation and decoded as in training and
+                evaluation (`koclip.data.transforms`).
             batch_size: Images per forward pass.
-            max_image_pixels: Largest width x height of an image file.
-            spread: Share the batches among the processes of a distributed run; each gets all embeddings.
+            max_image_pixels: Largest width x height of an image file, pixels.
+            spread: Split the batches over the processes of a distributed run. Every process gets all embeddings.
 
         Raises:
             OSError: a file cannot be read.
@@ -90,15 +90,14 @@ class Encoder(ABC):
     ) -> torch.Tensor:
         """Return unit-norm float32 embeddings (M, D) of M texts, in order, on the CPU.
 
-        Texts are cleaned as captions are in training: NFC, single spaces, no invisible characters
+        Texts are cleaned like captions in training: NFC, single spaces, no invisible characters
         (`koclip.text.normalize`). Texts that are too long for the model are cut.
 
         Args:
-            texts: M texts.
+            texts: The texts.
             batch_size: Texts per forward pass. Texts of similar length share a batch.
-            raw: Give the texts to the model's tokenizer as they are. Evaluation does, because it also measures what a
-                model does with decomposed (NFD) text.
-            spread: Share the batches among the processes of a distributed run; each gets all embeddings.
+            raw: Do not clean the texts. Evaluation uses this to measure, for example, decomposed (NFD) text.
+            spread: Split the batches over the processes of a distributed run. Every process gets all embeddings.
         """
 
         def embed(batch: list[str]) -> torch.Tensor:
@@ -115,9 +114,9 @@ class Encoder(ABC):
         max_image_pixels: int = DataConfig.max_image_pixels,
         spread: bool = False,
     ) -> torch.Tensor:
-        """Return float32 features (N, W) of N images: what the projection reads. Linear probes train on them.
+        """Return float32 features (N, W) of N images: the input of the projection. Linear probes train on them.
 
-        Arguments and errors are those of `encode_images`.
+        Arguments and errors: see `encode_images`.
         """
 
         def forward(batch: list[Image.Image]) -> torch.Tensor:
@@ -130,10 +129,10 @@ class Encoder(ABC):
 
         For a model trained with a softmax loss, the softmax over the texts gives the probability of each text for an
         image (Radford et al. 2021, CLIP). For a model trained with a sigmoid loss, the sigmoid of a logit is the
-        probability that this image and this text belong together (Zhai et al. 2023, SigLIP).
+        probability that image and text match (Zhai et al. 2023, SigLIP).
 
         Args:
-            images: Images as `encode_images` takes them, or their embeddings (N, D).
+            images: Images (see `encode_images`), or their embeddings (N, D).
             texts: Texts, or their embeddings (M, D).
         """
         image = images if isinstance(images, torch.Tensor) else self.encode_images(images)
@@ -142,27 +141,27 @@ class Encoder(ABC):
 
     @property
     def scale(self) -> float:
-        """The factor of cosines before a softmax or a sigmoid: exp of the model's logit scale."""
+        """The factor of the cosines: exp of the model's logit scale."""
         return float(self.model.logit_scale.detach().exp())
 
     @property
     def bias(self) -> float:
-        """The bias of the sigmoid loss; 0.0 for a model that was trained without it."""
+        """The bias of the sigmoid loss; 0.0 if the model has none."""
         bias = getattr(self.model, "logit_bias", None)
         return 0.0 if bias is None else float(bias.detach())
 
     @property
     def view(self) -> tuple[float, float] | None:
-        """Width and height of what the model sees of an image, as shares of its shorter side. None: all of it."""
+        """Width and height of the centre crop that the model sees, as shares of the shorter side. None: no crop."""
         return None
 
     def patches(self, image: Image.Image) -> torch.Tensor:
         """Return the unit-norm embeddings (R, C, D) of an image's R x C patches, on the CPU.
 
         Raises:
-            NoPatchesError: the model has none.
+            NoPatchesError: the model has no patch embeddings.
         """
-        raise NoPatchesError(f"a {type(self.model).__name__} has no patches to compare with a text")
+        raise NoPatchesError(f"a {type(self.model).__name__} has no patch embeddings to compare with a text")
 
     @abstractmethod
     def unknown_share(self, texts: Sequence[str]) -> float:
@@ -170,15 +169,15 @@ class Encoder(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return a hash of all that the embeddings depend on."""
+        """Return a hash of everything that changes the embeddings: weights, configuration, preprocessing."""
 
     @abstractmethod
     def _embed_images(self, images: list[Image.Image]) -> torch.Tensor:
-        """Return embeddings (B, D) of one batch of RGB images; of any norm, on any device."""
+        """Return embeddings (B, D) of one batch of RGB images, with any norm, on any device."""
 
     @abstractmethod
     def _embed_texts(self, texts: list[str]) -> torch.Tensor:
-        """Return embeddings (B, D) of one batch of texts; of any norm, on any device."""
+        """Return embeddings (B, D) of one batch of texts, with any norm, on any device."""
 
     @abstractmethod
     def _image_features(self, images: list[Image.Image]) -> torch.Tensor:
@@ -195,8 +194,8 @@ class Encoder(ABC):
         """Run `forward` on every batch of images."""
         check_pixels("max_image_pixels", max_pixels)
 
-        def read_and_embed(places: list[int]) -> torch.Tensor:
-            batch = [_open(images[place], place, max_pixels) for place in places]
+        def read_and_embed(indices: list[int]) -> torch.Tensor:
+            batch = [_open(images[index], index, max_pixels) for index in indices]
             with evaluating(self.model):
                 return forward(batch)
 
@@ -207,23 +206,20 @@ class Encoder(ABC):
 
 
 class TextSide(Protocol):
-    """A text model that embeds into the space of another model's images (`TwoModels`)."""
+    """A text model that embeds into the image space of another model (`TwoModels`)."""
 
     model: Any
     tokenizer: Any
 
     def embed(self, texts: list[str]) -> torch.Tensor:
-        """Return embeddings (B, D) of one batch of texts; of any norm, on any device."""
-
-    def unknown_share(self, texts: Sequence[str]) -> float:
-        """Return the share of tokens that are the tokenizer's unknown token, 0 to 1."""
+        """Return embeddings (B, D) of one batch of texts, with any norm, on any device."""
 
     def fingerprint(self) -> str:
-        """Return a hash of all that the embeddings depend on."""
+        """Return a hash of everything that changes the embeddings."""
 
 
 class TwoModels(Encoder):
-    """Texts by one model, images by another, in the images' space. The logit scale and bias are the image model's."""
+    """A text model and an image model with one space. The logit scale and bias are those of the image model."""
 
     def __init__(self, texts: TextSide, images: Encoder, name: str) -> None:
         processor = Processor(images.processor.image_processor, texts.tokenizer)
@@ -232,20 +228,20 @@ class TwoModels(Encoder):
 
     @property
     def scale(self) -> float:
-        """The factor of cosines before a softmax or a sigmoid: that of the image model."""
+        """The image model's factor of the cosines."""
         return self._images.scale
 
     @property
     def bias(self) -> float:
-        """The bias of the sigmoid loss: that of the image model."""
+        """The image model's bias."""
         return self._images.bias
 
     def unknown_share(self, texts: Sequence[str]) -> float:
         """Return the share of tokens that are the tokenizer's unknown token, 0 to 1."""
-        return self._texts.unknown_share(texts)
+        return unknown_share(self.processor.tokenizer, texts)
 
     def fingerprint(self) -> str:
-        """Return a hash of all that the embeddings depend on."""
+        """Return a hash of everything that changes the embeddings of either model."""
         return fingerprint(self._texts.fingerprint(), self._images.fingerprint())
 
     def _embed_images(self, images: list[Image.Image]) -> torch.Tensor:
@@ -265,14 +261,14 @@ def in_batches(
     unit: str,
     spread: bool = False,
 ) -> torch.Tensor:
-    """Embed items batch by batch and return their rows (N, ...) in the items' order. There is at least one item.
+    """Embed N >= 1 items batch by batch and return their rows (N, ...), in order.
 
     Args:
         embed: Embeds one batch.
-        items: N items.
+        items: The items.
         batch_size: Items per batch.
-        unit: What the progress bar calls the items.
-        spread: Share the batches among the processes. The batches are the same, so the rows are the same bits.
+        unit: Name of the items in the progress bar.
+        spread: Split the batches over the processes. The batches stay the same, so the rows are bit for bit the same.
     """
     batches = [range(len(items))[start : start + batch_size] for start in range(0, len(items), batch_size)]
     rank, world_size = (distributed.rank(), distributed.world_size()) if spread else (0, 1)
@@ -280,8 +276,8 @@ def in_batches(
     own = len(batches[rank::world_size])
     with tqdm(desc=f"embedding {unit}", total=own, leave=False, disable=quiet) as bar:
 
-        def embed_batch(places: Sequence[int]) -> torch.Tensor:
-            rows = embed([items[place] for place in places])
+        def embed_batch(indices: Sequence[int]) -> torch.Tensor:
+            rows = embed([items[index] for index in indices])
             bar.update()
             return rows
 
@@ -292,15 +288,15 @@ def in_batches(
 def texts_in_batches(
     embed: Callable[[list[str]], torch.Tensor], texts: Sequence[str], batch_size: int, spread: bool = False
 ) -> torch.Tensor:
-    """Embed texts as `in_batches` does. They fill batches from short to long, so that batches hold little padding."""
-    order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
-    rows = in_batches(embed, [texts[place] for place in order], batch_size, "texts", spread)
+    """Embed texts like `in_batches`, but sorted by length, so that batches have little padding."""
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    rows = in_batches(embed, [texts[index] for index in order], batch_size, "texts", spread)
     return rows[torch.tensor(order).argsort()]
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, and back in its own mode afterwards, which may differ between towers."""
+    """Put every module in evaluation mode, and restore each module's own mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -312,12 +308,35 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:
-    """Return features (B, D) in float32, of norm 1, on the CPU."""
+    """Return features (B, D) in float32, with norm 1, on the CPU."""
     return F.normalize(features.float(), dim=-1).cpu()
 
 
+def unknown_share(tokenizer: Any, texts: Sequence[str]) -> float:
+    """Return the share of tokens of `texts` that are the unknown token of a transformers tokenizer, 0 to 1.
+
+    CLIP's unknown token is its end token. A text that contains this token's name is split: it is not unknown.
+    """
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    ids = [token for text in texts for token in tokenizer(text, **options)["input_ids"]]
+    return ids.count(tokenizer.unk_token_id) / max(1, len(ids))
+
+
+def tokenizer_rules(tokenizer: Any) -> str:
+    """Return everything that changes a tokenizer's ids, but not its folder or the state that earlier calls left."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        pieces = getattr(tokenizer, "sp_model", None)
+        rules: Any = [tokenizer.get_vocab(), pieces.serialized_model_proto().hex() if pieces else None]
+        rules.append(getattr(tokenizer, "do_lower_case", None))
+    else:
+        rules = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    sides = tokenizer.padding_side, tokenizer.truncation_side, tokenizer.model_max_length
+    return json.dumps([type(tokenizer).__name__, rules, sides, tokenizer.special_tokens_map], default=str)
+
+
 def fingerprint(*parts: nn.Module | str) -> str:
-    """Return a hash of modules and strings. Of a module it covers the weights and the settings that change results."""
+    """Return a hash of modules and strings. A module counts with its weights and the settings that change results."""
     digest = xxh3_128()
     for part in parts:
         if isinstance(part, str):
@@ -334,19 +353,19 @@ def fingerprint(*parts: nn.Module | str) -> str:
 
 
 def _unnamed(setting: Any) -> Any:
-    """Remove the names from a nested configuration. Its type stays: BERT and RoBERTa have equal names of weights."""
+    """Remove `_NAMES` from a nested configuration, except its type: BERT and RoBERTa name their weights alike."""
     if not isinstance(setting, dict):
         return setting
     return {name: _unnamed(value) for name, value in setting.items() if name == "model_type" or name not in _NAMES}
 
 
-def _open(image: Picture, place: int, max_pixels: int) -> Image.Image:
-    """Return an image as RGB. Errors name it by its path or by its place in the list."""
+def _open(image: Picture, index: int, max_pixels: int) -> Image.Image:
+    """Return an image as RGB. Errors name its path or its index in the list."""
     if isinstance(image, Image.Image):
         try:
             return to_rgb(image)
         except BROKEN as error:
-            raise ImageError(f"images[{place}]: {error}") from error
+            raise ImageError(f"images[{index}]: {error}") from error
     encoded = Path(image).read_bytes()
     try:
         picture: Image.Image = to_pil_image(decode(encoded, max_pixels, "max_image_pixels"))

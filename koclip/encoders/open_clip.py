@@ -11,18 +11,17 @@ from PIL import Image
 
 from koclip.config import ConfigError, check
 from koclip.encoders import FAULTS, first_line
-from koclip.encoders.base import Encoder, Processor, fingerprint
+from koclip.encoders.base import Encoder, Processor, fingerprint, tokenizer_rules, unknown_share
 from koclip.encoders.sentence_transformers import package
-from koclip.encoders.transformers import tokenizer_rules, unknown_share
 
 FORM = (
     "open_clip:<model name>@<pretrained tag or file.safetensors>, open_clip:hf-hub:<Hub id> or "
     "open_clip:local-dir:<directory>"
 )
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".npz", ".npy"}
-_KOREAN, _ENGLISH = "kor_Hang", "eng_Latn"  # NLLB's tokens for languages
+_KOREAN, _ENGLISH = "kor_Hang", "eng_Latn"  # NLLB's language tokens
 _HANGUL = re.compile("[\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3]")
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function, in what Python prints
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of a function
 
 
 def open_spec(spec: str, device: torch.device) -> "OpenClipEncoder":
@@ -32,8 +31,8 @@ def open_spec(spec: str, device: torch.device) -> "OpenClipEncoder":
         ConfigError: the spec names no weights, or a pickle; or open_clip is not installed or cannot load the model.
     """
     name, _, pretrained = spec.partition(":")[2].partition("@")
-    own = name.startswith(("hf-hub:", "local-dir:"))  # these bring their weights
-    check(own != bool(pretrained), "model", spec, f"expected {FORM}")
+    with_weights = name.startswith(("hf-hub:", "local-dir:"))
+    check(with_weights != bool(pretrained), "model", spec, f"expected {FORM}")
     is_file = Path(pretrained).suffix in _PICKLES or Path(pretrained).is_file()
     safe = not is_file or Path(pretrained).suffix == ".safetensors"
     check(safe, "model", spec, "expected a pretrained tag or a .safetensors file: no pickles")
@@ -43,15 +42,15 @@ def open_spec(spec: str, device: torch.device) -> "OpenClipEncoder":
 class OpenClipEncoder(Encoder):
     """A model of open_clip with its own tokenizer and preprocessing.
 
-    Two rules that open_clip leaves to its caller are followed: weights whose tag says QuickGELU get it under any model
-    name (`ViT-B-32@openai`; open_clip only warns), and NLLB's tokenizer gets the language: Korean for a text with
-    Hangul, English otherwise.
+    Two things that open_clip leaves to its caller are done here. Weights whose tag needs QuickGELU get it under any
+    model name (`ViT-B-32@openai`; open_clip only warns). NLLB's tokenizer is given the language of each text: Korean if
+    the text has Hangul, otherwise English.
 
     Args:
-        model_name: As open_clip names it.
-        pretrained: Its tag, or a safetensors file.
-        device: Where to put the model.
-        name: Where it came from.
+        model_name: open_clip's name of the model.
+        pretrained: open_clip's tag of the weights, or a safetensors file.
+        device: Device of the model.
+        name: The spec.
     """
 
     def __init__(self, model_name: str, pretrained: str | None, device: torch.device, name: str) -> None:
@@ -71,7 +70,7 @@ class OpenClipEncoder(Encoder):
         self._asks_language = vocabulary.keys() >= {_KOREAN, _ENGLISH}
 
     def unknown_share(self, texts: Sequence[str]) -> float:
-        """Return the share of unknown tokens, 0 to 1; open_clip's own tokenizer is byte-level and has none."""
+        """Return the share of unknown tokens, 0 to 1. It is 0 for open_clip's own tokenizer, which is byte-level."""
         tokenizer = getattr(self.processor.tokenizer, "tokenizer", None)
         if tokenizer is None:
             return 0.0
@@ -93,7 +92,6 @@ class OpenClipEncoder(Encoder):
         return self.model.encode_text(self._tokens(texts).to(self._device))  # type: ignore[no-any-return]
 
     def _image_features(self, images: list[Image.Image]) -> torch.Tensor:
-        """What the projection reads, or the tower's own output where there is no projection."""
         return _before_projection(self.model.visual, self._pixels(images))
 
     def _tokens(self, texts: Sequence[str]) -> torch.Tensor:
@@ -102,10 +100,10 @@ class OpenClipEncoder(Encoder):
             return tokenizer(list(texts))  # type: ignore[no-any-return]
         rows = []
         for text in texts:
-            # Not by open_clip's `set_language`: transformers 5 goes back to `src_lang` in every call.
+            # open_clip's `set_language` has no effect: transformers 5 reads `src_lang` in every call.
             tokenizer.tokenizer.src_lang = _KOREAN if _HANGUL.search(text) else _ENGLISH
             rows.append(tokenizer([text]))
-        tokenizer.tokenizer.src_lang = _ENGLISH  # as it was
+        tokenizer.tokenizer.src_lang = _ENGLISH  # the default
         return torch.cat(rows)
 
     def _pixels(self, images: list[Image.Image]) -> torch.Tensor:
@@ -113,27 +111,26 @@ class OpenClipEncoder(Encoder):
 
 
 def _before_projection(tower: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Return an image tower's features (B, W) before its projection. Pools that project, as CLIP's ResNets', stay."""
+    """Return an image tower's features (B, W) before its projection; with an attention pool (ResNet), its output."""
     output: Any
     if not hasattr(tower, "trunk"):
-        bare = copy.copy(tower)  # shares every part
+        bare = copy.copy(tower)  # shares all modules
         bare._parameters = dict(tower._parameters)
         if "proj" in bare._parameters:
             bare.proj = None
         output = bare(pixels)
-    elif len(tower.head):  # of timm
+    elif len(tower.head):  # a tower of timm with a head
         output = tower.trunk(pixels)
         output = tower.head.pool(output) if hasattr(tower.head, "pool") else output
-    else:  # of timm; the trunk's classifier, if there is one, projects
+    else:  # a tower of timm whose classifier, if any, is the projection
         output = tower.trunk.forward_head(tower.trunk.forward_features(pixels), pre_logits=True)
-    features: torch.Tensor = output[0] if isinstance(output, tuple) else output  # CoCa returns its tokens too
+    features: torch.Tensor = output[0] if isinstance(output, tuple) else output  # CoCa also returns tokens
     return features
 
 
 def _settings(part: object) -> str:
-    """Return the plain values among an object's attributes: numbers of heads, epsilons, lengths, names of functions."""
-    settings = {
-        name: value for name, value in vars(part).items() if isinstance(value, str | int | float | bool | tuple)
-    }
+    """Return an object's plain attributes, such as numbers of heads, epsilons, lengths and names of functions."""
+    plain = (str, int, float, bool, tuple)
+    settings = {name: value for name, value in vars(part).items() if isinstance(value, plain)}
     settings |= {name: value.__name__ for name, value in vars(part).items() if hasattr(value, "__name__")}
     return repr(sorted((name, _ADDRESS.sub("", repr(value))) for name, value in settings.items() if name != "training"))

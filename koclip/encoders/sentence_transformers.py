@@ -1,10 +1,9 @@
-"""The two sides of sentence-transformers: multilingual texts that were distilled into the space of a CLIP's images.
+"""Two models of sentence-transformers: a CLIP for images, and a multilingual text model distilled into its space.
 
-Examples are clip-ViT-B-32-multilingual-v1 and clip-ViT-B-32. They need the extra `peers`.
+Examples are clip-ViT-B-32 and clip-ViT-B-32-multilingual-v1. They need the extra `peers`.
 """
 
 import json
-from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from PIL import Image
 from transformers.utils.hub import cached_file
 
 from koclip.config import ConfigError, check
-from koclip.encoders.base import TwoModels, fingerprint
-from koclip.encoders.transformers import DUAL_ENCODERS, TransformersEncoder, tokenizer_rules, unknown_share
+from koclip.encoders.base import TwoModels, fingerprint, tokenizer_rules
+from koclip.encoders.transformers import DUAL_ENCODERS, TransformersEncoder
 from koclip.models.pretrained import read, refuse, unreadable
 
 FORM = "sentence_transformers:<text model>+<image model>"
@@ -25,14 +24,14 @@ def open_spec(spec: str, device: torch.device) -> TwoModels:
     """Open the two models that `FORM` describes.
 
     Raises:
-        ConfigError: the spec is not of that form, a model cannot be loaded, or sentence-transformers is not installed.
+        ConfigError: the spec has another form, a model cannot be loaded, or sentence-transformers is not installed.
     """
     texts, images = two_paths(spec, FORM)
     return TwoModels(SentenceTexts(texts, device), SentenceImages(images, device), spec)
 
 
 def two_paths(spec: str, form: str) -> tuple[str, str]:
-    """Return the text model and the image model of a spec `<library>:<text model>+<image model>`."""
+    """Return the paths of the text model and the image model in a spec `<library>:<text model>+<image model>`."""
     texts, _, images = spec.partition(":")[2].partition("+")
     check(bool(texts and images), "model", spec, f"expected {form}")
     return texts, images
@@ -51,12 +50,7 @@ def package(name: str) -> Any:
 
 
 class SentenceTexts:
-    """A text model of sentence-transformers that was distilled into a CLIP's space.
-
-    Args:
-        path: Directory or Hub id.
-        device: Where to put the model.
-    """
+    """A text model of sentence-transformers that was distilled into a CLIP's space; `path` is a directory or Hub id."""
 
     def __init__(self, path: str, device: torch.device) -> None:
         self.model = _sentence_transformer(path, device)
@@ -66,24 +60,16 @@ class SentenceTexts:
         """Return embeddings (B, D)."""
         return _encode(self.model, texts)
 
-    def unknown_share(self, texts: Sequence[str]) -> float:
-        """Return the share of tokens that are the tokenizer's unknown token, 0 to 1."""
-        return unknown_share(self.tokenizer, texts)
-
     def fingerprint(self) -> str:
         """Return a hash of the weights, the modules with their settings, and the tokenizer."""
         return fingerprint(self.model[0].auto_model, self.model, repr(self.model), tokenizer_rules(self.tokenizer))
 
 
 class SentenceImages(TransformersEncoder):
-    """A CLIP of sentence-transformers, for its images.
-
-    Args:
-        path: Directory or Hub id.
-        device: Where to put the model.
+    """The image side of a CLIP of sentence-transformers; `path` is a directory or Hub id.
 
     Raises:
-        ConfigError: it is not a CLIP.
+        ConfigError: the model is not a CLIP.
     """
 
     def __init__(self, path: str, device: torch.device) -> None:
@@ -104,13 +90,13 @@ def _sentence_transformer(path: str, device: torch.device) -> Any:
     library = package("sentence_transformers")
     expected = "modules.json, model.safetensors and the rest of a sentence-transformers model"
     try:
-        # Without this file the library builds a model of its own: mean pooling over whatever is there.
+        # Without this file, the library adds mean pooling to any model.
         modules = json.loads(Path(str(cached_file(path, "modules.json"))).read_text())
         options = {"use_safetensors": True, "dtype": torch.float32}
         model = library.SentenceTransformer(path, device=str(device), trust_remote_code=False, model_kwargs=options)
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
         raise unreadable(path, "model", expected, error) from error
-    # The library does not report missing weights, which it draws at random.
+    # The library gives missing weights random values without an error.
     first, problems = read(path, "model", modules[0]["path"])
     refuse(path, "model", first, {fault: names for fault, names in problems.items() if fault != "unexpected_keys"})
     return model.eval()

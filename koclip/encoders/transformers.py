@@ -1,6 +1,5 @@
 """Dual encoders of transformers: CLIP, ChineseCLIP, AltCLIP, SigLIP, SigLIP 2, MetaCLIP 2, VisionTextDualEncoder."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers import (
 
 from koclip.config import check
 from koclip.data.transforms import to_rgb
-from koclip.encoders.base import Encoder, NoPatchesError, evaluating, fingerprint
+from koclip.encoders.base import Encoder, NoPatchesError, evaluating, fingerprint, tokenizer_rules, unknown_share
 from koclip.models.pretrained import read, read_processor, refuse
 from koclip.models.stock import longest_text
 from koclip.text.tokenizers import LEGACY_EOS_ID
@@ -37,19 +36,13 @@ DUAL_ENCODERS = (
     VisionTextDualEncoderModel,
 )
 SIGLIP_TOKENS = 64  # SigLIP and SigLIP 2 were trained on texts padded to this length, without a mask
-_NO_LIMIT = 10**9  # tokens; a tokenizer without a longest length says 10^30
+_NO_LIMIT = 10**9  # tokens; `model_max_length` is 10^30 in a tokenizer without a limit
 
 FORM = "a directory, a Hub id"
 
 
 class TransformersEncoder(Encoder):
-    """A dual encoder of transformers.
-
-    Args:
-        model: An instance of one of `DUAL_ENCODERS`.
-        processor: Its processor.
-        name: Where the model was loaded from.
-    """
+    """A dual encoder of transformers: an instance of a class in `DUAL_ENCODERS`, and its processor."""
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, name: str = "") -> None:
         super().__init__(model, processor, name)
@@ -57,13 +50,13 @@ class TransformersEncoder(Encoder):
 
     @property
     def bias(self) -> float:
-        """The model's own bias (SigLIP), or `logit_bias` of config.json (koclip's models); 0.0 if there is neither."""
+        """The model's bias (SigLIP), else `logit_bias` of its config.json (koclip's models), else 0.0."""
         own = getattr(self.model, "logit_bias", None)
         return super().bias if own is not None else float(getattr(self.model.config, "logit_bias", None) or 0.0)
 
     @property
     def view(self) -> tuple[float, float] | None:
-        """Width and height of what the model sees of an image, as shares of its shorter side. None: all of it."""
+        """Width and height of the centre crop that the model sees, as shares of the shorter side. None: no crop."""
         processor = self.processor.image_processor
         if not getattr(processor, "do_center_crop", False) or not processor.size.get("shortest_edge"):
             return None
@@ -71,10 +64,10 @@ class TransformersEncoder(Encoder):
         return crop["width"] / shortest, crop["height"] / shortest
 
     def patches(self, image: Image.Image) -> torch.Tensor:
-        """Return the unit-norm embeddings (R, C, D) of the patches of an image, after its crop, on the CPU.
+        """Return the unit-norm embeddings (R, C, D) of the patches of the cropped image, on the CPU.
 
         Raises:
-            NoPatchesError: the image tower has none (`patch_embeddings`).
+            NoPatchesError: see `patch_embeddings`.
         """
         pixels = self._pixels([to_rgb(image)])
         with evaluating(self.model):
@@ -115,7 +108,7 @@ class TransformersEncoder(Encoder):
         return [text.lower() if self._is_siglip else text for text in texts]
 
     def _pixels(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        # Not by the processor: SigLIP 2's replaces the patch size and number that the checkpoint saved by its own.
+        # SigLIP 2's processor would replace the checkpoint's patch size and number of patches by its own defaults.
         inputs = self.processor.image_processor(images, return_tensors="pt")
         moved = {name: value.to(self.model.device) for name, value in inputs.items()}
         return moved | {"pixel_values": moved["pixel_values"].to(self.model.dtype)}
@@ -125,7 +118,7 @@ def open_spec(spec: str, device: torch.device) -> TransformersEncoder:
     """Open a directory or Hub id, in fp32 and evaluation mode.
 
     Raises:
-        ConfigError: nothing there can be loaded, weights are missing or unexpected, or it is no dual encoder.
+        ConfigError: the model cannot be loaded, has missing or unexpected weights, or is not a dual encoder.
     """
     model, problems = read(spec, "model")
     classes = ", ".join(kind.__name__ for kind in DUAL_ENCODERS)
@@ -137,75 +130,51 @@ def open_spec(spec: str, device: torch.device) -> TransformersEncoder:
 
 
 def encode(tokenizer: Any, texts: Sequence[str], text_tower: nn.Module) -> Any:
-    """Tokenize texts, padded to the longest and cut to what both the tokenizer and the tower's positions allow."""
+    """Tokenize texts, padded to the longest, cut to the limit of the tokenizer and of the tower's positions."""
     longest = longest_text(tokenizer, text_tower)
     cut = {"truncation": True, "max_length": longest} if longest < _NO_LIMIT else {}
     return tokenizer(list(texts), padding=True, return_attention_mask=True, return_tensors="pt", **cut)
 
 
-def unknown_share(tokenizer: Any, texts: Sequence[str]) -> float:
-    """Return the share of the tokens of `texts` that are the unknown token of a tokenizer of transformers.
-
-    CLIP's unknown token is its end token, so a text that spells it out is split: it is no unknown token.
-    """
-    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    ids = [token for text in texts for token in tokenizer(text, **options)["input_ids"]]
-    return ids.count(tokenizer.unk_token_id) / max(1, len(ids))
-
-
-def tokenizer_rules(tokenizer: Any) -> str:
-    """Return all that decides on a tokenizer's ids: not its folder, and not what earlier calls left in it."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        pieces = getattr(tokenizer, "sp_model", None)
-        rules: Any = [tokenizer.get_vocab(), pieces.serialized_model_proto().hex() if pieces else None]
-        rules.append(getattr(tokenizer, "do_lower_case", None))
-    else:
-        rules = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
-    sides = tokenizer.padding_side, tokenizer.truncation_side, tokenizer.model_max_length
-    return json.dumps([type(tokenizer).__name__, rules, sides, tokenizer.special_tokens_map], default=str)
-
-
 def patch_embeddings(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     """Return the unit-norm embeddings (B, R, C, D) of the R x C patches of images (B, 3, H, W), on the CPU.
 
-    A ViT's image embedding is W f(h_0) of its class token's last hidden state h_0, where f is CLIP's post layer norm
-    (or the pooler of google/vit-*) and W the projection. The same is computed here from the state of every patch:
+    A ViT's image embedding is W f(h_0), where h_0 is the last hidden state of the class token, f is CLIP's post layer
+    norm (or the pooler of google/vit-*) and W is the projection. Here W f is applied to the state h_p of every patch:
 
         e_p = W f(h_p) / |W f(h_p)|,    score of a text t for patch p = <e_p, t>
 
-    Training does not ask this of patches. They pass through the same layers and mostly end where the class token does,
-    but the score shows where the tower gathered the information, which may be elsewhere than the object (Zhou et al.
-    2022, MaskCLIP, section 3; Li et al. 2023, CLIP Surgery).
+    Training does not optimise these scores. They show where the tower collected information, which may not be where
+    the object is (Zhou et al. 2022, MaskCLIP, section 3; Li et al. 2023, CLIP Surgery).
 
     Raises:
-        NoPatchesError: the tower is a ResNet, pools by attention, or is otherwise not read like this.
+        NoPatchesError: the image tower is not a ViT that reads its class token, for example a ResNet.
     """
     tower, project = model.vision_model, getattr(model, "visual_projection", None)
     size = getattr(tower.config, "patch_size", None)
     if project is None or not isinstance(size, int):
-        raise NoPatchesError(f"a {type(tower).__name__} has no patches to compare with a text")
+        raise NoPatchesError(f"a {type(tower).__name__} has no patch embeddings to compare with a text")
     hidden = tower(pixel_values=pixel_values).last_hidden_state  # (B, T, W)
     rows, columns = pixel_values.shape[-2] // size, pixel_values.shape[-1] // size
     if hidden.ndim != 3 or hidden.shape[1] < rows * columns:
-        raise NoPatchesError(f"a {type(tower).__name__} has no state per patch")
+        raise NoPatchesError(f"a {type(tower).__name__} has no hidden state per patch")
     patches = hidden[:, hidden.shape[1] - rows * columns :]  # class and register tokens come first
     if hasattr(tower, "post_layernorm"):
         patches = tower.post_layernorm(patches)
     elif hasattr(getattr(tower, "pooler", None), "dense"):
         patches = tower.pooler.activation(tower.pooler.dense(patches))
     else:
-        raise NoPatchesError(f"how a {type(tower).__name__} computes its embedding from a state is not known")
+        raise NoPatchesError(f"a {type(tower).__name__} does not compute its embedding from a single hidden state")
     grid: torch.Tensor = F.normalize(project(patches).float(), dim=-1).unflatten(1, (rows, columns))
     return grid.cpu()
 
 
 def _check_end(spec: str, model: Any, tokenizer: Any) -> None:
-    """Check that texts have the end token that CLIP and MetaCLIP 2 read: without it they read the first token."""
+    """Check that the tokenizer adds the end token that CLIP and MetaCLIP 2 read; without it they read the first."""
     if model.config.model_type not in ("clip", "metaclip_2"):
         return
     end = model.config.text_config.eos_token_id
     ids = tokenizer("a picture")["input_ids"]
     oldest = model.config.model_type == "clip" and end == LEGACY_EOS_ID
-    expected = f"expected the end token {end} of its config.json in it: take the tokenizer that it was trained with"
+    expected = f"expected the end token {end} of its config.json among them: use the tokenizer of its training"
     check(oldest or end in ids, f"model: {spec}, its tokenizer's ids of a text", ids, expected)

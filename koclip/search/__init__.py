@@ -1,5 +1,5 @@
 """Search a collection of images by their embeddings: built once, memory-mapped, exact or approximate."""
 
-from koclip.search.index import Found, ImageIndex, open_index
+from koclip.search.index import ImageIndex, SearchResult, open_index
 
-__all__ = ["Found", "ImageIndex", "open_index"]
+__all__ = ["ImageIndex", "SearchResult", "open_index"]

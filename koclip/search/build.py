@@ -1,9 +1,9 @@
-"""Build an index: embed images shard by shard, go on where a killed run stopped, and embed anew what has changed.
+"""Build an index: embed images shard by shard, continue after an interruption, and replace shards that have changed.
 
-`embeddings.json` names the files that are the index: it is replaced in one step when all of them are there.
+`embeddings.json` names the files of the index. It is replaced atomically when all of them are complete.
 
-A file is taken for the same, and is not read, where its size and both of its times are (`koclip.data.formats.files`).
-Else a hash of its bytes decides, and so it does for images that are in a table.
+An image file with the same size, mtime and ctime (`koclip.data.formats.files`) is unchanged, and is not read. For other
+files, and for images in a table, a hash of the bytes is compared.
 """
 
 import dataclasses
@@ -23,19 +23,19 @@ from koclip.config import ConfigError, IndexConfig, SourceConfig, check, locate
 from koclip.data.formats.files import is_folder, printable, stamp, stored_files
 from koclip.data.sources import MapSource, Row, Skip, StreamSource, open_source
 from koclip.data.transforms import ImageError, decode, digest_of, read
-from koclip.embeddings.fill import Piece, embed_shard
-from koclip.embeddings.store import NO_FILE, NO_HASH, SHARD, Entry, Item, Shard, Shards, Store
+from koclip.embeddings.fill import Embed, ItemBatch, embed_shard
+from koclip.embeddings.store import NO_FILE, NO_HASH, SHARD, Entry, Shard, Shards, Store, StoredItem
 from koclip.encoders import Encoder
-from koclip.search.index import FILE, build_quick
+from koclip.search.index import FILE, build_approximate
 from koclip.text.normalize import usable
 
-ROWS = 2_048  # images in a shard, at most: what a killed build loses
-_QUALITY = 80  # of thumbnails
+ROWS = 2_048  # images in a shard: a killed build loses at most these
+_QUALITY = 80  # JPEG quality of thumbnails
 _SMALL = 128  # pixels; a browser enlarges smaller thumbnails, which makes the artefacts of JPEG visible
 
 
 class Collection(NamedTuple):
-    """The images to be indexed, in a fixed order: those of a folder, by their paths, or a data set's rows."""
+    """The images to index, in a fixed order: the files of a folder by path, or the rows of a data set."""
 
     source: MapSource | StreamSource
     name: str
@@ -43,10 +43,10 @@ class Collection(NamedTuple):
 
     @classmethod
     def open(cls, config: IndexConfig) -> "Collection":
-        """Open what a configuration names.
+        """Open the images of a configuration.
 
         Raises:
-            SourceError: it cannot be opened, or there is no image.
+            SourceError: the source cannot be opened, or has no image.
         """
         kind = "pictures" if config.images and is_folder(locate(config.images)) else "auto"
         images = SourceConfig(path=config.images, format=kind, scenes_part="test", scenes_size=1_000)
@@ -55,18 +55,23 @@ class Collection(NamedTuple):
 
     @property
     def num_images(self) -> int:
-        """Number of images, 0 if it is not known before they are read."""
+        """Number of images; 0 if it is not known before they are read."""
         size = self.source.size or 0
         return min(size, self.max_images or size)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What identifies this collection. It stays the same if a picture in a folder changes."""
+        """Facts that identify the collection. They do not change if an image in a folder changes."""
         config = self.source.config
         if config.format == "pictures":
             names = (row.key for row in islice(self.source.iter_rows(images=False), self.max_images))
             return {"images": xxh3_128_hexdigest("\n".join(names).encode())}
-        return {"images": dataclasses.asdict(config), "files": _files(config), "rows": self.num_images}
+        files = [(str(file), file.stat().st_size) for file in stored_files(config)]  # none for a data set on the Hub
+        return {
+            "images": dataclasses.asdict(config),
+            "files": xxh3_128_hexdigest(repr(files).encode()),
+            "rows": self.num_images,
+        }
 
     def shards(self) -> Iterator[list[Row]]:
         """Yield the rows of each shard."""
@@ -76,13 +81,13 @@ class Collection(NamedTuple):
 
 
 def build(config: IndexConfig, encoder: Encoder, directory: Path) -> tuple[int, list[Skip]]:
-    """Embed what is not embedded yet or has changed since, and make the approximate index if it is asked for.
+    """Embed new and changed images, and build the approximate index if the configuration wants it.
 
     Returns:
-        The number of images in the index, and what was left out of it, by runs before this one too.
+        The number of images in the index, and the images that were left out, in this run or an earlier run.
 
     Raises:
-        ConfigError: the directory holds an index of something else, or no image can be used.
+        ConfigError: the directory holds an index of other images or with other settings, or no image can be used.
     """
     collection = Collection.open(config)
     store, facts = Store(directory, "output_dir"), _facts(config, collection, encoder)
@@ -92,27 +97,27 @@ def build(config: IndexConfig, encoder: Encoder, directory: Path) -> tuple[int, 
     paths, changed = _embed(config, encoder, collection, store)
     shards = Shards(paths, store.key)
     check(len(shards) > 0, "images", config.images, f"none can be used; the first: {shards.left_out[:1]}")
-    quick = directory / FILE.format(shards.checksum)
+    approximate = directory / FILE.format(shards.checksum)
     large = config.approximate == "auto" and len(shards) >= config.approximate_from
-    if (large or config.approximate == "yes") and (changed or not quick.exists()):
-        build_quick(shards.rows, shards.width, quick)
-    names, quick_name = [path.name for path in paths], quick.name if quick.exists() else None
-    finished = {**facts, "num_images": len(shards), "shards": names, "approximate": quick_name}
-    store.write_facts(finished)  # from now on, this is the index
+    if (large or config.approximate == "yes") and (changed or not approximate.exists()):
+        build_approximate(shards.rows, shards.width, approximate)
+    names, approximate_name = [path.name for path in paths], approximate.name if approximate.exists() else None
+    finished = {**facts, "num_images": len(shards), "shards": names, "approximate": approximate_name}
+    store.write_facts(finished)  # the new index replaces the old index here
     for path in [*directory.glob("shard-*"), *directory.glob("approximate-*"), *directory.glob("writing-*")]:
-        if path.name not in (*names, quick_name):
+        if path.name not in (*names, approximate_name):
             path.unlink()
     left_out = [Skip(key, reason, collection.name) for key, reason in shards.left_out]
     return len(shards), [*left_out, *collection.source.left_out]
 
 
 def _embed(config: IndexConfig, encoder: Encoder, collection: Collection, store: Store) -> tuple[list[Path], bool]:
-    """Write the shards that are missing or of other rows than now; return all that are used, and whether any is new.
+    """Write the shards that are missing or have changed; return all shards of the index, and whether any is new.
 
-    A shard takes another name than the one it takes the place of, which an index that is complete still needs.
+    A changed shard gets a new name, because a finished index still uses the old file.
 
     Raises:
-        ConfigError: a shard is of more or fewer rows than belong into it now.
+        ConfigError: the number of rows in a shard has changed.
     """
     used: list[Path] = []
     stored: dict[int, list[Shard]] = {}  # by number, the newest first
@@ -130,7 +135,7 @@ def _embed(config: IndexConfig, encoder: Encoder, collection: Collection, store:
             else:
                 name = SHARD.format(number) if not shards else f"shard-{number:06}-{_revision(shards[0].path)[1] + 1}"
                 current = (store.path / name).with_suffix(".safetensors")
-                embed_shard(current, _pieces(rows, config, bar), _embedding(encoder), torch.bfloat16)
+                embed_shard(current, _batches(rows, config, bar), _embed_with(encoder), torch.bfloat16)
                 changed = True
             used.append(current)
     for shards in list(stored.values())[:1]:
@@ -139,7 +144,7 @@ def _embed(config: IndexConfig, encoder: Encoder, collection: Collection, store:
 
 
 def _revision(path: Path) -> tuple[int, int]:
-    """Return a shard's number, and how often it has been replaced."""
+    """Return a shard's number, and the number of times it was replaced."""
     number, *revision = path.stem.removeprefix("shard-").split("-")
     return int(number), int(revision[0]) if revision else 0
 
@@ -156,10 +161,10 @@ def _facts(config: IndexConfig, collection: Collection, encoder: Encoder) -> dic
     }
 
 
-def _pieces(rows: Sequence[Row], config: IndexConfig, bar: Any) -> Iterator[Piece]:
-    """Yield what is read of each batch of rows."""
+def _batches(rows: Sequence[Row], config: IndexConfig, bar: Any) -> Iterator[ItemBatch]:
+    """Read the rows of a shard, batch by batch."""
     for start in range(0, len(rows), config.batch_size):
-        items: list[Item] = []
+        items: list[StoredItem] = []
         pictures: list[Image.Image] = []
         entries: list[Entry] = []
         batch = rows[start : start + config.batch_size]
@@ -175,33 +180,33 @@ def _pieces(rows: Sequence[Row], config: IndexConfig, bar: Any) -> Iterator[Piec
             captions = {language: usable(texts) for language, texts in row.captions.items()}
             thumbnail = _thumbnail(pictures[-1], config.thumbnail_size)
             entries.append(Entry({"key": row.key, "captions": captions}, thumbnail))
-        yield Piece(len(batch), items, pictures, entries)
+        yield ItemBatch(len(batch), items, pictures, entries)
         bar.update(len(batch))
 
 
-def _embedding(encoder: Encoder) -> Any:
-    """Return what embeds a piece."""
+def _embed_with(encoder: Encoder) -> Embed:
+    """Return a function that embeds a batch and checks that the embeddings are finite."""
 
-    def embed(piece: Piece) -> torch.Tensor:
-        embeddings = encoder.encode_images(piece.inputs, len(piece.inputs))  # (n, D)
+    def embed(batch: ItemBatch) -> torch.Tensor:
+        embeddings = encoder.encode_images(batch.inputs, len(batch.inputs))  # (n, D)
         finite = embeddings.isfinite().all(dim=1).tolist()
-        keys = [entry.record["key"] for entry, fine in zip(piece.entries, finite, strict=True) if not fine]
-        expected = "expected finite values: check the model, or take the picture out"
+        keys = [entry.record["key"] for entry, fine in zip(batch.entries, finite, strict=True) if not fine]
+        expected = "expected finite values: check the model, or remove the image"
         check(not keys, "images, embeddings that are not finite", keys[:3], expected)
         return embeddings.unsqueeze(1)
 
     return embed
 
 
-def _read(row: Row) -> tuple[Item, Any]:
-    """Return what identifies a row's content, and the content of its image; None if it cannot be read."""
-    file = _stamp(row)  # before it is read: what is written after that changes the stamp
+def _read(row: Row) -> tuple[StoredItem, Any]:
+    """Return the item of a row, and the content of its image; None if it cannot be read."""
+    file = _stamp(row)  # before reading: a write after this changes the stamp
     row_hash = xxh3_128_digest(repr((row.key, row.captions)).encode())
     try:
         content = read(row.image)
     except ImageError:
-        return Item(row.key, NO_HASH, "", row_hash, file), None
-    return Item(row.key, digest_of(content), "", row_hash, file), content
+        return StoredItem(row.key, NO_HASH, "", row_hash, file), None
+    return StoredItem(row.key, digest_of(content), "", row_hash, file), content
 
 
 def _stamp(row: Row) -> tuple[int, int, int]:
@@ -212,14 +217,14 @@ def _stamp(row: Row) -> tuple[int, int, int]:
 
 
 def _stale(shard: Shard, rows: Sequence[Row]) -> bool:
-    """Tell whether a shard is of other images or captions, and say of which."""
+    """Return whether images or captions of a shard have changed; print their keys."""
     keys = [row.key for item, row in zip(shard.items(), rows, strict=True) if not _same(item, row)]
     if keys:
-        tqdm.write(f"{shard.path.name} is made again: {len(keys)} of its images or captions have changed: {keys[:3]}")
+        tqdm.write(f"{shard.path.name} is built again: {len(keys)} images or captions have changed: {keys[:3]}")
     return bool(keys)
 
 
-def _same(item: Item, row: Row) -> bool:
+def _same(item: StoredItem, row: Row) -> bool:
     if item.row_hash != xxh3_128_digest(repr((row.key, row.captions)).encode()):
         return False
     if item.stamp != NO_FILE and item.stamp == _stamp(row):
@@ -227,21 +232,15 @@ def _same(item: Item, row: Row) -> bool:
     return _read(row)[0].digest == item.digest
 
 
-def _files(source: SourceConfig) -> str:
-    """Return a hash of the names and sizes of a data set's files; of one that has none here it is that of nothing."""
-    files = [(str(file), file.stat().st_size) for file in stored_files(source)]
-    return xxh3_128_hexdigest(repr(files).encode())
-
-
 def _resized(shard: Shard, count: int) -> ConfigError:
     return ConfigError(
-        f"output_dir: {shard.path.name} holds {shard.num_items} images, expected {count}: the images "
-        "have changed; delete the folder and run the same command again, or name another"
+        f"output_dir: {shard.path.name} holds {shard.num_items} images, expected {count}: images were added or "
+        "removed; delete the directory and run the same command again, or name another directory"
     )
 
 
 def _thumbnail(picture: Image.Image, side: int) -> bytes:
-    """Return a JPEG whose longer side is at most `side` pixels; nothing if that is 0."""
+    """Return a JPEG whose longer side is at most `side` pixels; no bytes if `side` is 0."""
     if not side:
         return b""
     small, buffer = picture.copy(), io.BytesIO()

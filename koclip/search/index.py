@@ -1,8 +1,8 @@
-"""Find the images of an index that are nearest to a query: an exact search over all of them, or an approximate search.
+"""Find the nearest images of a query in an index: an exact search over all images, or an approximate search.
 
-The approximate search is faiss's `IVF,SQ8` (Jégou et al. 2011, without product codes): images are divided into lists
-around centres, and only the nearest lists are searched. A value takes 8 bits, a quarter of fp32. The candidates are
-scored again from the stored rows, so only images in the other lists can be missed.
+The approximate search is faiss's `IVF,SQ8` (Jégou et al. 2011, without product codes): images are clustered into lists,
+and only the nearest lists are searched. A value takes 8 bits, a quarter of fp32. The candidates are scored again from
+the stored embeddings, so the search can miss only images in other lists.
 """
 
 import math
@@ -22,40 +22,34 @@ from koclip.config import ConfigError, check
 from koclip.embeddings.store import FACTS, Entry, Shards, Store
 
 FILE = "approximate-{}.faiss"  # with a hash of the embeddings
-MOST = 1_000  # results that are asked of it; for more all images are looked at
+MOST = 1_000  # results of an approximate search at most; a larger k searches all images
 FACTOR = 4  # candidates per result
-PROBED = 64  # lists looked at; measured by recipes/benchmarks/search.py
-_PER_LIST = 64  # images per list that the centres are found from
-_ITERATIONS = 10  # of k-means; faiss's 25 gain nothing in recall here
+PROBED = 64  # lists searched; measured by recipes/benchmarks/search.py
+_PER_LIST = 64  # images per list for k-means
+_ITERATIONS = 10  # of k-means; faiss's default of 25 does not improve recall here
 
 
-class Quick:
-    """An approximate index.
-
-    Args:
-        index: Of faiss.
-        probed: Lists looked at.
-    """
+class ApproximateIndex:
+    """An approximate index: an index of faiss, of whose lists `probed` are searched."""
 
     def __init__(self, index: Any, probed: int = PROBED) -> None:
         self._index = index
         index.nprobe = min(probed, index.nlist)
 
     def __len__(self) -> int:
-        """Number of images in it."""
         return int(self._index.ntotal)
 
-    def likely(self, query: torch.Tensor, k: int) -> torch.Tensor:
-        """Return the places of at most k images, ascending, that are likely the nearest to a query (D,) float32."""
-        _, places = self._index.search(np.ascontiguousarray(query.numpy()[None]), k)
-        return torch.from_numpy(np.sort(places[0][places[0] >= 0]))
+    def candidates(self, query: torch.Tensor, k: int) -> torch.Tensor:
+        """Return the rows, ascending, of at most k images that are probably nearest to a query (D,) float32."""
+        _, rows = self._index.search(np.ascontiguousarray(query.numpy()[None]), k)
+        return torch.from_numpy(np.sort(rows[0][rows[0] >= 0]))
 
 
 def faiss() -> Any:
-    """Return the library.
+    """Import faiss.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: faiss is not installed.
     """
     try:
         import faiss
@@ -67,15 +61,15 @@ def faiss() -> Any:
     return faiss
 
 
-def build_quick(rows: Sequence[torch.Tensor], width: int, path: Path) -> None:
-    """Build the approximate index of some shards' rows (n, D) bf16 each; the file is complete or absent.
+def build_approximate(rows: Sequence[torch.Tensor], width: int, path: Path) -> None:
+    """Build the approximate index of the embeddings (n, D) bf16 of each shard. The file is complete or absent.
 
     Raises:
-        ConfigError: faiss is not installed, or there is no row.
+        ConfigError: faiss is not installed, or there is no embedding.
     """
     library, total = faiss(), sum(map(len, rows))
     check(total > 0, "index", 0, "expected at least one image")
-    lists = max(1, min(4 * math.isqrt(total), total // 39))  # faiss wants 39 images to find a centre from
+    lists = max(1, min(4 * math.isqrt(total), total // 39))  # faiss wants at least 39 images per list
     index = library.index_factory(width, f"IVF{lists},SQ8", library.METRIC_INNER_PRODUCT)
     index.cp.niter, index.cp.seed = _ITERATIONS, 0
     index.train(_sample(rows, min(total, lists * _PER_LIST)))
@@ -88,40 +82,40 @@ def build_quick(rows: Sequence[torch.Tensor], width: int, path: Path) -> None:
         library.write_index(index, str(partial))
 
 
-def open_quick(path: Path) -> Quick:
+def open_approximate(path: Path) -> ApproximateIndex:
     """Open an approximate index, memory-mapped.
 
     Raises:
-        ConfigError: it is broken, or faiss is not installed.
+        ConfigError: the file is broken, or faiss is not installed.
     """
     library = faiss()
     try:
-        return Quick(library.read_index(str(path), library.IO_FLAG_MMAP_IFC))
+        return ApproximateIndex(library.read_index(str(path), library.IO_FLAG_MMAP_IFC))
     except RuntimeError as error:
         raise ConfigError(f"index: {path} is broken; delete it and run the same command again") from error
 
 
 def _sample(rows: Sequence[torch.Tensor], count: int) -> Any:
-    """Return `count` rows (count, D) float32, drawn from all shards with a seed of its own."""
+    """Return `count` random embeddings (count, D) float32 of all shards, with a fixed seed."""
     starts = np.cumsum([0, *map(len, rows)])
-    places = np.sort(np.random.default_rng(0).permutation(int(starts[-1]))[:count])
-    numbers = np.searchsorted(starts, places, side="right") - 1
+    chosen = np.sort(np.random.default_rng(0).permutation(int(starts[-1]))[:count])
+    numbers = np.searchsorted(starts, chosen, side="right") - 1
     parts = [
-        rows[number][torch.from_numpy(places[numbers == number] - starts[number])] for number in np.unique(numbers)
+        rows[number][torch.from_numpy(chosen[numbers == number] - starts[number])] for number in np.unique(numbers)
     ]
     return torch.cat(parts).float().numpy()
 
 
 _QUERIES = 16  # scored at once: 4 bytes per image and query
-_scanning = threading.Lock()  # the number of threads is the whole process's
-_GATHERED = 65_536  # rows scored again at once
-# How far a score may be off that is computed in bf16 from a query of norm 1 and a row of norm 1. The query is rounded
-# to 8 bits: each part is off by 2^-8 of itself at most, and so is a sum of products whose sizes add up to 1 at most.
-# The score is rounded likewise. Sums of products in fp32 add less than a tenth of that for any width in use.
+_scanning = threading.Lock()  # `torch.set_num_threads` acts on the whole process
+_GATHERED = 65_536  # embeddings scored again at once
+# Largest error of a bf16 score of a query and an embedding of norm 1. Rounding the query to 8 bits changes each product
+# by at most 2^-8 of its size, and the sizes add up to at most 1. Rounding the score adds as much again. The fp32 sum
+# adds less than a tenth of this at all widths in use.
 _MARGIN = 2.1 * 2**-8
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """The nearest images of Q queries, the nearest first."""
 
     scores: torch.Tensor  # (Q, k) float32, cosine similarities
@@ -129,60 +123,60 @@ class Found(NamedTuple):
 
 
 class ImageIndex:
-    """An index, memory-mapped: opening it reads next to nothing.
+    """A memory-mapped index. Opening it reads only headers.
 
     Args:
-        shards: Its embeddings, and what is kept of each image.
-        facts: What it says of itself: `model`, `fingerprint`, `images` and more.
-        quick: What finds the likely ones; None looks at all.
+        shards: The embeddings and entries of the images.
+        facts: The contents of embeddings.json: `model`, `fingerprint`, `images` and more.
+        approximate: Finds the candidates of a search; None: all images are candidates.
 
     Raises:
-        ConfigError: `quick` holds another number of images.
+        ConfigError: `approximate` holds another number of images.
     """
 
-    def __init__(self, shards: Shards, facts: dict[str, Any], quick: Quick | None = None) -> None:
-        expected = f"expected {len(shards)}: delete that file, and run the command that makes the index again"
-        made_of = len(shards) if quick is None else len(quick)
-        check(made_of == len(shards), "index: approximate index, images", made_of, expected)
+    def __init__(self, shards: Shards, facts: dict[str, Any], approximate: ApproximateIndex | None = None) -> None:
+        expected = f"expected {len(shards)}: delete the file and build the index again"
+        count = len(shards) if approximate is None else len(approximate)
+        check(count == len(shards), "index: approximate index, images", count, expected)
         self.facts = facts
-        self._shards, self._quick = shards, quick
+        self._shards, self._approximate = shards, approximate
 
     def __len__(self) -> int:
         return len(self._shards)
 
     @property
     def width(self) -> int:
-        """D of the embeddings."""
+        """Width D of the embeddings."""
         return self._shards.width
 
     @property
     def is_approximate(self) -> bool:
-        """Whether `search` looks at the likely images only."""
-        return self._quick is not None
+        """Whether `search` is approximate."""
+        return self._approximate is not None
 
     def entry(self, place: int) -> Entry:
-        """Return what is kept of an image: record and thumbnail."""
+        """Return the record and the thumbnail of an image."""
         return self._shards.entry(place)
 
-    def search(self, queries: torch.Tensor, k: int) -> Found:
-        """Return the k nearest images (all, where there are fewer) of unit-norm queries (Q, D) float32.
+    def search(self, queries: torch.Tensor, k: int) -> SearchResult:
+        """Return the k nearest images, or all if there are fewer, of unit-norm queries (Q, D) float32.
 
-        With an approximate index, nearly all of the k are the nearest, and k is at most 1,000.
+        With an approximate index and k up to 1,000, a few of the nearest images may be missed.
         """
-        if self._quick is None or k > MOST:
+        if self._approximate is None or k > MOST:
             return self.exact(queries, k)
         self._check(queries, k)
-        return _stacked([self._rescore(query, self._likely(query, k), k) for query in queries.float()])
+        return _stacked([self._rescore(query, self._candidates(query, k), k) for query in queries.float()])
 
-    def exact(self, queries: torch.Tensor, k: int) -> Found:
-        """Return the same by looking at all: the k best fp32 scores of the stored rows; of equal ones the first.
+    def exact(self, queries: torch.Tensor, k: int) -> SearchResult:
+        """Search all images; return the k best fp32 scores of the stored embeddings. Of equal scores the first wins.
 
-        Every row is scored in bf16, half the memory and time of fp32. Those within twice the largest rounding error
-        of the k-th best are scored again in fp32: no other row can be among the k best.
+        Every image is scored in bf16, which takes half the memory and time of fp32. Images within twice the largest
+        rounding error of the k-th best are scored again in fp32. No other image can be among the k best.
         """
         self._check(queries, k)
         k = min(k, len(self))
-        results: list[Found] = []
+        results: list[SearchResult] = []
         for part in queries.float().split(_QUERIES):
             for rough, query in zip(self._scan(part.bfloat16()), part, strict=True):
                 least = rough.topk(k).values[-1] - 2 * _MARGIN
@@ -190,37 +184,36 @@ class ImageIndex:
         return _stacked(results)
 
     def _scan(self, queries: torch.Tensor) -> torch.Tensor:
-        """Return the scores (Q, N) of bf16 queries (Q, D), a part of the shards by each thread."""
+        """Return the scores (Q, N) of bf16 queries (Q, D). The shards are divided among threads."""
         scores = torch.empty(len(queries), len(self))
-        columns = queries.T.contiguous() if len(queries) > 1 else queries[0]  # a vector is read faster as such
+        columns = queries.T.contiguous() if len(queries) > 1 else queries[0]  # a matrix-vector product is faster
 
         def score(numbers: Any) -> None:
             for number in numbers:
                 rows, start = self._shards.rows[number], self._shards.starts[number]
-                if len(rows):  # none of a shard's images may have been usable
+                if len(rows):  # a shard may have no usable image
                     scores[:, start : start + len(rows)] = (rows @ columns).reshape(len(rows), -1).T
 
         with _single_threads() as (workers, count):
             list(workers.map(score, np.array_split(range(len(self._shards.rows)), count)))
         return scores
 
-    def _likely(self, query: torch.Tensor, k: int) -> torch.Tensor:
-        assert self._quick is not None
-        places = self._quick.likely(query, min(FACTOR * k, len(self)))
+    def _candidates(self, query: torch.Tensor, k: int) -> torch.Tensor:
+        assert self._approximate is not None
+        places = self._approximate.candidates(query, min(FACTOR * k, len(self)))
         if len(places) >= min(k, len(self)):
             return places
-        return torch.arange(len(self))  # what was looked at holds fewer than k: take all
+        return torch.arange(len(self))  # the searched lists hold fewer than k images: score all
 
-    def _rescore(self, query: torch.Tensor, places: torch.Tensor, k: int) -> Found:
-        parts = [self._shards.gather(part) @ query for part in places.split(_GATHERED)]
-        scores = torch.cat(parts)
+    def _rescore(self, query: torch.Tensor, places: torch.Tensor, k: int) -> SearchResult:
+        scores = torch.cat([self._shards.gather(part) @ query for part in places.split(_GATHERED)])
         order = scores.argsort(descending=True, stable=True)[: min(k, len(self))]
-        return Found(scores[order].clamp(-1, 1), places[order])  # stored rows may be a little longer than 1
+        return SearchResult(scores[order].clamp(-1, 1), places[order])  # bf16 norms can be slightly above 1
 
     def _check(self, queries: torch.Tensor, k: int) -> None:
-        check(len(self) > 0, "index", 0, "it holds no image: build it again")
+        check(len(self) > 0, "index, images", 0, "expected at least one: build the index again")
         fits = queries.ndim == 2 and len(queries) > 0 and queries.shape[1] == self.width
-        check(fits, "queries", tuple(queries.shape), f"expected (Q, {self.width}): the model that made the index")
+        check(fits, "queries", tuple(queries.shape), f"expected (Q, {self.width}): use the model of the index")
         check(bool(queries.isfinite().all()), "queries", "values that are not finite", "expected embeddings of norm 1")
         norms = queries.float().norm(dim=1)
         unit = bool(((norms - 1).abs() < 1e-2).all())
@@ -228,21 +221,20 @@ class ImageIndex:
         check(k >= 1, "k", k, "expected 1 or more")
 
 
-def _stacked(results: Sequence[Found]) -> Found:
-    """Return the results of several queries as one."""
+def _stacked(results: Sequence[SearchResult]) -> SearchResult:
     scores, places = zip(*results, strict=True)
-    return Found(torch.stack(scores), torch.stack(places))
+    return SearchResult(torch.stack(scores), torch.stack(places))
 
 
 @contextmanager
 def _single_threads() -> Iterator[tuple[ThreadPoolExecutor, int]]:
-    """Yield threads that compute alone, and their number: that of torch's.
+    """Yield as many threads as torch uses, and their number. Each thread computes its products alone.
 
-    A shard takes less time than the threads of one product take to meet, above all on a busy CPU.
+    The product of one shard is short: splitting it over threads would take longer than computing it.
     """
     with _scanning:
         count = torch.get_num_threads()
-        torch.set_num_threads(1)  # what threads that are made now begin with
+        torch.set_num_threads(1)  # new threads start with this setting
         try:
             with ThreadPoolExecutor(count) as workers:
                 yield workers, count
@@ -251,23 +243,23 @@ def _single_threads() -> Iterator[tuple[ThreadPoolExecutor, int]]:
 
 
 def open_index(directory: str | Path) -> ImageIndex:
-    """Open what `recipes/index.py` made.
+    """Open an index that `recipes/index.py` has built.
 
     Raises:
-        ConfigError: there is none, it is broken, or it is not finished.
+        ConfigError: the directory holds no index, or the index is broken or not finished.
     """
     directory = Path(directory)
     facts = Store(directory, "index").facts()
     command = "koclip index --model <model> --images <folder> --output_dir <index>"
     if facts is None:
-        raise ConfigError(f"index: got {directory}, expected a directory with {FACTS}; this builds it: {command}")
+        raise ConfigError(f"index: got {directory}, expected a directory with {FACTS}; build it with: {command}")
     num_images = facts.get("num_images")
-    again = "the command that makes it goes on where it stopped: run it again"
-    check(isinstance(num_images, int), "index", str(directory), f"it is not finished; {again}")
+    again = "run the command that builds it again: it continues where it stopped"
+    check(isinstance(num_images, int), "index", str(directory), f"expected a finished index; {again}")
     paths = [directory / name for name in facts["shards"]]
-    quick = directory / facts["approximate"] if facts["approximate"] else None
-    missing = [path.name for path in [*paths, *([quick] if quick else [])] if not path.exists()]
+    approximate = directory / facts["approximate"] if facts["approximate"] else None
+    missing = [path.name for path in [*paths, *([approximate] if approximate else [])] if not path.exists()]
     check(not missing, f"index: {directory}, missing files", missing[:3], again)
     shards = Shards(paths, "index")
     check(len(shards) == num_images, f"index: {directory}, images", len(shards), f"expected {num_images}; {again}")
-    return ImageIndex(shards, facts, open_quick(quick) if quick else None)
+    return ImageIndex(shards, facts, open_approximate(approximate) if approximate else None)

@@ -1,12 +1,12 @@
-"""Class names and prompt templates of zero-shot classification: built in (`assets/`), or a YAML file of yours.
+"""Class names and prompt templates of zero-shot classification: built in (`assets/`), or your own YAML file.
 
-A class file lists the classes in the order of their label numbers. `key` is the data set's own label; every other key
-is a language and holds the name in it. A name that means several things may carry a description, in every language:
+A class file lists the classes in the order of their label numbers. `key` is the label in the data set; every other key
+is a language, with the name in it. An ambiguous name may have a description, in every language:
 
     - {key: crane, ko: 크레인, en: crane, description: {ko: 짐을 들어 올리는 기계, en: machine that lifts loads}}
     - {key: heron, ko: 왜가리, en: heron}
 
-A template file lists templates by kind of picture, with the slots of `fill`. The first of a kind is its
+A template file lists templates by kind of picture, with the slots of `fill`. The first template of a kind is its
 single prompt:
 
     photo: ["{label:을/를} 찍은 사진", "{label} 사진"]
@@ -31,12 +31,12 @@ _SLOT = re.compile(r"\{([^{}]*)\}")
 
 
 def has_particle(template: str) -> bool:
-    """Tell whether a template has a slot for a particle: {label:을/를} or {을/를}."""
+    """Return whether a template has a slot for a particle: {label:을/를} or {을/를}."""
     return any("/" in slot[1] for slot in _SLOT.finditer(template))
 
 
 def spelt_out(template: str) -> str:
-    """Return a template with both forms of each particle, for any name: {label:을/를} becomes {label}을(를)."""
+    """Return a template with both forms of each particle: {label:을/를} becomes {label}을(를)."""
 
     def both(slot: re.Match[str]) -> str:
         value, colon, pair = slot[1].rpartition(":")
@@ -49,7 +49,7 @@ def fill(template: str, label: str, **others: str) -> str:
     """Return the template with its slots filled.
 
     `{}` and `{label}` stand for `label`, `{who}` for `others["who"]`, `{label:을/를}` for a value with its particle,
-    and `{이/가}` for the particle that fits what stands before it.
+    and `{이/가}` for the particle that fits the text before it.
 
     Raises:
         ValueError: the template has no slot for `label`, or a slot that is neither a value nor a known particle.
@@ -58,7 +58,7 @@ def fill(template: str, label: str, **others: str) -> str:
     slots = [(slot, *slot[1].partition(":")[::2]) for slot in _SLOT.finditer(template)]
     if not any(key in ("", "label") for _, key, _ in slots):
         raise ValueError(
-            f"template {template!r} has no slot; write {{}}, {{label}} or {{label:을/를}} where the class name goes"
+            f"template {template!r} has no slot; write {{}}, {{label}} or {{label:을/를}} for the class name"
         )
     filled, end = "", 0
     for slot, key, pair in slots:
@@ -81,19 +81,19 @@ _TEMPLATES = "expected lists of templates by kind of picture, such as {photo: ['
 
 @dataclass(frozen=True)
 class ClassName:
-    """One class: the data set's own label, and by language its name and, where that is ambiguous, what it means."""
+    """A class: its label in the data set, and by language its name and the description of an ambiguous name."""
 
     key: str
     names: dict[str, str]
     descriptions: dict[str, str]
 
     def text(self, language: str, described: bool = False) -> str:
-        """Return the name, and if `described` what it means: 크레인(짐을 들어 올리는 기계), "crane (machine that ...)".
+        """Return the name, with its description if `described`: 크레인(짐을 들어 올리는 기계), crane (machine ...).
 
         Raises:
             ConfigError: the class has no name in that language.
         """
-        check(language in self.names, f"class {self.key}", language, f"named in {list(self.names)}")
+        check(language in self.names, f"class {self.key}", language, f"expected one of {list(self.names)}")
         name, description = self.names[language], self.descriptions.get(language)
         if not described or description is None:
             return name
@@ -101,7 +101,7 @@ class ClassName:
 
 
 class _Loader(yaml.BaseLoader):
-    """Takes every value as text (`no` and `7` are names, too) and refuses a key that is given twice."""
+    """Reads every value as text (`no` and `7` are names, too) and refuses repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -126,7 +126,7 @@ def load_classes(name: str | Path) -> list[ClassName]:
         for what, texts in (("name", entry.names), ("description", entry.descriptions or entry.names)):
             missing = [language for language in languages if language not in texts]
             where = f"{name}, class {number} ({entry.key}), {what}"
-            check(not missing, where, texts, f"add it in {missing}: every class is named in {languages}")
+            check(not missing, where, texts, f"add it in {missing}: every class needs all of {languages}")
     _check_distinct(f"{name}, key", [entry.key for entry in classes], [entry.key for entry in classes])
     for language in languages:
         names = [entry.names[language] for entry in classes]
@@ -135,7 +135,7 @@ def load_classes(name: str | Path) -> list[ClassName]:
 
 
 def load_templates(name: str | Path) -> dict[str, list[str]]:
-    """Return the built-in templates of a language (en, ko), or those of a file, by kind of picture.
+    """Return the built-in templates of a language (en, ko), or the templates of a file, by kind of picture.
 
     Raises:
         ConfigError: the file is missing or not in the format above; a template is empty, not clean or repeated, or has
@@ -150,22 +150,22 @@ def load_templates(name: str | Path) -> dict[str, list[str]]:
     return dict(groups)
 
 
-def templates_of_kind(asked: str | list[str], kind: str, where: str) -> list[str]:
+def templates_of_kind(templates: str | list[str], kind: str, where: str) -> list[str]:
     """Return the listed templates, or the templates of one kind of picture from `load_templates`.
 
     Args:
-        asked: The templates, or what `load_templates` takes.
+        templates: A list of templates, or an argument of `load_templates`.
         kind: The kind of picture.
-        where: The key of the configuration, for messages.
+        where: Configuration key, for messages.
 
     Raises:
-        ConfigError: see `load_templates`; or it has none of that kind.
+        ConfigError: see `load_templates`; or no template is of that kind.
     """
-    if not isinstance(asked, str):
-        _check_templates(where, asked)
-        return asked
-    groups = load_templates(asked)
-    check(kind in groups, "eval.sets[].template_kind", kind, f"{where}: {asked} has templates for {list(groups)}")
+    if not isinstance(templates, str):
+        _check_templates(where, templates)
+        return templates
+    groups = load_templates(templates)
+    check(kind in groups, "eval.sets[].template_kind", kind, f"{where}: {templates} has the kinds {list(groups)}")
     return groups[kind]
 
 
@@ -180,7 +180,7 @@ def _check_templates(where: str, templates: Any) -> None:
 
 
 def _read(kind: str, name: str | Path) -> Any:
-    """Return what a built-in or another YAML file holds."""
+    """Return the content of a built-in or another YAML file."""
     folder = resources.files("koclip").joinpath(f"assets/{kind}")
     known = sorted(Path(file.name).stem for file in folder.iterdir())
     file = folder.joinpath(f"{name}.yaml") if str(name) in known else locate(name)
@@ -188,8 +188,7 @@ def _read(kind: str, name: str | Path) -> Any:
     try:
         return yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{name}: cannot be read as YAML in UTF-8: {reason}") from None
+        raise ConfigError(f"{name}: cannot be read as YAML in UTF-8: {' '.join(str(error).split())}") from None
 
 
 def _class(where: str, row: Any) -> ClassName:
@@ -198,7 +197,7 @@ def _class(where: str, row: Any) -> ClassName:
     descriptions = row.get("description", {})
     check(isinstance(descriptions, dict), f"{where}, description", descriptions, "expected a text by language")
     names = {language: text for language, text in row.items() if language not in ("key", "description")}
-    check(bool(names), where, row, "name it in at least one language")
+    check(bool(names), where, row, "expected a name in at least one language")
     _check_text(f"{where}, key", row["key"])
     for texts in (names, descriptions):
         for language, text in texts.items():
@@ -209,11 +208,12 @@ def _class(where: str, row: Any) -> ClassName:
 
 def _check_text(where: str, text: Any) -> None:
     check(isinstance(text, str), where, text, "expected a text")
-    check(bool(normalize(text)), where, text, "it is empty: write a text, or take the whole entry out")
-    composed = unicodedata.is_normalized("NFC", text)
-    check(composed, where, text, "not in NFC (its Hangul or accents are decomposed): save the file with NFC text")
     clean = normalize(text)
-    check(clean == text, where, text, f"expected single spaces, nothing invisible, no special token: {clean!r}")
+    check(bool(clean), where, text, "expected a text: write one, or remove the whole entry")
+    composed = unicodedata.is_normalized("NFC", text)
+    check(composed, where, text, "expected NFC, not decomposed Hangul or accents: save the file with NFC text")
+    fix = "expected single spaces, no invisible characters and no special tokens"
+    check(clean == text, where, text, f"{fix}: {clean!r}")
 
 
 def _check_distinct(where: str, texts: list[str], folded: Iterable[str]) -> None:
@@ -225,5 +225,5 @@ def _check_distinct(where: str, texts: list[str], folded: Iterable[str]) -> None
 
 
 def _fold(text: str) -> str:
-    """Return what is the same for texts that differ in spaces, letter case or Unicode form only."""
+    """Return a text that is equal for texts that differ only in spaces, letter case or Unicode form."""
     return "".join(normalize(text).casefold().split())

@@ -1,10 +1,10 @@
-"""Convert KoBERT's tokenizer, whose classes are remote code over sentencepiece, to a stock fast one with the same ids.
+"""Convert KoBERT's tokenizer, which needs remote code and sentencepiece, to a stock fast tokenizer with the same ids.
 
-Both publications are read: `monologg/kobert` and its like (tokenizer_78b3253a26.model, ids by vocab.txt) and
-`skt/kobert-base-v1` (spiece.model, ids by the model). What they do to a text, in this order: split off special tokens;
-collapse white space; `` and '' become "; NFKD without combining marks; sentencepiece; [CLS] and [SEP] around it.
-The package sentencepiece is not needed. Sources: monologg/KoBERT-Transformers,
-kobert_transformers/tokenization_kobert.py; SKTBrain/KoBERT, kobert_hf/kobert_tokenizer/kobert_tokenizer.py.
+Two publications can be read: `monologg/kobert` and its copies (tokenizer_78b3253a26.model, ids in vocab.txt), and
+`skt/kobert-base-v1` (spiece.model, ids in the model). Their steps: split off special tokens; collapse white space;
+replace `` and '' by "; NFKD without combining marks; sentencepiece; [CLS] and [SEP] around the text. The package
+sentencepiece is not needed. Sources: monologg/KoBERT-Transformers, kobert_transformers/tokenization_kobert.py;
+SKTBrain/KoBERT, kobert_hf/kobert_tokenizer/kobert_tokenizer.py.
 """
 
 import json
@@ -29,30 +29,30 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped] 
 
 _MODEL, _VOCABULARY, _SKT_MODEL = "tokenizer_78b3253a26.model", "vocab.txt", "spiece.model"
 _SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "pad", "cls", "sep", "mask")}
-_POSITIONS = 512  # of both publications' models
-_NORMAL, _USER_DEFINED = 1, 4  # ModelProto.SentencePiece.Type: the pieces that sentencepiece finds in a text
+_POSITIONS = 512  # of both models
+_NORMAL, _USER_DEFINED = 1, 4  # ModelProto.SentencePiece.Type: pieces that sentencepiece finds in a text
 _UNIGRAM = 1  # TrainerSpec.ModelType
 
 
 class PreTrainedTokenizerFast(transformers.PreTrainedTokenizerFast):
-    """The stock class under its old name, which is saved: transformers 4 refuses the new one, "TokenizersBackend"."""
+    """The stock class. Its old name is saved, because transformers 4 refuses the new name, "TokenizersBackend"."""
 
 
 def convert(directory: str | Path) -> PreTrainedTokenizerBase:
-    """Return the KoBERT tokenizer whose files are in `directory` as a stock fast tokenizer that gives the same ids.
+    """Return the KoBERT tokenizer in `directory` as a stock fast tokenizer with the same ids.
 
-    Composed (NFC) and decomposed (NFD) text get the same ids. Ids differ from the original's in two cases: characters
-    that Unicode 12.1 or later brought and NFKD changes (`tokenizers` has older tables), such as U+32FF; and texts with
-    two segmentations of equal score, where sentencepiece's choice hangs on the rounding of float32.
+    Composed (NFC) and decomposed (NFD) text get the same ids. Ids differ from the original ids in two cases: characters
+    of Unicode 12.1 or later that NFKD changes, such as U+32FF (`tokenizers` has older tables); and texts with two
+    segmentations of equal score, where sentencepiece's choice depends on the rounding of float32.
 
     Raises:
-        ConfigError: the files are missing, or hold something that would make ids differ.
+        ConfigError: the files are missing, or would give other ids.
     """
     folder = Path(directory)
     proto, tokens = _read(folder)
     _check(proto, tokens, folder)
     known = {piece.piece: piece for piece in proto.pieces if piece.type in (_NORMAL, _USER_DEFINED)}
-    # sentencepiece gives a user-defined piece the score -0.1. The others are never found in a text: see _cut.
+    # sentencepiece gives a user-defined piece the score -0.1. Other pieces never match a text: see _cut.
     scores = {text: piece.score if piece.type == _NORMAL else -0.1 for text, piece in known.items()}
     backend = Tokenizer(
         Unigram([(token, scores.get(token, 0.0)) for token in tokens], unk_id=tokens.index(_SPECIAL["unk_token"]))
@@ -69,7 +69,7 @@ def convert(directory: str | Path) -> PreTrainedTokenizerBase:
         tokenizer_object=backend,
         padding_side="right",
         model_max_length=_POSITIONS,
-        bos_token=_SPECIAL["cls_token"],  # as skt has it; a text tower of CLIP's needs an end
+        bos_token=_SPECIAL["cls_token"],  # as in skt's; CLIP's text tower needs an end token
         eos_token=_SPECIAL["sep_token"],
         **_SPECIAL,
     )
@@ -81,14 +81,14 @@ def _read(folder: Path) -> tuple[Any, list[str]]:
     ours = next((name for name in (_MODEL, _SKT_MODEL) if name in names), None)
     if ours is None or (ours == _MODEL and _VOCABULARY not in names):
         raise ConfigError(
-            f"no KoBERT tokenizer in {str(folder)!r}: found {sorted(names)}, expected {_MODEL} and {_VOCABULARY} "
-            f"(as in monologg/kobert) or {_SKT_MODEL} (as in skt/kobert-base-v1); download the repository's files there"
+            f"no KoBERT tokenizer in {str(folder)!r}: got {sorted(names)}, expected {_MODEL} and {_VOCABULARY} "
+            f"(of monologg/kobert) or {_SKT_MODEL} (of skt/kobert-base-v1); download the repository's files to it"
         )
     proto = import_protobuf().ModelProto()
     try:
         proto.ParseFromString((folder / ours).read_bytes())
     except DecodeError as error:
-        raise ConfigError(f"{str(folder / ours)!r} is no sentencepiece model, perhaps a Git LFS pointer") from error
+        raise ConfigError(f"{str(folder / ours)!r} is not a sentencepiece model; is it a Git LFS pointer?") from error
     if ours == _SKT_MODEL:
         return proto, [piece.piece for piece in proto.pieces]
     with (folder / _VOCABULARY).open(encoding="utf-8") as lines:  # str.splitlines would also split at U+2028
@@ -96,7 +96,7 @@ def _read(folder: Path) -> tuple[Any, list[str]]:
 
 
 def _check(proto: Any, tokens: list[str], folder: Path) -> None:
-    """Refuse what the conversion below would turn into other ids, instead of doing so in silence."""
+    """Refuse files that the conversion would silently give other ids."""
     where = f"the tokenizer in {str(folder)!r}"
     fix = "which cannot be converted to the same ids; expected KoBERT's own files"
     settings = folder / "tokenizer_config.json"
@@ -115,20 +115,20 @@ def _check(proto: Any, tokens: list[str], folder: Path) -> None:
     absent = sorted({*_SPECIAL.values(), *pieces, ","} - set(tokens))
     check(not absent, f"{where}: tokens without an id", absent[:10], "which the model can produce or needs; " + fix)
     check(len(set(tokens)) == len(tokens), f"{where}: tokens", "duplicates", fix)
-    # The original cuts such a piece again, with no regard to what stands around it, which Unigram cannot do.
+    # The original splits such a piece again, in any context, which Unigram cannot do.
     numbers = [piece for piece in pieces if len(piece) > 1 and piece[-1] == "," and piece[-2].isdigit()]
     check(not numbers, f"{where}: pieces of a digit and a comma", numbers[:10], fix)
 
 
 def _normalizer(charsmap: bytes) -> normalizers.Normalizer:
-    """Return the original's preparation of a text, and sentencepiece's: all white space becomes "▁", one in front."""
+    """Return the normalisation of the original and of sentencepiece; white space becomes "▁"."""
     steps = [
         normalizers.Replace(_any_of(str.isspace), " "),
         normalizers.Replace("``", '"'),
         normalizers.Replace("''", '"'),
         normalizers.NFKD(),
         normalizers.Replace(_any_of(lambda character: unicodedata.combining(character) > 0), ""),
-        normalizers.NFC(),  # sentencepiece's map composes Hangul, but `Precompiled` reads it a few bytes at a time
+        normalizers.NFC(),  # sentencepiece's map composes Hangul, but `Precompiled` applies it to a few bytes at a time
         normalizers.Precompiled(charsmap),
         normalizers.Replace(Regex(r"\A +|[ ▁]+\z"), ""),
         normalizers.Prepend("▁"),
@@ -138,20 +138,21 @@ def _normalizer(charsmap: bytes) -> normalizers.Normalizer:
 
 
 def _any_of(condition: Callable[[str], Any]) -> Regex:
-    """Return a pattern for a run of the characters of which `condition` holds; no class of Oniguruma's is the same."""
+    """Return a pattern for a run of characters that meet a condition, for which Oniguruma has no class."""
     characters = filter(condition, map(chr, range(sys.maxunicode + 1)))
     return Regex("[" + "".join(rf"\x{{{ord(character):X}}}" for character in characters) + "]+")
 
 
 def _cut(unmatched: list[str], scores: dict[str, float], folder: Path) -> pre_tokenizers.PreTokenizer:
-    """Return a cut behind the first character of each of `unmatched`, so that Unigram does not find it in a text.
+    """Return a split after the first character of each token in `unmatched`, so that Unigram does not match it.
 
-    Special tokens are split off before the text is normalised. Only then does "[SEP]" in full-width letters become
-    "[SEP]": five characters to sentencepiece, one token to Unigram, and CLIP's end. The cut changes no other id where
-    no piece reaches across it.
+    Special tokens are split off before normalisation, which turns "[SEP]" in full-width letters into "[SEP]": five
+    characters for sentencepiece, but one token for Unigram. Other ids stay the same if no piece crosses the split.
     """
     for token in unmatched:
         safe = len(token) > 1 and token[0] in scores and not any(token[:2] in piece for piece in scores)
-        check(safe, f"the tokenizer in {str(folder)!r}: control token", token, "whose text other tokens overlap")
+        check(
+            safe, f"the tokenizer in {str(folder)!r}: control token", token, "which overlaps the text of other tokens"
+        )
     cuts = "|".join(rf"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in unmatched)
     return pre_tokenizers.Split(Regex(cuts), behavior="merged_with_previous")

@@ -1,8 +1,8 @@
 """Clean captions: NFC, single spaces, no HTML entities, no invisible characters, no strings of special tokens.
 
-The public patterns are used twice: by `normalize` in Python, and by `koclip.text.tokenizers` in the files of a
-tokenizer. They mean the same in Python, in `tokenizers` (Oniguruma) and in transformers.js: no flags, no classes such
-as \\w.
+`normalize` uses the public patterns in Python, and `koclip.text.tokenizers` writes them into the files of tokenizers.
+They have the same meaning in Python, in `tokenizers` (Oniguruma) and in transformers.js: no flags, no classes such as
+\\w.
 """
 
 import ast
@@ -12,11 +12,11 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-_BASIC = [chr(code) for code in range(0x10000)]  # no space and no control character is beyond them
+_BASIC = [chr(code) for code in range(0x10000)]  # includes all spaces and control characters
 SPACES = "".join(filter(str.isspace, _BASIC))
 FILLERS = "\u3164\uffa0"  # Hangul fillers: letters by Unicode category, blank on the screen
-# Soft hyphen, zero-width space, direction marks, word joiner, byte-order mark. The zero-width joiners stay: emoji
-# and some scripts are spelt with them.
+# Soft hyphen, zero-width space, direction marks, word joiner, byte-order mark. The zero-width joiners stay: emoji and
+# some scripts need them.
 _MARKS = "\u00ad\u061c\u180e\u200b\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff" + "".join(
     chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x2070))
 )
@@ -45,7 +45,7 @@ _INVISIBLE = frozenset(INVISIBLE)
 _HANGUL_FILLERS = str.maketrans(dict.fromkeys(FILLERS, " "))
 _BARE = re.compile(rf"[\s{BARE}]*")
 _LONGEST = 10_000  # characters; Python's NFC takes time quadratic in a run of combining marks
-# What pandas, Python and JSON write for "no value". NA, N/A and the like, which people write too, stay.
+# The words of pandas, Python and JSON for a missing value. NA and N/A stay, because people write them, too.
 _MISSING = frozenset({"nan", "none", "null", "<na>"})
 # A list as Python writes it, or without commas an array as numpy does.
 _ESCAPE = r"\\(?:[\\'\"nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U00(?:0[0-9a-f]|10)[0-9a-f]{4})"
@@ -57,11 +57,11 @@ _WRITTEN_LIST = re.compile(rf"\[\s*(?:{_ITEM}(?:\s*,\s*|\s+|(?=\])))*\]")
 def normalize(text: str) -> str:
     """Return `text` (its first 10,000 characters) in NFC, single-spaced, without control characters and special tokens.
 
-    Korean comes decomposed (NFD) from macOS file names and some corpora; many fast tokenizers do not compose it.
-    HTML entities, which alt texts are full of, become the characters that they stand for, as in CLIP's own tokenizer.
+    Korean in macOS file names and some corpora is decomposed (NFD); many fast tokenizers do not compose it. HTML
+    entities, which are frequent in alt texts, are replaced by their characters, as in CLIP's own tokenizer.
     """
     text = _plain(text)
-    while "&" in text and (unescaped := _plain(html.unescape(text))) != text:  # &amp;quot; holds two
+    while "&" in text and (unescaped := _plain(html.unescape(text))) != text:  # &amp;quot; needs two passes
         text = unescaped
     text = _SPECIAL.sub(" ", text)  # last: a special token may appear when other characters are removed
     return "" if _BARE.fullmatch(text) else " ".join(text.split())
@@ -125,5 +125,5 @@ def _plain(text: str) -> str:
 
 
 def _is_text(character: str) -> bool:
-    """Tell white space and visible characters from lone surrogates and invisible ones."""
+    """Return whether a character is white space or visible."""
     return character not in _INVISIBLE and unicodedata.category(character) != "Cs"

@@ -1,4 +1,4 @@
-"""Train a byte-level BPE in CLIP's layout; load and check any tokenizer; put the cleaning of texts into its files."""
+"""Train a byte-level BPE in CLIP's layout; load and check any tokenizer; add the cleaning of texts to its files."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ _KEPT = (
     *("model_max_length", "padding_side", "truncation_side", "model_input_names", "extra_special_tokens"),
     *("clean_up_tokenization_spaces",),
 )
-# A decomposed syllable, a decomposed accent, every character that is removed, and a special token hidden by them.
+# A decomposed syllable, a decomposed accent, every removed character, and special tokens with a removed one inside.
 _PROBE = f"\u1112\u1161\u11ab e\u0301 {FILLERS}a{INVISIBLE}b{SPACES}c<s>d[SEP]<|endoftext|>e[\u200bMASK]"
 
 
@@ -48,7 +48,7 @@ def cleaning(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """
     if _cleans(tokenizer):
         return tokenizer
-    cleaner = PreTrainedTokenizerFast(  # with a copy of the backend
+    cleaner = PreTrainedTokenizerFast(  # copies the backend
         tokenizer_object=tokenizer.backend_tokenizer,
         split_special_tokens=True,
         **{name: getattr(tokenizer, name) for name in _KEPT},
@@ -57,14 +57,14 @@ def cleaning(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     backend = cleaner.backend_tokenizer
     own = backend.normalizer
     backend.normalizer = normalizers.Sequence([*_steps(), *([] if own is None else [own])])
-    if suffix := getattr(backend.model, "end_of_word_suffix", None):  # `CLIPTokenizer` takes it away in its own code
+    if suffix := getattr(backend.model, "end_of_word_suffix", None):  # `CLIPTokenizer` removes it in its own code
         ends = (decoders.Replace(suffix, " "), decoders.Strip(" ", 0, 1))
         backend.decoder = decoders.Sequence([backend.decoder, *ends])
     return cleaner
 
 
 def _steps() -> list[normalizers.Normalizer]:
-    """Return `normalize`, step by step."""
+    """Return the steps of `normalize`."""
     return [
         normalizers.Replace(Regex(f"[{FILLERS}]"), " "),
         normalizers.Replace(Regex(f"[{INVISIBLE}]"), ""),
@@ -85,7 +85,7 @@ def _cleans(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-# Characters that together hold every byte that UTF-8 text can hold.
+# Characters that together contain every byte of UTF-8.
 _EVERY_BYTE = [chr(code) for code in (*range(0x21, 0x7F), *range(0xC0, 0x100), *range(0xA1, 0x800, 0x40))]
 _EVERY_BYTE += [chr(code) for code in range(0x800, 0x10000, 0x800) if not 0xD800 <= code < 0xE000]
 _EVERY_BYTE += [chr(code) for code in (0x10000, 0x40000, 0x80000, 0xC0000, 0x100000)]
@@ -96,12 +96,13 @@ COUNT_FROM_PADDING = (
     *("roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm", "xlm-roberta-xl", "data2vec-text"),
 )
 READS_END = ("clip_text_model", "metaclip_2_text_model")  # text towers that read the first end token
-LEGACY_EOS_ID = 2  # in the config.json of the first CLIPs, OpenAI's too: CLIP's text tower then reads the largest id
-# Text towers that were trained on texts in lower case, padded to the longest length, without an attention mask.
+# In the config.json of the first CLIPs, also OpenAI's: CLIP's text tower then reads the token with the largest id.
+LEGACY_EOS_ID = 2
+# Text towers that were trained on lower-case texts, padded to the longest length, without an attention mask.
 UNMASKED = ("siglip_text_model",)
-_NUM_PROBES = 300  # captions that a tokenizer is tried on
-_MOST_LOST = 0.5  # of the letters of a script; the right tokenizer loses next to none, a wrong tokenizer nearly all
-_RARE = 0.1  # of all letters; Hanja in Korean captions may be unknown
+_NUM_PROBES = 300  # captions that a tokenizer is tested with
+_MOST_LOST = 0.5  # share of the letters of a script; a right tokenizer loses almost none, a wrong one almost all
+_RARE = 0.1  # share of all letters below which a script may be lost, such as Hanja in Korean captions
 
 
 def train_bpe(captions: Iterable[str], vocab_size: int, max_tokens: int) -> PreTrainedTokenizerBase:
@@ -133,12 +134,12 @@ def train_bpe(captions: Iterable[str], vocab_size: int, max_tokens: int) -> PreT
 def create(
     config: TokenizerConfig, captions: Iterator[str], encoder: PreTrainedConfig | None = None
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that `config` names and try it on some captions; without a name, train one on them.
+    """Load the tokenizer that `config` names and test it with some captions; without a name, train one on them.
 
     Args:
-        config: Path, or sizes of a new tokenizer.
-        captions: Of the training data; as many are read as are needed.
-        encoder: Configuration of the text encoder that the tokenizer belongs to; default: CLIP's own.
+        config: Path of a tokenizer, or sizes of a new one.
+        captions: Captions of the training data; only as many as needed are read.
+        encoder: Configuration of the text encoder of the tokenizer. Default: a CLIP text tower.
 
     Raises:
         ConfigError: as `load`.
@@ -181,7 +182,7 @@ def load(
 
 
 def _unmasked(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """Return a tokenizer by the rules of `UNMASKED`: lower case, no mask, as long as the tower has positions."""
+    """Return a tokenizer for a tower in `UNMASKED`: lower case, no mask, as many tokens as the tower has positions."""
     backend = tokenizer.backend_tokenizer
     own = backend.normalizer
     if own is None or own.normalize_str("A") != own.normalize_str("a"):
@@ -212,7 +213,7 @@ def check(
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(
             f"tokenizer {path!r} is a {type(tokenizer).__name__}, which is slow; koclip needs a tokenizer.json: "
-            "convert it (KoBERT: koclip.text.kobert.convert) or take another encoder"
+            "convert it (KoBERT: koclip.text.kobert.convert) or use another encoder"
         )
     for side, what in (("padding_side", "pads"), ("truncation_side", "cuts long texts")):
         if getattr(tokenizer, side) != "right":
@@ -244,8 +245,8 @@ def _drop_leaked_state(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     leaked = {name: state for name, state in leaked.items() if state is not None}
     if leaked:
         warnings.warn(
-            f"tokenizer {path!r}: an earlier call left {leaked} in its tokenizer.json; koclip drops it. To mend the "
-            "file, set these to null in it",
+            f"tokenizer {path!r}: an earlier call left {leaked} in its tokenizer.json; koclip ignores them. To repair "
+            "the file, set them to null",
             stacklevel=3,
         )
         forget_call_state(tokenizer)
@@ -254,13 +255,13 @@ def _drop_leaked_state(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
 def _check_end(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     for name in ("pad_token_id", "eos_token_id"):
         if getattr(tokenizer, name) is None:
-            raise ConfigError(f"tokenizer {path!r} has no {name}, which CLIP's text tower needs: set it and save again")
+            raise ConfigError(f"tokenizer {path!r} has no {name}, which CLIP's text tower needs: set it and save it")
     probes = ["고양이", *_EVERY_BYTE, *(character * 2 for character in _EVERY_BYTE)]
     for probe, ids in zip(probes, tokenizer(probes)["input_ids"], strict=True):
         if ids.count(tokenizer.eos_token_id) != 1 or ids[-1] != tokenizer.eos_token_id:
             raise ConfigError(
                 f"tokenizer {path!r} turns {probe!r} into {ids}; expected exactly one end token "
-                f"({tokenizer.eos_token_id}), at the end, because CLIP reads the text's embedding at the first one"
+                f"({tokenizer.eos_token_id}), at the end, because CLIP reads the embedding at the first end token"
             )
 
 
@@ -271,18 +272,17 @@ def _check_hangul(tokenizer: PreTrainedTokenizerBase, path: str, probe: str) -> 
         if _JAMO.search(normalized):
             raise ConfigError(
                 f"tokenizer {path!r} splits Hangul syllables into jamo: {word!r} becomes {' '.join(normalized)!r}; "
-                "expected whole syllables. An uncased BERT does so, by strip_accents, which do_lower_case turns on: "
-                "take a cased encoder, or, if this one was trained on whole syllables, set "
+                "expected whole syllables. The cause is strip_accents, which do_lower_case turns on: "
+                "use a cased encoder; if this encoder was trained on whole syllables, set "
                 '"do_lower_case": false or "strip_accents": false in tokenizer_config.json'
             )
 
 
 def _check_letters(tokenizer: PreTrainedTokenizerBase, path: str, probes: Sequence[str]) -> None:
-    """Check each script alone: English captions would hide the loss of Korean letters."""
+    """Check each script separately: English captions would hide the loss of Korean letters."""
     counted: list[tuple[Counter[str], Counter[str], str]] = [(*_letters(tokenizer, probe), probe) for probe in probes]
-    there, lost = Counter[str](), Counter[str]()
-    for letters, missing, _ in counted:
-        there, lost = there + letters, lost + missing
+    there = sum((letters for letters, _, _ in counted), Counter[str]())
+    lost = sum((missing for _, missing, _ in counted), Counter[str]())
     for script, count in there.items():
         if count < _RARE * there.total() or lost[script] <= _MOST_LOST * count:
             continue
@@ -290,45 +290,42 @@ def _check_letters(tokenizer: PreTrainedTokenizerBase, path: str, probes: Sequen
         tokens = tokenizer.convert_ids_to_tokens(tokenizer(worst)["input_ids"])
         raise ConfigError(
             f"tokenizer {path!r} loses {lost[script] / count:.0%} of the {script} letters of {len(probes)} captions, "
-            f"expected at most {_MOST_LOST:.0%}: {worst!r} becomes {tokens}. It was loaded as a "
-            f"{type(tokenizer).__name__} of {len(tokenizer)} tokens; if that is the wrong class, its "
-            'tokenizer_config.json lacks tokenizer_class (a KLUE-RoBERTa needs "BertTokenizer"). If not, its '
-            "vocabulary is missing, or of another language, or KoBERT's (convert it with koclip.text.kobert.convert)"
+            f"expected at most {_MOST_LOST:.0%}: {worst!r} becomes {tokens}. It is a {type(tokenizer).__name__} "
+            f"with {len(tokenizer)} tokens; if the class is wrong, set tokenizer_class in its tokenizer_config.json "
+            '(a KLUE-RoBERTa needs "BertTokenizer"). If it is right, the vocabulary is missing, for another language, '
+            "or KoBERT's (convert it with koclip.text.kobert.convert)"
         )
 
 
 def _letters(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[Counter[str], Counter[str]]:
     """Count the letters and digits of a text by script: all, and those that decoding its ids does not return."""
     back = str(tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True))
-    there, kept = (
-        Counter(filter(str.isalnum, unicodedata.normalize("NFKD", each).casefold()))  # NFKD: without marks
-        for each in (text, back)
+    there, kept = (  # NFKD separates marks, which are not alphanumeric
+        Counter(filter(str.isalnum, unicodedata.normalize("NFKD", each).casefold())) for each in (text, back)
     )
-    scripts = [
+    every, lost = (
         Counter(unicodedata.name(letter, "unknown").split()[0] for letter in letters.elements())
         for letters in (there, there - kept)
-    ]
-    return scripts[0], scripts[1]
+    )
+    return every, lost
 
 
 def _check_ids(tokenizer: PreTrainedTokenizerBase, path: str, config: PreTrainedConfig) -> None:
     for name in ("pad_token_id", "cls_token_id"):
         if getattr(tokenizer, name) is None:
-            raise ConfigError(f"tokenizer {path!r} has no {name}, which a text encoder needs: set it and save again")
+            raise ConfigError(f"tokenizer {path!r} has no {name}, which a text encoder needs: set it and save it")
     sep = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
-    # Nothing reads these ids of a ChineseCLIP; where its config.json has none, the class says 0 and 2.
+    # A ChineseCLIP does not read these two ids; if its config.json has none, the class gives 0 and 2.
     unread = config.model_type == "chinese_clip_text_model"
-    counts = config.model_type in COUNT_FROM_PADDING  # else `koclip.align.methods` takes the tokenizer's padding token
-    for token, given, name in (
-        *((("pad", tokenizer.pad_token_id, "pad_token_id"),) if counts else ()),
-        ("cls", tokenizer.cls_token_id, "bos_token_id"),
-        ("sep", sep, "eos_token_id"),
-    ):
+    special = {} if unread else {"cls": (tokenizer.cls_token_id, "bos_token_id"), "sep": (sep, "eos_token_id")}
+    if config.model_type in COUNT_FROM_PADDING:  # for others, `koclip.align.methods` uses the tokenizer's padding token
+        special = {"pad": (tokenizer.pad_token_id, "pad_token_id")} | special
+    for token, (got, name) in special.items():
         expected = getattr(config, name, None)
-        if given != expected and (token == "pad" or not (unread or None in (given, expected))):
+        if got != expected and (token == "pad" or None not in (got, expected)):
             raise ConfigError(
-                f"tokenizer {path!r}: its {token} token has id {given}, the {config.model_type} encoder's config.json "
-                f"says {name} {expected}; expected the same. Take the tokenizer that the encoder was trained with, or "
+                f"tokenizer {path!r}: its {token} token has id {got}, the {config.model_type} encoder's config.json "
+                f"says {name} {expected}; expected equal ids. Use the tokenizer that the encoder was trained with, or "
                 "correct the wrong id"
                 + (f" (a {config.model_type} counts its positions from pad_token_id)" if token == "pad" else "")
             )
@@ -338,8 +335,8 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, config: Pre
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise ConfigError(
-            f"tokenizer {path!r} has ids up to {largest}, the {config.model_type} encoder's vocabulary "
-            f"{config.vocab_size} entries; take the tokenizer that the encoder was trained with"
+            f"tokenizer {path!r} has ids up to {largest}, but the {config.model_type} encoder's vocabulary has "
+            f"{config.vocab_size} entries; use the tokenizer that the encoder was trained with"
         )
 
 
@@ -347,16 +344,15 @@ def _check_start(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     ids = tokenizer(_KOREAN[0])["input_ids"]
     if ids[:1] != [tokenizer.cls_token_id]:
         raise ConfigError(
-            f"tokenizer {path!r} turns {_KOREAN[0]!r} into {ids}; expected the cls token ({tokenizer.cls_token_id}) at "
-            "the front, where the text's embedding is read: correct the post-processor in its tokenizer.json"
+            f"tokenizer {path!r} turns {_KOREAN[0]!r} into {ids}; expected the cls token ({tokenizer.cls_token_id}) "
+            "first, where the encoder reads the embedding: correct the post-processor in its tokenizer.json"
         )
 
 
 def differing_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> list[str]:
-    """Return where a tokenizer and the configuration of its text tower disagree on ids that change embeddings.
+    """Return the ids that change embeddings and differ between a tokenizer and the configuration of its text tower.
 
-    A tower that reads the end of a text never sees the padding after it, and one that reads no mask sees padding as a
-    token like any other.
+    Towers that read the end token, and towers without a mask, do not use the configuration's padding id.
     """
     problems = []
     if config.model_type not in (*READS_END, *UNMASKED) and config.pad_token_id != tokenizer.pad_token_id:
@@ -373,9 +369,9 @@ def differing_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) 
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, captions: list[str], **options: Any) -> Any:
-    """Tokenize `captions` cut to the tokenizer's longest length; `options` go to the tokenizer.
+    """Tokenize captions and cut them to the tokenizer's `model_max_length`.
 
-    A tokenizer of a tower that reads no mask (`UNMASKED`) pads to its longest length; the mask is 1 everywhere.
+    The tokenizer of a tower without a mask (`UNMASKED`) pads to its longest length; the mask is 1 everywhere.
     """
     unmasked = "attention_mask" not in tokenizer.model_input_names and options.get("padding")
     if unmasked:

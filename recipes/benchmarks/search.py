@@ -29,10 +29,10 @@ from ratios import hardware
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from koclip.embeddings.store import SHARD, Entry, Item, Shards, Store, write_shard
+from koclip.embeddings.store import SHARD, Entry, Shards, Store, StoredItem, write_shard
 from koclip.search import open_index
 from koclip.search.build import ROWS
-from koclip.search.index import PROBED, build_quick, faiss, open_quick
+from koclip.search.index import PROBED, build_approximate, faiss, open_approximate
 
 QUICK = "approximate.faiss"
 _SUBSPACE = 64
@@ -61,7 +61,7 @@ def make(folder: Path, count: int, width: int) -> None:
     for number, start in enumerate(tqdm(starts, desc="drawing", leave=False)):
         rows = draw(centres, min(ROWS, count - start), seed=number + 1)
         keys = [str(start + row) for row in range(len(rows))]
-        items = [Item(key, bytes(16)) for key in keys]
+        items = [StoredItem(key, bytes(16)) for key in keys]
         entries = [Entry({"key": key}) for key in keys]
         write_shard(folder / SHARD.format(number), rows.to(torch.bfloat16).unsqueeze(1), items, entries)
     names = [SHARD.format(number) for number in range(len(starts))]
@@ -80,8 +80,8 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
     before = held()
     index = open_index(folder)
     if args.way == "approximate":
-        index._quick = open_quick(folder / QUICK)
-        index._quick._index.nprobe = args.probed
+        index._approximate = open_approximate(folder / QUICK)
+        index._approximate._index.nprobe = args.probed
     search = index.exact if args.way == "exact" else index.search
     centres = centres_of(len(index), index.width)
     queries = draw(centres, args.queries, seed=0, distance=2.0 if args.kind == "far" else 1.0)
@@ -133,7 +133,7 @@ def report(args: argparse.Namespace, folder: Path) -> None:
     began = time.perf_counter()
     faiss().omp_set_num_threads(args.threads)
     shards = Shards([folder / SHARD.format(number) for number in range(-(-args.rows // ROWS))], "index")
-    build_quick(shards.rows, shards.width, folder / QUICK)
+    build_approximate(shards.rows, shards.width, folder / QUICK)
     size = (folder / QUICK).stat().st_size / 2**20
     print(f"approximate index made in {(time.perf_counter() - began) / 60:.1f} minutes, {size:,.0f} MB")
     for probed in (16, 32, 64, 128):

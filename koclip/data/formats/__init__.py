@@ -24,7 +24,7 @@ import datasets  # noqa: E402
 LISTS = (datasets.List, datasets.LargeList)
 _BATCH = 256  # rows read at a time
 
-Captions = dict[str, list[str]]
+RowCaptions = dict[str, list[str]]
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
@@ -36,7 +36,7 @@ class Row(NamedTuple):
     """
 
     image: bytes | Path | npt.NDArray[np.uint8] | None
-    captions: Captions
+    captions: RowCaptions
     key: str
     label: str | None = None
 
@@ -77,7 +77,7 @@ class MapSource(ABC):
     def rows(self, indices: Sequence[int], images: bool = True) -> list[Row]:
         """Return these rows, in this order; without `images`, their images may be missing."""
 
-    def captions(self, indices: Sequence[int]) -> list[Captions]:
+    def captions(self, indices: Sequence[int]) -> list[RowCaptions]:
         """Return the captions of these rows without reading images."""
         return [row.captions for row in self.rows(indices, images=False)]
 

@@ -2,11 +2,11 @@
 
 The word before a full stop, an exclamation or a question mark and the last word of a text are read as a stem and an
 ending: of verbs and adjectives (-ㄴ다/-는다/-다, -아요/-어요, -ㅂ니다/-습니다), of the past and 있다 (-ㅆ다), or of the
-copula (이다, 이에요/예요, 입니다). `assets/stress_endings.tsv` lists the stems that no rule can tell.
+copula (이다, 이에요/예요, 입니다). `assets/stress_endings.tsv` lists stems that the rules cannot recognize.
 
-Left as they are: noun phrases; endings that say more than the style (-네요, -지요, -세요, -자, -ㄹ까); forms with two
-readings (산다: 사다 or 살다) where they matter; the copula without 이 (소녀다), which looks like a dictionary form
-(보다); and 저 for 나, 께서 for 이/가 and other words of respect.
+Unchanged: noun phrases; endings with more meaning than the style (-네요, -지요, -세요, -자, -ㄹ까); forms with two
+readings (산다: 사다 or 살다) that give different results; the copula without 이 (소녀다), which looks like a dictionary
+form (보다); and words of respect, such as 저 for 나 and 께서 for 이/가.
 """
 
 import functools
@@ -28,15 +28,15 @@ _COPULA = {"plain": "이다", "formal": "입니다"}
 
 
 class Predicate(NamedTuple):
-    """A stem with what decides its forms."""
+    """A stem, and the facts that determine its forms."""
 
     stem: str  # of 이다: the noun
-    kind: str  # v: verb, a: adjective and what is formed like one, c: 이다
+    kind: str  # v: verb, a: adjective or a word with the same forms, c: 이다
     infinitive: str = ""  # the -아/-어 form
 
 
 def restyle(text: str, style: Style) -> str:
-    """Return `text` with every sentence end that can be read in `style`."""
+    """Return `text` with every recognized sentence end in `style`."""
     end = next((place for place in range(len(text), 0, -1) if text[place - 1].isalnum()), 0)
     restyled, last, before = "", 0, ""
     for word in _WORD.finditer(text):
@@ -52,14 +52,11 @@ def _restyle_word(word: str, style: Style, before: str) -> str:
     if now == style:
         return word
     negated = before[:-1] if before.endswith("지") else ""
-    if negated and [reading.stem for reading in readings] == ["않"]:  # formed like what it negates: 높지 않다
-        readings = [reading._replace(kind=kind) for reading in readings for kind in _kinds(negated)]
+    if negated and [reading.stem for reading in readings] == ["않"]:  # has the forms of the negated word: 높지 않다
+        kinds = {predicate.kind for predicate in _listed(negated)[1]} or {"v"}
+        readings = [reading._replace(kind=kind) for reading in readings for kind in kinds]
     words = {_write(reading, style) for reading in readings}
     return words.pop() if len(words) == 1 else word
-
-
-def _kinds(stem: str) -> set[str]:
-    return {predicate.kind for predicate in _listed(stem)[1]} or {"v"}
 
 
 def _write(predicate: Predicate, style: Style) -> str:
@@ -93,9 +90,9 @@ def _infinitive(stem: str) -> str:
 
 
 class _Table(NamedTuple):
-    whole: dict[str, list[tuple[str, str]]]  # stem -> kind and irregular infinitive, for each of its readings
+    whole: dict[str, list[tuple[str, str]]]  # stem -> kind and irregular infinitive of each reading
     ends: dict[str, list[tuple[str, str]]]  # the same for ends of stems
-    stems_of: dict[str, list[str]]  # irregular infinitive or its end -> stems or their ends
+    stems_of: dict[str, list[str]]  # irregular infinitive or its end -> stems or ends of stems
 
 
 @functools.cache
@@ -110,7 +107,7 @@ def _table() -> _Table:
 
 
 def _listed(stem: str) -> tuple[int, list[Predicate]]:
-    """Return how well the table knows `stem` (2: all of it, 1: its end, 0: not at all) and its readings there."""
+    """Return what the table lists (2: the stem, 1: its end, 0: nothing), and the readings of the stem."""
     entries, start = _table().whole.get(stem), 0
     rank = 2 if entries else 1
     while not entries and start < len(stem):
@@ -124,7 +121,7 @@ def _listed(stem: str) -> tuple[int, list[Predicate]]:
 
 
 def _best(stems: dict[str, bool]) -> list[Predicate]:
-    """Return the readings of the best known of `stems`, whose values tell whether an unlisted one counts."""
+    """Return the readings of the best listed stems; the values say whether a stem counts if it is not listed."""
     ranked = []
     for stem, free in stems.items():
         rank, readings = _listed(stem)
@@ -134,7 +131,7 @@ def _best(stems: dict[str, bool]) -> list[Predicate]:
 
 
 def _read(word: str) -> tuple[Style, list[Predicate]]:
-    """Return the style of a word and its likeliest readings; none if it is no predicate of a known form."""
+    """Return the style of a word and its likeliest readings; no readings if it is not a known form."""
     if any(reading.kind == "n" for reading in _listed(word)[1]):
         return "plain", []
     if word.endswith("니다") and coda(word[:-2] or "가") == "ㅂ":
@@ -154,7 +151,7 @@ def _read_formal(word: str) -> list[Predicate]:
 
 
 def _read_plain(body: str) -> list[Predicate]:
-    """Read what stands before 다."""
+    """Return the readings of the part before 다."""
     if not body:
         return []
     final = coda(body)
@@ -175,7 +172,7 @@ def _verbs(stems: dict[str, bool]) -> list[Predicate]:
 
 
 def _read_polite(form: str) -> list[Predicate]:
-    """Read what stands before 요: an infinitive, or a noun with 이에 or 예."""
+    """Return the readings of the part before 요: an infinitive, or a noun with 이에 or 예."""
     if len(form) > 2 and form.endswith("이에"):
         return [Predicate(form[:-2], "c")]
     if len(form) > 1 and form.endswith("예") and not coda(form[:-1]) and form != "아니예":
@@ -194,12 +191,7 @@ def _read_polite(form: str) -> list[Predicate]:
         stems[form[:-1] + "하"] = True
     for start in range(len(form)):
         stems |= {form[:start] + stem: False for stem in _table().stems_of.get(form[start:], [])}
-    # Only stems that give this form count, so that 가아 or 뛰여 are no readings.
-    fitting = {
-        stem: free for stem, free in stems.items() if form in {predicate.infinitive for predicate in _forms(stem)}
-    }
+    # Keep only stems with this infinitive, to exclude readings such as 가아 or 뛰여.
+    infinitives = {stem: {each.infinitive for each in _listed(stem)[1]} or {_infinitive(stem)} for stem in stems}
+    fitting = {stem: free for stem, free in stems.items() if form in infinitives[stem]}
     return [reading for reading in _best(fitting) if reading.infinitive == form]
-
-
-def _forms(stem: str) -> list[Predicate]:
-    return _listed(stem)[1] or [Predicate(stem, "v", _infinitive(stem))]

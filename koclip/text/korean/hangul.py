@@ -1,15 +1,14 @@
 """Hangul syllables as letters (jamo), as keys of the two-set keyboard (두벌식, KS X 5002), and in Latin letters.
 
-`romanize` follows the Revised Romanization (로마자 표기법, 2000), as a word is pronounced.
+`romanize` follows the Revised Romanization (로마자 표기법, 2000), by the pronunciation of a word.
 
-Sound changes that it writes: final consonants and liaison (꽃이 kkochi, 꽃 kkot), assimilation (신라 silla, 독립
-dongnip), palatalisation (같이 gachi), aspiration (좋다 jota, 잡힌 japin). Those that it does not write: tensing (압구정
-apgujeong), vowel length; 의 is always ui. Nouns keep an h after k, t, p (국화 gukhwa), and so do their verbs in 하다
-(시작하다 sijakhada): only 히 and 혀, the suffix of passive and causative verbs, lose it.
+It writes final consonants and liaison (꽃이 kkochi, 꽃 kkot), assimilation (신라 silla, 독립 dongnip),
+palatalisation (같이 gachi) and aspiration (좋다 jota, 잡힌 japin). It does not write tensing (압구정 apgujeong)
+and vowel length; 의 is always ui. Nouns keep an h after k, t, p (국화 gukhwa), and so do their verbs in 하다
+(시작하다 sijakhada): only 히 and 혀, the suffixes of passive and causative verbs, lose it.
 
-Left out: hyphens, capitals of names, ㄴ added inside compounds and finals that stop at their seam, except for the words
-of `assets/stress_romanization.tsv` (풀잎 pullip, 맛없다 madeopda); words that sound together across a space (옷 안).
-Hanja, digits and letters that stand alone (ㅋㅋ) stay as they are.
+Not supported: hyphens, capitals of names, liaison across a space (옷 안); and sounds inside compounds, except in words
+of `assets/stress_romanization.tsv` (풀잎 pullip, 맛없다 madeopda). Hanja, digits and single letters (ㅋㅋ) stay.
 """
 
 import functools
@@ -21,7 +20,7 @@ from koclip.storage import read_table
 ONSETS = "ㄱㄲㄴㄷㄸㄹㅁㅂㅃㅅㅆㅇㅈㅉㅊㅋㅌㅍㅎ"
 VOWELS = "ㅏㅐㅑㅒㅓㅔㅕㅖㅗㅘㅙㅚㅛㅜㅝㅞㅟㅠㅡㅢㅣ"
 CODAS = ("", *"ㄱㄲㄳㄴㄵㄶㄷㄹㄺㄻㄼㄽㄾㄿㅀㅁㅂㅄㅅㅆㅇㅈㅊㅋㅌㅍㅎ")
-# Two letters in one place: of the vowels, and of the final consonants.
+# Vowels and final consonants that are two letters.
 _VOWEL_PAIRS = {"ㅘ": "ㅗㅏ", "ㅙ": "ㅗㅐ", "ㅚ": "ㅗㅣ", "ㅝ": "ㅜㅓ", "ㅞ": "ㅜㅔ", "ㅟ": "ㅜㅣ", "ㅢ": "ㅡㅣ"}
 _CODA_PAIRS = {"ㄳ": "ㄱㅅ", "ㄵ": "ㄴㅈ", "ㄶ": "ㄴㅎ", "ㄺ": "ㄹㄱ", "ㄻ": "ㄹㅁ", "ㄼ": "ㄹㅂ", "ㄽ": "ㄹㅅ"}
 _CODA_PAIRS |= {"ㄾ": "ㄹㅌ", "ㄿ": "ㄹㅍ", "ㅀ": "ㄹㅎ", "ㅄ": "ㅂㅅ"}
@@ -35,50 +34,50 @@ _KEY_OF = {letter: key for key, letter in _LETTER_OF.items()}
 _TYPED_VOWELS = "".join(letter for letter in VOWELS if letter not in PAIRS)
 _VOWEL = "|".join([*_VOWEL_PAIRS.values(), f"[{_TYPED_VOWELS}]"])
 _CODA = "|".join([*_CODA_PAIRS.values(), f"[{''.join(CODAS)}]"])
-# A consonant before a vowel begins the next syllable, so no final one is taken there.
+# A consonant before a vowel begins the next syllable, so it is not a final one.
 _TYPED = re.compile(f"([{ONSETS}])({_VOWEL})((?:{_CODA})(?![{_TYPED_VOWELS}]))?|({_VOWEL})")
 _PAIR_OF = {two: pair for pair, two in PAIRS.items()}
 
 
 def is_syllable(character: str) -> bool:
-    """Tell whether `character` is a composed syllable."""
+    """Return whether `character` is a composed syllable."""
     return "가" <= character <= "힣"
 
 
 def letters(syllable: str) -> tuple[str, str, str]:
-    """Return a syllable's initial consonant, vowel and final consonant ("" if none): 닭 is ㄷ, ㅏ, ㄺ."""
+    """Return a syllable's initial consonant, vowel and final consonant ("" for none): 닭 is ㄷ, ㅏ, ㄺ."""
     code = ord(syllable) - ord("가")
     return ONSETS[code // 588], VOWELS[code // 28 % 21], CODAS[code % 28]
 
 
 def compose(onset: str, vowel: str, coda: str = "") -> str:
-    """Return the syllable of these letters; the reverse of `letters`."""
+    """Return the syllable with these letters; the inverse of `letters`."""
     return chr(ord("가") + ONSETS.index(onset) * 588 + VOWELS.index(vowel) * 28 + CODAS.index(coda))
 
 
 def coda(word: str) -> str:
-    """Return the final consonant of a word that ends in a syllable, "" if it has none."""
+    """Return the final consonant of a word that ends in a syllable, "" for none."""
     return letters(word[-1])[2]
 
 
 def with_coda(word: str, coda: str) -> str:
-    """Return a word that ends in a syllable with another final consonant: with_coda("가", "ㄴ") is "간"."""
+    """Return a word that ends in a syllable with its final consonant replaced: with_coda("가", "ㄴ") is "간"."""
     return word[:-1] + compose(*letters(word[-1])[:2], coda)
 
 
 def spell(text: str) -> str:
-    """Return `text` in the single letters that are typed for it: 닭과 is ㄷㅏㄹㄱㄱㅗㅏ. What is no Hangul stays."""
+    """Return `text` as the letters that one types: 닭과 is ㄷㅏㄹㄱㄱㅗㅏ. Everything else stays."""
     parts = (letter for character in text for letter in (letters(character) if is_syllable(character) else character))
     return "".join(PAIRS.get(letter, letter) for letter in parts)
 
 
 def keystrokes(text: str) -> str:
-    """Return the keys that type `text`, capitals with shift: 고양이 is rhdiddl. What is no modern Hangul stays."""
+    """Return the keys that type `text`, capitals with shift: 고양이 is rhdiddl. Everything else stays."""
     return "".join(_KEY_OF.get(letter, letter) for letter in spell(text))
 
 
 def typed(keys: str) -> str:
-    """Return what a Korean input method makes of `keys`; the reverse of `keystrokes` for runs of syllables."""
+    """Return the text that a Korean input method types for `keys`; the inverse of `keystrokes` for syllables."""
     line = "".join(_LETTER_OF.get(key) or _LETTER_OF.get(key.lower(), key) for key in keys)
     return _TYPED.sub(_syllable, line)
 
@@ -89,7 +88,7 @@ def _syllable(match: re.Match[str]) -> str:
 
 
 def neighbours(key: str) -> list[str]:
-    """Return the letter keys that touch `key`; with shift held where they have a letter of their own for it."""
+    """Return the letter keys next to `key`; for a capital, the keys with shift if that gives another letter."""
     row = next(number for number, keys in enumerate(_ROWS) if key.lower() in keys)
     column = _ROWS[row].index(key.lower())
     places = [(0, -1), (0, 1), (-1, 0), (-1, 1), (1, -1), (1, 0)]
@@ -98,22 +97,15 @@ def neighbours(key: str) -> list[str]:
         for down, right in places
         if 0 <= row + down < len(_ROWS) and 0 <= column + right < len(_ROWS[row + down])
     ]
-    return (
-        near
-        if key.islower()
-        else [neighbour.upper() if neighbour.upper() in _LETTER_OF else neighbour for neighbour in near]
-    )
+    return near if key.islower() else [each.upper() if each.upper() in _LETTER_OF else each for each in near]
 
 
-_ONSETS_IN_LATIN = (
-    *("g", "kk", "n", "d", "tt", "r", "m", "b", "pp", "s"),
-    *("ss", "", "j", "jj", "ch", "k", "t", "p", "h"),
-)
+_ONSETS_IN_LATIN = ("g", "kk", "n", "d", "tt", "r", "m", "b", "pp", "s", "ss", "", "j", "jj", "ch", "k", "t", "p", "h")
+_LATIN_ONSETS = dict(zip(ONSETS, _ONSETS_IN_LATIN, strict=True))
 _VOWELS_IN_LATIN = (
     *("a", "ae", "ya", "yae", "eo", "e", "yeo", "ye", "o", "wa", "wae"),
     *("oe", "yo", "u", "wo", "we", "wi", "yu", "eu", "ui", "i"),
 )
-_LATIN_ONSETS = dict(zip(ONSETS, _ONSETS_IN_LATIN, strict=True))
 _LATIN_VOWELS = dict(zip(VOWELS, _VOWELS_IN_LATIN, strict=True))
 _LATIN_CODAS = {"": "", "ㄱ": "k", "ㄴ": "n", "ㄷ": "t", "ㄹ": "l", "ㅁ": "m", "ㅂ": "p", "ㅇ": "ng"}
 
@@ -123,14 +115,14 @@ _PAUSE |= dict.fromkeys("ㄲㅋㄳㄺ", "ㄱ") | dict.fromkeys("ㅅㅆㅈㅊㅌ�
 _PAUSE |= {"ㄵ": "ㄴ", "ㄶ": "ㄴ", "ㄻ": "ㅁ", "ㄼ": "ㄹ", "ㄽ": "ㄹ", "ㄾ": "ㄹ", "ㅀ": "ㄹ"}
 _NASAL = {"ㄱ": "ㅇ", "ㄷ": "ㄴ", "ㅂ": "ㅁ"}
 _ASPIRATED = {"ㄱ": "ㅋ", "ㄷ": "ㅌ", "ㅂ": "ㅍ", "ㅈ": "ㅊ"}
-_NOUNS_IN_RIEUL_GIYEOK = "닭흙칡슭"  # of others, verbs and adjectives, ㄺ sounds ㄹ before ㄱ: 맑게 malge, 닭과 dakgwa
+_NOUNS_IN_RIEUL_GIYEOK = "닭흙칡슭"  # in verbs and adjectives, ㄺ sounds ㄹ before ㄱ: 맑게 malge, but 닭과 dakgwa
 _SUFFIX_CODAS = {"ㅣ": ("", *"ㄴㄹㅁㅂ"), "ㅕ": ("", "ㅆ")}  # 히 힌 힐 힘 힙, 혀 혔
 
 _RUN = re.compile("[가-힣]+")
 
 
 def romanize(text: str) -> str:
-    """Return `text` with its syllables in Latin letters, everything else as it is."""
+    """Return `text` with its syllables in Latin letters; everything else stays."""
     for word, sound in _respelt():
         text = text.replace(word, sound)
     return _RUN.sub(lambda run: _latin(run[0]), text)
@@ -138,13 +130,13 @@ def romanize(text: str) -> str:
 
 @functools.cache
 def _respelt() -> list[tuple[str, str]]:
-    """Return words and spellings of their sound: the lines of assets/stress_romanization.tsv, longest first."""
+    """Return words and the spelling of their sound, the longest words first."""
     table = [(word, sound) for word, sound in read_table("stress_romanization.tsv")]
     return sorted(table, key=lambda pair: -len(pair[0]))
 
 
 def _latin(run: str) -> str:
-    """Return the sound of one word."""
+    """Return a run of syllables in Latin letters."""
     sounds = [list(letters(syllable)) for syllable in run]
     for place, (here, there) in enumerate(itertools.pairwise(sounds)):
         here[2], there[0] = _meet(here[2], there, run[place])
@@ -158,7 +150,7 @@ def _latin(run: str) -> str:
 
 
 def _meet(coda: str, following: list[str], syllable: str) -> tuple[str, str]:
-    """Return how the final consonant of `syllable` and the initial one of the `following` syllable sound together."""
+    """Return the sounds of the final consonant of `syllable` and of the initial one of the `following` syllable."""
     onset, vowel, final = following
     kept, moved = (PAIRS[coda][0], PAIRS[coda][1]) if coda in PAIRS else ("", coda)
     if onset == "ㅇ":

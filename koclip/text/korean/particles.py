@@ -1,13 +1,13 @@
-"""Choose the Korean particle that fits the word before it, by how that word is read aloud.
+"""Choose the Korean particle that fits the word before it, by the pronunciation of that word.
 
-Most particles have one form after a final consonant and another after a vowel (책을, 사과를). -(으)로 also takes the
+Most particles have one form after a final consonant and another after a vowel (책을, 사과를). -(으)로 also has the
 vowel form after a final ㄹ (연필로). Rule: National Institute of Korean Language, Standard Korean Language Dictionary
-(stdict.korean.go.kr), entries 은, 이, 을, 과, 으로, 이다. Its Loanword Orthography (chapter 3, section 1) says which
-final consonants an English word has.
+(stdict.korean.go.kr), entries 은, 이, 을, 과, 으로, 이다. Its Loanword Orthography (chapter 3, section 1) defines the
+final consonants of English words.
 
-What is not Hangul is read as Koreans read it: `assets/particles.tsv` first (kg: 킬로그램, CLIP: 클립), then numbers by
-their Sino-Korean reading (10: 십, 3.5: 삼 점 오, 2/3: 삼분의 이), then Latin letters: initialisms letter by letter
-(GPU: 지피유), other words by a heuristic. Other scripts take the written convention: "을(를)", "(으)로".
+Everything else than Hangul is read as Koreans read it: `assets/particles.tsv` first (kg: 킬로그램, CLIP: 클립), then
+numbers by their Sino-Korean reading (10: 십, 3.5: 삼 점 오, 2/3: 삼분의 이), then Latin letters: initialisms letter by
+letter (GPU: 지피유), other words by a heuristic. After other scripts, both forms are written: "을(를)", "(으)로".
 """
 
 import functools
@@ -29,8 +29,8 @@ _FORMS = {pair: tuple(pair.split("/")) for pair in _PAIRS}
 _FINAL_RIEUL = 8
 
 _DIGITS = "영일이삼사오육칠팔구"
-_SMALL_UNITS = "십백천"  # by the number of zeros at the end
-_LARGE_UNITS = "만억조경해자양구간정재극"  # by the number of groups of four zeros at the end
+_SMALL_UNITS = "십백천"  # by the number of trailing zeros
+_LARGE_UNITS = "만억조경해자양구간정재극"  # by the number of groups of four trailing zeros
 _LETTER_FINALS = {"L": 8, "M": 16, "N": 4, "R": 8}  # 엘 엠 엔 알; every other letter's name ends in a vowel
 
 # Final consonants of English words in Korean: l m n ng always, p t k after a short vowel (cap 캡, but tape 테이프).
@@ -46,10 +46,10 @@ _ENDINGS = (
 )
 _INITIALISM = re.compile(r"(?:^|[a-z])[A-Z]{1,5}$")  # GPU, and the end of iOS
 
-_BRACKETS = {")": "(", "]": "[", "〕": "〔"}  # around a gloss; those around a title (《》, 「」) are read through
+_BRACKETS = {")": "(", "]": "[", "〕": "〔"}  # around an explanation; brackets of titles (《》, 「」) are ignored
 _AS_IS = "²³™℠"  # compatibility forms that must not become "2" or "TM"
 _JAMO = {unicodedata.normalize("NFKC", chr(code)): chr(code) for code in range(0x3131, 0x3164)}
-_FILLERS = "\u115f\u1160"  # letters to Unicode, blank on screen
+_FILLERS = "\u115f\u1160"  # letters in Unicode, blank on screen
 
 
 def _final(syllable: str) -> int:
@@ -57,7 +57,7 @@ def _final(syllable: str) -> int:
 
 
 def _fold(text: str) -> str:
-    """Return NFC text without marks and with one form of each letter: full width, ㎏, é, Ⅲ -> kg, e, 3."""
+    """Return NFC text without marks and with basic forms of letters: full width, ㎏, é, Ⅲ -> kg, e, 3."""
     folded = []
     for character in unicodedata.normalize("NFC", text):
         if character.isascii() or is_syllable(character) or character in _AS_IS:
@@ -73,13 +73,8 @@ def _fold(text: str) -> str:
 
 @functools.cache
 def _readings() -> dict[str, str]:
-    """Return how words, units and symbols are read, in Hangul: the lines of assets/particles.tsv."""
+    """Return the readings of words, units and symbols in Hangul."""
     return {_fold(word): reading for word, reading in read_table("particles.tsv")}
-
-
-@functools.cache
-def _longest() -> int:
-    return max(map(len, _readings()))
 
 
 def _kind(character: str) -> str:
@@ -92,10 +87,10 @@ def _kind(character: str) -> str:
 def _look_up(text: str) -> str | None:
     """Return the reading of the longest table word that `text` ends with, or None."""
     readings = _readings()
-    for length in range(min(len(text), _longest()), 0, -1):
+    for length in range(min(len(text), max(map(len, readings))), 0, -1):
         word, before = text[-length:], text[-length - 1 : -length]
         if _kind(word[0]) and _kind(word[0]) == _kind(before):
-            continue  # part of a longer word: the "kg" of "Akg"
+            continue  # part of a longer word, as "kg" in "Akg"
         if "0" + word in readings and _kind(text[-length - 2 : -length].rstrip(" ")[-1:]) == "0":
             return readings["0" + word]
         reading = readings.get(word) or readings.get(word.lower())
@@ -105,30 +100,30 @@ def _look_up(text: str) -> str | None:
 
 
 def _number_ending(number: str) -> str:
-    """Return the last syllable of a number's Sino-Korean reading: "1,000" -> 천."""
+    """Return the last syllable of the Sino-Korean reading of a number: "1,000" -> 천."""
     if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", number):
         number = number.replace(",", "")
     number = number.rpartition(",")[2]
     zeros = len(number) - len(number.rstrip("0"))
-    # Digit by digit: decimals (3.10), codes (007), and what is too large to have a name.
+    # Read digit by digit: decimals (3.10), codes (007), and numbers that are too large to have a name.
     if not zeros or "." in number or number[0] == "0" or zeros >= 4 * (len(_LARGE_UNITS) + 1):
         return _DIGITS[int(number[-1])]
     return _SMALL_UNITS[zeros - 1] if zeros < 4 else _LARGE_UNITS[zeros // 4 - 1]
 
 
 def _read_number(text: str) -> int:
-    """Return the final consonant of the number that `text` ends with."""
+    """Return the final consonant of the number at the end of `text`."""
     before = text.rstrip(string.digits + ".,/⁄")
     parts = re.split("[/⁄]", text[len(before) :].lstrip(".,/⁄"))
     if unicodedata.category(before[-1:] or " ") == "Sc" and before[-1] in _readings():
         return _final(_readings()[before[-1]][-1])  # ₩1,000 is read 천 원
-    # A fraction is read from below: 2/3 is 삼분의 이.
+    # The numerator of a fraction is read last: 2/3 is 삼분의 이.
     number = parts[0] if len(parts) == 2 and parts[0][-1].isdigit() else parts[-1]
     return _final(_number_ending(number.strip(".,")))
 
 
 def _read_latin(text: str) -> int:
-    """Return the final consonant of the Latin letters that `text` ends with."""
+    """Return the final consonant of the Latin letters at the end of `text`."""
     word = text[len(text.rstrip(string.ascii_letters)) :]
     lower = word[-12:].lower()
     if len(word) == 1 or _INITIALISM.search(word[-6:]) or not re.search("[aeiouy]", lower):
@@ -137,7 +132,7 @@ def _read_latin(text: str) -> int:
 
 
 def _opening(text: str) -> int:
-    """Return where the bracket opens that closes at the end of `text`, or -1."""
+    """Return the position of the opening bracket for the closing one at the end of `text`, or -1."""
     closing = text[-1]
     opening, depth = _BRACKETS.get(closing), 0
     for place in range(len(text) - 1, -1, -1) if opening else ():
@@ -148,9 +143,9 @@ def _opening(text: str) -> int:
 
 
 def final_consonant(word: str) -> int | None:
-    """Return the index of the last final consonant of `word` as it is read (0: none, 8: ㄹ), or None if unknown.
+    """Return the index of the final consonant of `word` as it is read (0: none, 8: ㄹ), or None if it is unknown.
 
-    Closing punctuation, quotes, spaces and emoji are skipped, and so is a trailing bracket if what stands before it
+    Closing punctuation, quotes, spaces and emoji are ignored, and so are brackets at the end if the text before them
     can be read: "사과(apple)" ends like 사과.
     """
     left = [_fold(word)]
@@ -178,7 +173,7 @@ def final_consonant(word: str) -> int | None:
 def particle(word: str, pair: str) -> str:
     """Return the form of `pair` (such as "을/를", in either order) that follows `word`.
 
-    A word whose last sound is unknown takes the written convention: "을(를)", "(으)로".
+    If the last sound of the word is unknown, return both forms: "을(를)", "(으)로".
 
     Raises:
         ValueError: `pair` is not a known particle pair.

@@ -1,15 +1,15 @@
-"""Rewrite a Korean text as people come to write it: the query set under stress.
+"""Rewrite a Korean text in the ways in which people really write, for the evaluation task `stress`.
 
-`STRESSES` holds functions of a text and a seed. The same text and seed give the same result on every machine; functions
-that draw nothing ignore the seed. All compose their text (NFC) first, and all but `nfd` return it composed. A text
-without Hangul comes back as it is. None raises on any string.
+`STRESSES` maps names to functions of a text and a seed. The same text and seed give the same result on every machine;
+functions without random choices ignore the seed. All functions first compose the text (NFC), and all except `nfd`
+return composed text. A text without Hangul stays unchanged. No string raises an error.
 """
 
 import functools
 import random
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from koclip.storage import read_table
 from koclip.text.korean.endings import restyle
@@ -24,7 +24,7 @@ _SYLLABLES = re.compile("([가-힣]+)")
 
 
 def _korean(change: Stress) -> Stress:
-    """Give `change` composed text with Hangul only, and compose what it returns."""
+    """Call `change` only with composed text that contains Hangul, and compose its result."""
 
     @functools.wraps(change)
     def stress(text: str, seed: int) -> str:
@@ -40,7 +40,7 @@ def _generator(purpose: str, text: str, seed: int) -> random.Random:
 
 @_korean
 def no_spaces(text: str, seed: int) -> str:
-    """Remove white space next to Hangul: 빨간 공 -> 빨간공. Spaces between words of other scripts stay."""
+    """Remove white space next to Hangul: 빨간 공 -> 빨간공. Spaces between words in other scripts stay."""
 
     def squeeze(space: re.Match[str]) -> str:
         around = text[max(space.start() - 1, 0) : space.start()] + text[space.end() : space.end() + 1]
@@ -51,47 +51,47 @@ def no_spaces(text: str, seed: int) -> str:
 
 @_korean
 def moved_spaces(text: str, seed: int) -> str:
-    """Move half of the spaces between two syllables one syllable to the left or right: 빨간 자전거 -> 빨간자 전거.
+    """Move half of the spaces between syllables by one syllable to the left or right: 빨간 자전거 -> 빨간자 전거.
 
-    Their number stays. Where people put wrong spaces (before particles, inside compounds) is not imitated.
+    Their number stays. Typical positions of wrong spaces (before particles, inside compounds) are not imitated.
     """
     words = text.split(" ")
     gaps = [gap for gap in range(len(words) - 1) if _moves(words, gap)]
     rng = _generator("moved_spaces", text, seed)
     for gap in sorted(rng.sample(gaps, (len(gaps) + 1) // 2)):
         moves = _moves(words, gap)
-        if moves:  # an earlier move may have left one syllable
+        if moves:  # empty if an earlier move has left only one syllable
             words[gap], words[gap + 1] = rng.choice(moves)
     return " ".join(words)
 
 
 def _moves(words: list[str], gap: int) -> list[tuple[str, str]]:
-    """Return what can become of the two words around a space."""
+    """Return the possible pairs of words after the space between two words moves."""
     left, right = words[gap], words[gap + 1]
     if not left or not right or not is_syllable(left[-1]) or not is_syllable(right[0]):
         return []
-    moves = [(left[:-1], left[-1] + right)] if left[-2:-1].isalnum() else []  # no lone punctuation mark
+    moves = [(left[:-1], left[-1] + right)] if left[-2:-1].isalnum() else []  # leave no punctuation mark alone
     return [*moves, (left + right[0], right[1:])] if right[1:2].isalnum() else moves
 
 
 @_korean
 def typo(text: str, seed: int) -> str:
-    """Hit a neighbouring key of the two-set keyboard once: 고양이 -> 거양이, or ㄱㅎ양이."""
+    """Replace one keystroke by a neighbouring key of the two-set keyboard: 고양이 -> 거양이, or ㄱㅎ양이."""
     return _slip(text, 1, _generator("typo", text, seed))
 
 
 @_korean
 def two_typos(text: str, seed: int) -> str:
-    """Hit a neighbouring key twice, at two places; see `typo`."""
+    """Replace two keystrokes; see `typo`."""
     return _slip(text, 2, _generator("two_typos", text, seed))
 
 
 def _slip(text: str, count: int, rng: random.Random) -> str:
-    """Replace `count` keystrokes of syllables by neighbouring letter keys, with shift held where it was.
+    """Replace `count` keystrokes of syllables by neighbouring letter keys, with the same shift state.
 
     Missing, doubled and swapped keystrokes and phone keyboards are not imitated.
     """
-    parts = _SYLLABLES.split(text)  # every second one is a run of syllables
+    parts = _SYLLABLES.split(text)  # every second part is a run of syllables
     lines = [list(keystrokes(run)) for run in parts[1::2]]
     places = [(line, place) for line in lines for place in range(len(line))]
     for line, place in rng.sample(places, min(count, len(places))):
@@ -107,60 +107,60 @@ def wrong_input_mode(text: str, seed: int) -> str:
 
 
 def nfd(text: str, seed: int) -> str:
-    """Decompose the text as macOS does file names (NFD): it looks the same."""
+    """Decompose the text (NFD), as macOS does in file names; it looks the same."""
     return unicodedata.normalize("NFD", text) if _HANGUL.search(unicodedata.normalize("NFC", text)) else text
 
 
 @_korean
 def jamo(text: str, seed: int) -> str:
-    """Type every letter apart, one per keystroke: 고양이 -> ㄱㅗㅇㅑㅇㅇㅣ, 닭과 -> ㄷㅏㄹㄱㄱㅗㅏ."""
+    """Write every letter separately, one per keystroke: 고양이 -> ㄱㅗㅇㅑㅇㅇㅣ, 닭과 -> ㄷㅏㄹㄱㄱㅗㅏ."""
     return spell(text)
 
 
 @_korean
 def no_particles(text: str, seed: int) -> str:
-    """Drop the particles: 공을 문 개가 공원에서 -> 공 문 개 공원; see `drop_particles` for which, and which stay."""
+    """Drop particles: 공을 문 개가 공원에서 -> 공 문 개 공원; see `drop_particles`."""
     return drop_particles(text)
 
 
 @_korean
 def plain(text: str, seed: int) -> str:
-    """Put sentence ends in the plain style (해라체): 달려요, 달립니다 -> 달린다; see `restyle`."""
+    """Change sentence ends to the plain style (해라체): 달려요, 달립니다 -> 달린다; see `restyle`."""
     return restyle(text, "plain")
 
 
 @_korean
 def polite(text: str, seed: int) -> str:
-    """Put sentence ends in the polite style (해요체): 달린다, 달립니다 -> 달려요; see `restyle`."""
+    """Change sentence ends to the polite style (해요체): 달린다, 달립니다 -> 달려요; see `restyle`."""
     return restyle(text, "polite")
 
 
 @_korean
 def formal(text: str, seed: int) -> str:
-    """Put sentence ends in the formal style (합쇼체): 달린다, 달려요 -> 달립니다; see `restyle`."""
+    """Change sentence ends to the formal style (합쇼체): 달린다, 달려요 -> 달립니다; see `restyle`."""
     return restyle(text, "formal")
 
 
 @_korean
 def loanwords(text: str, seed: int) -> str:
-    """Put the English loanword for native and Sino-Korean nouns: 부엌에서 -> 키친에서, 춤을 -> 댄스를.
+    """Replace native and Sino-Korean nouns by English loanwords: 부엌에서 -> 키친에서, 춤을 -> 댄스를.
 
-    Only nouns of `assets/stress_loanwords.tsv` change, and only with known particles; no verbs, no compounds.
+    Only nouns in `assets/stress_loanwords.tsv` change, and only with known particles; no verbs, no compounds.
     """
     return replace_nouns(text, _names("stress_loanwords.tsv"), range)
 
 
 @_korean
 def romanized(text: str, seed: int) -> str:
-    """Write the Hangul by the Revised Romanization: 고양이 -> goyangi; `romanize` says what is left out."""
+    """Romanize the Hangul (Revised Romanization): 고양이 -> goyangi; see `romanize`."""
     return romanize(text)
 
 
 @_korean
 def english_nouns(text: str, seed: int) -> str:
-    """Put every second noun that is known, at random, in English: 개가 공을 -> dog가 공을, with the fitting particle.
+    """Replace half of the known nouns, at random, by English, with fitting particles: 개가 -> dog가.
 
-    Only nouns of `assets/stress_english.tsv` change, and only with known particles. Number is not imitated: 개들 dog들.
+    Only nouns in `assets/stress_english.tsv` change, and only with known particles. No plurals: 개들 -> dog들.
     """
     rng = _generator("english_nouns", text, seed)
     names = _names("stress_english.tsv")
@@ -179,14 +179,3 @@ STRESSES: dict[str, Stress] = {
         *(loanwords, romanized, english_nouns),
     )
 }
-
-
-def share_changed(stress: Stress, texts: Sequence[str], seed: int = 0) -> float:
-    """Return the share of `texts` that `stress` changes; a drop is measured on these alone.
-
-    Raises:
-        ValueError: there are no texts.
-    """
-    if not texts:
-        raise ValueError("no texts, of which a share could change; expected at least one")
-    return sum(stress(text, seed) != text for text in texts) / len(texts)
