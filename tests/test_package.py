@@ -51,7 +51,7 @@ def distribution(library: str) -> str:
 def test_the_table_of_libraries_is_that_of_the_project():
     for extra, libraries in installation.EXTRAS.items():
         assert {distribution(library) for library in libraries} == requirements(extra), extra
-    assert {extra for _, extra in cli.RECIPES.values()} <= set(installation.EXTRAS)
+    assert {recipe.extra for recipe in cli.RECIPES.values()} <= set(installation.EXTRAS)
     assert requirements("all") >= set().union(*(requirements(extra) for extra in installation.EXTRAS))
 
 
@@ -99,7 +99,7 @@ def test_an_import_that_needs_an_extra_comes_after_a_check_for_it():
 
 @pytest.mark.parametrize("command", cli.RECIPES)
 def test_a_command_without_its_extra_says_which(command, monkeypatch, capsys):
-    extra = cli.RECIPES[command][1]
+    extra = cli.RECIPES[command].extra
     hidden = installation.EXTRAS[extra][-1]
     monkeypatch.setitem(sys.modules, hidden, None)
     with pytest.raises(SystemExit) as exit_:
