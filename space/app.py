@@ -1,7 +1,7 @@
 """Show a model in the browser: zero-shot classification, image search, captions and heat maps.
 
-python space/app.py --model runs/mine/model --index index/     # recipes/index.py makes the index
-python space/app.py                                            # the newest run in runs/, and the built-in images
+koclip space --model runs/mine/model --index index/     # `koclip index` makes the index
+koclip space                                            # the newest run in runs/, and the built-in images
 
 On Hugging Face Spaces, the variables `KOCLIP_MODEL` and `KOCLIP_INDEX` name the model and the index. space/README.md
 describes the API.
@@ -111,7 +111,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument(
         "--index",
         default=os.environ.get("KOCLIP_INDEX"),
-        help="directory that recipes/index.py made; default: built-in images",
+        help="directory that `koclip index` made; default: built-in images",
     )
     parser.add_argument(
         "--host",

@@ -91,7 +91,7 @@ def _classify_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: 
             button = texts(gr.Button(say("classify", "ko"), variant="primary"), value="classify")
         with gr.Column(min_width=300):
             result = texts(gr.Label(label=say("result", "ko"), elem_id="result"), label="result")
-            prompts = gr.Textbox(label=say("prompts", "ko"), lines=4, max_lines=12, interactive=False)
+            prompts = gr.Textbox(label=say("prompts", "ko"), lines=4, max_lines=_PROMPTS + 1, interactive=False)
             texts(prompts, label="prompts")
 
     @answering

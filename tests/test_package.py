@@ -235,8 +235,8 @@ def test_an_empty_environment_trains_and_publishes_and_a_bare_one_embeds(wheel, 
 
     environment.run(*install, f"{wheel}[all]")
     environment.run("koclip", "pretrain", "--config", "pretrain/scenes", *TINY, "--output_dir", "runs/a")
-    words = ["launch", "--num_processes", "1", "-m", "koclip.recipes.pretrain", *TINY, "--output_dir", "runs/b"]
-    environment.run("accelerate", *words)
+    launch = ["launch", "--num_processes", "1", "-m", "koclip.recipes.pretrain"]
+    environment.run("accelerate", *launch, *TINY, "--output_dir", "runs/b")
     facts = json.loads((environment.folder / "runs/a/environment.json").read_text(encoding="utf-8"))
     assert facts["commit"] is None
     for name in ("a", "b"):
@@ -245,8 +245,8 @@ def test_an_empty_environment_trains_and_publishes_and_a_bare_one_embeds(wheel, 
     assert "Nothing was pushed" in printed
     environment.run("koclip", "evaluate", "--model", "runs/a/model", "--output_dir", "runs/measured", *SMALL_SET)
     environment.run("koclip", "index", "--model", "model", "--images", "scenes", "--output_dir", "index", *FEW)
-    for command in cli.RECIPES:
-        environment.run("koclip", command, "--help")
+    for name in cli.RECIPES:
+        environment.run("koclip", name, "--help")
 
 
 SMALL_SET = ["--sets", "[{source: {path: scenes, scenes_part: test, scenes_size: 20}}]"]

@@ -282,7 +282,7 @@ def test_without_a_model_it_says_how_to_make_one(tmp_path):
     import subprocess
 
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for args, message in (([], "koclip pretrain"), (["--model", "nowhere/at-all"], "cannot be loaded")):
+    for args, message in (([], "error: model"), (["--model", "nowhere/at-all"], "cannot be loaded")):
         command = [sys.executable, str(ROOT / "space" / "app.py"), *args]
         ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert ran.returncode == 2
