@@ -361,6 +361,10 @@ def test_the_recipe_lists_refuses_and_builds(source, server, monkeypatch, capsys
     assert "--accept_terms xtd10" in err.splitlines()[-1]
     assert recipe("xtd10", "--accept_terms", "xtd10", "--output_dir", "mine", **run)[0] == 0
     assert len(datasets.load_dataset("parquet", data_files="mine/test.parquet")["train"]) == 3
+    Path("file").write_text("")
+    status, _, err = recipe("xtd10", "--accept_terms", "xtd10", "--output_dir", "file/data", **run)
+    assert status == 1
+    assert "file/data" in err.splitlines()[-1]
     server.files.clear()
     status, _, err = recipe("xtd10", "--accept_terms", "xtd10", **run)
     assert status == 1
@@ -386,6 +390,9 @@ pathlib.Path(folder, "a.tgz").write_bytes(b"a")
     with pytest.raises(RunError, match="E404"):
         emoji.fetch(replace(download, name="b.tgz"), tmp_path)
     assert [file.name for file in (tmp_path / "downloads").iterdir()] == ["a-1.0.0.tgz"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RunError, match=r"pip.*ensurepip.*c\.whl"):
+        emoji.fetch(Download("c.whl", "pip:c==1", 100), tmp_path)
 
 
 FAMILIES = [

@@ -1,11 +1,18 @@
 """The documents: every page in Korean and in English, with the same headings, tables and code; links lead somewhere."""
 
+import inspect
+import pkgutil
 import re
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 from PIL import Image
 from runs_to_publish import pretrained
+
+from koclip import config
+from koclip.cli import RECIPES
+from koclip.config import AlignConfig, EvaluateConfig, IndexConfig, PretrainConfig, PublishConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -53,8 +60,8 @@ def test_a_page_is_the_same_in_both_languages(page):
     assert korean.startswith("# ")
     assert outline_of(korean) == outline_of(english)
     assert code_of(korean) == code_of(english)
-    letters = len(re.findall(r"[가-힣]", FENCED.sub("", korean)))
-    assert letters > len(FENCED.sub("", english)) / 10, "the Korean page is not in Korean"
+    prose = [re.sub(r"^:::.*\n.*\n", "", FENCED.sub("", text), flags=re.MULTILINE) for text in (korean, english)]
+    assert len(re.findall(r"[가-힣]", prose[0])) > len(prose[1]) / 10, "the Korean page is not in Korean"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -76,6 +83,32 @@ def test_links_lead_somewhere_and_stay_in_their_language(page, language):
         elif not re.match(r"https?:|mailto:", target):
             assert (DOCS / page).parent.joinpath(target).is_file(), target
             assert not target.endswith(".md") or target.endswith(f".{language}.md"), target
+
+
+def test_api_entries_are_there():
+    entries = [entry for page in PAGES for entry in re.findall(r"^::: (\S+)$", text_of(page, "en"), re.MULTILINE)]
+    assert len(entries) > 40
+    for entry in entries:
+        text = re.sub(r"`[^`]*`", "", inspect.getdoc(pkgutil.resolve_name(entry)) or "")
+        assert text, f"{entry} has no docstring"
+        assert not re.search(r"<\w", text), f"{entry}: the site takes <...> for HTML; put it into backticks"
+
+
+def test_the_page_of_commands_has_every_command_and_section():
+    page = text_of("cli", "en")
+    assert re.findall(r"^\| `koclip (\w+)`", page, re.MULTILINE) == [*RECIPES, "ls", "cp"]
+    recipes = {PretrainConfig, AlignConfig, EvaluateConfig, PublishConfig, IndexConfig}
+    assert set(re.findall(r"^::: koclip\.config\.(\w+)$", page, re.MULTILINE)) == sections_of(recipes)
+
+
+def sections_of(schemas: set[Any]) -> set[str]:
+    """Return the names of configurations and of all dataclasses that they hold."""
+    names = {schema.__name__ for schema in schemas}
+    for schema in schemas:
+        text = " ".join(str(hint) for hint in get_type_hints(schema).values())
+        inner = set(re.findall(r"koclip\.config\.(?:\w+\.)+(\w+)", text))
+        names |= sections_of({getattr(config, name) for name in inner})
+    return names
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """The pages docs/how_to_add/: their code is applied to a copy of the project, and whole runs there use all of it.
 
-A Python block with a title is a new file. A diff block is a change of a file: its lines without `+` stand there once.
+A Python block below a path is a new file. A diff block is a change of that file: its lines without `+` are there once.
 """
 
 import hashlib
@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from peer_models import saved
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import tiny_tokenizer
+from transformers import CLIPImageProcessor, CLIPSegConfig, CLIPSegModel, CLIPSegProcessor
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {"빨강": (220, 30, 30), "초록": (30, 180, 60), "파랑": (40, 60, 220), "노랑": (230, 210, 40)}
@@ -45,9 +46,9 @@ FILES = {
     "loss": {"koclip/losses/smooth.py", "koclip/losses/__init__.py"},
     "task": {"koclip/evaluation/tasks/two_way.py", "koclip/evaluation/tasks/__init__.py"},
     "method": {"koclip/config/alignment.py", "koclip/align/methods.py"},
-    "model": {"koclip/encoders/ensemble.py", "koclip/models/stock.py"},
+    "model": {"koclip/encoders/ensemble.py", "koclip/models/stock.py", "koclip/text/tokenizers.py"},
 }
-BLOCK = re.compile(r'^```(python|diff) title="([^"\n]+)"\n(.*?)^```', re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^`(koclip/\S+)`\n\n```(python|diff)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     for name, files in FILES.items():
         blocks = BLOCK.findall((PAGES / f"{name}.en.md").read_text(encoding="utf-8"))
-        assert {file for _, file, _ in blocks} == files
-        for kind, file, code in blocks:
+        assert {file for file, _, _ in blocks} == files
+        for file, kind, code in blocks:
             apply(copy / file, kind, code)
     records = [
         {"caption_ko": f"{name} 그림 {number}", "colour": colour}
@@ -213,17 +214,27 @@ def test_an_encoder_is_evaluated_and_named_in_errors(project: Path, trained: tup
     assert "ensemble:<any of these>" in error
 
 
-def test_a_model_class_is_trained_and_saved_as_itself(project: Path) -> None:
-    clip = saved("AltCLIP", project / "alt")
-    english = (project / "rows.pipe").read_text(encoding="utf-8").replace(" 그림", " picture")
-    for korean, name in zip(COLOURS, ("red", "green", "blue", "yellow"), strict=True):
-        english = english.replace(korean, name)
-    (project / "english.pipe").write_text(english, encoding="utf-8")
-    rows = "[{path: english.pipe, image: image, captions: {en: text}, languages: {en: 1.0}}]"
-    data = ("--data.sources", rows, "--eval.sets", "[]")
-    source = (*data, "--model.clip", str(clip), "--model.text_encoder", "same", "--data.num_crops", "1")
-    run(project, "align", *TRAINING, *source, "--align.method", "frozen_image", "--output_dir", "runs/alt")
-    before, after = weights(clip), weights(project / "runs" / "alt" / "model")
+@pytest.fixture
+def clipseg(project: Path) -> Path:
+    """A tiny CLIPSeg in a directory."""
+    tokenizer = tiny_tokenizer(40)
+    width = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = {**width, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 40}
+    vision = {**width, "image_size": 32, "patch_size": 16}
+    model = CLIPSegModel(CLIPSegConfig(text_config=text, vision_config=vision, projection_dim=16))
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    model.save_pretrained(project / "clipseg")
+    CLIPSegProcessor(images, tokenizer).save_pretrained(project / "clipseg")
+    return project / "clipseg"
+
+
+def test_a_model_class_is_trained_and_loads_as_itself(project: Path, clipseg: Path) -> None:
+    source = ("--model.clip", str(clipseg), "--model.text_encoder", "same", "--data.num_crops", "1")
+    run(project, "align", *TRAINING, *source, "--align.method", "frozen_image", "--output_dir", "runs/clipseg")
+    model = project / "runs" / "clipseg" / "model"
+    before, after = weights(clipseg), weights(model)
     assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("text_model"))
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("vision_model"))
-    assert json.loads((project / "runs" / "alt" / "model" / "config.json").read_text())["model_type"] == "altclip"
+    assert json.loads((model / "config.json").read_text())["architectures"] == ["CLIPSegModel"]
+    assert measured(model.parent)["n"] == 16  # the saved model was loaded and evaluated

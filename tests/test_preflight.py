@@ -77,38 +77,38 @@ def label(**metadata: str) -> Callable[[Path], None]:
 TOKEN = "hf_" + "abcDEF123" * 4
 DEFECTS = {
     "a missing file": (lambda model: (model / "tokenizer.json").unlink(), "files are complete", "tokenizer.json is"),
-    "no weights": (lambda model: (model / "model.safetensors").unlink(), "files are complete", "no model*.safetensors"),
+    "no weights": (lambda model: (model / "model.safetensors").unlink(), "files are complete", "model*.safetensors is"),
     "broken JSON": (write("config.json", '{"a": '), "files are complete", "config.json cannot be read: Expecting"),
     "a broken adapter": (write("adapter/a.json", "{"), "files are complete", "adapter/a.json cannot be read: E"),
     "a pickle": (write("pytorch_model.bin", "x"), "no pickles, no foreign files", "pytorch_model.bin is a pickle"),
     "a pickle below": (write("adapter/a.pt", "x"), "no pickles, no foreign files", "adapter/a.pt is a pickle"),
-    "code": (write("modeling.py", "x"), "no pickles, no foreign files", "modeling.py is no file of a model"),
-    "a folder": (write("logs/a.json", "{}"), "no pickles, no foreign files", "logs/a.json is no file"),
+    "code": (write("modeling.py", "x"), "no pickles, no foreign files", "modeling.py is not a file of a model"),
+    "a folder": (write("logs/a.json", "{}"), "no pickles, no foreign files", "logs/a.json is not a file"),
     "auto_map": (edit("config.json", auto_map={"AutoModel": "a.B"}), "no remote code", "config.json has auto_map"),
-    "half precision": (halve, "weights are fp32", "model.safetensors holds F16"),
+    "half precision": (halve, "weights are fp32", "model.safetensors has F16"),
     "torn weights": (cut, "weights are fp32", "model.safetensors cannot be read"),
-    "padding": (edit("tokenizer.json", padding={"direction": "Left"}), "tokenizer.json: no call's state", '"padding"'),
-    "truncation": (edit("tokenizer.json", truncation={"a": 3}), "tokenizer.json: no call's state", "truncation"),
-    "a path": (edit("config.json", _name_or_path="/home/me/run"), "nothing of this machine", "the path /home/me/run"),
-    "a relative path": (edit("config.json", _name_or_path="tests/tiny.py"), "nothing of this machine", "tests/tiny.py"),
-    "a path of Windows": (edit("config.json", a="C:\\Users\\me"), "nothing of this machine", "C:\\Users\\me"),
-    "a path after auto:": (edit("config.json", a="auto:/home/kim/clip"), "nothing of this machine", "/home/kim/clip"),
-    "a path of a file:": (edit("config.json", a="file:/home/kim/x"), "nothing of this machine", "file:/home/kim/x"),
-    "a path of Windows, /": (edit("config.json", a="C:/Users/kim"), "nothing of this machine", "C:/Users/kim"),
-    "a path of nfs": (edit("config.json", a="/nfs/kim/x"), "nothing of this machine", "/nfs/kim/x"),
-    "a path of storage": (edit("config.json", a="/storage/kim"), "nothing of this machine", "/storage/kim"),
-    "a path of data2": (edit("config.json", a="at=/data2/kim"), "nothing of this machine", "/data2/kim"),
-    "a path in weights": (label(base="/home/kim/x"), "nothing of this machine", "the path /home/kim/x"),
-    "a path in the card": (write("README.md", CARD + "see /data/x.csv"), "nothing of this machine", "/data/x.csv"),
-    "a user": (edit("config.json", made_by="jihoon.kim"), "nothing of this machine", "names the user jihoon.kim"),
-    "a user in a path": (edit("config.json", a="x/jihoon.kim/y"), "nothing of this machine", "the user jihoon.kim"),
-    "a token": (edit("config.json", a=f"see {TOKEN}"), "no token", "config.json holds an access token"),
-    "a token in weights": (label(note=TOKEN), "no token", "model.safetensors holds an access token"),
-    "a token in vocab.txt": (write("vocab.txt", f"a\n{TOKEN}\n"), "no token", "vocab.txt holds an access token"),
-    "a token in vocab.json": (write("vocab.json", f'{{"{TOKEN}": 1}}'), "no token", "vocab.json holds an access token"),
-    "a token after a word": (write("README.md", CARD + "토큰" + TOKEN), "no token", "README.md holds an access token"),
-    "a token in the card": (write("README.md", CARD + TOKEN), "no token", "README.md holds an access token"),
-    "no card": (lambda model: (model / "README.md").unlink(), "licence is stated", "there is no README.md"),
+    "padding": (edit("tokenizer.json", padding={"direction": "Left"}), "tokenizer.json: no padding set", '"padding"'),
+    "truncation": (edit("tokenizer.json", truncation={"a": 3}), "tokenizer.json: no padding set", "truncation"),
+    "a path": (edit("config.json", _name_or_path="/home/me/run"), "no private paths or names", "the path /home/me/run"),
+    "a relative path": (edit("config.json", _name_or_path="tests/tiny.py"), "no private paths or names", "tiny.py"),
+    "a path of Windows": (edit("config.json", a="C:\\Users\\me"), "no private paths or names", "C:\\Users\\me"),
+    "a path after auto:": (edit("config.json", a="auto:/home/kim/clip"), "no private paths or names", "/home/kim/clip"),
+    "a path of a file:": (edit("config.json", a="file:/home/kim/x"), "no private paths or names", "file:/home/kim/x"),
+    "a path of Windows, /": (edit("config.json", a="C:/Users/kim"), "no private paths or names", "C:/Users/kim"),
+    "a path of nfs": (edit("config.json", a="/nfs/kim/x"), "no private paths or names", "/nfs/kim/x"),
+    "a path of storage": (edit("config.json", a="/storage/kim"), "no private paths or names", "/storage/kim"),
+    "a path of data2": (edit("config.json", a="at=/data2/kim"), "no private paths or names", "/data2/kim"),
+    "a path in weights": (label(base="/home/kim/x"), "no private paths or names", "the path /home/kim/x"),
+    "a path in the card": (write("README.md", CARD + "see /data/x.csv"), "no private paths or names", "/data/x.csv"),
+    "a user": (edit("config.json", made_by="jihoon.kim"), "no private paths or names", "the user name jihoon.kim"),
+    "a user in a path": (edit("config.json", a="x/jihoon.kim/y"), "no private paths or names", "user name jihoon"),
+    "a token": (edit("config.json", a=f"see {TOKEN}"), "no token", "config.json has an access token"),
+    "a token in weights": (label(note=TOKEN), "no token", "model.safetensors has an access token"),
+    "a token in vocab.txt": (write("vocab.txt", f"a\n{TOKEN}\n"), "no token", "vocab.txt has an access token"),
+    "a token in vocab.json": (write("vocab.json", f'{{"{TOKEN}": 1}}'), "no token", "vocab.json has an access token"),
+    "a token after a word": (write("README.md", CARD + "토큰" + TOKEN), "no token", "README.md has an access token"),
+    "a token in the card": (write("README.md", CARD + TOKEN), "no token", "README.md has an access token"),
+    "no card": (lambda model: (model / "README.md").unlink(), "licence is stated", "README.md is missing"),
     "no licence": (write("README.md", "---\nlanguage: ko\n---\n"), "licence is stated", "has no license"),
     "other": (write("README.md", "---\nlicense: other\n---\n"), "licence is stated", "needs license_name"),
 }  # fmt: skip
@@ -166,10 +166,10 @@ def test_hidden_files_stay_here_and_so_does_an_adapter_that_is_not_wanted(model)
 def test_an_adapter_whose_base_is_a_directory_is_refused_until_it_is_named(sound, tmp_path):
     model, _ = adapted(tmp_path, str(sound), sound)
     (model / "README.md").write_text(CARD, encoding="utf-8")
-    named = f"adapter/adapter_config.json names {str(sound)!r}, which is no Hub id"
+    named = f"adapter/adapter_config.json has {str(sound)!r}, which is not a Hub id"
     problems = failing(check_files(model))
     assert problems.pop("adapter's base can be found") == named
-    assert set(problems) <= {"nothing of this machine"}  # pytest's folder may hold no name of a user
+    assert set(problems) <= {"no private paths or names"}  # pytest's folder may hold no name of a user
     name_base(model, "org/base", None)
     assert failing(check_files(model)) == {}
     settings = json.loads((model / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
@@ -177,7 +177,7 @@ def test_an_adapter_whose_base_is_a_directory_is_refused_until_it_is_named(sound
     assert 'from_pretrained("org/base")' in (model / "adapter" / "README.md").read_text(encoding="utf-8")
     assert lora.read_base(model / "adapter") == AdapterBase("org/base", "same", "LoRA")
     edit("adapter/adapter_config.json", base_model_name_or_path="/home/me/base")(model)
-    assert {"adapter's base can be found", "nothing of this machine"} == set(failing(check_files(model)))
+    assert {"adapter's base can be found", "no private paths or names"} == set(failing(check_files(model)))
 
 
 def test_a_base_that_koclip_builds_is_said_to_be_in_no_repository(sound, tmp_path):
@@ -190,7 +190,7 @@ def test_a_base_that_koclip_builds_is_said_to_be_in_no_repository(sound, tmp_pat
     settings = json.loads((model / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert settings["base_model_name_or_path"] == BUILT
     assert failing(check_files(model)) == {
-        "adapter's base can be found": "adapter/ does not say what it adapts: <model.clip>"
+        "adapter's base can be found": "adapter/ does not state its base: <model.clip> is missing"
     }
     name_base(model, "org/base", "org/text")
     assert failing(check_files(model)) == {}
@@ -212,12 +212,12 @@ def test_a_broken_adapter_config_is_left_to_the_checks(sound, tmp_path):
 
 def test_ids_that_are_not_the_tokenizers_are_found(model):
     text = json.loads((model / "config.json").read_text(encoding="utf-8"))["text_config"]
-    edit("config.json", text_config=text | {"bos_token_id": 7})(model)
+    edit("config.json", text_config=text | {"eos_token_id": 7})(model)
     problems = failing([preflight._ids(model)])["the tokenizer's ids are config.json's"]
-    assert "text_config.bos_token_id is 7, the tokenizer's" in problems
+    assert "text_config.eos_token_id is 7, the tokenizer's" in problems
     edit("config.json", text_config=text | {"vocab_size": 100})(model)
     problems = failing([preflight._ids(model)])["the tokenizer's ids are config.json's"]
-    assert "the tokenizer has ids up to" in problems
+    assert "text_config.vocab_size is 100" in problems
 
 
 def test_weights_that_the_class_does_not_know_are_found(model):

@@ -30,9 +30,9 @@ def test_formats_pass_the_pre_flight(tmp_path: Path, capsys: pytest.CaptureFixtu
     for side in ("text_model", "vision_model"):
         assert f"{side}.onnx: embeddings differ by " in printed
         assert f"{side}_quantized.onnx: embeddings differ by " in printed
-    assert "Measured on drawn (20 pictures; R@1 by chance: about 5 %)" in printed
+    assert "Measured on drawn (20 images; R@1 by chance: about 5 %)" in printed
     assert "Nothing was pushed" in printed
-    assert "Measured on drawn (20 pictures;" in (directory / "README.md").read_text(encoding="utf-8")
+    assert "Measured on drawn (20 images;" in (directory / "README.md").read_text(encoding="utf-8")
     wanted = {f"onnx/{side}{kind}.onnx" for side in ("text_model", "vision_model") for kind in ("", "_quantized")}
     wanted |= {
         "onnx/results.json",

@@ -171,7 +171,7 @@ def test_a_new_repository_is_private_if_asked(hub, workers, model):
     ("token", "repo_id", "message"),
     [
         (None, "org/none", "token: got None, expected one with write rights: log in with `hf auth login`"),
-        (READER, "org/none", "token: got 'one of role read', expected write rights to org/none"),
+        (READER, "org/none", "token: got 'role read', expected write rights to org/none"),
         ("hf_" + "wrong" * 7, "org/none", "Invalid user token"),
         (TOKEN, "others/none", "repo_id: got 'others/none', expected a namespace of someone: org, readers, someone"),
         (TOKEN, "readers/none", "someone may only read in readers"),
@@ -206,7 +206,7 @@ def test_the_base_of_an_adapter_must_be_on_the_hub(hub, workers, model):
     settings.write_text(json.dumps({"base_model_name_or_path": "org/base"}))
     refused = workers().push(model, "org/with_adapter")
     assert refused["error"] == "ConfigError"
-    assert "looking for org/base, the base of adapter/: the Hub says 404" in refused["message"]
+    assert "reading org/base, the base of adapter/: the Hub answered 404" in refused["message"]
     assert "org/with_adapter" not in hub.repos
     settings.rename(model / "kept.json")
     workers().push(model, "org/base")
@@ -402,7 +402,7 @@ def test_a_file_that_cannot_be_read_is_told_at_once(monkeypatch, do):
 def test_faults_of_the_network_are_tried_again_and_told_of_what_was_asked(monkeypatch, error):
     tries, raised = counted(raising(error), "space", monkeypatch)
     assert (tries, type(raised)) == (4, RunError)
-    assert str(raised).startswith("space: pushing did not work, 4 times")
+    assert str(raised).startswith("space: pushing failed 4 times")
 
 
 def test_a_space_is_told_by_its_own_key():
@@ -418,6 +418,6 @@ def test_without_a_hub_it_says_so(tmp_path, model):
     worker = Worker(server, tmp_path / "home")
     refused = worker.push(model, "org/nowhere")
     assert refused["error"] == "RunError"
-    assert "asking who the token belongs to did not work, 4 times" in refused["message"]
+    assert "reading the owner of the token failed 4 times" in refused["message"]
     assert TOKEN not in worker.stop()
     shutil.rmtree(tmp_path / "home")

@@ -105,8 +105,8 @@ def test_the_card_says_what_was_measured(model: Path) -> None:
         sum((model / "onnx" / f"{side}_model{kind}.onnx").stat().st_size for side in ("text", "vision")) / 1e6
         for kind in ("_quantized", "")
     ]
-    assert "8 bits: {:.1f} MB in the place of {:.1f} MB.".format(*megabytes) in section
-    assert "Measured on scenes (60 pictures; R@1 by chance: about 1.7 %)." in section
+    assert "8 bits: {:.1f} MB instead of {:.1f} MB.".format(*megabytes) in section
+    assert "Measured on scenes (60 images; R@1 by chance: about 1.7 %)." in section
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| scenes")]
     assert [row[1] for row in rows] == ["ko"] * 4 + ["en"] * 4
     metrics = numbers(model)
@@ -198,7 +198,7 @@ def test_what_is_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_read_is_named_with_a_remedy_that_works(change: dict[str, str]) -> None:
     source = config.to_dict(SourceConfig()) | change
     with pytest.raises(
-        ConfigError, match=r"int8_sets: scenes, which results.json has .*(gone.parquet|colour)"
+        ConfigError, match=r"int8_sets: the data set scenes of .*(gone.parquet|colour)"
     ) as raised:
         open_sets([], {"scenes": described(source=source)})
     remedy = shlex.split(str(raised.value)[str(raised.value).index("--int8_sets") :])
@@ -209,7 +209,7 @@ def test_what_cannot_be_read_is_named_with_a_remedy_that_works(change: dict[str,
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--int8_sets", SCENES], "expected --onnx int8"),
+        (["--int8_sets", SCENES], "int8_sets: got ['scenes'], "),
         (
             ["--onnx", "int8", "--int8_sets", "[{source: {path: a}}, {source: {path: b/a.csv}}]"],
             "int8_sets[].source.name: got ['a', 'a']",

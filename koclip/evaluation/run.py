@@ -54,7 +54,7 @@ def open_all(config: EvalConfig | EvaluateConfig, limit: PixelLimit = PIXEL_LIMI
 
 
 def evaluate(embedder: Embedder, eval_sets: Sequence[EvalSet]) -> dict[str, Metric]:
-    """Return every metric of every set, named <data set>/<language>/<task>/<metric>.
+    """Return every metric of every set, named `<data set>/<language>/<task>/<metric>`.
 
     Instead of a language, the task `languages` has a pair such as ko-en, and probes have `images`.
 

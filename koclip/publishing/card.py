@@ -1,4 +1,4 @@
-"""A model's card, rendered from the measured numbers and the configuration. It adds no number of its own."""
+"""Write a model's card from its measured numbers, its configuration and the data cards."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from koclip import storage
 from koclip.config import PublishConfig, check
 from koclip.evaluation.report.table import NOTE, Cell, Line, sections
-from koclip.evaluation.results import IMAGES, MAIN, Spec
+from koclip.evaluation.results import IMAGES, MAIN
 from koclip.evaluation.run import notes
 from koclip.evaluation.tasks import SPECS
 from koclip.publishing.card_inputs import Facts
@@ -27,76 +27,38 @@ _MARK = "<!-- Made by koclip's recipes/publish.py"
 _ENGLISH = {"ko": "Korean", "en": "English", "ja": "Japanese", "zh": "Chinese"}
 _KOREAN = {"ko": "한국어", "en": "영어", "ja": "일본어", "zh": "중국어"}
 _PIPELINE = "zero-shot-image-classification"
-_ONLY_IMAGES, _LAST = "Pictures alone", "Other"  # headings behind those of the languages and of the specs
-# By class, which versions of transformers were tried, and what came of it.
+_ONLY_IMAGES, _LAST = "Images only", "Other"  # headings after those of the languages and of the specs
+# By class: the tested versions of transformers, and their faults.
 _VERSIONS = {
-    "CLIPModel": "transformers 4.57.1, 5.23.0 and 5.24.0 were tried.",
-    "ChineseCLIPModel": "transformers 4.57.1, 5.23.0 and 5.24.0 were tried. In 4.57.1 `get_text_features` of this "
-    "class fails; these lines work.",
-    "VisionTextDualEncoderModel": "transformers 5.23.0 and 5.24.0 were tried. Do not take version 4: of some towers, "
-    "CLIP's text transformer among them, 4.57.1 finds no weights, says so in a warning only, and goes on with random "
-    "ones.",
+    "CLIPModel": "Tested with transformers 4.57.1, 5.23.0 and 5.24.0.",
+    "ChineseCLIPModel": "Tested with transformers 4.57.1, 5.23.0 and 5.24.0. In 4.57.1 `get_text_features` of this "
+    "class fails; the lines above work.",
+    "VisionTextDualEncoderModel": "Tested with transformers 5.23.0 and 5.24.0. Do not use version 4: for some towers, "
+    "such as CLIP's text transformer, 4.57.1 loads no weights, only warns, and uses random weights.",
 }
-# Absolute paths in a command: all but the last part is this machine's.
+# The folders of absolute paths in a command. They are private, except for the last part of the path.
 _PARTS = r"[^\s\"'=,:\[\]{}]*[/\\]"
 _FOLDERS = re.compile(rf"(?<![\w.~-])(?:~|[A-Za-z]:)?[/\\](?:{_PARTS}(?=recipes/)|(?:{_PARTS})?)")
-
-
-class Row(NamedTuple):
-    """One number of the evaluation, as text."""
-
-    data: str
-    label: str
-    value: str
-    interval: str
-    n: str
-
-
-class Group(NamedTuple):
-    """Rows under one heading; there is at least one."""
-
-    heading: str
-    rows: list[Row]
 
 
 class Exports(NamedTuple):
     """Other formats beside the model, for libraries other than transformers."""
 
-    graphs: dict[str, str]  # dtype of transformers.js -> how the names of both ONNX graphs end
+    graphs: dict[str, str]  # dtype of transformers.js -> suffix of both ONNX graphs
     sentence_transformers: bool
-
-    @property
-    def tags(self) -> list[str]:
-        """The Hub's tags for them."""
-        # transformers.js has no class for the pair but classes for each tower, which the card names.
-        graphs = ["onnx", "transformers.js"] if self.graphs else []
-        return graphs + (["sentence-transformers"] if self.sentence_transformers else [])
-
-
-class Headline(NamedTuple):
-    """A number in the Korean summary."""
-
-    korean: str
-    value: str
-    interval: str
-    data: str
 
 
 def write_card(cfg: PublishConfig, facts: Facts) -> None:
-    """Write README.md into the model's directory, and LICENSE.md where the licence is no common one.
+    """Write README.md into the model's directory, and LICENSE.md if the licence is not a common one.
 
     Raises:
-        ConfigError: a README.md is there that koclip did not write; or what the card needs is missing.
+        ConfigError: koclip did not write the README.md that exists, or an input of the card is missing.
     """
     directory = Path(cfg.model)
     file = directory / CARD
     is_ours = not file.exists() or _MARK in file.read_text(encoding="utf-8")
-    check(
-        is_ours,
-        "model",
-        str(file),
-        "a card that koclip did not write: move it away, and put what it says into data cards",
-    )
+    fix = "expected no card, or one that koclip wrote: move it away, and put its content into data cards"
+    check(is_ours, "model", str(file), fix)
     card, licence = render(cfg, facts), conclude(facts.chain, cfg.license)
     storage.replace_text(file, str(card))
     (directory / LICENCE).unlink(missing_ok=True)
@@ -108,16 +70,16 @@ def render(cfg: PublishConfig, facts: Facts, year: int | None = None) -> ModelCa
     """Return the card with its metadata.
 
     Args:
-        cfg: The repository, and what the model's makers state.
-        facts: Its inputs.
-        year: Of publication; default: this one.
+        cfg: The repository, the licence and the training time.
+        facts: The inputs of the card.
+        year: Year of publication; default: this year.
 
     Raises:
-        ConfigError: a field that it needs is missing or empty; the message names it.
+        ConfigError: a field of the card is empty; the message names it.
     """
     author, name = cfg.repo_id.split("/")
     licence = conclude(facts.chain, cfg.license)
-    groups = list(_groups(facts))
+    groups = _groups(facts)
     check(bool(groups), "results: metrics", [], "expected numbers of a retrieval or a classification to show")
     fields: dict[str, Any] = {
         "repo_id": cfg.repo_id,
@@ -144,16 +106,14 @@ def render(cfg: PublishConfig, facts: Facts, year: int | None = None) -> ModelCa
         "chain": list(_chain(facts)),
     }
     missing = [key for key, value in fields.items() if value in (None, "", [])]
-    check(not missing, "the card", missing, "these fields are empty: complete the inputs that they come from")
-    template = files("koclip") / "assets" / "model_card.md"
-    data = metadata(cfg, facts, licence)
-    card: ModelCard = ModelCard.from_template(
-        data, template_str=template.read_text(encoding="utf-8"), **fields, **_what_may_be_missing(cfg, facts)
-    )
+    check(not missing, "the card", missing, "expected a value for each of these fields: complete their inputs")
+    template = (files("koclip") / "assets" / "model_card.md").read_text(encoding="utf-8")
+    data, optional = metadata(cfg, facts, licence), _optional_fields(cfg, facts)
+    card: ModelCard = ModelCard.from_template(data, template_str=template, **fields, **optional)
     return card
 
 
-def _what_may_be_missing(cfg: PublishConfig, facts: Facts) -> dict[str, Any]:
+def _optional_fields(cfg: PublishConfig, facts: Facts) -> dict[str, Any]:
     """Return the fields of the template that are empty for some models."""
     return {
         "towers": facts.towers,
@@ -172,6 +132,10 @@ def metadata(cfg: PublishConfig, facts: Facts, licence: Licence) -> ModelCardDat
     """Return the card's front matter."""
     other: dict[str, Any] = {"license_name": licence.name, "license_link": LICENCE} if licence.name else {}
     hub_data = [data_set.hub_id for data_set in facts.data if data_set.trained and data_set.hub_id]
+    exports = _exports(Path(cfg.model))
+    tags = ["clip", "koclip", *(["korean"] if "ko" in facts.languages else [])]
+    tags += ["onnx", "transformers.js"] if exports.graphs else []  # transformers.js loads each tower
+    tags += ["sentence-transformers"] if exports.sentence_transformers else []
     return ModelCardData(
         language=facts.languages,
         license=licence.id,
@@ -180,25 +144,23 @@ def metadata(cfg: PublishConfig, facts: Facts, licence: Licence) -> ModelCardDat
         library_name="transformers",
         pipeline_tag=_PIPELINE,
         datasets=list(dict.fromkeys(hub_data)) or None,
-        tags=["clip", "koclip", *(["korean"] if "ko" in facts.languages else []), *_exports(Path(cfg.model)).tags],
+        tags=tags,
         model_name=cfg.repo_id.split("/")[1],
         eval_results=list(_eval_results(facts)) or None,
     )
 
 
 def _exports(directory: Path) -> Exports:
-    """Return the formats beside the model."""
-    kinds = {"fp32": EXACT, "q8": INT8}
     graphs = {
         dtype: kind
-        for dtype, kind in kinds.items()
+        for dtype, kind in (("fp32", EXACT), ("q8", INT8))
         if all((directory / FOLDER / f"{side}{kind}.onnx").is_file() for side in SIDES)
     }
     return Exports(graphs, (directory / sentence.MODULES).is_file())
 
 
 def _eval_results(facts: Facts) -> Iterator[EvalResult]:
-    """Yield the numbers that readers need first, as they are in results.json."""
+    """Yield the shares among the main numbers, unrounded."""
     for section in sections([facts.records], {}):
         for line in section.main:
             (record,) = line.records
@@ -215,9 +177,9 @@ def _eval_results(facts: Facts) -> Iterator[EvalResult]:
             )
 
 
-def _groups(facts: Facts) -> Iterator[Group]:
-    """Yield the rows by what they are about: each language, the languages against each other, Korean under stress."""
-    rows: dict[str, list[Row]] = {}
+def _groups(facts: Facts) -> dict[str, list[tuple[str, ...]]]:
+    """Return rows (data set, label, value, interval, n) by heading: the languages, then the headings of the specs."""
+    rows: dict[str, list[tuple[str, ...]]] = {}
     for section in sections([facts.records], {}):
         for group, lines in section.groups.items():
             for line in lines:
@@ -225,22 +187,19 @@ def _groups(facts: Facts) -> Iterator[Group]:
                 if cell is None or (group != MAIN and not line.spec.card):
                     continue
                 label = line.label if group == MAIN else f"{group}: {line.label}"
-                row = Row(section.name, label + f" ({cell.note})" * bool(cell.note), *_numbers(cell), f"{line.n:,}")
-                rows.setdefault(_heading(line.spec, line.language), []).append(row)
+                label += f" ({cell.note})" * bool(cell.note)
+                row = (section.name, label, cell.value + " *" * cell.marked, cell.interval, f"{line.n:,}")
+                language = _ONLY_IMAGES if line.language == IMAGES else _ENGLISH.get(line.language, _LAST)
+                rows.setdefault(line.spec.card or language, []).append(row)
     order = [*_ENGLISH.values(), *(spec.card for spec in SPECS), _ONLY_IMAGES, _LAST]
-    yield from (Group(heading, rows[heading]) for heading in dict.fromkeys(order) if heading in rows)
+    return {heading: rows[heading] for heading in order if heading in rows}
 
 
-def _heading(spec: Spec, language: str) -> str:
-    return spec.card or (_ONLY_IMAGES if language == IMAGES else _ENGLISH.get(language, _LAST))
+def _headlines(facts: Facts) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the numbers of the Korean summary: name, value, interval, data set.
 
-
-def _numbers(cell: Cell) -> tuple[str, str]:
-    return cell.value + " *" * cell.marked, cell.interval
-
-
-def _headlines(facts: Facts) -> Iterator[Headline]:
-    """Yield the numbers of the summary: those with a headline, the first of each; else the first share of all."""
+    They are the first number of each headline; without headlines, the first share.
+    """
     shares = [
         (section.name, line, cell)
         for section in sections([facts.records], {})
@@ -257,7 +216,7 @@ def _headlines(facts: Facts) -> Iterator[Headline]:
                 chosen.setdefault(headline, share)
     first = {line.label: (data, line, cell) for data, line, cell in shares[:1]}
     for korean, (data, _, cell) in (chosen or first).items():
-        yield Headline(korean, f"{cell.value} %", cell.interval.replace(" to ", "~"), data)
+        yield korean, f"{cell.value} %", cell.interval.replace(" to ", "~"), data
 
 
 def _training(cfg: PublishConfig, facts: Facts) -> Iterator[tuple[str, str]]:
@@ -265,7 +224,7 @@ def _training(cfg: PublishConfig, facts: Facts) -> Iterator[tuple[str, str]]:
     method = config.get("align", {}).get("method")
     yield "method", f"alignment, {method}" if method else "contrastive, from random weights"
     if facts.base_models:
-        yield "began with", ", ".join(f"[{hub_id}](https://huggingface.co/{hub_id})" for hub_id in facts.base_models)
+        yield "base models", ", ".join(f"[{hub_id}](https://huggingface.co/{hub_id})" for hub_id in facts.base_models)
     pairs = config["train"]["batch_size"] * environment["num_processes"]
     yield "steps", f"{config['train']['num_steps']:,} of {pairs:,} pairs"
     yield "command", f"`recipes/{shlex.join(_FOLDERS.sub('', word) for word in environment['command'])}`"
@@ -279,10 +238,10 @@ def _training(cfg: PublishConfig, facts: Facts) -> Iterator[tuple[str, str]]:
 def _measured(facts: Facts) -> str:
     environment = facts.results["environment"]
     for name in ("packages", "python", "gpus", "cpu_threads"):
-        check(name in environment, f"results: environment.{name}", None, "expected what the numbers were measured with")
+        check(name in environment, f"results: environment.{name}", None, "expected the environment of the measurement")
     return (
         f"Measured on {_hardware(environment)}: {_software(environment)}. "
-        f"Fingerprint of what was measured: `{facts.results['fingerprint']}`."
+        f"Fingerprint of the measured model: `{facts.results['fingerprint']}`."
     )
 
 
@@ -291,7 +250,7 @@ def _hardware(environment: dict[str, Any]) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Return a time in the largest unit that it has two or more of."""
+    """Return a time in the largest unit in which it is 2 or more."""
     units = {"hours": 3600, "minutes": 60, "seconds": 1}
     unit = next((name for name, size in units.items() if seconds >= 2 * size), "seconds")
     return f"{seconds / units[unit]:,.1f} {unit}"
@@ -308,7 +267,7 @@ def _software(environment: dict[str, Any]) -> str:
 
 
 def _chain(facts: Facts) -> Iterator[list[str]]:
-    """Yield the terms of every part: source, role, part, licence, the answers to `ALLOWS`, and who states them."""
+    """Yield for every part its source, role, name and licence, the answers to `ALLOWS`, and who states them."""
     for source in facts.chain:
         for part in source.parts:
             yield [source.name, source.role, part.part, part.licence, *part.answers, part.source]
@@ -321,7 +280,7 @@ def _terms(cfg: PublishConfig, facts: Facts, licence: Licence) -> str:
         lines.append(f"- {name} ({role}), {part}: {terms}. {allowed}. Stated: {stated}")
     return (
         f"# {licence.name}\n\n{cfg.repo_id} is not under a common licence: {licence.why}.\n\nIts towers and training "
-        "data, with their terms; the strictest of them hold for the model:\n\n" + "\n".join(lines) + "\n"
+        "data have these terms. The strictest of them apply to the model:\n\n" + "\n".join(lines) + "\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""The inputs of a model's card: the run's configuration, environment and numbers, and its sources with their cards."""
+"""Read the inputs of a model's card: the run's configuration, environment and metrics, the towers, the data cards."""
 
 import itertools
 import json
@@ -23,14 +23,14 @@ from koclip.publishing.licences import UNSTATED, Part, Source, front_matter, mod
 from koclip.text.normalize import normalize
 
 _EVALUATION = "evaluation"
-_OFFSET = 2  # places of a RoBERTa's position table that no token is at
+_OFFSET = 2  # positions that a RoBERTa does not use
 _DIRTY = "\ufeff고양이\u200b가 \u3164 창가에\u00ad [SEP] 앉아 <|endoftext|> 있다</s>"
 _SURROUNDINGS = ("commit", "python", "packages", "cpu_threads", "gpus", "num_processes", "command")
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set, and the content of its card."""
+    """A data set with the content of its card."""
 
     name: str
     roles: tuple[str, ...]  # of "training", "training of the base", "evaluation"
@@ -45,7 +45,7 @@ class DataSet:
 
     @property
     def role(self) -> str:
-        """Its uses, in words."""
+        """Its roles as text."""
         return ", ".join(self.roles)
 
     @property
@@ -65,12 +65,12 @@ class Facts:
 
     model: dict[str, Any]  # config.json
     max_tokens: int
-    reads_longer: bool  # whether the class embeds longer texts, though it was not trained on them
-    cleans: bool  # whether the tokenizer cleans texts by itself
+    reads_longer: bool  # whether the class embeds texts longer than it was trained on
+    cleans: bool  # whether the tokenizer cleans texts
     image_size: int
     config: dict[str, Any]  # the run's config.yaml
     environment: dict[str, Any]
-    seconds: float | None  # of training, its last step included; None if its log does not say
+    seconds: float | None  # of training; None if unknown
     results: dict[str, Any]
     records: list[Record]
     data: list[DataSet]
@@ -80,7 +80,7 @@ class Facts:
 
     @property
     def chain(self) -> list[Source]:
-        """The sources that the model's licence depends on: towers and training data."""
+        """The sources that decide the model's licence: towers and training data."""
         return [
             *self.towers,
             *(Source(data_set.role, data_set.name, data_set.parts) for data_set in self.data if data_set.trained),
@@ -88,7 +88,7 @@ class Facts:
 
 
 def gather(cfg: PublishConfig) -> Facts:
-    """Read everything that the card of `cfg.model` needs.
+    """Read all inputs of the card of `cfg.model`.
 
     Raises:
         ConfigError: an input is missing; the message names it and says what to do.
@@ -101,16 +101,13 @@ def gather(cfg: PublishConfig) -> Facts:
     data = list(_training_data(config, cards, "training"))
     towers: list[Source] = []
     for key, name in _towers(config):
-        given = {"model.clip": cfg.clip, "model.text_encoder": cfg.text_encoder}[key]
-        name = given or name.removeprefix("auto:")
-        if is_hub_id(name):
-            towers.append(Source(key.removeprefix("model."), name, _parts(name, cfg.licenses)))
-        else:
-            more, data_of_base = _base_run(key, name, cards, cfg.licenses)
-            towers, data = towers + more, data + data_of_base
-    data += [
-        _data_set(name, _EVALUATION, cards, _Place(_path(described))) for name, described in results["data"].items()
-    ]
+        published = {"model.clip": cfg.clip, "model.text_encoder": cfg.text_encoder}[key]
+        base_towers, base_data = _tower(key, published or name, cards, cfg.licenses)
+        towers, data = towers + base_towers, data + base_data
+    for name, described in results["data"].items():
+        path = described.get("source", {}).get("source", {}).get("path")
+        data.append(_data_set(name, _EVALUATION, cards, _Place(path)))
+    log = storage.read_lines(run / "metrics.jsonl")
     model = _read(directory / "config.json")
     max_tokens = _needed(directory / "tokenizer_config.json", "model_max_length")
     facts = Facts(
@@ -121,7 +118,7 @@ def gather(cfg: PublishConfig) -> Facts:
         image_size=_image_size(directory / "preprocessor_config.json"),
         config=config,
         environment={name: _needed(run / "environment.json", name) for name in _SURROUNDINGS},
-        seconds=_seconds(run / "metrics.jsonl"),
+        seconds=log[-1].get("seconds") if log else None,
         results=results,
         records=records_of({name: Metric.from_dict(values) for name, values in results["metrics"].items()}, SPECS),
         data=_once(data),
@@ -133,13 +130,8 @@ def gather(cfg: PublishConfig) -> Facts:
     return facts
 
 
-def _seconds(log: Path) -> float | None:
-    lines = storage.read_lines(log)
-    return lines[-1].get("seconds") if lines else None
-
-
 def _once(data: list[DataSet]) -> list[DataSet]:
-    """Return every data set once, with all its roles."""
+    """Merge the roles of equal data sets."""
     by_name: dict[str, DataSet] = {}
     for data_set in data:
         before = by_name.get(data_set.name, data_set)
@@ -161,17 +153,13 @@ def _read_results(cfg: PublishConfig, run: Path) -> dict[str, Any]:
     check(file.is_file(), "results", str(file), f"no such file; {action}")
     results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     for name in ("model", "fingerprint", "data", "metrics", "environment"):
-        check(
-            bool(results.get(name)),
-            f"results: {file}, {name}",
-            results.get(name),
-            f"expected it in this file; {action}",
-        )
+        value = results.get(name)
+        check(bool(value), f"results: {file}, {name}", value, f"expected a value in this file; {action}")
     return results
 
 
 def _check_measured(cfg: PublishConfig, results: Mapping[str, Any]) -> None:
-    """Check that the numbers are those of the published model, wherever it was when it was measured."""
+    """Check that the numbers were measured on the model to publish, by its fingerprint."""
     own = load(cfg.model, "cpu").fingerprint()
     other = f"the numbers are of {results['model']}, which is another model or has changed since"
     expected = f"expected {own}, that of {cfg.model}: {other}; {_measure_again(cfg)}"
@@ -190,17 +178,10 @@ def _training_data(config: Mapping[str, Any], cards: Sequence[Path], role: str) 
         yield _data_set(source.short_name, role, cards, _Place(source.path, hub_id, values.get("revision")))
 
 
-def _path(described: Mapping[str, Any]) -> str | None:
-    """Return the path of an evaluated data set, from its description in results.json."""
-    path: str | None = described.get("source", {}).get("source", {}).get("path")
-    return path
-
-
 def _find_card(name: str, path: str | None, cards: Sequence[Path]) -> Path:
-    """Return the data card of that name, else the card of the file that was read (a part of a data set).
+    """Return the data card of that name; else the card that lists the file; else the card of the file's folder.
 
-    That is the card that lists the file, or the card of the folder that the file is in, such as data/emoji. Earlier
-    directories of `cards` go first.
+    Earlier directories of `cards` go first.
     """
     named = [directory / f"{name}.md" for directory in cards]
     others = (card for directory in cards for card in sorted(directory.glob("*.md")) if path is not None)
@@ -215,7 +196,7 @@ def _find_card(name: str, path: str | None, cards: Sequence[Path]) -> Path:
 
 
 class _Place(NamedTuple):
-    """Where a data set was read from."""
+    """The place that a data set was read from."""
 
     path: str | None
     hub_id: str | None = None
@@ -228,16 +209,15 @@ def _data_set(name: str, role: str, cards: Sequence[Path], place: _Place) -> Dat
     checksums = [f"{Path(path).name} sha256 {digest[:12]}" for path, digest in card.files.items()]
     revision = place.revision or (card.revision if place.path == (card.hub or place.path) else None)
     versions = [f"revision {revision}"] if revision else checksums
-    unknown = "no version known" if card.is_unverified else "made by koclip's code"
+    unknown = "unknown" if card.is_unverified else "generated by koclip"
+    rows = [f"{part} {count:,}" if isinstance(count, int) else f"{part}: {count}" for part, count in card.rows.items()]
     return DataSet(
         name=name,
         roles=(role,),
         source=" ".join(card.source.split()),
         parts=card.licenses,
         languages=card.languages,
-        rows=", ".join(
-            f"{part} {count:,}" if isinstance(count, int) else f"{part}: {count}" for part, count in card.rows.items()
-        ),
+        rows=", ".join(rows),
         version=", ".join(versions) or unknown,
         limits=card.limits,
         harms=card.harms,
@@ -246,44 +226,42 @@ def _data_set(name: str, role: str, cards: Sequence[Path], place: _Place) -> Dat
 
 
 def _towers(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the keys and names of the models that an alignment started from."""
+    """Yield the keys and the names of the models that an alignment started from."""
     if "align" in config:
         yield "model.clip", config["model"]["clip"]
         if config["model"]["text_encoder"] not in (None, "same"):
             yield "model.text_encoder", config["model"]["text_encoder"]
 
 
-def _base_run(
+def _tower(
     key: str, name: str, cards: Sequence[Path], licenses: Mapping[str, str]
 ) -> tuple[list[Source], list[DataSet]]:
-    """Return towers and data of a base that koclip trained on this machine, and of that base's own base."""
+    """Return the towers and the training data behind a model: of a Hub model itself, of a local run its own bases."""
+    name, role = name.removeprefix("auto:"), key.removeprefix("model.")
+    if is_hub_id(name):
+        return [Source(role, name, _parts(name, licenses))], []
     run = Path(name).resolve().parent
-    option = f"--{key.removeprefix('model.')} <its Hub id>"
-    has_run = (run / "config.yaml").is_file()
-    check(has_run, key, name, f"a directory without the run that made it, so its licence is not known: give {option}")
+    expected = f"expected a model in the directory of its run, which says its licence; else use --{role} <its Hub id>"
+    check((run / "config.yaml").is_file(), key, name, expected)
     config = _read_config(run)
     towers: list[Source] = []
     data = list(_training_data(config, cards, "training of the base"))
     for inner, base in _towers(config):
-        base = base.removeprefix("auto:")
-        if is_hub_id(base):
-            towers.append(Source(inner.removeprefix("model."), base, _parts(base, licenses)))
-        else:
-            more, data_of_base = _base_run(inner, base, cards, licenses)
-            towers, data = towers + more, data + data_of_base
+        base_towers, base_data = _tower(inner, base, cards, licenses)
+        towers, data = towers + base_towers, data + base_data
     return towers, data
 
 
-def _parts(hub_id: str, given: Mapping[str, str]) -> tuple[Part, ...]:
-    """Return the terms of a Hub model: those that the user states, else those of its card."""
-    if hub_id in given:
-        return model_parts(given[hub_id], "whoever published this")
+def _parts(hub_id: str, licenses: Mapping[str, str]) -> tuple[Part, ...]:
+    """Return the terms of a Hub model: those in `licenses`, else those of its card."""
+    if hub_id in licenses:
+        return model_parts(licenses[hub_id], "the publisher of this model")
     try:
         info = HfApi().model_info(hub_id)
     except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"licenses: the licence of {hub_id} is not known, the Hub was asked and gave: {reason} Say it: "
+            f"licenses: the licence of {hub_id} is unknown, because the Hub answered: {reason} Give it: "
             f"--licenses '{{{hub_id}: mit}}', or {UNSTATED} if it has none"
         ) from error
     card: Any = info.card_data or {}
@@ -294,14 +272,12 @@ def _parts(hub_id: str, given: Mapping[str, str]) -> tuple[Part, ...]:
 
 
 def _languages(config: Mapping[str, Any]) -> list[str]:
-    """Return the languages of the captions that were trained on."""
+    """Return the languages of the training captions."""
     languages = []
     for source in config["data"]["sources"]:
         weights = source.get("languages")
         languages += [language for language in source["captions"] if weights is None or weights.get(language, 0) > 0]
-    check(
-        bool(languages), "data.sources[].captions", languages, "expected the languages of the captions in config.yaml"
-    )
+    check(bool(languages), "data.sources[].captions", [], "expected the languages of the captions in config.yaml")
     return list(dict.fromkeys(languages))
 
 
@@ -315,23 +291,21 @@ def _image_size(file: Path) -> int:
     values = _read(file)
     size = values.get("crop_size") or values.get("size") or {}
     side = int(size.get("height") or size.get("shortest_edge") or 0)
-    check(side > 0, f"{file}: size", size, "expected the height of the image that the model sees")
+    check(side > 0, f"{file}: size", size, "expected the height of the model's input images")
     return side
 
 
 def _needed(file: Path, name: str) -> Any:
     values = _read(file)
     known = name in values and values[name] not in ("", {})
-    check(known, f"{file}: {name}", values.get(name), "expected a value: the card needs it")
+    check(known, f"{file}: {name}", values.get(name), "expected a value for the card")
     return values[name]
 
 
 def _read(file: Path) -> dict[str, Any]:
-    check(
-        file.is_file(), "model", str(file), "no such file, which the card needs: publish a directory that koclip wrote"
-    )
+    check(file.is_file(), "model", str(file), "no such file: publish a directory that koclip wrote")
     try:
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # no JSON, or no UTF-8
-        raise ConfigError(f"model: {file} cannot be read: {error}; publish what koclip wrote") from error
+        raise ConfigError(f"model: {file} cannot be read: {error}; publish a directory that koclip wrote") from error
     return values

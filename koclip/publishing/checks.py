@@ -1,5 +1,6 @@
-"""Check the files of a directory before it is published: which must be there, and which must not."""
+"""Check the files of a directory before it is published: required files, forbidden files and private content."""
 
+import contextlib
 import getpass
 import json
 import re
@@ -19,32 +20,32 @@ from koclip.publishing.formats import onnx, sentence_transformers
 
 CARD, LICENCE = "README.md", "LICENSE.md"
 ADAPTER = lora.FOLDER
-# The base in adapter_config.json if no repository holds it. It is no Hub id, so an error that quotes it helps.
+# The base in adapter_config.json if it is in no repository. It is not a Hub id, so an error that quotes it helps.
 BUILT = "built by koclip, see README.md of this folder"
 FOLDERS = (".", ADAPTER, onnx.FOLDER, sentence_transformers.FOLDER)  # the folders of a repository
 _NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
 # .txt and .model: vocabularies of stock tokenizers.
 _KINDS = {".json", ".safetensors", ".md", ".txt", ".model", ".onnx"}
-_VOCABULARIES = {"vocab.json", "added_tokens.json"}  # whose keys are words of the training text
+_VOCABULARIES = {"vocab.json", "added_tokens.json"}  # their keys are words of the training text
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".joblib", ".msgpack", ".h5"}
 _WEIGHTS = {".safetensors", ".onnx", *_PICKLES}
-_TYPES = {"F32", "I64", "I32", "BOOL", "U8"}  # weights are fp32; integers are buffers of positions
+_TYPES = {"F32", "I64", "I32", "BOOL", "U8"}  # F32: weights; the others: buffers such as position ids
 _ROOTS = (
     r"home|[Uu]sers?|root|tmp|var|mnt|media|Volumes|nfs|efs|fsx|gpfs|lustre|ceph(?:fs)?|raid|ssd|nvme|hdd|disk|storage|"
     r"shared?|data(?:sets?)?|work|workspaces?|projects?|opt|usr|etc|srv|dev/shm|export|scratch|private|content|kaggle"
 )
-# A slash that follows a letter, a dot or a slash is a URL's or a relative path's; `?` comes before `s:\s` of patterns.
+# A slash after a letter, a dot or a slash belongs to a URL or a relative path; a `?` before `s:\s` to a pattern.
 _PATH = re.compile(
     rf"(?:(?<![\w./~-])/(?:{_ROOTS})\d*/|(?<![\w./:~-])~/|(?<![\w./?-])[A-Za-z]:[\\/](?=\w)|\bfile:/)[^\s\"'`)\]]*"
 )
 _TOKEN = re.compile(rb"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{16,}")
-# Account names that are also words: they are refused in paths only.
+# Account names that are also words are refused in paths only.
 _WORDS = {"root", "user", "ubuntu", "admin", "runner", "jovyan", "guest", "nobody", "model", "data", "test"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the release list: its name, the problems (none if it passes), and how to fix them."""
+    """One check before a release: its name, its problems ([] if it passes), and how to fix them."""
 
     name: str
     problems: list[str]
@@ -52,7 +53,7 @@ class Check:
 
 
 def publishable(directory: Path, adapter: bool = True) -> list[str]:
-    """Return the files to publish, sorted, relative to `directory`: no hidden files, adapter/ only if `adapter`.
+    """Return the files to publish, sorted, relative to `directory`, without hidden files; adapter/ only if `adapter`.
 
     Raises:
         ConfigError: the directory has no config.json.
@@ -65,9 +66,9 @@ def publishable(directory: Path, adapter: bool = True) -> list[str]:
 
 
 def name_base(directory: Path, clip: str | None, text_encoder: str | None) -> None:
-    """Write Hub ids into the adapter's files where training used local directories. Without an adapter do nothing.
+    """Replace local directories in the adapter's files by Hub ids; do nothing without an adapter.
 
-    A base that koclip builds from two models is in no repository: adapter_config.json then names `BUILT`.
+    A base that koclip builds from two models is in no repository; adapter_config.json then names `BUILT`.
 
     Args:
         directory: The model's directory.
@@ -77,7 +78,7 @@ def name_base(directory: Path, clip: str | None, text_encoder: str | None) -> No
     folder = directory / ADAPTER
     base, file = lora.read_base(folder), folder / "adapter_config.json"
     settings = _read(file) if file.is_file() else {}
-    if base is None or not settings:  # missing or broken: a check says so
+    if base is None or not settings:  # missing or broken; a check reports it
         return
     base = replace(base, base_model=base.base_model or clip, text_encoder=base.text_encoder or text_encoder)
     base.write(folder)
@@ -95,56 +96,53 @@ def name_base(directory: Path, clip: str | None, text_encoder: str | None) -> No
 
 
 def check_files(directory: Path, repo_id: str | None = None, adapter: bool = True) -> list[Check]:
-    """Check the files of a directory that is to be published as `repo_id`."""
+    """Check the files of a directory before it is published as `repo_id`."""
     files = publishable(directory, adapter)
-    return [
-        Check(
-            "files are complete",
-            _missing(directory, files),
-            "publish what koclip wrote as model/, whole: train or save again",
+    mapped = [name for name in files if name.endswith(".json") and "auto_map" in _keys(_read(directory / name))]
+    problems_and_fixes = {
+        "files are complete": (_missing(directory, files), "publish a complete model/ of koclip: train or save again"),
+        "no pickles, no foreign files": (_foreign(files), "move these files out of the directory"),
+        "no remote code": (
+            [f"{name} has auto_map" for name in mapped],
+            "use a stock class of transformers, and remove auto_map",
         ),
-        Check("no pickles, no foreign files", _foreign(files), "move these files out of the directory"),
-        Check("no remote code", _remote_code(directory, files), "use a stock class of transformers; drop auto_map"),
-        Check("weights are fp32", _types(directory, files), "save the model again in fp32, as safetensors"),
-        Check("tokenizer.json: no call's state", _state(directory), 'set "padding" and "truncation" to null in it'),
-        Check(
-            "nothing of this machine",
+        "weights are fp32": (_types(directory, files), "save the model again in fp32, as safetensors"),
+        "tokenizer.json: no padding set": (_state(directory), "set padding and truncation to null in it"),
+        "no private paths or names": (
             _traces(directory, files, repo_id),
-            "put a Hub id in the path's place, or delete the entry",
+            "replace the path by a Hub id, or delete the entry",
         ),
-        Check("no token", _tokens(directory, files), "delete it from the file, and revoke it at hf.co/settings/tokens"),
-        Check(
-            "adapter's base can be found",
+        "no token": (
+            _tokens(directory, files),
+            "delete it from the file, and revoke it at hf.co/settings/tokens",
+        ),
+        "adapter's base can be found": (
             _base(directory) if adapter else [],
-            "publish its base and name it, --clip org/base; or --adapter false: the merged model needs none",
+            "publish its base and give its id, --clip org/base; or use --adapter false: the merged model needs no base",
         ),
-        Check("licence is stated", _licence(directory, files), "write the card: recipes/publish.py does"),
-    ]
+        "licence is stated": (_licence(directory, files), "write the card with recipes/publish.py"),
+    }
+    return [Check(name, problems, fix) for name, (problems, fix) in problems_and_fixes.items()]
 
 
 def _missing(directory: Path, files: list[str]) -> list[str]:
     problems = [f"{name} is missing" for name in _NEEDED if name not in files]
-    problems += [] if any(_is_weights(name) for name in files) else ["no model*.safetensors"]
+    if not any(re.fullmatch(r"model.*\.safetensors", name) for name in files):
+        problems.append("model*.safetensors is missing")
     for name in (name for name in files if name.endswith(".json")):
         try:
             json.loads((directory / name).read_text(encoding="utf-8"))
-        except ValueError as error:  # no JSON, or no UTF-8
+        except ValueError as error:  # not JSON or not UTF-8
             problems.append(f"{name} cannot be read: {error}")
     return problems
 
 
 def _foreign(files: list[str]) -> list[str]:
-    pickles = [
-        f"{name} is a pickle or another format that can run code" for name in files if Path(name).suffix in _PICKLES
-    ]
+    pickles = [name for name in files if Path(name).suffix in _PICKLES]
     others = [name for name in files if Path(name).suffix not in _KINDS | _PICKLES]
     deep = [name for name in files if Path(name).parent.as_posix() not in FOLDERS]
-    return pickles + [f"{name} is no file of a model" for name in sorted({*others, *deep})]
-
-
-def _remote_code(directory: Path, files: list[str]) -> list[str]:
-    files_of_json = [name for name in files if name.endswith(".json")]
-    return [f"{name} has auto_map" for name in files_of_json if "auto_map" in _keys(_read(directory / name))]
+    problems = [f"{name} is a pickle or another format that can run code" for name in pickles]
+    return problems + [f"{name} is not a file of a model" for name in sorted({*others, *deep})]
 
 
 def _types(directory: Path, files: list[str]) -> list[str]:
@@ -152,12 +150,11 @@ def _types(directory: Path, files: list[str]) -> list[str]:
     for name in (name for name in files if name.endswith(".safetensors")):
         try:
             with safe_open(directory / name, framework="pt") as weights:
-                types = {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118  # no mapping
+                types = {weights.get_slice(key).get_dtype() for key in weights.keys()} - _TYPES  # noqa: SIM118
         except SafetensorError as error:
             problems.append(f"{name} cannot be read: {error}")
-            continue
-        if types - _TYPES:
-            problems.append(f"{name} holds {', '.join(sorted(types - _TYPES))}")
+        else:
+            problems += [f"{name} has {', '.join(sorted(types))}"] if types else []
     return problems
 
 
@@ -179,20 +176,19 @@ def _traces(directory: Path, files: list[str], repo_id: str | None) -> list[str]
         absolute = match[0] if match else next((folder for folder in folders if folder in text), None)
         relative = "/" in text and len(text) < 200 and " " not in text and Path(text).exists()
         if absolute or relative:
-            problems.append(f"{name} names the path {absolute or text}")
+            problems.append(f"{name} has the path {absolute or text}")
         elif as_part.search(text) or (is_a_name and as_word.search(text)):
-            problems.append(f"{name} names the user {user}")
+            problems.append(f"{name} has the user name {user}")
     return list(dict.fromkeys(problems))
 
 
 def _tokens(directory: Path, files: list[str]) -> list[str]:
-    """Search the bytes of all files except weights, and the texts inside JSON and the metadata of weights."""
+    """Search the bytes of all files except weights, and the texts in JSON and in the metadata of weights."""
     own = (get_token() or "").encode()
     read = [(name, (directory / name).read_bytes()) for name in files if Path(name).suffix not in _WEIGHTS]
     read += [(name, text.encode(errors="replace")) for name, text in _texts(directory, files)]
-    # The token itself is never printed, only the file's name.
     leaks = [name for name, content in read if _TOKEN.search(content) or (own and own in content)]
-    return [f"{name} holds an access token" for name in dict.fromkeys(leaks)]
+    return [f"{name} has an access token" for name in dict.fromkeys(leaks)]  # the token is never printed
 
 
 def _base(directory: Path) -> list[str]:
@@ -201,19 +197,19 @@ def _base(directory: Path) -> list[str]:
         return []
     base = _read(file).get("base_model_name_or_path")
     if base not in (None, BUILT):
-        return [] if is_hub_id(base) else [f"{ADAPTER}/adapter_config.json names {base!r}, which is no Hub id"]
+        return [] if is_hub_id(base) else [f"{ADAPTER}/adapter_config.json has {base!r}, which is not a Hub id"]
     facts = lora.read_base(directory / ADAPTER)
     if facts is None:
-        return [f"{ADAPTER}/ does not say what it adapts: no {lora.FILE}"]
+        return [f"{ADAPTER}/ does not state its base: {lora.FILE} is missing"]
     if facts.unnamed or not facts.is_built:
-        keys = [f"<{key}>" for key in facts.unnamed]
-        return [f"{ADAPTER}/ does not say what it adapts: {', '.join(keys) or 'no base_model_name_or_path'}"]
+        missing = ", ".join(f"<{key}>" for key in facts.unnamed) or "base_model_name_or_path"
+        return [f"{ADAPTER}/ does not state its base: {missing} is missing"]
     return []
 
 
 def _licence(directory: Path, files: list[str]) -> list[str]:
     if CARD not in files:
-        return [f"there is no {CARD}"]
+        return [f"{CARD} is missing"]
     data = ModelCard.load(directory / CARD, ignore_metadata_errors=True).data
     if not data.license:
         return [f"{CARD} has no license in its front matter"]
@@ -222,12 +218,8 @@ def _licence(directory: Path, files: list[str]) -> list[str]:
     return []
 
 
-def _is_weights(name: str) -> bool:
-    return re.fullmatch(r"model.*\.safetensors", name) is not None
-
-
 def _read(file: Path) -> Any:
-    """Return the content of a JSON file; {} if it is broken, which the first check reports."""
+    """Return the content of a JSON file; {} if it is broken (the first check reports it)."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
@@ -235,7 +227,7 @@ def _read(file: Path) -> Any:
 
 
 def _texts(directory: Path, files: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield (file, text) for the texts in Markdown, in JSON and in the metadata of weights, vocabularies excepted."""
+    """Yield (file, text) for the texts in Markdown, JSON and the metadata of weights, without vocabularies."""
     for name in files:
         if name.endswith(".md"):
             yield from ((name, line) for line in (directory / name).read_text(encoding="utf-8").splitlines())
@@ -245,15 +237,8 @@ def _texts(directory: Path, files: list[str]) -> Iterator[tuple[str, str]]:
                 values = {key: value for key, value in values.items() if key not in ("model", "added_tokens")}
             yield from ((name, text) for text in _walk(values, lambda value: isinstance(value, str)))
         elif name.endswith(".safetensors"):
-            yield from ((name, text) for item in _metadata(directory / name).items() for text in item)
-
-
-def _metadata(file: Path) -> dict[str, str]:
-    try:
-        with safe_open(file, framework="pt") as weights:
-            return weights.metadata() or {}
-    except SafetensorError:
-        return {}  # the check of the types reports it
+            with contextlib.suppress(SafetensorError), safe_open(directory / name, framework="pt") as weights:
+                yield from ((name, text) for item in (weights.metadata() or {}).items() for text in item)
 
 
 def _keys(values: Any) -> set[str]:

@@ -1,4 +1,4 @@
-"""A program: load a published directory where neither koclip nor PEFT can be imported, and embed with it.
+"""A program that loads a published directory and embeds with it, without koclip and PEFT.
 
 python -I clean_load.py <directory> <folder> reads folder/inputs.json ({"texts": [...], "pictures": [files], "pairs":
 [[NFC, NFD], ...], "threads": n}), writes folder/embeddings.safetensors ("image" (N, D), "text" (M, D), unit norm) and
@@ -27,9 +27,10 @@ def main(directory: str, folder: Path) -> dict[str, Any]:
     model.eval()
     processor: Any = AutoProcessor.from_pretrained(directory)
     pictures = [Image.open(file) for file in inputs["pictures"]]
-    options = {"padding": True, "truncation": True, "return_tensors": "pt"}
-    encoded = processor(text=inputs["texts"], images=pictures, **options)
-    text_inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    names = [name for name in ("input_ids", "attention_mask") if name in processor.tokenizer.model_input_names]
+    padding = True if "attention_mask" in names else "max_length"  # SigLIP was trained on padded texts, without a mask
+    encoded = processor(text=inputs["texts"], images=pictures, padding=padding, truncation=True, return_tensors="pt")
+    text_inputs = {name: encoded[name] for name in names}
     with torch.inference_mode():
         features = {
             "image": model.get_image_features(pixel_values=encoded["pixel_values"]).pooler_output,
@@ -50,5 +51,5 @@ def _ids(processor: Any, text: str) -> Any:
 
 
 if __name__ == "__main__":
-    # `python -I` leaves the current directory out of the path, where koclip's files may lie.
+    # `python -I` keeps the current directory out of the import path: it may contain koclip.
     sys.stdout.write(json.dumps(main(sys.argv[1], Path(sys.argv[2]))) + "\n")

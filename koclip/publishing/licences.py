@@ -1,9 +1,8 @@
-"""Data cards, the terms that they state, and the licence that a model's sources leave it.
+"""Read data cards with their licences, and conclude a model's licence from those of its sources.
 
-A data card says what a data set is, where it comes from, and on which terms each part of it may be used. It is a
-Markdown file with a YAML front matter; data_cards/README.md describes its keys. A model's licence is the strictest of
-its towers and its training data. It follows from fields alone: a licence's id in `assets/licences.tsv`, and the fields
-of a data card. No sentence is interpreted.
+A data card describes a data set, its source and the terms of each part. It is a Markdown file with YAML front matter;
+data_cards/README.md describes the keys. A model's licence is the strictest of its towers and its training data. Only
+fields decide: a licence's id in `assets/licences.tsv`, and the fields of a data card. No sentence is interpreted.
 """
 
 import difflib
@@ -21,7 +20,7 @@ from koclip.config import ConfigError, check
 from koclip.storage import read_table
 
 OTHER, NONE, UNSTATED = "other", "none", "unstated"
-# The uses that a licence allows or not: the key in a data card, and the words in a table.
+# Uses that a licence allows or not: the key in a data card, and the words in a table.
 ALLOWS = {"commercial": "commercial use", "redistribution": "passing on", "share_alike": "share-alike"}
 _PART_KEYS = {"part", "id", "source", "words", *ALLOWS}
 # By the terms in assets/licences.tsv: commercial, redistribution, share_alike.
@@ -34,12 +33,12 @@ _TERMS: dict[str, tuple[bool | None, bool | None, bool | None]] = {
 }
 _NON_COMMERCIAL = ("non-commercial-sources", "some of its sources may not be used commercially")
 _NONE_STATED = ("unstated-sources", "some of its sources state no licence, so nobody can grant you one")
-_OWN = ("terms-of-sources", "some of its sources have terms of their own, which hold for it too")
+_OWN = ("terms-of-sources", "some of its sources have special terms, which apply to it too")
 _LICENCES_FORM = (
     "expected `licenses`, a list of parts, each with part, id (an id of SPDX or the Hub, other or none), source, "
-    "words, commercial, redistribution, share_alike: nothing follows from a sentence. data_cards/README.md shows it"
+    "words, commercial, redistribution, share_alike: sentences are not interpreted. data_cards/README.md has examples"
 )
-_LOCAL_LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)[^)]+\)")  # leads nowhere outside of the repository
+_LOCAL_LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)[^)]+\)")  # broken outside of the repository
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,9 @@ class Part:
 
     Args:
         part: Name of the part.
-        id: The licence's id, in lower case; `other` if it has none, `none` if no licence is stated.
+        id: The licence's id, in lower case; `other` if it has no id, `none` if no licence is stated.
         source: Where the licence is stated.
-        words: The terms in their own words, where the id does not say them.
+        words: Quoted terms, if the id does not say them.
         commercial: Whether commercial use is allowed.
         redistribution: Whether it may be passed on.
         share_alike: Whether derived works must be passed on under the same licence.
@@ -71,19 +70,19 @@ class Part:
 
     @property
     def licence(self) -> str:
-        """The id, and the words where the id does not state all terms."""
+        """The id, with the quoted terms if the id does not say them."""
         name = "no licence stated" if self.id == NONE else self.id
         return f"{name} (“{self.words}”)" if self.words else name
 
     @property
     def answers(self) -> list[str]:
-        """The permitted uses, in the order of `ALLOWS`: yes, no, not stated."""
+        """Whether each use of `ALLOWS` is permitted: yes, no or not stated."""
         return [{True: "yes", False: "no", None: "not stated"}[getattr(self, key)] for key in ALLOWS]
 
 
 @dataclass(frozen=True)
 class Source:
-    """One link of the chain: a tower or a data set, and the terms of its parts."""
+    """A tower or a data set that the model's licence depends on, with the terms of its parts."""
 
     role: str
     name: str
@@ -92,7 +91,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Licence:
-    """The licence in the model's metadata, and one sentence on why. `name` is set where `id` is `other`."""
+    """The licence in the model's metadata, with the reason; `name` is set if `id` is `other`."""
 
     id: str
     name: str | None
@@ -100,9 +99,9 @@ class Licence:
 
 
 def read_parts(values: Any) -> tuple[list[Part], list[str]]:
-    """Read the `licenses` of a data card; return its parts, and the faults if there are any."""
+    """Read the `licenses` of a data card; return its parts, and its faults."""
     if not isinstance(values, list) or not values:
-        return [], [f"licenses: got {values!r}, expected a list of parts, one or more"]
+        return [], [f"licenses: got {values!r}, expected a list of one or more parts"]
     faults = [f"licenses[{place}]{fault}" for place, part in enumerate(values) for fault in _part_faults(part)]
     if faults:
         return [], faults
@@ -113,15 +112,15 @@ def read_parts(values: Any) -> tuple[list[Part], list[str]]:
 
 def _part_faults(values: Any) -> Iterator[str]:
     if not isinstance(values, dict):
-        yield f": got {values!r}, expected a mapping with part, id, source and what else is stated"
+        yield f": got {values!r}, expected a mapping with part, id and source"
         return
     for key in sorted(set(map(str, values)) - _PART_KEYS):
-        yield f".{key}: no such key; expected {', '.join(sorted(_PART_KEYS))}"
+        yield f".{key}: unknown key; expected {', '.join(sorted(_PART_KEYS))}"
     for key in ("part", "id", "source"):
         if not _is_text(values.get(key)):
-            yield f".{key}: got {values.get(key)!r}, expected some words"
+            yield f".{key}: got {values.get(key)!r}, expected a text"
     if "words" in values and not _is_text(values["words"]):
-        yield f".words: got {values['words']!r}, expected the terms as they are written"
+        yield f".words: got {values['words']!r}, expected a quotation of the terms"
     for key in ALLOWS:
         value = values.get(key, UNSTATED)
         if not isinstance(value, bool) and value != UNSTATED:
@@ -132,26 +131,26 @@ def _part_faults(values: Any) -> Iterator[str]:
 
 def _contradictions(values: Mapping[str, Any], id_: str) -> Iterator[str]:
     """Yield the fields of a part that contradict its licence's id."""
-    own = f"a part with terms of its own is `id: {OTHER}` with its `words`"
+    own = f"a part with special terms has `id: {OTHER}` and quotes them in `words`"
     if id_ not in (*_known(), OTHER, NONE):
         near = difflib.get_close_matches(id_, _known(), 3)
-        meant = f" (is it {' or '.join(near)}?)" if near else ""
+        meant = f" (did you mean {' or '.join(near)}?)" if near else ""
         expected = f"expected the id of a licence at SPDX or the Hub{meant}, {OTHER} or {NONE}"
         yield f".id: got {values['id']!r}, {expected}; {own}"
         return
     terms = _known().get(id_, _TERMS["own"])
     if terms == _TERMS["own"]:
         if id_ == OTHER and "words" not in values:
-            yield f".words: got None, expected the terms as they are written, because the id is {OTHER}"
+            yield f".words: got None, expected a quotation of the terms, because the id is {OTHER}"
         for key in ("commercial", "redistribution"):
             if id_ == NONE and values.get(key) is True:
-                yield f".{key}: got True, expected false or {UNSTATED}: the id says that no licence is stated"
+                yield f".{key}: got True, expected false or {UNSTATED}, because the id is {NONE}: no licence is stated"
         return
     if "words" in values:
-        yield f".words: got {values['words']!r}, expected none beside the id {id_}, which says all; {own}"
+        yield f".words: got {values['words']!r}, expected no words with the id {id_}, which says all terms; {own}"
     for key, allowed in zip(ALLOWS, terms, strict=True):
         if key in values and values[key] is not allowed:
-            yield f".{key}: got {values[key]!r}, expected {str(allowed).lower()}, as {id_} says; {own}"
+            yield f".{key}: got {values[key]!r}, expected {str(allowed).lower()} with the id {id_}; {own}"
 
 
 def _part(values: Mapping[str, Any]) -> Part:
@@ -166,9 +165,9 @@ def model_parts(stated: str | Sequence[str] | None, source: str, words: str = ""
     """Return the terms of a model's weights.
 
     Args:
-        stated: The stated licence: an id, or several, all of which hold; words; or None.
+        stated: The stated licence: an id, several ids that all apply, words, or None.
         source: Who states it.
-        words: The terms of a licence that is called `other`.
+        words: The terms of the licence `other`.
     """
     several = [stated] if isinstance(stated, str) else list(stated or [UNSTATED])
     parts = []
@@ -184,10 +183,10 @@ def conclude(sources: Sequence[Source], wish: str) -> Licence:
 
     Args:
         sources: Its towers and its training data.
-        wish: The licence that its makers give it where the sources leave the choice.
+        wish: The licence to use if the sources leave the choice.
 
     Raises:
-        ConfigError: `wish` is no id that the Hub knows.
+        ConfigError: `wish` is not an id of the Hub.
     """
     check(wish in _hub(), "license", wish, "expected an id of huggingface.co/docs/hub/repositories-licenses")
     rules = (
@@ -224,26 +223,25 @@ def _maps_texts(value: Any) -> bool:
 
 
 def _counts(value: Any) -> bool:
-    number = (int, str)
     return (
         isinstance(value, dict)
         and bool(value)
-        and all(_is_text(key) and isinstance(value[key], number) for key in value)
+        and all(_is_text(k) and isinstance(v, int | str) for k, v in value.items())
     )
 
 
-# By key, `licenses` excepted: whether a card needs it, the check of its value, and what is expected.
+# By key, without `licenses`: whether a card needs it, the check of its value, and what is expected.
 _CARD_KEYS: dict[str, tuple[bool, Callable[[Any], bool], str]] = {
     "id": (False, _is_text, "the file's stem"),
-    "source": (True, _is_text, "who made the data, and where they come from"),
+    "source": (True, _is_text, "the authors and the origin of the data"),
     "languages": (True, lambda value: _are_texts(value) and bool(value), "a list of codes, as [ko, en]"),
     "rows": (True, _counts, "the number of rows by split"),
-    "files": (False, _maps_texts, "the sha256 of every file by its path, {} if there are none"),
-    "columns": (False, _maps_texts, "what each column holds"),
+    "files": (False, _maps_texts, "the sha256 of every file by its path, {} without files"),
+    "columns": (False, _maps_texts, "the content of each column"),
     "used_by": (False, _are_texts, "a list of configurations"),
     "hub": (False, _is_text, "the data set's id on the Hub"),
     "revision": (False, _is_text, "a commit on the Hub"),
-    "unverified": (False, _maps_texts, "for every key that nobody could read at its source, where its value is from"),
+    "unverified": (False, _maps_texts, "for every key that was not checked at its source, the origin of its value"),
 }
 
 
@@ -267,13 +265,13 @@ def read_data_card(file: Path) -> DataCard:
     """Read a data card and check it.
 
     Raises:
-        ConfigError: a value is missing, unknown or of a wrong type; the message names all faults.
+        ConfigError: a value is missing, unknown or of a wrong type; the message lists all faults.
     """
     values, prose = front_matter(file)
     parts, part_faults = read_parts(values["licenses"]) if "licenses" in values else ([], [])
     paragraphs = {name: _paragraph(prose, name) for name in ("Limits", "Harms")}
     faults = [*_card_faults(values, file), *part_faults]
-    faults += [f"**{name}.**: got no paragraph that begins so" for name, text in paragraphs.items() if not text]
+    faults += [f"**{name}.**: expected a paragraph that begins so" for name, text in paragraphs.items() if not text]
     if faults:
         raise ConfigError("; ".join(f"{file}: {fault}" for fault in faults))
     return DataCard(
@@ -291,13 +289,12 @@ def read_data_card(file: Path) -> DataCard:
 
 
 def front_matter(file: Path) -> tuple[dict[str, Any], str]:
-    """Return the YAML front matter of a card, {} if it has none, and its text.
+    """Return the YAML front matter of a card ({} without one) and its text.
 
-    `huggingface_hub.DatasetCard` takes the last of two equal keys and leaves out null values, so its errors would be
-    silent here.
+    `huggingface_hub.DatasetCard` would hide faults: it takes the last of two equal keys and drops null values.
 
     Raises:
-        ConfigError: the file is not UTF-8; or the front matter is not YAML, or has a key twice.
+        ConfigError: the file is not UTF-8, or the front matter is not YAML or has a key twice.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -309,20 +306,20 @@ def front_matter(file: Path) -> tuple[dict[str, Any], str]:
 
 
 def _card_faults(values: Mapping[str, Any], file: Path) -> Iterator[str]:
-    """Yield the faults of a front matter, those of its `licenses` excepted."""
+    """Yield the faults of a front matter, without those of `licenses`."""
     if "license" in values:
         yield f"license: got {values['license']!r}, {_LICENCES_FORM}"
     elif "licenses" not in values:
         yield f"licenses: got None, {_LICENCES_FORM}"
     for key in sorted(set(map(str, values)) - {*_CARD_KEYS, "license", "licenses"}):
-        yield f"{key}: no such key; expected {', '.join(_CARD_KEYS)}, licenses"
+        yield f"{key}: unknown key; expected {', '.join(_CARD_KEYS)}, licenses"
     for key, (needed, is_right, expected) in _CARD_KEYS.items():
         if (needed or key in values) and not is_right(values.get(key)):
             yield f"{key}: got {values.get(key)!r}, expected {expected}"
     if values.get("id", file.stem) != file.stem:
-        yield f"id: got {values['id']!r}, expected {file.stem}, as the file is called"
+        yield f"id: got {values['id']!r}, expected {file.stem}, the name of the file"
     if "licenses" in (values.get("unverified") or {}):
-        yield "unverified.licenses: expected no such key: a part whose terms are not verified is `id: other`"
+        yield "unverified.licenses: expected no such key: a part whose terms are not verified has `id: other`"
 
 
 def _paragraph(prose: str, name: str) -> str:
@@ -332,7 +329,7 @@ def _paragraph(prose: str, name: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is twice in a mapping; YAML takes the last one silently."""
+    """Refuses a key that is twice in a mapping; YAML uses the last value silently."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -347,7 +344,7 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _id(text: str) -> str:
-    """Return a text in the spelling of an id: SPDX ignores case, and people write CC BY 4.0 for CC-BY-4.0."""
+    """Return a text spelt as an id: SPDX ignores case, and people write CC BY 4.0 for CC-BY-4.0."""
     return "-".join(text.lower().split())
 
 

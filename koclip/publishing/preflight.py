@@ -1,4 +1,4 @@
-"""Pre-flight: check whether a directory may be published. The model is loaded, by stock classes too, and compared."""
+"""Pre-flight: check a directory before it is published, and compare its embeddings by stock classes with koclip's."""
 
 import json
 import os
@@ -26,32 +26,32 @@ from koclip.publishing.formats.onnx import EXACT, FOLDER, INT8, MOST, RESULTS, S
 from koclip.text import tokenizers
 
 _CLEAN_LOAD = Path(__file__).with_name("clean_load.py")
-# From short to long, as `encode_texts` fills its batch: then the sums are the same, to the last bit.
+# From short to long, the order of `encode_texts`: then the embeddings are equal, bit for bit.
 TEXTS = ("고양이", "빨간 자전거", "a photo of a dog", "창가에 앉아 밖을 보는 고양이 사진")
 _COMPOSED = ("고양이가 창가에 앉아 있다", "꽃밭 위의 벌", "각", "값싼 닭고기", "café déjà vu")
-_AGAIN = "save the model again with koclip; if it was changed by hand, undo that"
+_AGAIN = "save the model again with koclip; undo changes by hand"
 
 
 def preflight(directory: Path, repo_id: str | None = None, adapter: bool = True) -> list[Check]:
-    """Check a model directory against the release list.
+    """Run all checks on a model's directory.
 
     Args:
         directory: The directory to publish, with its card.
-        repo_id: The repository; it may contain the name of this account.
-        adapter: Whether adapter/ is to be published too.
+        repo_id: The repository; its id may contain the user's name.
+        adapter: Whether to publish adapter/ too.
 
     Raises:
         ConfigError: the directory has no config.json.
     """
     checks = check_files(directory, repo_id, adapter)
-    if checks[0].problems:  # without a tokenizer or weights there is nothing to load
+    if checks[0].problems:  # files are missing or broken, so the model cannot be loaded
         return checks
     with tempfile.TemporaryDirectory() as folder:
         return [*checks, *_load_checks(directory, Path(folder)), _ids(directory)]
 
 
 def print_checks(checks: Sequence[Check]) -> None:
-    """Print a table of all checks, with the problems of those that fail and how to fix them."""
+    """Print a table of all checks, with the problems and how to fix them."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("check", "", "problems, and how to fix them"):
         table.add_column(heading, overflow="fold")
@@ -63,11 +63,11 @@ def print_checks(checks: Sequence[Check]) -> None:
 
 
 def refuse(checks: Sequence[Check]) -> None:
-    """Raise a `ConfigError` that names the checks that failed, if any did."""
+    """Raise a `ConfigError` with the failed checks, if any."""
     failed = [check for check in checks if check.problems]
     if failed:
         problems = "; ".join(f"{check.name}: {check.problems[0]} ({check.fix})" for check in failed)
-        raise ConfigError(f"model: {len(failed)} of {len(checks)} checks fail; nothing was pushed. {problems}")
+        raise ConfigError(f"model: {len(failed)} of {len(checks)} checks failed, so nothing was pushed. {problems}")
 
 
 def _load_checks(directory: Path, folder: Path) -> list[Check]:
@@ -110,7 +110,7 @@ def _load_checks(directory: Path, folder: Path) -> list[Check]:
 
 
 def _graphs(directory: Path, processor: Any, pictures: Sequence[str], ours: dict[str, torch.Tensor]) -> list[Check]:
-    """Compare the embeddings of the graphs in onnx/, if any, with the model's: they may be of older weights."""
+    """Compare the embeddings of the graphs in onnx/, if any, with the model's: the graphs may be older."""
     files = {path.name: path for path in (directory / FOLDER).glob("*.onnx")}
     if not files:
         return []
@@ -126,18 +126,18 @@ def _graphs(directory: Path, processor: Any, pictures: Sequence[str], ours: dict
             graph = files.get(f"{name}{EXACT}.onnx")
             difference = _difference(ours[side], run(session(graph), inputs[side])) if graph else 0.0
         except ImportError as error:
-            problems.append(f"{error.name} is not installed, so they cannot be checked: pip install 'koclip[onnx]'")
+            problems.append(f"{error.name} is missing, so the graphs cannot be checked: pip install 'koclip[onnx]'")
             break
         if not difference <= MOST:  # also true for NaN
             problems.append(f"{name}{EXACT}.onnx: embeddings differ by {difference:.2g}")
     quantized = [name for name in files if name.endswith(f"{INT8}.onnx")]
     if quantized and not (directory / FOLDER / RESULTS).is_file():
-        problems += [f"{FOLDER}/{RESULTS} is missing, which names the weights of {', '.join(sorted(quantized))}"]
+        problems += [f"{FOLDER}/{RESULTS} is missing, which has the fingerprint of {', '.join(sorted(quantized))}"]
     return [Check("graphs in onnx/ are the model's", problems, f"export them again with --onnx, or delete {FOLDER}/")]
 
 
 def _difference(ours: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the largest difference of a number; infinite if shapes differ, NaN if a number is NaN."""
+    """Return the largest absolute difference; infinite if shapes differ, NaN if a number is NaN."""
     return (ours - other).abs().max().item() if ours.shape == other.shape else float("inf")
 
 

@@ -1,8 +1,8 @@
-"""Push a model's directory, and a Space that shows the model, to the Hub: by one atomic commit, or none.
+"""Push a model's directory, and a Space that shows the model, to the Hub, in one atomic commit.
 
-A push can be repeated at any time. It compares the repository with the directory, sends what differs and compares
-again. Files that were uploaded before a connection broke are not uploaded twice. The token is the one that
-`huggingface_hub.get_token` returns; only the client gets it.
+A push can be repeated at any time. It compares the repository with the directory, sends the files that differ and
+compares again. Files that were uploaded before a connection broke are not uploaded twice. The token is that of
+`huggingface_hub.get_token`; only its client uses it.
 """
 
 import fnmatch
@@ -30,11 +30,11 @@ from koclip.publishing.formats import onnx
 Answer = TypeVar("Answer")
 
 TRIES = 4
-MODEL = "KOCLIP_MODEL"  # the variable of a Space that space/app.py reads
-_WAIT = 1.0  # seconds before the second try, doubled each time
-# HTTP statuses after which another try may work. 409 and 412: another commit was made since files were compared.
+MODEL = "KOCLIP_MODEL"  # the Space's variable that space/app.py reads
+_WAIT = 1.0  # seconds before the second try; doubles with each try
+# HTTP statuses after which another try may work. 409 and 412: there is a new commit since the files were compared.
 _TEMPORARY = {408, 409, 412, 425, 429, 500, 502, 503, 504}
-# Files that loaders or koclip's card read. A file of such a name is deleted on the Hub if the directory lacks it.
+# Files that loaders or koclip's card read. They are deleted on the Hub if the directory lacks them.
 _MANAGED = (
     *("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack"),
     *("config.json", "generation_config.json", "*processor_config.json", "tokenizer*.json", "special_tokens_map.json"),
@@ -44,7 +44,7 @@ _MANAGED = (
 
 @dataclass(frozen=True)
 class Repository:
-    """A model or a Space on the Hub. `private` holds for a new repository only."""
+    """A model or a Space on the Hub. `private` is for a new repository only."""
 
     repo_id: str
     kind: Literal["model", "space"] = "model"
@@ -52,13 +52,13 @@ class Repository:
 
     @property
     def key(self) -> str:
-        """The configuration key that names it."""
+        """Its configuration key."""
         return "space" if self.kind == "space" else "repo_id"
 
 
 @dataclass(frozen=True)
 class Changes:
-    """Names of files: those to upload, and those to delete on the Hub."""
+    """Names of the files to upload, and of those to delete on the Hub."""
 
     added: tuple[str, ...] = ()
     deleted: tuple[str, ...] = ()
@@ -66,7 +66,7 @@ class Changes:
 
 @dataclass(frozen=True)
 class Pushed:
-    """The result of a push: the repository's newest commit, and the files that it changed."""
+    """The result of a push: the newest commit, and the files that it changed."""
 
     url: str
     commit: str
@@ -74,29 +74,29 @@ class Pushed:
 
 
 def check_rights(repo_id: str, key: str = "repo_id") -> None:
-    """Check that there is a token and that it may write to `repo_id`, which the configuration key `key` names.
+    """Check that there is a token and that it may write to `repo_id`, the value of the configuration key `key`.
 
     Raises:
-        ConfigError: there is no token, it is invalid, or it may not write there.
+        ConfigError: there is no token, it is invalid, or it has no write rights.
         RunError: the Hub does not answer.
     """
-    login = "log in with `hf auth login` or set HF_TOKEN; tokens are made at hf.co/settings/tokens"
-    check(get_token() is not None, "token", None, f"expected one with write rights: {login}")
+    login = "log in with `hf auth login` or set HF_TOKEN; create tokens at hf.co/settings/tokens"
+    check(get_token() is not None, "token", None, f"expected a token with write rights: {login}")
     namespace = repo_id.split("/")[0]
-    user = repeat(lambda: HfApi().whoami(), "asking who the token belongs to", key)
+    user = repeat(lambda: HfApi().whoami(), "reading the owner of the token", key)
     roles = {user["name"]: "admin"} | {org["name"]: org.get("roleInOrg", "write") for org in user.get("orgs", [])}
     namespaces = f"a namespace of {user['name']}: {', '.join(sorted(roles))}"
-    check(namespace in roles, key, repo_id, f"expected {namespaces}; choose one, or use the token of a member")
+    check(namespace in roles, key, repo_id, f"expected {namespaces}; choose from these, or use the token of a member")
     may_write = roles[namespace] != "read"
     check(may_write, key, repo_id, f"{user['name']} may only read in {namespace}: ask an admin for write rights")
     access = user.get("auth", {}).get("accessToken", {})
     role = access.get("role")
     writes = role == "write" or (role == "fineGrained" and _grants(access.get("fineGrained", {}), repo_id))
-    check(writes or role is None, "token", f"one of role {role}", f"expected write rights to {repo_id}: {login}")
+    check(writes or role is None, "token", f"role {role}", f"expected write rights to {repo_id}: {login}")
 
 
 def check_base(directory: Path) -> None:
-    """Check that the Hub has the base model that adapter/adapter_config.json names, if it names one.
+    """Check that the Hub has the base model that adapter/adapter_config.json names, if any.
 
     Raises:
         ConfigError: the Hub lacks it, or this token may not read it.
@@ -105,11 +105,11 @@ def check_base(directory: Path) -> None:
     file = directory / ADAPTER / "adapter_config.json"
     base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") if file.is_file() else None
     if base not in (None, BUILT):
-        repeat(lambda: HfApi().model_info(base), f"looking for {base}, the base of {ADAPTER}/")
+        repeat(lambda: HfApi().model_info(base), f"reading {base}, the base of {ADAPTER}/")
 
 
 def push(directory: Path, files: Sequence[str], repo: Repository, message: str, tag: str | None = None) -> Pushed:
-    """Make the repository hold `files` of `directory`, by one commit, or by none if it holds them already.
+    """Make the repository equal to `files` of `directory` in one commit; without a commit if it is equal already.
 
     Args:
         directory: The local directory.
@@ -119,7 +119,7 @@ def push(directory: Path, files: Sequence[str], repo: Repository, message: str, 
         tag: Name of the release.
 
     Raises:
-        ConfigError: the tag names another commit; or the Hub refuses the token, the name or the files.
+        ConfigError: the tag exists with other files; or the Hub refuses the token, the name or the files.
         RunError: the push failed. The repository is unchanged or complete; the message says which.
     """
     url = repeat(lambda: _create(repo), f"creating {repo.repo_id}", repo.key)
@@ -141,8 +141,11 @@ def _create(repo: Repository) -> str:
 
 
 def _commit(directory: Path, files: Sequence[str], repo: Repository, message: str, sent: list[Changes]) -> str:
-    """Return the commit that holds the files, a new or an existing one; append what a new one changes to `sent`."""
-    head = _head(repo)
+    """Return the commit that has the files, and append the changes of a new commit to `sent`."""
+    head = HfApi().repo_info(repo.repo_id, repo_type=repo.kind).sha
+    fix = "expected a repository with a commit: delete it on the Hub and try again"
+    check(head is not None, repo.key, repo.repo_id, fix)
+    head = str(head)
     changes = _changes(directory, files, repo, head)
     if changes == Changes():
         return head
@@ -151,27 +154,27 @@ def _commit(directory: Path, files: Sequence[str], repo: Repository, message: st
         *(CommitOperationAdd(name, str((directory / name).resolve())) for name in changes.added),
         *(CommitOperationDelete(name) for name in changes.deleted),
     ]
-    # Not `upload_folder`: when a commit keeps failing, huggingface_hub 2.4 splits it into commits of 20 files, so users
-    # could load a half-published model. `create_commit` makes one commit or none. With `parent_commit` it
-    # fails, and is repeated, if the repository has changed since its files were compared.
+    # Not `upload_folder`: if a commit keeps failing, huggingface_hub 2.4 splits it into commits of 20 files, so users
+    # could load an incomplete model. With `parent_commit`, `create_commit` fails, and is repeated, if the repository
+    # has changed since its files were compared.
     commit = HfApi().create_commit(
         repo.repo_id, operations, commit_message=message, repo_type=repo.kind, parent_commit=head
     )
     left = _changes(directory, files, repo, commit.oid)
     if left != Changes():
         raise RunError(
-            f"{repo.key}: {repo.repo_id} does not hold what was pushed, these files differ: "
-            f"{', '.join(left.added + left.deleted)} at commit {commit.oid}. Run the same command again; if it stays "
-            "so, delete these files on the Hub first"
+            f"{repo.key}: {repo.repo_id} differs from the pushed files at commit {commit.oid}: "
+            f"{', '.join(left.added + left.deleted)}. Run the same command again; if that does not help, delete these "
+            "files on the Hub first"
         )
     return str(commit.oid)
 
 
 def _changes(directory: Path, files: Sequence[str], repo: Repository, revision: str) -> Changes:
-    """Return how a commit differs from `files` of a directory, by their hashes."""
+    """Compare the hashes of a commit's files with those of `files` of a directory; return the differences."""
     api, where = HfApi(), {"repo_type": repo.kind, "revision": revision}
     compared = api.verify_repo_checksums(repo.repo_id, local_dir=directory, **where)
-    differing = {*(mismatch["path"] for mismatch in compared.mismatches), *compared.extra_paths}  # extra: only here
+    differing = {*(mismatch["path"] for mismatch in compared.mismatches), *compared.extra_paths}  # extra: local only
     stored = api.list_repo_files(repo.repo_id, **where)
     return Changes(
         added=tuple(name for name in files if name in differing),
@@ -180,30 +183,23 @@ def _changes(directory: Path, files: Sequence[str], repo: Repository, revision: 
 
 
 def _is_managed(name: str, repo: Repository) -> bool:
-    """Return whether a push deletes a file of that name, if the directory lacks it."""
+    """Return whether a push deletes a file of that name if the directory lacks it."""
     path = Path(name)
-    if name in {f"{onnx.FOLDER}/{file}" for file in onnx.FILES}:
-        return repo.kind == "model"  # graphs of other weights than those beside them
-    in_model = repo.kind == "model" and path.parent.as_posix() in (".", ADAPTER)
-    return in_model and any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _MANAGED)
-
-
-def _head(repo: Repository) -> str:
-    head = HfApi().repo_info(repo.repo_id, repo_type=repo.kind).sha
-    action = "expected a repository with a commit: delete it on the Hub and try again"
-    check(head is not None, repo.key, repo.repo_id, action)
-    return str(head)
+    is_managed = name in {f"{onnx.FOLDER}/{file}" for file in onnx.FILES} or (
+        path.parent.as_posix() in (".", ADAPTER) and any(fnmatch.fnmatchcase(path.name, kind) for kind in _MANAGED)
+    )
+    return repo.kind == "model" and is_managed
 
 
 def _check_tag(repo: Repository, tag: str, directory: Path, files: Sequence[str]) -> None:
-    """Check, before anything is pushed, that a tag is new or that it names a commit which holds these files."""
+    """Check, before anything is pushed, that a tag is new or that its commit has these files."""
 
     def find() -> tuple[str | None, bool]:
         target = _target(repo, tag)
         return target, target is None or _changes(directory, files, repo, target) == Changes()
 
-    target, same = repeat(find, f"looking for the tag {tag} of {repo.repo_id}", repo.key)
-    check(same, "tag", tag, f"it names commit {target}, of other files: releases are not moved, choose a new name")
+    target, same = repeat(find, f"reading the tag {tag} of {repo.repo_id}", repo.key)
+    check(same, "tag", tag, f"this release exists, at commit {target}, with other files: choose a new name")
 
 
 def _set_tag(repo: Repository, tag: str, commit: str) -> None:
@@ -228,7 +224,7 @@ def space_files(source: Path) -> list[str]:
     """Return the files of the app, sorted, relative to its directory.
 
     Raises:
-        ConfigError: the directory holds no app.
+        ConfigError: the directory has no app.
     """
     names = sorted(path.name for path in source.glob("*") if path.suffix in (".py", ".md", ".txt"))
     complete = {"app.py", "requirements.txt", CARD} <= set(names)
@@ -237,7 +233,7 @@ def space_files(source: Path) -> list[str]:
 
 
 def push_space(source: Path, repo: Repository, model_id: str, message: str) -> Pushed:
-    """Make a Space show a model of the Hub; what is up to date is not changed.
+    """Make a Space show a model of the Hub; a Space that is up to date is not changed.
 
     Args:
         source: Directory of the app.
@@ -246,7 +242,7 @@ def push_space(source: Path, repo: Repository, model_id: str, message: str) -> P
         message: The commit's first line.
 
     Raises:
-        ConfigError: `source` holds no app, or the Hub refuses.
+        ConfigError: `source` has no app, or the Hub refuses.
         RunError: the Hub does not answer. The Space is unchanged or complete.
     """
     files = space_files(source)
@@ -275,19 +271,19 @@ def _pin(requirements: Path, checkout: Path) -> None:
 
 
 def _name_model(space_id: str, model_id: str) -> None:
-    """Set the variable `MODEL`, which restarts the Space, if it has another value."""
+    """Set the variable `MODEL` if its value is different; setting it restarts the Space."""
     variable = HfApi().get_space_variables(space_id).get(MODEL)
     if variable is None or variable.value != model_id:
         HfApi().add_space_variable(space_id, MODEL, model_id)
 
 
 def repeat(call: Callable[[], Answer], action: str, key: str = "repo_id") -> Answer:
-    """Call the Hub; after a temporary failure, wait and call again, `TRIES` times in all.
+    """Call the Hub; after a temporary failure, wait and call again, `TRIES` times in total.
 
     Args:
         call: The call.
-        action: What it does, for messages.
-        key: The configuration key that an error names.
+        action: Its description, for messages.
+        key: The configuration key for messages.
 
     Raises:
         ConfigError: the Hub refuses, or a local file cannot be read.
@@ -297,18 +293,18 @@ def repeat(call: Callable[[], Answer], action: str, key: str = "repo_id") -> Ans
         try:
             return call()
         except OfflineModeIsEnabled as error:
-            raise ConfigError(f"HF_HUB_OFFLINE: {action} needs the Hub; unset it") from error
+            raise ConfigError(f"HF_HUB_OFFLINE: {action} needs the Hub; unset this variable") from error
         except (ConfigError, RunError):
             raise
         except (HTTPError, HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
             _raise_lasting(error, action, key)
             if number == TRIES:
                 raise RunError(
-                    f"{key}: {action} did not work, {TRIES} times: {_line(error)}. A commit is whole or not there at "
-                    "all, so the repository is as it was, or complete: run the same command again"
+                    f"{key}: {action} failed {TRIES} times: {_line(error)}. Commits are atomic, so the repository is "
+                    "unchanged or complete: run the same command again"
                 ) from error
             wait = _WAIT * 2 ** (number - 1)
-            tqdm.write(f"{action}: {_line(error)}; again in {wait:.0f} s", file=sys.stderr)
+            tqdm.write(f"{action}: {_line(error)}; next try in {wait:.0f} s", file=sys.stderr)
             time.sleep(wait)
     raise AssertionError("unreachable")
 
@@ -317,17 +313,17 @@ def _raise_lasting(error: Exception, action: str, key: str) -> None:
     """Raise a `ConfigError` if another try cannot help."""
     status = _status(error)
     if status is None and _is_local(error):
-        raise ConfigError(f"{action}: {_line(error)}. Make the file readable, and run it again") from error
+        raise ConfigError(f"{action}: {_line(error)}. Make the file readable and run the command again") from error
     if status is not None and status not in _TEMPORARY:
-        raise ConfigError(f"{key}: {action}: the Hub says {_line(error)}") from error
-    # A proxy's page instead of JSON is temporary; other wrong values are what the client or the Hub refuses.
+        raise ConfigError(f"{key}: {action}: the Hub answered {_line(error)}") from error
+    # A web page of a proxy instead of JSON is temporary; the client or the Hub refuses other wrong values for good.
     if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError) and status is None:
         raise ConfigError(f"{key}: {action}: {_line(error)}") from error
 
 
 def _is_local(error: Exception) -> bool:
-    """Return whether a local file is the reason; errors of the network are other classes, or name no file."""
-    # Not their subclasses: hf_xet has some, for errors of the network.
+    """Return whether a local file is the reason: errors of the network have other classes, or name no file."""
+    # Not their subclasses, which hf_xet uses for errors of the network.
     kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
     return type(error) in kinds or (type(error) is OSError and error.filename is not None)
 

@@ -1,4 +1,4 @@
-"""The loss of retrieval by the 8 bits of `onnx/*_quantized.onnx`: measured, kept beside the graphs, for the card."""
+"""Measure how much retrieval loses with `onnx/*_quantized.onnx`; the result is beside the graphs and on the card."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,25 +26,25 @@ from koclip.metrics import Metric
 from koclip.publishing.formats.onnx import EXACT, FOLDER, INT8, RESULTS, SIDES, run, session
 from koclip.text import tokenizers
 
-_LOST = "Lost: percentage points with their 95 % interval, * where it excludes 0."
+_LOST = "Lost: percentage points with 95 % intervals; * if the interval excludes 0."
 _NAME = "int8"
-_MOST = 1_000  # images of a set that nobody named
+_MOST = 1_000  # images of a set from results.json
 _SCENES = "--int8_sets '[{source: {scenes_part: test, scenes_size: 1000}}]'"
 _HEADINGS = ("data set", "language", "measure", "fp32", "int8", "lost", "n")
 
 
 class Losses(NamedTuple):
-    """A measurement as text: a sentence, rows of `_HEADINGS`, and another sentence."""
+    """A measurement as text."""
 
-    files: str
-    rows: list[tuple[str, ...]]
-    measured: str
+    files: str  # a sentence on the sizes of the files
+    rows: list[tuple[str, ...]]  # of `_HEADINGS`
+    measured: str  # sentences on the data
 
 
 class _Graphs:
-    """The graphs of both towers. They get one image or text at a time, as in a browser.
+    """The graphs of both towers. They embed each image or text alone, as in a browser.
 
-    Activations are rounded within the range of their batch, so embeddings would depend on the rest of a batch.
+    The range of a batch decides how its activations are rounded, so the embedding of an item depends on its batch.
     """
 
     def __init__(self, folder: Path, kind: str, processor: ProcessorMixin) -> None:
@@ -53,53 +53,55 @@ class _Graphs:
 
     def images(self, pictures: Images) -> torch.Tensor:
         """Return (N, D) embeddings."""
-        return in_batches(self._image, pictures, 1, "images")
+
+        def embed(picture: list[Image.Image]) -> torch.Tensor:
+            pixels = self._processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+            return run(self._vision, {"pixel_values": pixels})
+
+        return in_batches(embed, pictures, 1, "images")
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Return (N, D) embeddings."""
-        return in_batches(self._texts, texts, 1, "texts")
 
-    def _image(self, picture: list[Image.Image]) -> torch.Tensor:
-        pixels = self._processor.image_processor(picture, return_tensors="pt")["pixel_values"]
-        return run(self._vision, {"pixel_values": pixels})
+        def embed(text: list[str]) -> torch.Tensor:
+            encoded = tokenizers.encode(self._processor.tokenizer, text, return_tensors="pt")
+            return run(self._text, {name: encoded[name] for name in ("input_ids", "attention_mask")})
 
-    def _texts(self, text: list[str]) -> torch.Tensor:
-        encoded = tokenizers.encode(self._processor.tokenizer, text, return_tensors="pt")
-        return run(self._text, {name: encoded[name] for name in ("input_ids", "attention_mask")})
+        return in_batches(embed, texts, 1, "texts")
 
 
 def open_sets(
     named: Sequence[EvalSetConfig], evaluated: Mapping[str, Any], limit: PixelLimit = PIXEL_LIMIT
 ) -> list[EvalSet]:
-    """Open the sets to measure on, at least one.
+    """Open the sets to measure on: `named`, else the sets with retrieval in results.json, else the built-in scenes.
 
     Args:
-        named: Sets that the user names.
-        evaluated: The sets of results.json, by name. If the user names none, those with retrieval are used; if there
-            are none, the built-in scenes.
-        limit: The most pixels of an image.
+        named: Sets that the user chose.
+        evaluated: `data` of results.json.
+        limit: The largest number of pixels of an image.
 
     Raises:
         ConfigError: a set cannot be read on this machine.
     """
-    sources = {name: described.get("source", {}) for name, described in evaluated.items()}
-    retrievals = (
-        {} if named else {name: source for name, source in sources.items() if "retrieval" in source.get("tasks", ())}
-    )
+    if named:
+        return [open_set(config, limit) for config in named]
     opened = []
-    for name, values in retrievals.items():
+    for name, described in evaluated.items():
+        values = described.get("source", {})
+        if "retrieval" not in values.get("tasks", ()):
+            continue
         try:
-            opened.append(open_set(_again(values), limit))
-        except (ConfigError, TypeError) as error:  # TypeError: described by a koclip that had other keys
+            opened.append(open_set(_retrieval_config(values), limit))
+        except (ConfigError, TypeError) as error:  # TypeError: a koclip with other keys wrote results.json
             raise ConfigError(
-                f"int8_sets: {name}, which results.json has numbers of, cannot be read here: {error}. Name data that "
-                f"can, as `sets` of recipes/evaluate.py does, or the built-in scenes: {_SCENES}"
+                f"int8_sets: the data set {name} of results.json cannot be read here: {error}. Give sets as for "
+                f"recipes/evaluate.py, or the built-in scenes: {_SCENES}"
             ) from error
-    return opened or [open_set(config, limit) for config in named or [EvalSetConfig()]]
+    return opened or [open_set(EvalSetConfig(), limit)]
 
 
-def _again(values: Mapping[str, Any]) -> EvalSetConfig:
-    """Return the configuration of a set's retrieval, from its description in results.json."""
+def _retrieval_config(values: Mapping[str, Any]) -> EvalSetConfig:
+    """Return the configuration of a set's retrieval from its `source` in results.json."""
     most = min(values.get("max_images") or _MOST, _MOST)
     gallery = [SourceConfig(**value) for value in values.get("gallery", [])]
     share = values.get("max_skipped_fraction", EvalSetConfig.max_skipped_fraction)
@@ -108,13 +110,13 @@ def _again(values: Mapping[str, Any]) -> EvalSetConfig:
 
 
 def measure(directory: Path, sets: Sequence[EvalSet], model: str) -> Losses:
-    """Compare the retrieval of a model's graphs in int8 with that of those in fp32; write onnx/results.json.
+    """Compare retrieval with a model's graphs in int8 and in fp32; write onnx/results.json.
 
-    It has the form of every results.json: the recall of both, and `drop@k`, the loss by int8.
+    It has the form of every results.json: recall of both, and `drop@k`, the loss.
 
     Args:
-        directory: The model's, with all four graphs in onnx/.
-        sets: The sets to measure on, in every language that they have.
+        directory: The model's directory, with all four graphs in onnx/.
+        sets: The sets to measure on, in all of their languages.
         model: The model's name in results.json.
     """
     processor = AutoProcessor.from_pretrained(directory)
@@ -127,7 +129,7 @@ def measure(directory: Path, sets: Sequence[EvalSet], model: str) -> Losses:
             exact, int8 = zip(images, (graphs.texts(captions.texts) for graphs in both), strict=True)
             metrics_of_set = approximated(captions, exact, int8, _NAME)
             metrics |= {f"{eval_set.name}/{language}/{name}": metric for name, metric in metrics_of_set.items()}
-    # No path and no command: this file is published.
+    # Without paths and the command, because this file is published.
     data = {eval_set.name: counts(eval_set) for eval_set in sets}
     environment = {name: value for name, value in surroundings().items() if name != "command"}
     measured = Measured(model, load(str(directory), "cpu").fingerprint())
@@ -136,38 +138,34 @@ def measure(directory: Path, sets: Sequence[EvalSet], model: str) -> Losses:
 
 
 def read(directory: Path, fingerprint: str) -> Losses | None:
-    """Return what has been measured of a model's graphs; None if nothing was.
+    """Return the measurement of a model's graphs; None without one.
 
     Raises:
-        ConfigError: it was measured of a model with another fingerprint.
+        ConfigError: the graphs are of a model with another fingerprint.
     """
     file = directory / FOLDER / RESULTS
     if not file.is_file():
         return None
     measured = json.loads(file.read_text(encoding="utf-8")).get("fingerprint")
-    mend = f"expected {fingerprint}, the model's own: its graphs are of another model; make them again, --onnx int8"
-    check(measured == fingerprint, f"{file}, fingerprint", measured, f"{mend}, or delete {directory / FOLDER}")
+    expected = f"expected {fingerprint}, the model's: the graphs are of another model; export again with --onnx int8"
+    check(measured == fingerprint, f"{file}, fingerprint", measured, f"{expected}, or delete {directory / FOLDER}")
     return _losses(directory / FOLDER)
 
 
 def _losses(folder: Path) -> Losses:
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     metrics = {name: Metric.from_dict(values) for name, values in results["metrics"].items()}
-    exact, int8 = (_megabytes(folder, kind) for kind in (EXACT, INT8))
+    exact, int8 = (
+        sum((folder / f"{side}{kind}.onnx").stat().st_size for side in SIDES) / 1e6 for kind in (EXACT, INT8)
+    )
     counts = {name: described["images"] for name, described in results["data"].items()}
-    counted = [
-        f"{name} ({count:,} pictures; R@1 by chance: about {100 / count:.2g} %)" for name, count in counts.items()
-    ]
+    data = [f"{name} ({count:,} images; R@1 by chance: about {100 / count:.2g} %)" for name, count in counts.items()]
     rows = [f"{name}: {note}." for name, described in results["data"].items() for note in notes({name: described})]
     return Losses(
-        f"`{FOLDER}/*{INT8}.onnx` keep weights in 8 bits: {int8:,.1f} MB in the place of {exact:,.1f} MB.",
+        f"`{FOLDER}/*{INT8}.onnx` store weights in 8 bits: {int8:,.1f} MB instead of {exact:,.1f} MB.",
         list(_rows(records_of(metrics, SPECS))),
-        " ".join([f"Measured on {', '.join(counted)}.", *rows, _LOST]),
+        " ".join([f"Measured on {', '.join(data)}.", *rows, _LOST]),
     )
-
-
-def _megabytes(folder: Path, kind: str) -> float:
-    return sum((folder / f"{side}{kind}.onnx").stat().st_size for side in SIDES) / 1e6
 
 
 def print_losses(losses: Losses) -> None:
@@ -183,7 +181,7 @@ def print_losses(losses: Losses) -> None:
 
 
 def _rows(records: Sequence[Record]) -> Iterator[tuple[str, ...]]:
-    """Yield what stands under `_HEADINGS`, Korean first."""
+    """Yield the rows of `_HEADINGS`, Korean first."""
     approximated = {_query(record, record.spec.unit): record for record in records if "approximation" in record.params}
     for section in sections([records], {}):
         for line in sorted(section.main, key=lambda line: line.language != "ko"):
@@ -194,5 +192,5 @@ def _rows(records: Sequence[Record]) -> Iterator[tuple[str, ...]]:
 
 
 def _query(record: Record, unit: str) -> tuple[object, ...]:
-    """Return what a number of the graphs in int8 shares with that of the graphs in fp32, and a unit."""
+    """Return the fields that a number in int8 shares with its number in fp32, and a unit."""
     return record.dataset, record.language, record.params.get("direction"), record.params.get("k"), unit

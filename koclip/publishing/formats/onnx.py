@@ -1,11 +1,11 @@
 """Export a dual encoder as two ONNX graphs, and check that ONNX Runtime computes the same embeddings.
 
-`onnx/vision_model.onnx` takes pixel_values (B, 3, H, W) and gives image_embeds (B, D); `onnx/text_model.onnx` takes
-input_ids and attention_mask (B, L) and gives text_embeds (B, D); both of unit norm, B and L free. Files and names are
-those that transformers.js looks for.
+`onnx/vision_model.onnx` maps pixel_values (B, 3, H, W) to image_embeds (B, D); `onnx/text_model.onnx` maps input_ids
+and attention_mask (B, L) to text_embeds (B, D). The embeddings have unit norm; B and L are free. Names are those of
+transformers.js.
 
-The text graph takes ids as clients prepare them: padded on either side, too long, or cut to a length together with the
-end token (transformers.js does so). It embeds what the tokenizer's own truncation gives.
+Clients pad ids on either side, send too many, or cut off the end token (transformers.js). The text graph embeds all of
+them like ids that the tokenizer truncated.
 """
 
 import logging
@@ -29,17 +29,18 @@ from koclip.encoders import load
 from koclip.encoders.transformers import encode
 from koclip.models import StockModel
 from koclip.models.dual_encoder import encode_images, encode_texts
-from koclip.models.stock import longest_text
+from koclip.models.stock import layout_of, longest_text
+from koclip.text import tokenizers
 
 FOLDER = "onnx"
 SIDES = ("vision_model", "text_model")
-EXACT, INT8 = "", "_quantized"  # kinds of graphs, as their names end
-RESULTS = "results.json"  # the loss by int8 (`koclip.publishing.formats.int8`)
+EXACT, INT8 = "", "_quantized"  # suffixes of the names of graphs in fp32 and in int8
+RESULTS = "results.json"  # retrieval in int8 and fp32 (`koclip.publishing.formats.int8`)
 FILES = (*(f"{side}{kind}.onnx" for side in SIDES for kind in (EXACT, INT8)), RESULTS)
-MOST = 1e-4  # largest difference of a number of an embedding that counts as rounding
+MOST = 1e-4  # the largest difference of embeddings that is only rounding
 _OPSET = 18
 _TEXT_INPUTS = ("input_ids", "attention_mask")
-_PROBES = 32  # images, and captions in each language, to check graphs with
+_PROBES = 32  # images, and captions in each language, to check a graph
 
 
 class _Images(nn.Module):
@@ -52,20 +53,20 @@ class _Images(nn.Module):
 
 
 class _Texts(nn.Module):
-    """The text side. A text's tokens come first in its row, at most `longest` of them, and `end` is among them.
+    """The text tower. It moves the tokens of each row to the front, cuts them to `longest`, and adds a missing `end`.
 
-    A CLIP reads the embedding at the first end token, in a row without one at the first place, which holds the same
-    token in every text.
+    A CLIP reads the embedding at the first end token. Without an end token it reads the first position, which has the
+    same token in every text. For a class that reads no mask, `pad` fills every row to `longest`.
     """
 
-    def __init__(self, model: StockModel, longest: int, end: int | None) -> None:
+    def __init__(self, model: StockModel, longest: int, end: int | None, pad: int | None) -> None:
         super().__init__()
-        self.model, self.longest, self.end = model, longest, end
+        self.model, self.longest, self.end, self.pad = model, longest, end, pad
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         length = input_ids.shape[1]
         places = torch.arange(length, device=input_ids.device)
-        order = places + attention_mask.argmax(dim=1, keepdim=True)  # (B, L) padding in front goes behind
+        order = places + attention_mask.argmax(dim=1, keepdim=True)  # (B, L) left padding moves to the right
         order = torch.where(order < length, order, order - length)
         input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
         attention_mask = attention_mask * (places < self.longest)
@@ -73,44 +74,48 @@ class _Texts(nn.Module):
             ended = ((input_ids == self.end) & (attention_mask == 1)).any(dim=1, keepdim=True)
             last = (places * attention_mask).amax(dim=1, keepdim=True)  # (B, 1)
             input_ids = torch.where(~ended & (places == last), self.end, input_ids)
-        return encode_texts(self.model, input_ids[:, : self.longest], attention_mask[:, : self.longest])
+        input_ids, attention_mask = input_ids[:, : self.longest], attention_mask[:, : self.longest]
+        if self.pad is not None:
+            input_ids = torch.where(attention_mask == 1, input_ids, self.pad)
+            input_ids = nn.functional.pad(input_ids, (0, self.longest), value=self.pad)[:, : self.longest]
+        return encode_texts(self.model, input_ids, attention_mask)
 
 
 class Probe(NamedTuple):
-    """Inputs to check a graph with, and the model's embeddings of them."""
+    """Inputs to check a graph, and the model's embeddings of them."""
 
     inputs: dict[str, torch.Tensor]
     expected: torch.Tensor  # (B, D)
 
 
 class Parity(NamedTuple):
-    """How a graph's embeddings differ from the model's."""
+    """The difference between a graph's embeddings and the model's."""
 
-    largest: float  # difference of a number
-    cosine: float  # mean, of an embedding with its own
+    largest: float  # absolute difference
+    cosine: float  # mean cosine similarity
 
     def __str__(self) -> str:
         return f"embeddings differ by {self.largest:.1e} at most, mean cosine {self.cosine:.5f}"
 
 
 def export(directory: str | Path, output: Path, int8: bool = False) -> dict[str, Parity]:
-    """Write a model's graphs to `output`/onnx, instead of earlier ones; return their differences, by file name.
+    """Replace the graphs in `output`/onnx by those of a model; return their differences by file name.
 
     Args:
         directory: A dual encoder that `koclip.load` loads.
-        output: The folder `onnx` is made there.
-        int8: Write `*_quantized.onnx`, too: weights in 8 bits per channel, activations quantized dynamically.
+        output: Parent of the folder `onnx`.
+        int8: Also write `*_quantized.onnx`: weights in 8 bits per channel, activations quantized dynamically.
 
     Raises:
-        ConfigError: the packages are not installed.
-        RunError: a graph in fp32 differs from the model by more than 1e-4, or one in int8 is not finite.
+        ConfigError: a package is missing.
+        RunError: a graph in fp32 differs from the model by more than 1e-4, or a graph in int8 gives NaN or infinity.
     """
     quantize = _quantizer()
     encoder = load(directory, "cpu")
     model, processor = encoder.model, encoder.processor
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    for name in FILES:  # graphs of other weights, and formats that were not requested this time
+    for name in FILES:  # they may be of other weights
         (folder / name).unlink(missing_ok=True)
     differences: dict[str, Parity] = {}
     for name, (side, probes) in zip(SIDES, (_image_side(model, processor), _text_side(model, processor)), strict=True):
@@ -118,23 +123,20 @@ def export(directory: str | Path, output: Path, int8: bool = False) -> dict[str,
         _write(side.eval(), probes[0].inputs, file)
         differences[file.name] = parity(probes, file)
         if not differences[file.name].largest <= MOST:  # also true for NaN
-            raise RunError(
-                f"{file} differs from the model by {differences[file.name].largest:.1e}, more than {MOST:.0e}"
-            )
+            largest = differences[file.name].largest
+            raise RunError(f"{file}: embeddings differ by {largest:.1e} from the model's, expected at most {MOST:.0e}")
         if int8:
             small = folder / f"{name}{INT8}.onnx"
             with storage.atomic(small) as partial:
                 quantize(file, partial)
             differences[small.name] = parity(probes, small)
             if not math.isfinite(differences[small.name].largest):
-                raise RunError(
-                    f"{small} gives values that are not finite: 8 bits are not enough for it; use --onnx fp32"
-                )
+                raise RunError(f"{small}: embeddings are not finite, because int8 is too coarse; use --onnx fp32")
     return differences
 
 
 def parity(probes: Sequence[Probe], file: Path) -> Parity:
-    """Return how the embeddings of ONNX Runtime differ from the model's."""
+    """Compare the embeddings of ONNX Runtime with the model's."""
     opened = session(file)
     expected = torch.cat([probe.expected for probe in probes])
     got = torch.cat([run(opened, probe.inputs) for probe in probes])
@@ -143,7 +145,7 @@ def parity(probes: Sequence[Probe], file: Path) -> Parity:
 
 
 def session(file: Path) -> Any:
-    """Open a graph."""
+    """Open a graph in ONNX Runtime."""
     import onnxruntime
 
     return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -174,7 +176,7 @@ def _write(side: nn.Module, inputs: Mapping[str, torch.Tensor], file: Path) -> N
         )
     assert program is not None  # with dynamo=True
     proto = program.model_proto
-    # PyTorch notes the source of every node: stack traces with paths of this machine, and addresses in memory.
+    # PyTorch stores the source of every node: stack traces with paths of this machine, and memory addresses.
     for part in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
         part.ClearField("metadata_props")
     with storage.atomic(file) as partial:
@@ -183,7 +185,7 @@ def _write(side: nn.Module, inputs: Mapping[str, torch.Tensor], file: Path) -> N
 
 @torch.no_grad()
 def _image_side(model: StockModel, processor: ProcessorMixin) -> tuple[nn.Module, list[Probe]]:
-    """Return the module to export for images, and scenes to check it with."""
+    """Return the module to export for images, and scenes to check it."""
     side = view_size(processor.image_processor)
     drawn = [scenes.scene("test", 0, number) for number in range(_PROBES)]
     pictures = [Image.fromarray(scenes.draw(scene, number)).resize((side, side)) for number, scene in enumerate(drawn)]
@@ -193,11 +195,7 @@ def _image_side(model: StockModel, processor: ProcessorMixin) -> tuple[nn.Module
 
 @torch.no_grad()
 def _text_side(model: StockModel, processor: ProcessorMixin) -> tuple[nn.Module, list[Probe]]:
-    """Return the module to export for texts, and captions to check it with: whole, and as clients send them.
-
-    Clients pad on either side, send texts that are too long, or cut them without the end token. The expected embedding
-    is always that of the tokenizer's own truncation.
-    """
+    """Return the module to export for texts, and captions to check it: as the tokenizer and as clients prepare them."""
     tokenizer: Any = processor.tokenizer
     longest = longest_text(tokenizer, model.text_model)
     drawn = [scenes.scene("test", 0, number) for number in range(_PROBES)]
@@ -207,16 +205,24 @@ def _text_side(model: StockModel, processor: ProcessorMixin) -> tuple[nn.Module,
     long = [" ".join(texts * (longest // 2)) for texts in (captions[:2], captions[2:4])]
     tokens = [tokenizer(text, verbose=False)["input_ids"] for text in (*captions[:4], *long)]
     last = tokens[0][-1]
-    side = _Texts(model, longest, end=last if last in tokenizer.all_special_ids else None)
+    pad = None if layout_of(model).reads_mask else tokenizer.pad_token_id
+    side = _Texts(model, longest, last if last in tokenizer.all_special_ids else None, pad)
 
     whole = encode(tokenizer, captions, model.text_model)
-    cut = encode(tokenizer, [*captions[:4], *long, *long], model.text_model)
+    fitted = [captions, [*captions[:4], *long, *long]]
+    if pad is None:
+        fits = [encode(tokenizer, texts, model.text_model) for texts in fitted]
+    else:
+        fits = [tokenizers.encode(tokenizer, texts, padding=True, return_tensors="pt") for texts in fitted]
     sent: Any = {"input_ids": [*tokens, *(ids[:longest] for ids in tokens[4:])]}
     with _quiet():
-        odd = [tokenizer.pad(sent, padding_side=where, return_tensors="pt") for where in ("left", "right")]
+        odd = [
+            tokenizer.pad(sent, return_attention_mask=True, padding_side=where, return_tensors="pt")
+            for where in ("left", "right")
+        ]
     return side, [
-        Probe({name: given[name] for name in _TEXT_INPUTS}, encode_texts(model, *(fits[name] for name in _TEXT_INPUTS)))
-        for given, fits in ((whole, whole), *((padded, cut) for padded in odd))
+        Probe({name: given[name] for name in _TEXT_INPUTS}, encode_texts(model, *(fit[name] for name in _TEXT_INPUTS)))
+        for given, fit in ((whole, fits[0]), *((padded, fits[1]) for padded in odd))
     ]
 
 
@@ -226,11 +232,11 @@ def _quantizer() -> Any:
         import onnxscript  # noqa: F401  torch.onnx needs it
         from onnxruntime.quantization import QuantType, quantize_dynamic
     except ImportError as error:
-        raise ConfigError(f"onnx: {error.name} is not installed; pip install 'koclip[onnx]'") from error
+        raise ConfigError(f"onnx: {error.name} is missing; pip install 'koclip[onnx]'") from error
 
     def quantize(file: Path, small: Path) -> None:
         graph = onnx.load(file)
-        del graph.graph.value_info[:]  # shapes from before weights were folded break the quantizer
+        del graph.graph.value_info[:]  # the quantizer fails on outdated shapes
         with _quiet():
             quantize_dynamic(graph, small, per_channel=True, weight_type=QuantType.QInt8)
 
@@ -239,7 +245,7 @@ def _quantizer() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporters' warnings about themselves."""
+    """Silence the warnings of the exporters."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)

@@ -1,11 +1,12 @@
-"""Let `SentenceTransformer(directory)` load a published dual encoder, and embed texts and pictures in one space.
+"""Let `SentenceTransformer(directory)` load a published dual encoder, and embed texts and images in one space.
 
-sentence-transformers (5.4 and newer) reads four small files beside the model: which modules there are, and which of the
-model's methods embeds what. No weight is written twice, and the directory stays a model of transformers.
+sentence-transformers (5.4 and newer) reads four small files beside the model: its modules, and the methods of the model
+that embed texts and images. The directory stays a model of transformers, with one copy of the weights.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 from koclip import storage
 
@@ -17,9 +18,9 @@ _MODULES = (
 
 
 def describe(directory: Path) -> list[Path]:
-    """Write the files that sentence-transformers needs into a model's directory; return them."""
+    """Write the files for sentence-transformers into a model's directory; return them."""
     features = {side: f"get_{side}_features" for side in ("text", "image")}
-    contents = {
+    contents: dict[str, Any] = {
         MODULES: [
             {"idx": number, "name": str(number), "path": path, "type": kind}
             for number, (path, kind) in enumerate(_MODULES)
@@ -34,9 +35,10 @@ def describe(directory: Path) -> list[Path]:
         "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
         f"{FOLDER}/config.json": {},
     }
-    files = []
+    settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if "attention_mask" not in settings.get("model_input_names", ["attention_mask"]):  # SigLIP: padded, without a mask
+        padded = {"padding": "max_length", "max_length": settings["model_max_length"], "truncation": True}
+        contents["sentence_bert_config.json"]["processing_kwargs"] = {"text": padded}
     for name, content in contents.items():
-        file = directory / name
-        storage.replace_text(file, json.dumps(content, indent=2) + "\n")
-        files.append(file)
-    return files
+        storage.replace_text(directory / name, json.dumps(content, indent=2) + "\n")
+    return [directory / name for name in contents]
