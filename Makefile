@@ -31,8 +31,9 @@ check: $(VENV)/.installed-dev  ## Lint, format and type-check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/mypy --config-file tests/mypy.ini
 
-docs: $(VENV)/.installed-docs  ## Build the documents into site/
+docs: $(VENV)/.installed-docs  ## Build the documents into site/; run the notebook and the Python of the README
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m 'slow or not slow' tests/test_docs.py tests/test_notebook.py
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -128,6 +128,13 @@ def test_rooms_import_only_from_rooms_to_their_left():
     assert checked > 20
 
 
+def test_the_guide_lists_the_rooms():
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rooms = re.search(r"^\w+ → [\w → \n]+$", guide, re.MULTILINE)
+    assert rooms is not None
+    assert tuple(re.split(r"\s*→\s*", rooms[0].strip())) == ROOMS
+
+
 @pytest.mark.parametrize("folder", ["koclip", "recipes/benchmarks", "space"])
 def test_imports_form_no_circle(folder):
     """Modules of koclip have their full names; those beside a script have the names by which it imports them."""
