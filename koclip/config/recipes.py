@@ -191,7 +191,7 @@ class PublishConfig:
     Args:
         model: Directory of the model; config.yaml and environment.json of its training run must be next to it.
         repo_id: Hub repository to push to: `organisation/name` or `user/name`.
-        results: results.json of the training run or of recipes/evaluate.py. Default: the file next to `model`. The
+        results: results.json of the training run or of `koclip evaluate`. Default: the file next to `model`. The
             fingerprint in it must be that of these weights.
         dry_run: Write the card and run all checks, but push nothing. Needs no token.
         tag: Name of the release, such as `v1.0`. Default: none. An existing tag is never moved.
@@ -262,7 +262,7 @@ class IndexConfig:
     """Make a collection of images searchable.
 
     Args:
-        model: Directory or Hub id of a dual encoder, or any model that `recipes/evaluate.py` takes.
+        model: Directory or Hub id of a dual encoder, or any model that `koclip evaluate` takes.
         images: Folder of pictures, including its subfolders; or a data set: `scenes`, a file or a Hub id.
         source: Data set with column names, instead of `images`.
         output_dir: Directory of the index. If the command is interrupted, run it again: it continues.

@@ -243,7 +243,7 @@ def _single_threads() -> Iterator[tuple[ThreadPoolExecutor, int]]:
 
 
 def open_index(directory: str | Path) -> ImageIndex:
-    """Open an index that `recipes/index.py` has built.
+    """Open an index that `koclip index` has built.
 
     Raises:
         ConfigError: the directory holds no index, or the index is broken or not finished.
