@@ -23,7 +23,7 @@ def main(cfg: config.IndexConfig) -> None:
     storage.append_lines(directory / "skipped.jsonl", [skip._asdict() for skip in skipped])
     left = f"; {len(skipped)} skipped, listed in {directory / 'skipped.jsonl'}" if skipped else ""
     print(f"{num_images} images in {directory}{left}")
-    print(f"Show them: python space/app.py --model {cfg.model} --index {directory}")
+    print(f"Show them: koclip space --model {cfg.model} --index {directory}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ Saved {model}, a stock transformers model. Next:
   python -c "from transformers import pipeline; print(pipeline('zero-shot-image-classification', model='{model}')\
 ('{run}/pictures/example.png', candidate_labels={labels}, hypothesis_template='{{}}'))"
   tensorboard --logdir {run}
-  accelerate launch recipes/pretrain.py --data.sources "[{{path: pairs.csv, image: file, captions: {{ko: caption}}}}]"
+  koclip pretrain --data.sources "[{{path: pairs.csv, image: file, captions: {{ko: caption}}}}]"
 """
 NOTHING_MEASURED = "Saved {model}, a stock transformers model. It was not evaluated: eval.sets is empty"
 QUOTES = str.maketrans("'\"", "  ")  # a shell interprets them
