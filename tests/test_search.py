@@ -419,7 +419,7 @@ def test_a_folder_without_a_usable_picture_is_named(tmp_path):
 
 def test_a_damaged_index_is_named(folder, tmp_path, small):
     target = tmp_path / "index"
-    with pytest.raises(ConfigError, match=r"recipes/index\.py"):
+    with pytest.raises(ConfigError, match=r"koclip index"):
         open_index(target)
     build.build(config(folder), ColourEncoder(), target)
     shard = target / "shard-000001.safetensors"

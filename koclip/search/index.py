@@ -241,14 +241,14 @@ def _single_threads() -> Iterator[tuple[ThreadPoolExecutor, int]]:
 
 
 def open_index(directory: str | Path) -> ImageIndex:
-    """Open an index that `recipes/index.py` has built.
+    """Open an index that `koclip index` has built.
 
     Raises:
         ConfigError: the directory holds no index, or the index is broken or not finished.
     """
     directory = Path(directory)
     facts = Store(directory, "index").facts()
-    command = "python recipes/index.py --model <model> --images <folder> --output_dir <index>"
+    command = "koclip index --model <model> --images <folder> --output_dir <index>"
     if facts is None:
         raise ConfigError(f"index: got {directory}, expected a directory with {FACTS}; build it with: {command}")
     num_images = facts.get("num_images")
