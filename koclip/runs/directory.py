@@ -58,9 +58,7 @@ class RunDirectory:
         if step < config.train.num_steps:
             dump(config, self.path / "config.yaml")
             facts = {**environment(distributed.world_size()), "fast": config.train.fast}
-            storage.replace_text(
-                self.path / "environment.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
-            )
+            storage.replace_text(self.path / "environment.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
         kept = [line for line in storage.read_lines(self.path / "metrics.jsonl") if line["step"] <= step]
         self._seconds_before = kept[-1].get("seconds") if kept else 0.0
 
