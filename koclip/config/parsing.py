@@ -23,9 +23,9 @@ def parse(
 ) -> Config:
     """Build `schema` from the command line, by default this process's: `--config FILE.yaml`, `--section.key value`.
 
-    `--config` takes a file, or a name that `koclip ls` lists; without it, `default` is read. A first word that is not an
-    option is the value of the key `first`: `emoji` means `--name emoji`. An unknown key, a wrong type, a missing file or
-    a value out of range prints a line on stderr and exits with code 2.
+    `--config` takes a file, or a name that `koclip ls` lists; without it, `default` is read. A first word that is no
+    option is the value of the key `first`: `emoji` means `--name emoji`. An unknown key, a wrong type, a missing file
+    or a value out of range prints a line on stderr and exits with code 2.
     """
     installation.require("data")
     from jsonargparse import ArgumentError, ArgumentParser  # only the command line needs it
