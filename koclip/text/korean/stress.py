@@ -14,7 +14,7 @@ from collections.abc import Callable
 from koclip.storage import read_table
 from koclip.text.korean.endings import restyle
 from koclip.text.korean.hangul import is_syllable, keystrokes, neighbours, romanize, spell, typed
-from koclip.text.korean.nouns import drop_particles, replace_nouns
+from koclip.text.korean.particles import drop_particles, replace_nouns
 
 Stress = Callable[[str, int], str]
 
