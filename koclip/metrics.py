@@ -81,9 +81,7 @@ def difference(first: torch.Tensor, second: torch.Tensor) -> Metric:
         ValueError: `first` or `second` has fewer than two queries.
     """
     numbers, others = first.double().numpy(), second.double().numpy()
-    fewer = min(len(numbers), len(others))
-    _check_count(fewer)
-    _check_groups(fewer)
+    _check_count(min(len(numbers), len(others)), least=2)
     interval = bootstrap(
         (numbers, others),
         lambda drawn, drawn_others, axis: drawn.mean(axis) - drawn_others.mean(axis),
@@ -238,14 +236,9 @@ def _places(numbers: Numbers, groups: torch.Tensor | None) -> npt.NDArray[np.int
     return places
 
 
-def _check_count(count: int) -> None:
-    if count == 0:
-        raise ValueError("got no queries, expected at least one")
-
-
-def _check_groups(count: int) -> None:
-    if count < 2:
-        raise ValueError("got one image or query, expected at least two for an interval")
+def _check_count(count: int, least: int = 1) -> None:
+    if count < least:
+        raise ValueError(f"number of queries, or of groups of queries: got {count}, expected at least {least}")
 
 
 def _check_lengths(count: int, other: int, name: str) -> None:
@@ -255,7 +248,7 @@ def _check_lengths(count: int, other: int, name: str) -> None:
 
 def _bootstrap(count: int, statistic: Callable[[Numbers], float]) -> tuple[float, float]:
     """Return the 95 % interval of a statistic; its argument is how often each of `count` groups is drawn."""
-    _check_groups(count)
+    _check_count(count, least=2)
     interval = bootstrap(
         (np.arange(count),),
         lambda drawn: statistic(np.bincount(drawn, minlength=count).astype(np.float64)),

@@ -169,13 +169,9 @@ def train_loader(
     start: Start | None = None,
     lengths: Sequence[CaptionLengths | None] = (),
 ) -> Iterator[Batch]:
-    """Yield this process's batches endlessly, one micro-batch at a time.
+    """Yield this process's batches from the assembler's sources, endlessly, one micro-batch at a time.
 
-    Args:
-        assembler: Makes the batches from the sources of its config.
-        part: This process's part of the global batch.
-        start: Start of a resumed run.
-        lengths: Caption lengths of every source, from the survey. Default: they are measured here.
+    `lengths` are the caption lengths of every source, from the survey; by default they are measured here.
 
     Raises:
         SourceError: a source cannot be opened, streams are mixed with other sources or have too few shards, or
@@ -260,12 +256,8 @@ def read_parts(
 ) -> Iterator[Result]:
     """Yield the result of `read` for each part of a source's rows, until the rows end.
 
-    Args:
-        source: The source.
-        parts: Ranges of row numbers, ascending.
-        read: Function of rows and their numbers. The last part of a stream may have fewer rows.
-        images: Whether the images of the rows are needed.
-        num_workers: Worker processes that read; a stream is read in this process.
+    The parts are ascending ranges of row numbers; `read` gets the rows and their range. The last part of a stream may
+    have fewer rows. A stream is read in this process, other sources in `num_workers` processes.
     """
     if isinstance(source, MapSource):
         # The default generator would be the generator of dropout.

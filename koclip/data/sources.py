@@ -93,10 +93,7 @@ def _without_pictures(table: datasets.Dataset, config: SourceConfig) -> datasets
 class StreamSource:
     """A `datasets.IterableDataset`: rows in order of arrival, with its shards split among readers.
 
-    Args:
-        stream: The stream.
-        config: The source.
-        shards: Names of the shards. Default: their numbers.
+    `shards` are the names of the shards; by default their numbers.
     """
 
     def __init__(self, stream: datasets.IterableDataset, config: SourceConfig, shards: Sequence[str] = ()) -> None:
@@ -210,14 +207,10 @@ def row(
     classes: Sequence[str] | None = None,
     shard: str = "",
 ) -> Row:
-    """Turn a record of a table into a `Row`.
+    """Turn a record of a table, its cells by column, into a `Row`.
 
-    Args:
-        record: Cells by column.
-        config: The source. Its key, the shard and the number identify the row; the row's key also has its name.
-        number: Number of the row in the source or its shard.
-        classes: Class names of numeric labels.
-        shard: Name of the shard, without a slash, if there are several.
+    The source's key, the name of the shard and the row's number in it identify the row; its key also has its name.
+    `classes` are the class names of numeric labels.
     """
     cells = [dig(record, column) for column in config.images]
     value, image = next(((cell, image) for cell in cells if (image := _image(cell, config)) is not None), (None, None))

@@ -42,11 +42,8 @@ class LossFn(Protocol):
     def __call__(self, embeddings: Embeddings, pair_ids: torch.Tensor, teacher: torch.Tensor | None = None) -> Loss:
         """Return the loss.
 
-        Args:
-            embeddings: The pairs in the shared space.
-            pair_ids: (B, 3) numbers that are equal for equal captions, images and sentences of the teacher, in this
-                order. (B, 2) without a teacher, (B,) if images never repeat.
-            teacher: (B, D) the teacher's features of the sentences, not normalised.
+        `pair_ids` (B, 3) are equal for equal captions, images and sentences of the teacher, in this order; (B, 2)
+        without a teacher, (B,) if images never repeat. `teacher` (B, D) are its features, not normalised.
         """
 
 

@@ -239,12 +239,9 @@ def drop_particles(text: str) -> str:
 
 
 def replace_nouns(text: str, names: dict[str, str], which: Callable[[int], Collection[int]]) -> str:
-    """Return `text` with nouns replaced, and their particles in the form that fits.
+    """Return `text` (NFC) with nouns replaced by their `names`, and their particles in the form that fits.
 
-    Args:
-        text: A text in NFC.
-        names: The replacement of each noun.
-        which: Takes the number of nouns in the text and returns the indices of the nouns to replace.
+    `which` takes the number of nouns in the text and returns the indices of the nouns to replace.
     """
     words = list(_WORD.finditer(text))
     around = ["", *(word[0] for word in words), ""]
@@ -271,12 +268,7 @@ def _bare(word: str, following: str) -> str:
 
 
 def split(word: str, following: str = "") -> tuple[str, str]:
-    """Return the noun in `word` and its last particle, or `word` and "" if it has none that `drop_particles` drops.
-
-    Args:
-        word: Letters and digits without a space.
-        following: The next word, or "".
-    """
+    """Return the noun in `word` and its last particle, or `word` and "" if it has none that `drop_particles` drops."""
     for last in _DROPPED:
         stem = word.removesuffix(last)
         if stem and stem != word and _is_particle(stem, last, following):
