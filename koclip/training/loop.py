@@ -7,7 +7,7 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -73,15 +73,11 @@ class Health:
     events: list[Event] = field(default_factory=list)
 
     def judge(self, step: int, loss: float, grad_norm: float, keys: Sequence[str], loss_scale: float | None) -> bool:
-        """Return whether this step may change the model. All processes must pass the same loss and gradient norm.
+        """Return whether this step may change the model.
 
-        Args:
-            step: Number of the step.
-            loss: Mean over the processes.
-            grad_norm: Norm of the global gradient.
-            keys: Keys of this process's samples.
-            loss_scale: Loss scale of fp16 training; None in other precisions. The scaler finds its scale by trying. So
-                a gradient that overflows at a scale of 1 or more skips the step, but does not count as a bad step.
+        All processes must pass the same `loss` (their mean) and `grad_norm` (of the global gradient). `keys` are this
+        process's samples. `loss_scale` is that of fp16 training, else None. The scaler finds its scale by trying. So a
+        gradient that overflows at a scale of 1 or more skips the step, but does not count as a bad step.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self._note_spike(step, loss, grad_norm, keys)
@@ -211,14 +207,6 @@ def steps(
         state.health.stop_if_diverged()
 
 
-def progress_text(stats: dict[str, float]) -> str:
-    """Return the stats for the progress bar."""
-    return (
-        f"loss {stats['loss']:.3f}, accuracy {stats['accuracy']:.0%}, {stats['images_per_second']:,.0f} pairs/s, "
-        f"{stats['memory_gib']:.1f} GiB"
-    )
-
-
 def _step(state: TrainState, step: int, micro_batches: Sequence[Batch]) -> dict[str, float]:
     """Do one optimizer step, unless its loss or gradient is not finite; return loss, accuracy and gradient norm."""
     statistics = [buffer for buffer in state.dual_encoder.model.buffers() if buffer.is_floating_point()]  # batch norms
@@ -308,30 +296,25 @@ class _Window:
         }
 
 
-class StopRequest:
-    """Context in which the first SIGTERM or SIGINT only asks the run to stop; a second signal ends the process."""
+@contextmanager
+def stop_requests(device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Let the first SIGTERM or SIGINT only ask the run to stop; a second signal ends the process.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._asked = False
-        self._previous: dict[signal.Signals, object] = {}
+    Yields a function that returns whether any process of the run was asked to stop. Call it on every process.
+    """
+    received = False
 
-    def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
-    def __exit__(self, *_: object) -> None:
-        self._restore()
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = True
+        restore()
 
-    def asked(self) -> bool:
-        """Return whether any process of the run was asked to stop. Call it on every process."""
-        return distributed.any_process(self._asked, self._device)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: distributed.any_process(received, device)
+    finally:
+        restore()
