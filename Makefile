@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 LOWEST := .venv-lowest
-# Every library of `dependencies` does its work in one of these.
+# Every library of `dependencies` and of the extra `all` does its work in one of these.
 LOWEST_TESTS := $(addprefix tests/test_,adapters.py evaluate.py models.py onnx.py peers.py publish.py recipes.py search.py)
 PIP := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 
@@ -11,7 +11,7 @@ help:  ## Say what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
 
 quickstart: $(VENV)/.installed  ## Install into .venv and train a small Korean-English CLIP on the built-in data
-	$(VENV)/bin/accelerate launch recipes/pretrain.py --output_dir runs/quickstart --resume auto
+	$(VENV)/bin/koclip pretrain --output_dir runs/quickstart --resume auto
 
 test: $(VENV)/.installed-dev  ## Install what tests need and run them (pass more with ARGS="-m slow")
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --durations=10 $(ARGS)
@@ -31,12 +31,13 @@ check: $(VENV)/.installed-dev  ## Lint, format and type-check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/mypy --config-file tests/mypy.ini
 
-docs: $(VENV)/.installed-docs  ## Build the documents into site/
+docs: $(VENV)/.installed-docs  ## Build the documents into site/; run the notebook and the Python of the README
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m 'slow or not slow' tests/test_docs.py tests/test_notebook.py
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --editable .
+	$(PIP) --editable '.[train]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
@@ -47,7 +48,7 @@ $(VENV)/.installed-docs: $(VENV)/.installed-dev
 	$(PIP) --editable '.[docs]'
 	touch $@
 
-$(LOWEST)/.installed: pyproject.toml constraints.txt
+$(LOWEST)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints.txt uv torch torchvision
 	grep -E '^torch(vision)?==' constraints.txt > $(LOWEST)/torch.txt

@@ -11,25 +11,38 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from unittest import mock
 
 import yaml
 
 import koclip
-from koclip import installation, storage
+from koclip import config, installation, storage
 
-# What a command does, and the extra that it needs.
+
+class Recipe(NamedTuple):
+    """A recipe as a command: what it does, the extra it needs, and its configuration."""
+
+    summary: str
+    extra: str
+    schema: type | None
+    launched: bool = False  # by accelerate; without --config it reads configs/<recipe>/scenes.yaml
+    first: str | None = None  # key that the first word sets
+
+
 RECIPES = {
-    "pretrain": ("train a CLIP from random weights on (image, caption) pairs", "train"),
-    "align": ("give a CLIP a Korean or multilingual text encoder", "train"),
-    "evaluate": ("measure models in Korean and English: results, charts, a report", "eval"),
-    "publish": ("check a trained model, write its card, push both to the Hub", "publish"),
-    "index": ("make a collection of images searchable", "search"),
-    "space": ("show a model in the browser", "space"),
-    "data": ("download a data set from its public source", "data"),
+    "pretrain": Recipe(
+        "train a CLIP from random weights on (image, caption) pairs", "train", config.PretrainConfig, launched=True
+    ),
+    "align": Recipe("give a CLIP a Korean or multilingual text encoder", "train", config.AlignConfig, launched=True),
+    "evaluate": Recipe(
+        "measure models in Korean and English: results, charts, a report", "eval", config.EvaluateConfig, launched=True
+    ),
+    "publish": Recipe("check a trained model, write its card, push both to the Hub", "publish", config.PublishConfig),
+    "index": Recipe("make a collection of images searchable", "search", config.IndexConfig),
+    "space": Recipe("show a model in the browser", "space", None),
+    "data": Recipe("download a data set from its public source", "data", config.DataSetConfig, first="name"),
 }
-LAUNCHED = {"pretrain", "align", "evaluate"}  # by accelerate
 EXAMPLES = """\
 examples:
   koclip pretrain                       train on the built-in images, 4 minutes on 2 CPU cores
@@ -45,7 +58,13 @@ _MODELS = ("clip", "text_encoder")  # keys that name a model
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line; `words` are its arguments, by default those of this process."""
-    words = list(sys.argv[1:] if words is None else words)
+    try:
+        _run(list(sys.argv[1:] if words is None else words))
+    except BrokenPipeError:  # `koclip ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(words: list[str]) -> None:
     if words and words[0] in RECIPES:
         run_recipe(words[0], words[1:])
         return
@@ -55,9 +74,7 @@ def main(words: Sequence[str] | None = None) -> None:
             print(table(options.recipe))
         elif options.command == "cp":
             copy(options.name, Path(options.to or f"{options.name.rpartition('/')[2]}.yaml"), options.force)
-    except BrokenPipeError:  # `koclip ls | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
+    except (FileNotFoundError, FileExistsError, PermissionError) as error:
         _fail(str(error))
 
 
@@ -70,8 +87,8 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"koclip {koclip.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (summary, _) in RECIPES.items():
-        commands.add_parser(name, help=summary)
+    for name, recipe in RECIPES.items():
+        commands.add_parser(name, help=recipe.summary)
     listing = commands.add_parser("ls", help="list the configurations, and what each needs")
     listing.add_argument("recipe", nargs="?", help="only those of pretrain, align, evaluate, index or accelerate")
     copying = commands.add_parser("cp", help="copy a configuration, to change it")
@@ -90,28 +107,32 @@ def _fail(message: str, code: int = 2) -> NoReturn:
 
 
 def run_recipe(name: str, words: list[str]) -> None:
-    """Run a recipe in this process, or let accelerate start it.
+    """Check a recipe's arguments, which takes no torch; then run it in this process, or let accelerate start it.
 
     Args:
         name: One of `RECIPES`.
         words: The recipe's arguments, and `--launch OPTIONS` for accelerate.
     """
+    recipe = RECIPES[name]
     launch_options, words = _take_launch_options(words)
-    if launch_options and name not in LAUNCHED:
+    if launch_options and not recipe.launched:
         _fail(f"--launch: koclip {name} runs in one process")
-    folder = installation.files("space" if name == "space" else "recipes")
-    script = folder / ("app.py" if name == "space" else f"{name}.py")
     try:
-        installation.require(RECIPES[name][1])
+        installation.require(recipe.extra)
     except installation.MissingExtraError as error:
         _fail(f"{name}: {error}")
-    if name in LAUNCHED and "--help" not in words and "-h" not in words:
-        launch(script, launch_options, words)
+    sys.argv = [f"koclip {name}", *words]
+    folder = installation.files("space" if name == "space" else "recipes")
+    if recipe.schema is not None:
+        default = folder / "configs" / name / "scenes.yaml" if recipe.launched else None
+        config.parse(recipe.schema, words, default, recipe.first)
+    if recipe.launched:
+        launch(folder / f"{name}.py", launch_options, words)
+    elif name == "space":
+        sys.path.insert(0, str(folder))  # the app's modules import each other by bare name
+        runpy.run_path(str(folder / "app.py"), run_name="__main__")
     else:
-        sys.argv = [str(script), *words]
-        if name == "space":  # its modules import each other by bare name
-            sys.path.insert(0, str(folder))
-        runpy.run_path(str(script), run_name="__main__")
+        runpy.run_path(str(folder / f"{name}.py"), run_name="__main__")
 
 
 def _take_launch_options(words: list[str]) -> tuple[list[str], list[str]]:

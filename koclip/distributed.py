@@ -1,4 +1,4 @@
-"""Collective operations. koclip has no others. Without a process group, each returns its input."""
+"""All collective operations of koclip. Without a process group, each returns its input."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ def rank() -> int:
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather whose backward pass sums the gradients of all processes: each process gets that of the global loss.
+    """All-gather whose backward pass sums the gradients of all processes, for the gradient of the global loss.
 
     `torch.distributed.nn.functional.all_gather` does this too but is deprecated; `accelerator.gather` cuts the graph.
     """
@@ -35,7 +35,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        gradient = gradients[0].clone(memory_format=torch.contiguous_format)  # autograd's own must not be written to
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)  # autograd's tensor is read-only
         dist.all_reduce(gradient)
         return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
@@ -52,7 +52,7 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def logsumexp(values: torch.Tensor) -> torch.Tensor:
-    """Return log(sum(exp(value))) over the processes, element by element. No gradient flows."""
+    """Return log(sum(exp(value))) over the processes, for each element. No gradient flows."""
     if world_size() == 1:
         return values
     largest = values.clone()
@@ -63,7 +63,7 @@ def logsumexp(values: torch.Tensor) -> torch.Tensor:
 
 
 def mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Return each value's mean over the processes."""
+    """Return the mean of each value over the processes."""
     if world_size() == 1:
         return values
     packed = torch.tensor(list(values.values()), dtype=torch.float64 if device.type == "cpu" else torch.float32)

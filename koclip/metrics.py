@@ -1,4 +1,4 @@
-"""Retrieval and classification metrics: matrices in, floats out. No model, no data set.
+"""Retrieval and classification metrics: matrices in, numbers with intervals out. No model, no data set.
 
 Letters in shape comments: Q queries, G gallery entries, P the most positives of a query, D embedding width.
 """
@@ -20,8 +20,8 @@ Numbers = npt.NDArray[np.float64]
 
 KS = (1, 5, 10)
 _RESAMPLES = 1_000
-_DRAWN_AT_ONCE = 1_000_000  # numbers that the bootstrap draws at once; 8 MB
-_CHUNK = 16_000_000  # similarities held at once; 64 MB
+_DRAWN_AT_ONCE = 1_000_000  # numbers that the bootstrap draws at a time; 8 MB
+_CHUNK = 16_000_000  # similarities in memory at a time; 64 MB
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,21 @@ class Metric:
     n: int
 
     def to_dict(self) -> dict[str, object]:
-        """Return the entry of results.json."""
+        """Return the entry for results.json."""
         return {**asdict(self), "ci95": list(self.ci95)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Metric":
-        """Return the metric of an entry of results.json."""
+        """Return the metric in an entry of results.json."""
         low, high = values["ci95"]
         return cls(values["value"], (low, high), values["n"])
 
 
 def share(hits: torch.Tensor) -> Metric:
-    """Return the share of true entries of `hits` (Q,) with Wilson's interval (1927); queries taken as independent.
+    """Return the share of true entries of `hits` (Q,) with Wilson's interval (1927), for independent queries.
 
     Raises:
-        ValueError: there is no query.
+        ValueError: there are no queries.
     """
     count, total = int(hits.sum()), len(hits)
     _check_count(total)
@@ -58,11 +58,11 @@ def share(hits: torch.Tensor) -> Metric:
 def mean(values: torch.Tensor, groups: torch.Tensor | None = None) -> Metric:
     """Return the mean of `values` (Q,) with its bootstrap interval; also of paired differences, a - b.
 
-    Percentile bootstrap (Efron 1979), 1,000 resamples of whole groups, always the same ones.
+    Percentile bootstrap (Efron 1979) with 1,000 resamples of whole groups, drawn with a fixed seed.
 
     Args:
         values: One number per query.
-        groups: (Q,) Which queries belong together, as the captions of one image do; default: each is its own.
+        groups: (Q,) Group of each query, such as the image of a caption. Default: each query is a group.
 
     Raises:
         ValueError: there are fewer than two groups.
@@ -75,14 +75,13 @@ def mean(values: torch.Tensor, groups: torch.Tensor | None = None) -> Metric:
 
 
 def difference(first: torch.Tensor, second: torch.Tensor) -> Metric:
-    """Return the mean of `first` (Q,) less that of `second` (R,), of other queries; the bootstrap draws from both.
+    """Return the mean of `first` (Q,) minus the mean of `second` (R,), for different queries; bootstrap over both.
 
     Raises:
-        ValueError: either has fewer than two queries.
+        ValueError: `first` or `second` has fewer than two queries.
     """
     numbers, others = first.double().numpy(), second.double().numpy()
-    _check_count(min(len(numbers), len(others)))
-    _check_groups(min(len(numbers), len(others)))
+    _check_count(min(len(numbers), len(others)), least=2)
     interval = bootstrap(
         (numbers, others),
         lambda drawn, drawn_others, axis: drawn.mean(axis) - drawn_others.mean(axis),
@@ -107,9 +106,9 @@ def median(values: torch.Tensor, groups: torch.Tensor | None = None) -> Metric:
 
 
 def mean_per_class(hits: torch.Tensor, labels: torch.Tensor) -> Metric:
-    """Return the mean over the classes of the share of true `hits` (Q,); the interval resamples queries.
+    """Return the mean over classes of the share of true `hits` (Q,); the bootstrap resamples queries.
 
-    Classes that a resample has no query of are left out of its mean.
+    The mean of a resample leaves out classes without queries.
     """
     numbers, owners = hits.double().numpy(), np.unique(labels.numpy(), return_inverse=True)[1]
     _check_count(len(numbers))
@@ -127,33 +126,33 @@ def agreement(scores: torch.Tensor, ratings: torch.Tensor, variant: str = "c") -
     """Return Kendall's tau between `scores` and `ratings` (Q,), -1 to 1, with its bootstrap interval.
 
     Args:
-        scores: The model's.
-        ratings: People's. One item rated by several people stands there several times, as in Flickr8k-Expert.
-        variant: `c` (Stuart 1953), which published tables of image captions use, or `b` (Kendall 1945).
+        scores: Scores of the model.
+        ratings: Human ratings. An item with several ratings occurs several times, as in Flickr8k-Expert.
+        variant: `c` (Stuart 1953), as in published tables of image captions, or `b` (Kendall 1945).
 
     Raises:
-        ValueError: either is constant or not finite, they differ in length, or there are fewer than two items.
+        ValueError: scores or ratings are constant or not finite, they differ in length, or there are fewer than two.
     """
     scored, rated = scores.double().numpy(), ratings.double().numpy()
     _check_count(len(scored))
     _check_lengths(len(scored), len(rated), "ratings")
     if not (np.isfinite(scored).all() and np.isfinite(rated).all()):
-        raise ValueError("the scores or the ratings hold NaN or infinity, which have no order")
+        raise ValueError("got NaN or infinity among the scores or ratings, expected finite numbers")
     if len(np.unique(scored)) < 2 or len(np.unique(rated)) < 2:
-        raise ValueError(f"all {len(scored)} scores or all ratings are the same: there is no order to agree on")
+        raise ValueError(f"all {len(scored)} scores, or all ratings, are equal: they have no order to compare")
 
     def tau(weights: Numbers) -> float:
         drawn = np.repeat(np.arange(len(scored)), weights.astype(np.int64))
         statistic = kendalltau(scored[drawn], rated[drawn], variant=variant).statistic
-        return float(np.nan_to_num(statistic))  # a resample of one rating agrees with nothing
+        return float(np.nan_to_num(statistic))  # 0 for a resample with equal ratings
 
     return Metric(tau(np.ones(len(scored))), _bootstrap(len(scored), tau), len(scored))
 
 
 def first_ranks(similarity: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
-    """Return how many gallery entries beat each query's best positive, (Q,); 0 is a hit at 1.
+    """Return the number of gallery entries before each query's best positive, (Q,); 0 is a hit at 1.
 
-    An entry that ties with the best positive counts as beating it, so that a constant model scores nothing.
+    An entry with the same similarity as the best positive counts as before it, so that a constant model scores 0.
 
     Args:
         similarity: (Q, G).
@@ -163,7 +162,7 @@ def first_ranks(similarity: torch.Tensor, positives: torch.Tensor) -> torch.Tens
         ValueError: a similarity is not finite, or a query has no positive.
     """
     if not bool(torch.isfinite(similarity).all()):
-        raise ValueError("the similarity matrix holds NaN or infinity; the model's embeddings are broken")
+        raise ValueError("the similarities contain NaN or infinity; the model's embeddings are broken")
     if not bool(positives.any(dim=1).all()):
         raise ValueError("a query without any positive in the gallery cannot be ranked")
     best = similarity.masked_fill(~positives, float("-inf")).amax(dim=1, keepdim=True)  # (Q, 1)
@@ -173,21 +172,21 @@ def first_ranks(similarity: torch.Tensor, positives: torch.Tensor) -> torch.Tens
 def search(
     queries: torch.Tensor, gallery: torch.Tensor, positives: Sequence[Sequence[int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each query's rank as `first_ranks` defines it and its nearest entry, both (Q,), in bounded memory.
+    """Return each query's rank, as in `first_ranks`, and its nearest entry, both (Q,), in bounded memory.
 
     Args:
         queries: (Q, D).
         gallery: (G, D).
-        positives: The right entries of each query, at least one.
+        positives: The correct entries of each query, at least one.
 
     Raises:
-        ValueError: there is no query, a similarity is not finite, or a query has no positive.
+        ValueError: there are no queries, a similarity is not finite, or a query has no positive.
     """
     _check_count(len(queries))
     if not all(positives):
         raise ValueError("a query without any positive in the gallery cannot be ranked")
     rows = min(len(queries), max(1, _CHUNK // max(1, len(gallery))))
-    # Filled again for every chunk: what is freed and taken anew in between others may pile up to gigabytes.
+    # One buffer for all chunks: memory that is freed and allocated again may grow to gigabytes.
     similarities = queries.new_empty(rows, len(gallery))
     not_beaten = torch.empty(rows, len(gallery), dtype=torch.bool)
     ranks, nearest = (torch.empty(len(queries), dtype=torch.long) for _ in range(2))
@@ -195,16 +194,16 @@ def search(
         part = slice(start, start + rows)
         count = len(queries[part])
         similarity = torch.mm(queries[part], gallery.T, out=similarities[:count])  # (q, G)
-        # The sum is not finite if any of them is not, and takes a twentieth of the time of looking at each.
+        # The sum is not finite if a term is not, and takes a twentieth of the time of checking each term.
         if not bool(similarity.sum().isfinite()) and not bool(torch.isfinite(similarity).all()):
-            raise ValueError("the similarities hold NaN or infinity; the model's embeddings are broken")
+            raise ValueError("the similarities contain NaN or infinity; the model's embeddings are broken")
         owned = [list(dict.fromkeys(own)) for own in positives[part]]
         longest = max(map(len, owned))
         places = torch.tensor([[*own, *[-1] * (longest - len(own))] for own in owned])  # (q, P)
         scores = similarity.gather(1, places.clamp(min=0)).masked_fill(places < 0, float("-inf"))
         best = scores.amax(dim=1, keepdim=True)
         ahead = torch.ge(similarity, best, out=not_beaten[:count]).numpy()
-        # torch takes four times as long to count.
+        # Counting with torch takes four times as long.
         ranks[part] = torch.from_numpy(np.count_nonzero(ahead, axis=1)) - (scores >= best).sum(dim=1)
         nearest[part] = similarity.argmax(dim=1)
     return ranks, nearest
@@ -213,19 +212,15 @@ def search(
 def recall_at(ranks: torch.Tensor, groups: torch.Tensor | None = None, ks: Sequence[int] = KS) -> dict[str, Metric]:
     """Return recall@k, the share of queries with a positive among their k nearest, and the median rank from 1.
 
-    CLIP_benchmark's definition of recall. The intervals resample whole groups.
-
-    Args:
-        ranks: (Q,) From `first_ranks` or `search`.
-        groups: (Q,) See `mean`.
-        ks: The ks.
+    The definition of recall is CLIP_benchmark's. `ranks` (Q,) are those of `first_ranks` or `search`; for `groups` see
+    `mean`.
     """
     recalls = {}
     for k in ks:
         hits = ranks < k
         if 0 < int(hits.sum()) < len(hits):
             recalls[f"recall@{k}"] = mean(hits, groups)
-        else:  # where all are alike, all resamples are; Wilson's interval has a width, that of one query per group
+        else:  # all resamples would be equal; use Wilson's interval for one query per group
             first_of_each = hits if groups is None else hits[: len(groups.unique())]
             recalls[f"recall@{k}"] = replace(share(first_of_each), n=len(hits))
     return recalls | {"median_rank": median(ranks + 1, groups)}
@@ -241,24 +236,19 @@ def _places(numbers: Numbers, groups: torch.Tensor | None) -> npt.NDArray[np.int
     return places
 
 
-def _check_count(count: int) -> None:
-    if count == 0:
-        raise ValueError("no queries: a share of nothing is not a number")
-
-
-def _check_groups(count: int) -> None:
-    if count < 2:
-        raise ValueError("one image or query: an interval takes at least two")
+def _check_count(count: int, least: int = 1) -> None:
+    if count < least:
+        raise ValueError(f"number of queries, or of groups of queries: got {count}, expected at least {least}")
 
 
 def _check_lengths(count: int, other: int, name: str) -> None:
     if count != other:
-        raise ValueError(f"{count} queries have {other} {name}; expected one each")
+        raise ValueError(f"got {other} {name} for {count} queries, expected one each")
 
 
 def _bootstrap(count: int, statistic: Callable[[Numbers], float]) -> tuple[float, float]:
-    """Return the 95 % interval of a statistic of how often each of `count` groups is drawn."""
-    _check_groups(count)
+    """Return the 95 % interval of a statistic; its argument is how often each of `count` groups is drawn."""
+    _check_count(count, least=2)
     interval = bootstrap(
         (np.arange(count),),
         lambda drawn: statistic(np.bincount(drawn, minlength=count).astype(np.float64)),
@@ -269,6 +259,6 @@ def _bootstrap(count: int, statistic: Callable[[Numbers], float]) -> tuple[float
 
 
 def _options(count: int) -> dict[str, Any]:
-    """Return how the bootstrap draws from `count` items: always the same way, and not all at once."""
+    """Return the options of a bootstrap over `count` items: a fixed seed and bounded memory."""
     rng = np.random.default_rng(0)
     return {"n_resamples": _RESAMPLES, "batch": max(1, _DRAWN_AT_ONCE // count), "method": "percentile", "rng": rng}

@@ -1,4 +1,4 @@
-"""AdamW's parameter groups, learning rates by depth, and the learning-rate schedule."""
+"""Parameter groups of AdamW, learning rates by depth, and the learning-rate schedule."""
 
 import math
 from collections.abc import Mapping
@@ -13,12 +13,10 @@ from koclip.models.stock import layout_of
 
 
 def adamw(model: nn.Module, config: OptimConfig, rates: Mapping[str, float] | None = None) -> AdamW:
-    """Return AdamW; norms, biases and scalars have no weight decay (Radford et al. 2021, section 2.5).
+    """Return AdamW for all parameters that require a gradient.
 
-    Args:
-        model: The model; parameters that require a gradient are trained.
-        config: Learning rate, weight decay and decay of the moments.
-        rates: Learning rate of a parameter relative to `config.lr`, by name. Default: 1.
+    Norms, biases and scalars have no weight decay (Radford et al. 2021, section 2.5). `rates` are learning rates of
+    parameters by name, relative to `config.lr`; default: 1.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -61,9 +59,9 @@ def set_step(schedule: LambdaLR, step: int) -> None:
 
 
 def depth(tower: nn.Module) -> dict[str, int]:
-    """Return how deep below a tower's output each parameter is: 0 above its layers, 1 in the top one, and so on.
+    """Return the depth of each parameter below a tower's output: 0 above the layers, 1 in the top layer, and so on.
 
-    Its layers are the longest list of modules in it; embeddings are below the lowest.
+    The layers are the longest list of modules; embeddings are one deeper than the lowest layer.
     """
     lists = {name: part for name, part in tower.named_modules() if isinstance(part, nn.ModuleList | nn.Sequential)}
     if not lists:
@@ -80,7 +78,7 @@ def depth(tower: nn.Module) -> dict[str, int]:
 
 
 def layer_rates(encoder: DualEncoder, decay: float) -> dict[str, float]:
-    """Return each parameter's learning rate as a share of the peak: decay ** depth, in both towers (as in BEiT)."""
+    """Return the learning rate of each parameter relative to the peak: decay ** depth, in both towers (as in BEiT)."""
     rates: dict[str, float] = {}
     layout = layout_of(encoder.model)
     for side in (layout.image_tower, layout.text_tower):

@@ -1,6 +1,7 @@
-"""How bytes reach the disk: JSON lines, files replaced at once, checksums, and the environment of a number."""
+"""Files: atomic writes, JSON lines, checksums, tables in assets, and the facts of environment.json."""
 
 import ctypes
+import hashlib
 import json
 import os
 import platform
@@ -18,21 +19,17 @@ import xxhash
 
 from koclip import installation
 
-SEAL = "checksums.json"  # written last, of every other file
-_BLOCK = 2**20  # bytes read at a time
-_HERE, _EXCHANGE = -100, 2  # of renameat2: paths from the working directory, and RENAME_EXCHANGE
+SEAL = "checksums.json"  # written last; lists every other file
+_HERE, _EXCHANGE = -100, 2  # renameat2: AT_FDCWD and RENAME_EXCHANGE
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "koclip")
 
 
 @contextmanager
 def atomic(path: Path, shared: bool = False) -> Iterator[Path]:
-    """Yield a path to write a file or a directory at. It takes the place of `path` when the block ends.
+    """Yield a temporary path for a file or directory, which replaces `path` when the block ends.
 
-    If the block raises, what it wrote is removed. What a killed process wrote is removed by the next write.
-
-    Args:
-        path: The file or directory to write.
-        shared: Whether several processes may write the same path at once; each then has a temporary path of its own.
+    If the block raises, its temporary files are removed. The next write removes those of a killed process. If `shared`,
+    several processes may write the same path at once.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"writing-{uuid4().hex}-{path.name}" if shared else f"writing-{path.name}")
@@ -41,15 +38,15 @@ def atomic(path: Path, shared: bool = False) -> Iterator[Path]:
         yield partial
         put(partial, path)
     finally:
-        _remove(partial)  # there is none after `put`
+        _remove(partial)
 
 
 def put(partial: Path, path: Path) -> None:
-    """Give a complete file or directory its name, in the place of what had this name.
+    """Rename a complete file or directory to `path` and replace what is there; both must be on one file system.
 
-    The content is on disk before its name is, so that a reader, or a power cut, finds the old content or the new one.
-    Both have to be on one file system. Where that cannot swap two directories, the old one is first renamed to
-    `replaced-<name>`: a process that is killed right then leaves no `path`, but the old directory is complete.
+    The content is on disk before the rename, so that a reader finds the old or the new content, also after a power cut.
+    If the file system cannot swap two directories, the old one is first renamed to `replaced-<name>`: a process that is
+    killed at this moment leaves no `path`, but the old directory is complete.
     """
     for file in [*partial.rglob("*"), partial] if partial.is_dir() else [partial]:
         sync(file)
@@ -67,13 +64,13 @@ def put(partial: Path, path: Path) -> None:
 
 
 def _swap(first: Path, second: Path) -> bool:
-    """Swap two paths in one step; return whether this system can (Linux can, on most file systems)."""
+    """Swap two paths in one step; return whether the system supports it (Linux does, on most file systems)."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     return rename is not None and rename(_HERE, bytes(first), _HERE, bytes(second), _EXCHANGE) == 0
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a directory, if it is there."""
+    """Remove a file or a directory if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -87,13 +84,13 @@ def read_table(name: str) -> list[list[str]]:
 
 
 def append_lines(file: Path, items: Iterable[dict[str, Any]]) -> None:
-    """Append a line per item."""
+    """Append one line per item to a log."""
     with file.open("a", encoding="utf-8") as opened:
         opened.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Return the items of a log; a last line that was cut off is no item. A missing log is empty."""
+    """Return the items of a log without an incomplete last line; a missing log has none."""
     if not file.exists():
         return []
     *lines, _ = file.read_text(encoding="utf-8").split("\n")  # str.splitlines would also split at U+2028 in a key
@@ -101,15 +98,14 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def keep_lines(file: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Leave only the wanted items in a log."""
+    """Remove the unwanted items from a log."""
     if file.exists():
-        replace_text(
-            file, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in read_lines(file) if wanted(item))
-        )
+        with atomic(file) as partial:
+            append_lines(partial, filter(wanted, read_lines(file)))
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Give a file another content; whoever reads it sees the old one or the new one."""
+    """Replace the content of a file atomically."""
     with atomic(file) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -123,7 +119,7 @@ def seal(directory: Path) -> None:
 
 
 def damage(directory: Path) -> str | None:
-    """Return what is wrong with a sealed directory, None if nothing is."""
+    """Return a description of the damage to a sealed directory; None if it is intact."""
     try:
         sums = json.loads((directory / SEAL).read_text(encoding="utf-8"))
         for name, expected in sums.items():
@@ -131,14 +127,14 @@ def damage(directory: Path) -> str | None:
             if size != expected["bytes"]:
                 return f"{name} has {size} bytes instead of {expected['bytes']}"
             if _checksum(directory / name) != expected["xxh3_128"]:
-                return f"{name} does not have the checksum it was written with"
+                return f"{name} has another checksum than when it was written"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{SEAL} or a file it lists cannot be read: {error}"
     return None if sums else f"{SEAL} is empty"
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or a rename within a directory, survive a power cut."""
+    """Write a file's content, or the renames in a directory, to disk, so that they survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -147,15 +143,12 @@ def sync(path: Path) -> None:
 
 
 def _checksum(file: Path) -> str:
-    digest = xxhash.xxh3_128()
     with file.open("rb") as opened:
-        while block := opened.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(opened, xxhash.xxh3_128).hexdigest()
 
 
 def environment(num_processes: int = 1) -> dict[str, Any]:
-    """Return what a number depends on: versions, hardware, the commit of the code."""
+    """Return the facts that results depend on: versions, hardware, the commit of the code."""
     import torch  # takes seconds, and nothing else here needs it
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -1,4 +1,4 @@
-"""Give a CLIP a Korean or multilingual text encoder, or adapt its own; its image space stays unless it is trained.
+"""Give a CLIP a Korean or multilingual text encoder, or adapt its own text encoder, and keep its image space.
 
 accelerate launch recipes/align.py                          # configs/align/scenes.yaml, a minute on a laptop
 accelerate launch recipes/align.py --config recipes/configs/align/klue_roberta_base_frozen.yaml

@@ -1,8 +1,8 @@
-"""Measure dual encoders in Korean, in English and between them: results.json, a table, pictures and a report.
+"""Measure dual encoders in Korean, in English and between both: results.json, a table, pictures and a report.
 
 python recipes/evaluate.py --model runs/mine/model          # configs/evaluate/scenes.yaml
 python recipes/evaluate.py --config recipes/configs/evaluate/local.yaml --models runs/mine/model runs/other/model
-ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 recipes/evaluate.py --model runs/mine/model  # same numbers, sooner
+ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 recipes/evaluate.py --model runs/mine/model  # same numbers, faster
 """
 
 import time

@@ -3,8 +3,8 @@
 python recipes/index.py --model runs/mine/model --images photos/ --output_dir index/
 python recipes/index.py --model runs/mine/model --images scenes --output_dir index/    # the built-in pictures
 
-A run that was stopped or killed goes on where it was: give the same command again. It also embeds anew what has changed
-since: pictures of other content, other captions.
+After an interruption, run the same command again: it continues. It also embeds pictures and captions again that have
+changed since.
 """
 
 from pathlib import Path
@@ -19,11 +19,11 @@ def main(cfg: config.IndexConfig) -> None:
     directory = Path(cfg.output_dir)
     encoder = koclip.load(cfg.model, cfg.device)
     num_images, skipped = build(cfg, encoder, directory)
-    (directory / "skipped.jsonl").unlink(missing_ok=True)  # a run before this one's
+    (directory / "skipped.jsonl").unlink(missing_ok=True)  # of an earlier run
     storage.append_lines(directory / "skipped.jsonl", [skip._asdict() for skip in skipped])
-    left = f"; {len(skipped)} left out, listed in {directory / 'skipped.jsonl'}" if skipped else ""
+    left = f"; {len(skipped)} skipped, listed in {directory / 'skipped.jsonl'}" if skipped else ""
     print(f"{num_images} images in {directory}{left}")
-    print(f"Show them: python space/app.py --model {cfg.model} --index {directory}")
+    print(f"Show them: koclip space --model {cfg.model} --index {directory}")
 
 
 if __name__ == "__main__":

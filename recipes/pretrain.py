@@ -1,4 +1,4 @@
-"""Train a CLIP from random weights on (image, caption) pairs; leave a model that stock transformers loads.
+"""Train a CLIP from random weights on (image, caption) pairs, and save a model that stock transformers loads.
 
 accelerate launch recipes/pretrain.py                       # configs/pretrain/scenes.yaml, minutes on a laptop
 accelerate launch recipes/pretrain.py --config recipes/configs/pretrain/flickr8k_ko_small.yaml
@@ -18,10 +18,10 @@ Saved {model}, a stock transformers model. Next:
   python -c "from transformers import pipeline; print(pipeline('zero-shot-image-classification', model='{model}')\
 ('{run}/pictures/example.png', candidate_labels={labels}, hypothesis_template='{{}}'))"
   tensorboard --logdir {run}
-  accelerate launch recipes/pretrain.py --data.sources "[{{path: pairs.csv, image: file, captions: {{ko: caption}}}}]"
+  koclip pretrain --data.sources "[{{path: pairs.csv, image: file, captions: {{ko: caption}}}}]"
 """
-NOTHING_MEASURED = "Saved {model}, a stock transformers model; nothing was measured: eval.sets"
-QUOTES = str.maketrans("'\"", "  ")  # what a shell would read
+NOTHING_MEASURED = "Saved {model}, a stock transformers model. It was not evaluated: eval.sets is empty"
+QUOTES = str.maketrans("'\"", "  ")  # a shell interprets them
 
 
 def main(cfg: config.PretrainConfig) -> None:
@@ -40,7 +40,7 @@ def main(cfg: config.PretrainConfig) -> None:
 
 
 def labels_of(eval_sets: list[EvalSet]) -> list[str]:
-    """Return the first three different captions of the sets, or fewer, without the letters that a shell reads."""
+    """Return up to three different captions of the sets, without characters that a shell interprets."""
     captions = [usable(texts)[0] for eval_set in eval_sets for row in eval_set.captions for texts in row.values()]
     return list(dict.fromkeys(text.translate(QUOTES) for text in captions))[:3]
 

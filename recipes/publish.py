@@ -2,7 +2,7 @@
 
 python recipes/publish.py --model runs/mine/model --repo_id org/name --dry_run   # card and pre-flight; pushes nothing
 python recipes/publish.py --model runs/mine/model --repo_id org/name --tag v1.0
-python recipes/publish.py --model runs/mine/model --repo_id org/name --space org/name   # and the app that shows it
+python recipes/publish.py --model runs/mine/model --repo_id org/name --space org/name   # and its Space
 python recipes/publish.py --help                                                 # every key and its default
 """
 

@@ -139,7 +139,7 @@ def test_paths_of_this_machine_stay_out(run):
     [
         ("environment.json", {"command": None}, "environment.json: command: got None"),
         ("environment.json", {"packages": {}}, r"environment.json: packages: got \{\}"),
-        ("results.json", {"metrics": {}}, r"results.json, metrics: got \{\}.*measure it: python recipes/evaluate.py"),
+        ("results.json", {"metrics": {}}, r"results.json, metrics: got \{\}.*measure it: koclip evaluate"),
         ("results.json", {"data": None}, "results.json, data: got None"),
         ("results.json", {"data": {"unknown": {}}}, "the data card of unknown: got .*unknown.md', no such file; write"),
         ("results.json", {"environment": {"python": "3"}}, "results: environment.packages"),

@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,12 @@ from koclip import cli, installation
 from koclip.config import AlignConfig, parse
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def own_arguments(monkeypatch):
+    """The command sets the arguments of its process."""
+    monkeypatch.setattr(sys, "argv", ["koclip"])
 
 
 def start(*words: str, folder: Path, **environment: str) -> "subprocess.Popen[str]":
@@ -45,7 +53,9 @@ finally:
 """
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["ls"], ["cp", "align/scenes", "copy.yaml"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["ls"], ["cp", "align/scenes", "copy.yaml"], ["align", "--help"]]
+)
 def test_it_answers_without_torch(words, tmp_path):
     settings = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
     done = subprocess.run([sys.executable, "-c", LIGHT, *words], capture_output=True, text=True, check=True, **settings)
@@ -129,12 +139,52 @@ def test_a_mistake_is_one_line_with_a_hint(words, hint, capsys):
     assert error.count("\n") == 1
 
 
-def test_a_recipe_keeps_its_exit_status_and_runs_in_any_folder(tmp_path):
-    _, error = koclip("pretrain", "--config", "pretrain/scenes", "--train.num_steps", "many", folder=tmp_path, code=2)
+def test_wrong_arguments_are_refused_without_starting_anything(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "launch", lambda *_: pytest.fail("started"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["pretrain", "--config", "pretrain/scenes", "--train.num_steps", "many"])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert "koclip pretrain" in error
     assert "train.num_steps" in error
     assert error.count("\n") == 1
-    help_text, _ = koclip("index", "--help", folder=tmp_path)
-    assert "--max_images" in help_text
+
+
+def test_launch_options_reach_accelerate_and_all_else_the_recipe(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cli, "launch", lambda *arguments: calls.append(arguments))
+    cli.main(["pretrain", "--train.num_steps", "9000", "--launch", "--num_processes 2 --main_process_port 1"])
+    cli.main(["evaluate", "--launch=--multi_gpu", "--model", "a"])
+    assert calls == [
+        (
+            ROOT / "recipes" / "pretrain.py",
+            ["--num_processes", "2", "--main_process_port", "1"],
+            ["--train.num_steps", "9000"],
+        ),
+        (ROOT / "recipes" / "evaluate.py", ["--multi_gpu"], ["--model", "a"]),
+    ]
+
+
+def test_a_recipe_keeps_its_exit_status(tmp_path):
+    _, error = koclip("pretrain", "--data.sources", "[{path: nowhere.csv}]", folder=tmp_path, code=2)
+    assert "nowhere.csv" in error
+
+
+@pytest.mark.slow
+def test_a_signal_reaches_the_recipe_which_saves_and_stops(tmp_path):
+    words = ["--output_dir", "run", "--train.num_steps", "100000", "--train.log_every", "1", "--eval.sets", "[]"]
+    process = start("pretrain", *words, folder=tmp_path)
+    log = tmp_path / "run" / "metrics.jsonl"
+    for _ in range(240):
+        time.sleep(1)
+        if log.is_file() and log.read_text(encoding="utf-8").count("\n") > 2:
+            break
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "--resume auto" in stdout + stderr
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
 def test_a_configuration_is_found_by_name_unless_a_file_has_that_name(tmp_path, monkeypatch, capsys):

@@ -63,13 +63,13 @@ def test_the_numbers_of_another_model_are_refused(run, trained, name):
     """Whatever it is called: by a name that is no path here, and by that of the model itself."""
     for named in (name or str(run / "model"), "org/name"):
         say(run, model=named, fingerprint="0" * 32)
-        with pytest.raises(ConfigError, match=r"results: fingerprint: got '0{32}', expected .*recipes/evaluate.py"):
+        with pytest.raises(ConfigError, match=r"results: fingerprint: got '0{32}', expected .*koclip evaluate"):
             card_of(run)
 
 
 def test_numbers_that_do_not_say_of_which_weights_they_are_are_refused(run):
     say(run, fingerprint=None)
-    command = "python recipes/evaluate.py --model .*/copy/model --output_dir runs/measured"
+    command = "koclip evaluate --model .*/copy/model --output_dir runs/measured"
     with pytest.raises(ConfigError, match=f"results.json, fingerprint: got None, .*{command}"):
         card_of(run)
 

@@ -86,7 +86,7 @@ def test_what_cannot_be_ranked_is_refused(similarity, positives, word):
 
 
 def test_no_queries_is_refused():
-    with pytest.raises(ValueError, match="no queries"):
+    with pytest.raises(ValueError, match="got 0"):
         share(torch.zeros(0).bool())
 
 
@@ -159,7 +159,7 @@ def test_an_entry_that_is_listed_twice_counts_once():
         (torch.ones(2, 1), [[0], []], "without any positive"),
         (torch.full((2, 1), float("inf")), [[0], [1]], "NaN or infinity"),
         (torch.full((2, 1), float("nan")), [[0], [1]], "NaN or infinity"),
-        (torch.ones(0, 1), [], "no queries"),
+        (torch.ones(0, 1), [], "got 0"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(queries, positives, word):
@@ -306,24 +306,24 @@ def test_where_all_or_none_hit_the_interval_is_wilsons_of_the_groups():
 @pytest.mark.parametrize(
     ("measure", "message"),
     [
-        (lambda: mean(torch.zeros(0)), "no queries"),
-        (lambda: median(torch.zeros(0)), "no queries"),
-        (lambda: mean_per_class(torch.zeros(0), torch.zeros(0)), "no queries"),
-        (lambda: difference(torch.zeros(3), torch.zeros(0)), "no queries"),
-        (lambda: agreement(torch.zeros(0), torch.zeros(0)), "no queries"),
-        (lambda: recall_at(torch.zeros(0)), "no queries"),
-        (lambda: mean(torch.ones(1)), "at least two"),
-        (lambda: mean(torch.ones(4), torch.zeros(4)), "at least two"),
-        (lambda: median(torch.ones(1)), "at least two"),
-        (lambda: mean_per_class(torch.ones(1), torch.ones(1)), "at least two"),
-        (lambda: difference(torch.ones(1), torch.ones(5)), "at least two"),
+        (lambda: mean(torch.zeros(0)), "got 0"),
+        (lambda: median(torch.zeros(0)), "got 0"),
+        (lambda: mean_per_class(torch.zeros(0), torch.zeros(0)), "got 0"),
+        (lambda: difference(torch.zeros(3), torch.zeros(0)), "got 0"),
+        (lambda: agreement(torch.zeros(0), torch.zeros(0)), "got 0"),
+        (lambda: recall_at(torch.zeros(0)), "got 0"),
+        (lambda: mean(torch.ones(1)), "got 1, .* 2"),
+        (lambda: mean(torch.ones(4), torch.zeros(4)), "got 1, .* 2"),
+        (lambda: median(torch.ones(1)), "got 1, .* 2"),
+        (lambda: mean_per_class(torch.ones(1), torch.ones(1)), "got 1, .* 2"),
+        (lambda: difference(torch.ones(1), torch.ones(5)), "got 1, .* 2"),
         (lambda: agreement(torch.ones(5), torch.arange(5)), "no order"),
         (lambda: agreement(torch.arange(5), torch.ones(5)), "no order"),
         (lambda: agreement(torch.tensor([0.1, float("nan"), 0.3]), torch.arange(3)), "NaN or infinity"),
-        (lambda: agreement(torch.arange(3), torch.arange(4)), "3 .* 4"),
-        (lambda: mean(torch.arange(3), torch.arange(4)), "3 .* 4"),
-        (lambda: median(torch.arange(3), torch.arange(4)), "3 .* 4"),
-        (lambda: mean_per_class(torch.arange(3), torch.arange(4)), "3 .* 4"),
+        (lambda: agreement(torch.arange(3), torch.arange(4)), "got 4 .* 3 "),
+        (lambda: mean(torch.arange(3), torch.arange(4)), "got 4 .* 3 "),
+        (lambda: median(torch.arange(3), torch.arange(4)), "got 4 .* 3 "),
+        (lambda: mean_per_class(torch.arange(3), torch.arange(4)), "got 4 .* 3 "),
     ],
 )
 def test_what_has_no_interval_is_refused(measure, message):

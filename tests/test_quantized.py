@@ -197,9 +197,7 @@ def test_what_is_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("change", [{"path": "gone.parquet"}, {"colour": "red"}])
 def test_what_cannot_be_read_is_named_with_a_remedy_that_works(change: dict[str, str]) -> None:
     source = config.to_dict(SourceConfig()) | change
-    with pytest.raises(
-        ConfigError, match=r"int8_sets: the data set scenes of .*(gone.parquet|colour)"
-    ) as raised:
+    with pytest.raises(ConfigError, match=r"int8_sets: the data set scenes of .*(gone.parquet|colour)") as raised:
         open_sets([], {"scenes": described(source=source)})
     remedy = shlex.split(str(raised.value)[str(raised.value).index("--int8_sets") :])
     cfg = config.parse(PublishConfig, ["--model", "a", "--repo_id", "org/a", "--onnx", "int8", *remedy])

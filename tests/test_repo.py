@@ -58,7 +58,7 @@ SCHEMAS = {
 }
 REQUIRED = {name: ["--model", "runs/some/model"] for name in ("evaluate", "index")}
 # Ceilings that only go down. The goal is 95 files.
-MAX_FILES, MAX_VAGUE_NAMES = 117, 0
+MAX_FILES, MAX_VAGUE_NAMES = 116, 0
 VAGUE_NAMES = {"one", "found", "made", "theirs", "told"}
 # Functions of more than 50 lines or 5 parameters, with the reason.
 LARGE_FUNCTIONS = {
@@ -126,6 +126,13 @@ def test_rooms_import_only_from_rooms_to_their_left():
         assert not right, f"{path} imports from rooms to its right: {sorted(right)}"
         checked += bool(rooms)
     assert checked > 20
+
+
+def test_the_guide_lists_the_rooms():
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rooms = re.search(r"^\w+ → [\w → \n]+$", guide, re.MULTILINE)
+    assert rooms is not None
+    assert tuple(re.split(r"\s*→\s*", rooms[0].strip())) == ROOMS
 
 
 @pytest.mark.parametrize("folder", ["koclip", "recipes/benchmarks", "space"])
@@ -403,15 +410,3 @@ def test_every_skip_has_a_known_reason():
     reasons = [(path, reason) for path, tree in python_files("tests").items() for reason in skip_reasons(tree)]
     assert 0 < len(reasons) <= 7, "a test that nobody runs does not count: make it run instead"
     assert [(path, reason) for path, reason in reasons if known_reason(reason) is None] == []
-
-
-def test_constraints_pin_every_dependency():
-    pins = {
-        line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()
-    }
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    block = re.search(r"^dependencies = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL)
-    assert block is not None
-    names = re.findall(r'^    "([A-Za-z0-9_-]+)', block[1], re.MULTILINE)
-    assert len(names) > 10
-    assert {name.lower().replace("_", "-") for name in names} <= pins

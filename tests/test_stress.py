@@ -17,7 +17,7 @@ from koclip.data.formats import scenes
 from koclip.storage import read_table
 from koclip.text.korean.endings import restyle
 from koclip.text.korean.hangul import compose, keystrokes, letters, neighbours, spell, typed
-from koclip.text.korean.nouns import replace_nouns, split
+from koclip.text.korean.particles import replace_nouns, split
 from koclip.text.korean.stress import STRESSES
 
 TABLES = Path(__file__).parent / "stress"

@@ -39,27 +39,16 @@ class DistillConfig:
 
 
 class Stage(NamedTuple):
-    """A part of a run with its own optimizer and schedule.
-
-    Attributes:
-        name: Name in the progress bar.
-        start: Step of the run at which it starts.
-        end: Step of the run at which it ends.
-        lr: Peak learning rate.
-        images: Whether the loss contrasts texts with images.
-        distill: Weights of the teacher's terms in the loss; None without a teacher.
-        trains_image: Whether the image tower is trained.
-        layer_decay: Learning rate of a layer relative to the layer above it.
-    """
+    """A part of a run with its own optimizer and schedule, from step `start` to step `end` of the run."""
 
     name: str
     start: int
     end: int
-    lr: float
-    images: bool = True
-    distill: DistillConfig | None = None
+    lr: float  # peak learning rate
+    images: bool = True  # the loss contrasts texts with images
+    distill: DistillConfig | None = None  # weights of the teacher's terms in the loss; None without a teacher
     trains_image: bool = False
-    layer_decay: float = 1.0
+    layer_decay: float = 1.0  # learning rate of a layer relative to the layer above it
 
 
 class StagePlan(NamedTuple):

@@ -188,12 +188,8 @@ def check_changes(
 ) -> list[str]:
     """Compare the configuration of a checkpoint with that of the resumed run; return a line per changed key.
 
-    Args:
-        before: The configuration in the checkpoint, as `to_dict` gives it.
-        now: The configuration of the resumed run.
-        processes: Number of processes before and now. Both this and the batch size may change if the global batch
-            stays the same.
-        accepted: Keys that may change although the trained model will differ.
+    `processes` are their numbers before and now: this and the batch size may change if the global batch stays the same.
+    `accepted` are keys that may change although the trained model will differ.
 
     Raises:
         ConfigError: another key changed that changes the trained model, or `accepted` names an unknown key.
@@ -224,12 +220,9 @@ def check_changes(
 def check_data(
     before: Sequence[dict[str, Any]] | None, now: Sequence[dict[str, Any]], accepted: Sequence[str]
 ) -> list[str]:
-    """Compare the data of a checkpoint with the data of the resumed run; return a line per changed source.
+    """Compare the facts about each source in a checkpoint with the resumed run; return a line per changed source.
 
-    Args:
-        before: Facts about each source, from the checkpoint; None if the checkpoint has none.
-        now: The same facts about the sources of the resumed run.
-        accepted: Keys that may change although the trained model will differ; `data.sources` stands for the data.
+    `before` is None if the checkpoint has no facts. `accepted` may contain `data.sources`, to allow changes.
 
     Raises:
         ConfigError: the data changed, and `accepted` does not contain `data.sources`.

@@ -21,20 +21,14 @@ Config = TypeVar("Config")
 def parse(
     schema: type[Config], args: Sequence[str] | None = None, default: Path | None = None, first: str | None = None
 ) -> Config:
-    """Build `schema` from the command line: `--config FILE.yaml` and `--section.key value`.
+    """Build `schema` from the command line, by default this process's: `--config FILE.yaml`, `--section.key value`.
 
-    Args:
-        schema: The recipe's configuration.
-        args: The command line without the program's name; default: this process's. `--config` takes a file, or the name
-            of a configuration that `koclip ls` lists.
-        default: YAML file to use if `args` has no `--config`.
-        first: Key that the first word sets, if it is no option: `emoji` for `--name emoji`.
-
-    Exits with code 2 and a line on stderr if a key is unknown, a type is wrong, a file is missing or a value is out of
-    range.
+    `--config` takes a file, or a name that `koclip ls` lists; without it, `default` is read. A first word that is no
+    option is the value of the key `first`: `emoji` means `--name emoji`. An unknown key, a wrong type, a missing file
+    or a value out of range prints a line on stderr and exits with code 2.
     """
     installation.require("data")
-    from jsonargparse import ArgumentError, ArgumentParser  # what is not parsed needs no extra
+    from jsonargparse import ArgumentError, ArgumentParser  # only the command line needs it
 
     words = list(sys.argv[1:] if args is None else args)
     if first is not None and words and not words[0].startswith("-"):
@@ -91,7 +85,7 @@ def _lists_of_sections(schema: Any, prefix: str = "--") -> Iterator[str]:
 
 
 def _replace_lists(words: list[str], lists: set[str]) -> list[str]:
-    """Let a list of sections replace that of the file. jsonargparse keeps the keys that an item does not name."""
+    """Let a list of sections replace the list in the file; jsonargparse would keep keys that an item does not name."""
     replaced: list[str] = []
     for word in words:
         option = word.split("=")[0]
@@ -100,7 +94,7 @@ def _replace_lists(words: list[str], lists: set[str]) -> list[str]:
 
 
 def _find_configs(words: list[str]) -> list[str]:
-    """Allow `--config align/scenes`, a configuration of koclip by name, where there is no such file."""
+    """Allow `--config align/scenes`, the name of a configuration of koclip, if no such file exists."""
     located: list[str] = []
     for word in words:
         option, equals, value = word.partition("=") if word.startswith("--config=") else ("", "", word)

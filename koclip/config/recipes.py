@@ -13,11 +13,11 @@ from koclip.config.training import AdapterConfig, LossConfig, ModelConfig, Optim
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Train a CLIP from random weights on (image, caption) pairs.
+class RunConfig:
+    """A training run.
 
     Args:
-        output_dir: Run directory. Default: `runs/pretrain-<date and time>`.
+        output_dir: Run directory. Default: `runs/<recipe>-<date and time>`.
         resume: `auto`: continue from the newest intact checkpoint in output_dir. `no`: stop if output_dir has a
             checkpoint.
         resume_with: Keys that may differ from the checkpoint although the trained model will differ, such as
@@ -27,6 +27,12 @@ class PretrainConfig:
     output_dir: str | None = None
     resume: Literal["auto", "no"] = "no"
     resume_with: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """Train a CLIP from random weights on (image, caption) pairs."""
+
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -46,20 +52,9 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignConfig:
-    """Give a CLIP another text encoder, or adapt its text encoder, and keep its image embeddings.
+class AlignConfig(RunConfig):
+    """Give a CLIP another text encoder, or adapt its text encoder, and keep its image embeddings."""
 
-    Args:
-        output_dir: Run directory. Default: `runs/align-<date and time>`.
-        resume: `auto`: continue from the newest intact checkpoint in output_dir. `no`: stop if output_dir has a
-            checkpoint.
-        resume_with: Keys that may differ from the checkpoint although the trained model will differ, such as
-            `[optim.lr]`. `data.sources` also allows changed rows.
-    """
-
-    output_dir: str | None = None
-    resume: Literal["auto", "no"] = "no"
-    resume_with: tuple[str, ...] = ()
     model: SwapConfig
     align: AlignMethodConfig = field(default_factory=AlignMethodConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -191,7 +186,7 @@ class PublishConfig:
     Args:
         model: Directory of the model; config.yaml and environment.json of its training run must be next to it.
         repo_id: Hub repository to push to: `organisation/name` or `user/name`.
-        results: results.json of the training run or of recipes/evaluate.py. Default: the file next to `model`. The
+        results: results.json of the training run or of `koclip evaluate`. Default: the file next to `model`. The
             fingerprint in it must be that of these weights.
         dry_run: Write the card and run all checks, but push nothing. Needs no token.
         tag: Name of the release, such as `v1.0`. Default: none. An existing tag is never moved.
@@ -245,12 +240,7 @@ class PublishConfig:
         check(bool(self.message.strip()), "message", self.message, "expected a text")
         check_pixels("max_image_pixels", self.max_image_pixels)
         names = [eval_set.source.short_name for eval_set in self.int8_sets]
-        check(
-            not names or self.onnx == "int8",
-            "int8_sets",
-            names,
-            "needs --onnx int8, whose loss it measures",
-        )
+        check(not names or self.onnx == "int8", "int8_sets", names, "needs --onnx int8, whose loss it measures")
         fix = "expected a different name for each data set"
         check(len(set(names)) == len(names), "int8_sets[].source.name", names, fix)
         tasks = [eval_set.tasks for eval_set in self.int8_sets]
@@ -262,7 +252,7 @@ class IndexConfig:
     """Make a collection of images searchable.
 
     Args:
-        model: Directory or Hub id of a dual encoder, or any model that `recipes/evaluate.py` takes.
+        model: Directory or Hub id of a dual encoder, or any model that `koclip evaluate` takes.
         images: Folder of pictures, including its subfolders; or a data set: `scenes`, a file or a Hub id.
         source: Data set with column names, instead of `images`.
         output_dir: Directory of the index. If the command is interrupted, run it again: it continues.
@@ -306,7 +296,7 @@ class DataSetConfig:
 
     Args:
         name: Data set, such as `emoji`. May be given as the first word: `koclip data emoji`.
-        output_dir: Directory of the data set. Default: data/<name>, where the configurations read it. Its folder
+        output_dir: Directory of the data set. Default: `data/<name>`, where the configurations read it. Its folder
             `downloads` keeps the downloads: if the command is interrupted, run it again, and it continues.
         accept_terms: The same name again: you have read and accept the terms of the data set, which the command prints.
             Needed for data that may be used for research only.

@@ -213,12 +213,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_least(self, "train.", 1, "num_steps", "log_every", "keep_checkpoints", "max_bad_steps")
         check_least(self, "train.", 0, "spike_sigmas")
-        check(
-            self.batch_size >= 2,
-            "train.batch_size",
-            self.batch_size,
-            "expected 2 or more, to contrast pairs",
-        )
+        check(self.batch_size >= 2, "train.batch_size", self.batch_size, "expected 2 or more, to contrast pairs")
         micro = self.micro_batch_size
         fits = micro is None or 1 <= micro <= self.batch_size
         check(fits, "train.micro_batch_size", micro, f"expected 1 to train.batch_size ({self.batch_size})")

@@ -140,11 +140,7 @@ class Precomputed(NamedTuple):
 class Assembler:
     """Makes batches from rows. Each row has its own seed for all its random choices.
 
-    Args:
-        config: The sources, and how their rows become samples.
-        tokenizer: Tokenizes the captions.
-        views: Crops of the images; None for batches without images.
-        precomputed: Embeddings of frozen towers.
+    Without `views` the batches have no images. `precomputed` are embeddings of frozen towers.
     """
 
     def __init__(
@@ -219,10 +215,7 @@ class Assembler:
         return sentence, self._precomputed.teacher.embedding(digest_of(sentence.encode()))
 
     def fill(self, draws: Iterable[Iterator[SeededRow]]) -> Batch:
-        """Make a batch with one sample for each draw.
-
-        Args:
-            draws: For each sample, the drawn row, then the rows that replace it while it is unusable.
+        """Make a batch with one sample for each draw: the drawn row, then the rows that replace it if it is unusable.
 
         Raises:
             SourceError: `MAX_REPLACEMENTS` rows for a sample were unusable.

@@ -46,20 +46,16 @@ class MapPairs(Dataset[Batch]):
             if wanted:
                 read = source.rows([draw.row for draw in wanted], self._assembler.needs_images)
                 rows.update(zip(wanted, read, strict=True))
-        candidates = (self._candidate(draw, rows[draw]) for draw in draws)
-        return self._assembler.fill(
-            itertools.chain([candidate], self._others(draw)) for draw, candidate in zip(draws, candidates, strict=True)
-        )
+        return self._assembler.fill(self._candidates(draw, rows[draw]) for draw in draws)
 
-    def _others(self, draw: RowDraw) -> Iterator[SeededRow]:
+    def _candidates(self, draw: RowDraw, row: Row) -> Iterator[SeededRow]:
+        """Yield the row of a draw, then rows that replace it."""
+        yield SeededRow(row, draw.source, draw.seed(self._seed))
         source = self._sources[draw.source]
         for attempt in itertools.count():
-            row = generator("replace", *draw.seed(self._seed), attempt).randrange(len(source))
-            other = draw._replace(row=row)
-            yield self._candidate(other, source.rows([row], self._assembler.needs_images)[0])
-
-    def _candidate(self, draw: RowDraw, row: Row) -> SeededRow:
-        return SeededRow(row, draw.source, draw.seed(self._seed))
+            number = generator("replace", *draw.seed(self._seed), attempt).randrange(len(source))
+            other = source.rows([number], self._assembler.needs_images)[0]
+            yield SeededRow(other, draw.source, draw._replace(row=number).seed(self._seed))
 
 
 class StreamPairs(IterableDataset[Batch]):
@@ -131,56 +127,40 @@ class MixedRows(Iterator[SeededRow]):
     def __init__(
         self, sources: Sequence[StreamSource], config: DataConfig, position: Position, num_readers: int
     ) -> None:
-        self._reader, self._count, self._seed = position.reader, position.rows, config.seed
-        starts = position.passes or [(0, 0)] * len(sources)
-        order = (config.seed, config.shuffle_buffer, position.reader, num_readers)
-        self._parts = [_Endless(source, order, *start) for source, start in zip(sources, starts, strict=True)]
+        self._sources, self._reader, self._count, self._seed = sources, position.reader, position.rows, config.seed
+        self._order = (config.seed, config.shuffle_buffer, position.reader, num_readers)
+        self._passes = list(position.passes or [(0, 0)] * len(sources))  # for each source: epoch, and rows of it read
+        self._rows = [self._open(number) for number in range(len(sources))]
         self._weights = [source.config.weight or 1.0 for source in sources]
+
+    def _open(self, source: int) -> Iterator[Row]:
+        epoch, num_read = self._passes[source]
+        return itertools.islice(self._sources[source].rows(epoch, *self._order), num_read, None)
 
     def position(self) -> Position:
         """Return the resume point here."""
-        passes = tuple((part.epoch, part.rows) for part in self._parts)
-        return Position(self._reader, self._count, passes, replaced=(0,) * len(passes))
+        return Position(self._reader, self._count, tuple(self._passes), replaced=(0,) * len(self._passes))
 
     def __next__(self) -> SeededRow:
         number = 0
-        if len(self._parts) > 1:
+        if len(self._sources) > 1:
             key = (self._seed, self._reader, self._count)
-            number = generator("source", *key).choices(range(len(self._parts)), self._weights)[0]
+            number = generator("source", *key).choices(range(len(self._sources)), self._weights)[0]
         return self.take(number)
 
     def take(self, source: int) -> SeededRow:
-        """Return the next row of a source."""
-        seed = (self._seed, self._reader, self._count)
-        row = next(self._parts[source])
-        self._count += 1
-        return SeededRow(row, source, seed)
-
-
-class _Endless(Iterator[Row]):
-    """The rows of a stream for one reader; at the end it starts again, in another order.
-
-    Args:
-        source: The stream.
-        order: Seed, size of the shuffle buffer, this reader and the number of readers.
-        epoch: Passes already done.
-        rows: Rows of this pass already read.
-    """
-
-    def __init__(self, source: StreamSource, order: tuple[int, int, int, int], epoch: int, rows: int) -> None:
-        self._source, self._order, self.epoch, self.rows = source, order, epoch, rows
-        self._rows: Iterator[Row] = itertools.islice(source.rows(epoch, *self._order), rows, None)
-
-    def __next__(self) -> Row:
-        row = next(self._rows, None)
+        """Return the next row of a source, which starts again, in another order, when it ends."""
+        epoch, num_read = self._passes[source]
+        row = next(self._rows[source], None)
         if row is None:
-            if self.rows == 0:
-                raise SourceError(f"source {self._source.config.path!r}: the shards of a reader have no rows")
-            self.epoch, self.rows = self.epoch + 1, 0
-            self._rows = self._source.rows(self.epoch, *self._order)
-            return next(self)
-        self.rows += 1
-        return row
+            if num_read == 0:
+                raise SourceError(f"source {self._sources[source].config.path!r}: the shards of a reader have no rows")
+            self._passes[source] = (epoch + 1, 0)
+            self._rows[source] = self._open(source)
+            return self.take(source)
+        self._passes[source] = (epoch, num_read + 1)
+        self._count += 1
+        return SeededRow(row, source, (self._seed, self._reader, self._count - 1))
 
 
 def train_loader(
@@ -189,13 +169,9 @@ def train_loader(
     start: Start | None = None,
     lengths: Sequence[CaptionLengths | None] = (),
 ) -> Iterator[Batch]:
-    """Yield this process's batches endlessly, one micro-batch at a time.
+    """Yield this process's batches from the assembler's sources, endlessly, one micro-batch at a time.
 
-    Args:
-        assembler: Makes the batches from the sources of its config.
-        part: This process's part of the global batch.
-        start: Start of a resumed run.
-        lengths: Caption lengths of every source, from the survey. Default: they are measured here.
+    `lengths` are the caption lengths of every source, from the survey; by default they are measured here.
 
     Raises:
         SourceError: a source cannot be opened, streams are mixed with other sources or have too few shards, or
@@ -280,12 +256,8 @@ def read_parts(
 ) -> Iterator[Result]:
     """Yield the result of `read` for each part of a source's rows, until the rows end.
 
-    Args:
-        source: The source.
-        parts: Ranges of row numbers, ascending.
-        read: Function of rows and their numbers. The last part of a stream may have fewer rows.
-        images: Whether the images of the rows are needed.
-        num_workers: Worker processes that read; a stream is read in this process.
+    The parts are ascending ranges of row numbers; `read` gets the rows and their range. The last part of a stream may
+    have fewer rows. A stream is read in this process, other sources in `num_workers` processes.
     """
     if isinstance(source, MapSource):
         # The default generator would be the generator of dropout.

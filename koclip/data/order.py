@@ -39,12 +39,7 @@ def generator(purpose: str, *key: int) -> random.Random:
 
 
 class CaptionChooser:
-    """Chooses one caption of a row.
-
-    Args:
-        config: The weights of the languages by source, and `word_dropout`.
-        teacher_language: Language of the translation that a caption must have; None: no translation is needed.
-    """
+    """Chooses one caption of a row; with a `teacher_language`, only captions that have a translation in it."""
 
     def __init__(self, config: DataConfig, teacher_language: str | None = None) -> None:
         self.config, self._teacher_language = config, teacher_language
@@ -113,14 +108,8 @@ class MapOrder(Sampler[list[RowDraw]]):
     """Yields this process's draws from `start_step` on, endlessly, one micro-batch at a time.
 
     Each epoch has another permutation of the rows, and no row is dropped at its end. Within a pool of `length_pool`
-    global batches, groups of rows are sorted by caption length, so that batches need little padding.
-
-    Args:
-        sources: The sources.
-        chooser: Chooses the captions.
-        part: This process's part.
-        start_step: Steps already done.
-        lengths: Caption lengths of every source (`koclip.data.survey`); not needed if `length_pool` is 1.
+    global batches, groups of rows are sorted by caption length (`lengths`, of every source, from
+    `koclip.data.survey`), so that batches need little padding.
     """
 
     def __init__(

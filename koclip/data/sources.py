@@ -93,10 +93,7 @@ def _without_pictures(table: datasets.Dataset, config: SourceConfig) -> datasets
 class StreamSource:
     """A `datasets.IterableDataset`: rows in order of arrival, with its shards split among readers.
 
-    Args:
-        stream: The stream.
-        config: The source.
-        shards: Names of the shards. Default: their numbers.
+    `shards` are the names of the shards; by default their numbers.
     """
 
     def __init__(self, stream: datasets.IterableDataset, config: SourceConfig, shards: Sequence[str] = ()) -> None:
@@ -210,23 +207,20 @@ def row(
     classes: Sequence[str] | None = None,
     shard: str = "",
 ) -> Row:
-    """Turn a record of a table into a `Row`.
+    """Turn a record of a table, its cells by column, into a `Row`.
 
-    Args:
-        record: Cells by column.
-        config: The source. Its key, the shard and the number identify the row; the row's key also has its name.
-        number: Number of the row in the source or its shard.
-        classes: Class names of numeric labels.
-        shard: Name of the shard, without a slash, if there are several.
+    The source's key, the name of the shard and the row's number in it identify the row; its key also has its name.
+    `classes` are the class names of numeric labels.
     """
-    value = next((cell for column in config.images if _holds_image(cell := dig(record, column))), None)
+    cells = [dig(record, column) for column in config.images]
+    value, image = next(((cell, image) for cell in cells if (image := _image(cell, config)) is not None), (None, None))
     path = value.get("path") if isinstance(value, Mapping) else value
     path = path or next((path for column in config.images if (path := record.get(f"{column}{_PATH}"))), None)
     name = record.get("__key__") or (Path(path).name if isinstance(path, str) else None) or record.get("id")
     key = "/".join(filter(None, (config.key, shard, number, str(name or ""))))
     key = key.encode("utf-8", "replace").decode()  # names may contain bytes that are not UTF-8
     label = _label(dig(record, config.label), classes) if config.label else None
-    return Row(_image(value, config), row_captions(record, config), key, label)
+    return Row(image, row_captions(record, config), key, label)
 
 
 def _label(value: Any, classes: Sequence[str] | None) -> str | None:
@@ -267,13 +261,6 @@ def row_captions(record: Mapping[str, Any], config: SourceConfig) -> RowCaptions
     """Return the clean captions of a record by language."""
     cells = {language: clean_captions(dig(record, column)) for language, column in config.captions.items()}
     return {language: captions for language, captions in cells.items() if captions}
-
-
-def _holds_image(value: Any) -> bool:
-    """Return whether an image cell contains bytes or a path."""
-    if isinstance(value, Mapping):
-        return value.get("bytes") is not None or bool(value.get("path"))
-    return isinstance(value, bytes) or (isinstance(value, str) and bool(value))
 
 
 def _image(value: Any, config: SourceConfig) -> bytes | Path | None:

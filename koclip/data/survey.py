@@ -51,13 +51,7 @@ class CaptionLengths:
     """The lengths in tokens of all captions of a source, in flat arrays.
 
     A caption has one part, or with `data.word_dropout` one part per word. The sum over words is exact for tokenizers
-    that split at white space, and an estimate for others.
-
-    Args:
-        languages: Languages of the captions.
-        blocks: The survey of the source's rows.
-        special: Number of special tokens that are added to a caption.
-        longest: Captions are cut to this many tokens.
+    that split at white space, and an estimate for others. Captions get `special` tokens and are cut to `longest`.
     """
 
     def __init__(self, languages: Sequence[str], blocks: Sequence[Block], special: int, longest: int) -> None:

@@ -100,12 +100,9 @@ def image_id(digest: bytes) -> int:
 def decode(
     image: bytes | Path | npt.NDArray[np.uint8] | None, max_pixels: int, key: str = PIXEL_LIMIT.key
 ) -> torch.Tensor:
-    """Return an image as (3, H, W) uint8 RGB, converted as by `to_rgb`.
+    """Return an encoded picture, its path, or RGB pixels (H, W, 3) as (3, H, W) uint8 RGB, converted as by `to_rgb`.
 
-    Args:
-        image: An encoded picture, its path, or decoded RGB pixels (H, W, 3).
-        max_pixels: Largest width x height.
-        key: Configuration key of `max_pixels`, for the message.
+    `max_pixels` is the largest width x height, and `key` its configuration key, for the message.
 
     Raises:
         ImageError: the image is missing, broken or not an image, has more than `max_pixels` pixels, or `to_rgb` refuses
@@ -238,13 +235,10 @@ class CentreView:
 
 
 class Views:
-    """The views of an image for a model: random crops, each with its own seed, or the view of evaluation.
+    """The views of an image, `image_size` pixels square: random crops, each with its own seed, and that of evaluation.
 
-    Args:
-        config: `num_crops`, `crop_scale` and the other augmentations.
-        image_size: Side of a view, pixels.
-        centre: The view of evaluation, which is an image's first view if `num_crops` is not 0. Default: CLIP's, the
-            centre crop after the shorter side is resized to `image_size`.
+    The view of evaluation, `centre`, is the first view if `num_crops` is not 0. Default: CLIP's, the centre crop after
+    the shorter side is resized to `image_size`.
     """
 
     def __init__(self, config: DataConfig, image_size: int, centre: CentreView | None = None) -> None:

@@ -1,6 +1,6 @@
-"""The contrastive losses as their papers write them, all similarities at once, and distances to a teacher.
+"""The contrastive losses as in their papers, with all similarities at once, and distances to a teacher.
 
-`Embeddings` is what a loss is computed from, `Pairs` says which pairs of a batch belong together, `Loss` is the result.
+A loss takes `Embeddings` and returns a `Loss`; `Pairs` says which pairs of a batch belong together.
 """
 
 from typing import NamedTuple
@@ -21,12 +21,12 @@ class Embeddings(NamedTuple):
     image: torch.Tensor  # (B, D) unit norm; (B, 0) in batches without images
     text: torch.Tensor  # (B, D) unit norm
     logit_scale: torch.Tensor  # () already exponentiated: the inverse temperature
-    logit_bias: torch.Tensor | None = None  # () added to the logits, of losses that start from a bias
-    text_norm: torch.Tensor | None = None  # (B,) of the text features before normalisation
+    logit_bias: torch.Tensor | None = None  # () added to the logits, for losses with a bias
+    text_norm: torch.Tensor | None = None  # (B,) norms of the text features before normalisation
 
 
 class Loss(NamedTuple):
-    """What a loss returns: the scalar to minimise, and the share of images whose best text is one of their own."""
+    """The scalar to minimise, and the share of images whose nearest text is one of their own."""
 
     value: torch.Tensor  # ()
     accuracy: torch.Tensor  # () no gradient
@@ -35,7 +35,7 @@ class Loss(NamedTuple):
 class Pairs:
     """Which of the N texts belong to which of the B images of this process.
 
-    Two pairs are equal if they have the same caption or the same image, that is, an equal number in one column. (This
+    Two pairs are equal if they have the same caption or the same image, that is, an equal number in a column. (The
     relation is symmetric but not transitive: A and B may share a caption, and B and C an image.)
 
     Args:
@@ -55,7 +55,7 @@ class Pairs:
         self.mine = slice(first, first + len(pair_ids))
 
     def matches(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which of N pairs is each row's own (R, N), and which are equal to it (R, N)."""
+        """Return which of the N pairs is the row's own (R, N), and which are equal to it (R, N)."""
         own = self.places[self.mine][rows, None] == self.places
         equal = own
         for column in range(self.ids.shape[1]):
@@ -63,12 +63,12 @@ class Pairs:
         return own, equal
 
     def targets(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return what counts as right, what is equal, and what takes no part, each (R, N)."""
+        """Return which pairs are positives, which are equal, and which are ignored, each (R, N)."""
         own, equal = self.matches(rows)
         return equal if self.mode == "positives" else own, equal, equal & ~own if self.mode == "masked" else None
 
     def counts(self) -> torch.Tensor:
-        """Return how many pairs count as right for each of the N, (N,)."""
+        """Return the number of positives of each of the N pairs, (N,)."""
         if self.mode != "positives":
             return torch.ones_like(self.places)
         first = self.everyone[:, 0]
@@ -79,7 +79,7 @@ class Pairs:
 
 
 def _occurrences(ids: torch.Tensor) -> torch.Tensor:
-    """Return how often each of N numbers, or rows of numbers, occurs among them, (N,)."""
+    """Return how often each of N numbers, or rows of numbers, occurs, (N,)."""
     _, place, count = ids.unique(dim=0, return_inverse=True, return_counts=True)
     occurrences: torch.Tensor = count[place]
     return occurrences
@@ -87,9 +87,8 @@ def _occurrences(ids: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def accuracy(logits: torch.Tensor, equal: torch.Tensor) -> torch.Tensor:
-    """Return whether the best text of each row is one of its own, (R,)."""
-    best = logits.argmax(dim=1, keepdim=True)
-    return equal.gather(1, best).squeeze(1).float()
+    """Return whether the nearest text of each row is one of its own, (R,)."""
+    return equal.gather(1, logits.argmax(dim=1, keepdim=True)).squeeze(1).float()
 
 
 def infonce(embeddings: Embeddings, pair_ids: torch.Tensor, duplicates: str = "negatives") -> Loss:
@@ -98,8 +97,8 @@ def infonce(embeddings: Embeddings, pair_ids: torch.Tensor, duplicates: str = "n
     Args:
         embeddings: B pairs of this process.
         pair_ids: (B, C) or (B,); pairs with an equal number in a column are equal.
-        duplicates: "negatives": only the own pair is right. "positives": the target is spread evenly over all
-            equal pairs. "masked": those other pairs take no part.
+        duplicates: "negatives": only the own pair is a positive. "positives": the target is spread evenly over all
+            equal pairs. "masked": other equal pairs are ignored.
     """
     image, text, scale = embeddings[:3]
     image_logits = scale * image @ distributed.gather(text).T  # (B, N)
@@ -111,7 +110,7 @@ def infonce(embeddings: Embeddings, pair_ids: torch.Tensor, duplicates: str = "n
         image_logits, text_logits = (x.masked_fill(others, float("-inf")) for x in (image_logits, text_logits))
     target = own.int().argmax(dim=1)
     if duplicates == "positives":
-        target = equal / equal.sum(dim=1, keepdim=True)  # (B, N) shares instead of (B,) places
+        target = equal / equal.sum(dim=1, keepdim=True)  # (B, N) probabilities instead of (B,) indices
     value = (F.cross_entropy(image_logits, target) + F.cross_entropy(text_logits, target)) / 2
     return Loss(value, accuracy(image_logits, equal).mean())
 
@@ -120,12 +119,12 @@ def sigmoid(embeddings: Embeddings, pair_ids: torch.Tensor, duplicates: str = "n
     """Pairwise sigmoid loss over the global batch (Zhai et al. 2023, equation 1): a sum over pairs, divided by N.
 
     Args:
-        embeddings: B pairs of this process, with the loss's bias.
+        embeddings: B pairs of this process, with a bias.
         pair_ids: As for `infonce`.
-        duplicates: As for `infonce`; "positives" counts each equal pair as a match of its own.
+        duplicates: As for `infonce`; "positives" counts each equal pair as a separate match.
 
     Raises:
-        ValueError: there is no bias.
+        ValueError: the embeddings have no bias.
     """
     image, text, scale, bias = with_bias(embeddings)
     logits = scale * image @ distributed.gather(text).T + bias  # (B, N)
@@ -138,11 +137,7 @@ def sigmoid(embeddings: Embeddings, pair_ids: torch.Tensor, duplicates: str = "n
 
 
 def with_bias(embeddings: Embeddings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return images, texts, scale and bias.
-
-    Raises:
-        ValueError: there is no bias.
-    """
+    """Return images, texts, scale and bias; raises a `ValueError` without a bias."""
     image, text, scale, bias = embeddings[:4]
     if bias is None:
         raise ValueError("the sigmoid loss needs a bias: build DualEncoder with losses.initial_bias(config)")
@@ -152,9 +147,9 @@ def with_bias(embeddings: Embeddings) -> tuple[torch.Tensor, torch.Tensor, torch
 def distillation(embeddings: Embeddings, teacher: torch.Tensor, cosine: float, mse: float) -> torch.Tensor:
     """Return the weighted sum of two distances from texts to the teacher's features, means over B pairs.
 
-    The targets are the source CLIP's text features of the English translation of a sentence, as in M-CLIP (Carlsson et
-    al. 2022) and AltCLIP (Chen et al. 2022). A third way is the contrastive loss with the teacher's embeddings in the
-    place of images (`losses.build_loss`).
+    The targets are the source CLIP's text features of the translation, as in M-CLIP (Carlsson et al. 2022) and AltCLIP
+    (Chen et al. 2022). The contrastive term, with the teacher's embeddings instead of images, is in
+    `losses.build_loss`.
 
     Args:
         embeddings: With `text` (B, D) and `text_norm` (B,).
@@ -166,7 +161,7 @@ def distillation(embeddings: Embeddings, teacher: torch.Tensor, cosine: float, m
     if cosine:
         value = value + cosine * (1 - F.cosine_similarity(embeddings.text, teacher, dim=-1)).mean()
     if mse:
-        assert embeddings.text_norm is not None, "the texts' features before normalisation are needed"
+        assert embeddings.text_norm is not None, "mse needs the norms of the text features"
         features = embeddings.text * embeddings.text_norm.unsqueeze(-1)
         value = value + mse * F.mse_loss(features, teacher)
     return value

@@ -1,4 +1,4 @@
-"""The contrastive losses in tiles: equal to the dense ones, in memory linear in the number of pairs."""
+"""The contrastive losses in tiles: equal to the dense losses, with memory linear in the number of pairs."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -13,17 +13,17 @@ from koclip.losses.contrastive import Embeddings, Loss, Pairs, accuracy, with_bi
 class Rows(Protocol):
     """A loss that is computed from a few rows of the similarities at a time.
 
-    `add` sees every tile once, `value` is called after the last one, then `gradient` sees every tile again.
+    `add` is called with every tile once, then `value`, then `gradient` with every tile again.
     """
 
     has_bias: bool
-    accuracy: torch.Tensor  # () number of images whose best text is one of their own, over the rows seen
+    accuracy: torch.Tensor  # () number of images, of all added rows, whose nearest text is one of their own
 
     def __init__(self, pairs: Pairs) -> None:
-        """Start without any rows."""
+        """Start without rows."""
 
     def add(self, rows: slice, logits: torch.Tensor) -> None:
-        """Take the logits (R, N) of some rows into account. They may be overwritten."""
+        """Add the logits (R, N) of some rows. It may overwrite them."""
 
     def value(self) -> torch.Tensor:
         """Return the loss of this process's rows, ()."""
@@ -37,12 +37,12 @@ def tiled(
 ) -> Loss:
     """Return a contrastive loss with memory linear in N: `tile_rows` rows of similarities exist at a time.
 
-    The backward pass computes each tile again, so that only the embeddings and a few numbers per pair are kept.
-    InfoNCE needs each similarity once, not once per direction: the sum over a column is carried from tile to tile and
-    over the processes (an online softmax, Milakov and Gimelshein 2018).
+    The backward pass recomputes each tile, so that only the embeddings and a few numbers per pair are stored. InfoNCE
+    needs each similarity once, not once per direction: the sums over columns are accumulated over tiles and processes
+    (an online softmax, Milakov and Gimelshein 2018).
 
-    The value is this process's share: the mean over processes is the loss. The gradients are those of the dense loss
-    if all processes scale their shares alike.
+    The value is this process's share: the mean over processes is the loss. The gradients equal those of the dense loss
+    if all processes scale their shares equally.
     """
     rows = objective(Pairs(pair_ids, duplicates))
     image, text, scale, bias = with_bias(embeddings) if rows.has_bias else (*embeddings[:3], None)
@@ -51,7 +51,7 @@ def tiled(
 
 
 class InfoNCERows:
-    """InfoNCE in tiles of rows: first the log-sums over rows and columns, then the gradients of the logits."""
+    """InfoNCE in tiles: first the log-sums over rows and columns, then the gradients of the logits."""
 
     has_bias = False
 
@@ -59,8 +59,8 @@ class InfoNCERows:
         device = pairs.places.device
         self.pairs, self.accuracy = pairs, torch.zeros((), device=device)
         counts = pairs.counts()
-        self._mine, self._everyone = 1 / counts[pairs.mine], 1 / counts  # a row's and a column's weight of each match
-        # Allocated once and written in place: small results kept between large tiles would fragment the heap.
+        self._mine, self._everyone = 1 / counts[pairs.mine], 1 / counts  # weight of each match in a row and a column
+        # Allocated once and written in place: small tensors between large tiles would fragment the heap.
         self._matched, self._row_sums = torch.empty(2, len(pairs.ids), device=device)  # (B,) each
         self._columns = torch.full(pairs.places.shape, float("-inf"), device=device)  # (N,)
 
@@ -75,13 +75,13 @@ class InfoNCERows:
         self.accuracy += accuracy(logits, equal).sum()
 
     def value(self) -> torch.Tensor:
-        """Finish the sums over columns, and return the loss, ()."""
+        """Add the sums over columns of all processes, and return the loss, ()."""
         self._columns = distributed.logsumexp(self._columns)
         value: torch.Tensor = (self._row_sums + self._columns[self.pairs.mine]) / 2 - self._matched
         return value.mean()
 
     def gradient(self, rows: slice, logits: torch.Tensor) -> torch.Tensor:
-        """Return the mean of both softmaxes less the targets, (R, N)."""
+        """Return the mean of both softmaxes minus the targets, (R, N)."""
         right, _, ignored = self.pairs.targets(rows)
         if ignored is not None:
             logits.masked_fill_(ignored, float("-inf"))
@@ -91,7 +91,7 @@ class InfoNCERows:
         return gradient.sub_(self._weights(rows, right))
 
     def _weights(self, rows: slice, right: torch.Tensor) -> torch.Tensor:
-        """Return how much each right pair counts (R, N): its share of its row and of its column, halved."""
+        """Return the weight of each positive (R, N): the mean of its share of the row and of the column."""
         return right * (self._mine[rows, None] + self._everyone) / 2
 
 
@@ -116,14 +116,14 @@ class SigmoidRows:
         return self._total / len(self.pairs.ids)
 
     def gradient(self, rows: slice, logits: torch.Tensor) -> torch.Tensor:
-        """Return the sigmoid less the targets, (R, N)."""
+        """Return the sigmoid minus the targets, (R, N)."""
         right, _, ignored = self.pairs.targets(rows)
         gradient = logits.sigmoid_().sub_(right.to(logits.dtype))
         return gradient if ignored is None else gradient.masked_fill_(ignored, 0)
 
 
 class _Tiled(torch.autograd.Function):
-    """An objective over logits = scale * image @ texts.T + bias, a tile of rows at a time."""
+    """A loss of logits = scale * image @ texts.T + bias, one tile at a time."""
 
     @staticmethod
     def forward(

@@ -170,7 +170,7 @@ def _check_measured(cfg: PublishConfig, results: Mapping[str, Any]) -> None:
 
 
 def _measure_again(cfg: PublishConfig) -> str:
-    command = f"python recipes/evaluate.py --model {shlex.quote(cfg.model)} --output_dir runs/measured"
+    command = f"koclip evaluate --model {shlex.quote(cfg.model)} --output_dir runs/measured"
     return f"measure it: {command}, and publish with --results runs/measured/results.json"
 
 

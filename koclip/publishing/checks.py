@@ -120,7 +120,7 @@ def check_files(directory: Path, repo_id: str | None = None, adapter: bool = Tru
             _base(directory) if adapter else [],
             "publish its base and give its id, --clip org/base; or use --adapter false: the merged model needs no base",
         ),
-        "licence is stated": (_licence(directory, files), "write the card with recipes/publish.py"),
+        "licence is stated": (_licence(directory, files), "write the card with koclip publish"),
     }
     return [Check(name, problems, fix) for name, (problems, fix) in problems_and_fixes.items()]
 

@@ -125,10 +125,8 @@ class SearchResult(NamedTuple):
 class ImageIndex:
     """A memory-mapped index. Opening it reads only headers.
 
-    Args:
-        shards: The embeddings and entries of the images.
-        facts: The contents of embeddings.json: `model`, `fingerprint`, `images` and more.
-        approximate: Finds the candidates of a search; None: all images are candidates.
+    `facts` are the contents of embeddings.json: `model`, `fingerprint`, `images` and more. Without `approximate`, a
+    search scores all images.
 
     Raises:
         ConfigError: `approximate` holds another number of images.
@@ -243,14 +241,14 @@ def _single_threads() -> Iterator[tuple[ThreadPoolExecutor, int]]:
 
 
 def open_index(directory: str | Path) -> ImageIndex:
-    """Open an index that `recipes/index.py` has built.
+    """Open an index that `koclip index` has built.
 
     Raises:
         ConfigError: the directory holds no index, or the index is broken or not finished.
     """
     directory = Path(directory)
     facts = Store(directory, "index").facts()
-    command = "python recipes/index.py --model <model> --images <folder> --output_dir <index>"
+    command = "koclip index --model <model> --images <folder> --output_dir <index>"
     if facts is None:
         raise ConfigError(f"index: got {directory}, expected a directory with {FACTS}; build it with: {command}")
     num_images = facts.get("num_images")

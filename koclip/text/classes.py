@@ -151,12 +151,9 @@ def load_templates(name: str | Path) -> dict[str, list[str]]:
 
 
 def templates_of_kind(templates: str | list[str], kind: str, where: str) -> list[str]:
-    """Return the listed templates, or the templates of one kind of picture from `load_templates`.
+    """Return a list of templates, or the templates of one kind of picture from `load_templates`.
 
-    Args:
-        templates: A list of templates, or an argument of `load_templates`.
-        kind: The kind of picture.
-        where: Configuration key, for messages.
+    `where` is the configuration key, for messages.
 
     Raises:
         ConfigError: see `load_templates`; or no template is of that kind.

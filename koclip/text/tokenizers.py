@@ -136,10 +136,7 @@ def create(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer that `config` names and test it with some captions; without a name, train one on them.
 
-    Args:
-        config: Path of a tokenizer, or sizes of a new one.
-        captions: Captions of the training data; only as many as needed are read.
-        encoder: Configuration of the text encoder of the tokenizer. Default: a CLIP text tower.
+    `encoder` is the configuration of the tokenizer's text encoder; by default a CLIP text tower.
 
     Raises:
         ConfigError: as `load`.

@@ -1,4 +1,4 @@
-"""Every way to align, from the same English CLIPs: Korean R@10 next to the sources' English, minutes, memory.
+"""Compare the methods of alignment, from the same English CLIPs: Korean R@10, the sources' English R@10, time, memory.
 
 for seed in 0 1 2; do
   accelerate launch recipes/pretrain.py --config recipes/configs/pretrain/flickr8k_en_small.yaml \
@@ -6,8 +6,8 @@ for seed in 0 1 2; do
 done
 python recipes/benchmarks/align_methods.py                  # six methods, three seeds: an hour on one CPU core
 
-Each run is recipes/align.py with a configuration of recipes/configs/align, in a process of its own, from the source of
-the same seed. Minutes are of the whole run: loading, features of frozen towers, training, evaluation.
+Each run is recipes/align.py with a configuration of recipes/configs/align, in its own process, from the source with
+the same seed. Minutes are for the whole run: loading, features of frozen towers, training, evaluation.
 """
 
 import argparse
@@ -29,7 +29,7 @@ RECALL = "flickr8k_ko/{}/text_to_image/recall@10"
 
 
 class Outcome(NamedTuple):
-    """What one run came to."""
+    """The result of one run."""
 
     korean: float  # text-to-image R@10 of all captions of the validation photos
     english: float
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def align(method: str, seed: int, args: argparse.Namespace) -> Outcome:
-    """Align the source of a seed by a method, or read what an earlier call left."""
+    """Align the source of a seed by a method, or read the result of an earlier call."""
     run = Path(args.output_dir) / f"{method}-{seed}"
     cost = run / "cost.json"
     if not cost.exists():
@@ -88,7 +88,7 @@ def recall(run: Path, language: str) -> float:
 
 
 def print_table(rows: dict[str, list[Outcome]], english: list[float]) -> None:
-    """Print means over the seeds; the ratio is that of the means, in brackets each seed's own."""
+    """Print means over the seeds; the ratio is of the means, with each seed's ratio in brackets."""
     each = "/".join(f"{value:.1f}" for value in english)
     table = Table(title=f"Text to image, R@10, %. Sources, English: {statistics.fmean(english):.1f} ({each})")
     for heading in ("method", "Korean", "of the source's English", "English", "minutes", "CPU minutes", "peak GiB"):

@@ -3,26 +3,26 @@
     python recipes/benchmarks/align_speed.py                    # ViT-B/32, fp32, one thread, about 45 minutes
     python recipes/benchmarks/align_speed.py --pairs 256 --epochs 3 --image_tower vit_b16 --precision bf16 --cpu_time
 
-Both give a frozen CLIP image tower a Korean text encoder of RoBERTa-base's shape, over the same photos and captions,
-and take turns in one process, epoch by epoch:
+Both align a Korean text encoder of RoBERTa-base's shape to a frozen CLIP image tower, with the same photos and
+captions, and take turns in one process, epoch by epoch:
 
 - open_clip: `train_one_epoch` on its `CustomTextCLIP` with the image tower locked, its HFTextEncoder (first token,
   linear projection), tokenizer (text padded to 77), transform, ClipLoss, AdamW groups and schedule. Photos are decoded,
   cropped and encoded again in every epoch;
-- koclip: what recipes/align.py does for `align.method: frozen_image`. It makes the image features before the turns.
+- koclip: the training of recipes/align.py with `align.method: frozen_image`. It computes the image features first.
 
 Both start from the same random weights: nothing is downloaded. Both keep the logit scale as it is, at 100. Learning
 rate, batch size, clipping and dropout (0.1) are equal; the order of the pairs and the crops of the photos are not.
-Captions are grouped by length as is the default (data.length_pool), but within an epoch. Before the first epoch both
-compute the loss of the same few pairs without dropout. After the last both rank the photos by their captions: R@10 with
-its 95 % interval. The views that are ranked are those of evaluation, which koclip was trained on and open_clip was not:
-`--num_crops 11` gives koclip mostly random crops too.
+Captions are grouped by length, which is the default (data.length_pool), but within an epoch. Before the first epoch
+both compute the loss of the same few pairs without dropout. After the last epoch both rank the photos for their
+captions: R@10 with its 95 % interval. The ranked views are those of evaluation, on which koclip was trained and
+open_clip was not: `--num_crops 11` trains koclip mostly on random crops, too.
 
-Epochs are alike, so that a few can be measured for all: the total of 10 is the time of making the features and 10 times
-the mean of `--epochs`. Times of an epoch and their ratio, taken within a turn, are median (lowest-highest). The ratio
-of the totals has the making of the features in it; in brackets is what the lowest and the highest turn would have made
-of it. Wall time comes first, then CPU time, the seconds that this process had a core; with `--cpu_time`, for busy
-machines, the other way round. Bars of the project: 4x with ViT-B/32, 6x with ViT-B/16.
+All epochs take about the same time, so that a few are enough: the total of 10 epochs is the time of the features and 10
+times the mean of `--epochs`. Times of an epoch and their ratio, taken within a turn, are median (lowest-highest). The
+ratio of the totals includes the features; the brackets have the ratios for the lowest and the highest turn. Wall time
+comes first, then CPU time; with `--cpu_time`, for busy machines, CPU time comes first. Bars of the project: 4x with
+ViT-B/32, 6x with ViT-B/16.
 """
 
 import argparse
@@ -65,7 +65,7 @@ CHECKED = 16  # pairs whose loss is compared
 
 
 class Start(NamedTuple):
-    """What both start from."""
+    """The starting point of both."""
 
     clip: CLIPModel
     image_processor: Any
@@ -73,7 +73,7 @@ class Start(NamedTuple):
 
 
 class Seconds(NamedTuple):
-    """What a turn took."""
+    """The time of a turn."""
 
     wall: float
     cpu: float
@@ -88,14 +88,14 @@ class Turns(NamedTuple):
 
 
 def timed(turn: Callable[[], object]) -> Seconds:
-    """Run it and return what it took."""
+    """Run a function and return its time."""
     wall, cpu = time.perf_counter(), time.process_time()
     turn()
     return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def starting_point(options: argparse.Namespace, captions: Sequence[str], folder: Path) -> Start:
-    """Make a CLIP, whose own text tower is small and not used, and a text encoder, both of random weights."""
+    """Make a CLIP, whose text tower is small and unused, and a text encoder, both with random weights."""
     sizes = ModelConfig(preset=options.image_tower, text_width=64, text_layers=1, temperature=0.01)
     clip, processor = build_clip(sizes, train_bpe(captions, 600, CONTEXT))
     tokenizer = BertTokenizer(options.vocab, do_lower_case=False)
@@ -120,7 +120,7 @@ def starting_point(options: argparse.Namespace, captions: Sequence[str], folder:
 
 
 def config_of(options: argparse.Namespace, source: SourceConfig) -> AlignConfig:
-    """Return the configuration of the alignment; open_clip takes its numbers from there."""
+    """Return the configuration of the alignment; open_clip uses its numbers, too."""
     steps = options.epochs * options.pairs // options.batch_size
     pool = min(DataConfig().length_pool, options.pairs // options.batch_size)
     return AlignConfig(
@@ -138,7 +138,7 @@ def config_of(options: argparse.Namespace, source: SourceConfig) -> AlignConfig:
 
 
 class Koclip:
-    """What recipes/align.py does for one stage with a frozen image tower; `features` are made by the first turn."""
+    """The training of recipes/align.py for one stage with a frozen image tower; the first turn computes `features`."""
 
     def __init__(self, start: Start, config: AlignConfig, cache: Path) -> None:
         self._config, self._cache, self._clip = config, cache, start.clip
@@ -196,7 +196,7 @@ def recall_at_10(texts: Tensor, images: Tensor, captions: Sequence[str]) -> str:
 
 
 def compare(options: argparse.Namespace, folder: Path) -> tuple[Turns, str]:
-    """Train both; return what their turns took, and what they made of the pairs."""
+    """Train both; return the times of their turns, and their results on the pairs."""
     from open_clip_peer import OpenClip, Photos, hf_tokenizer, locked
 
     pairs = some_pairs(options.data, options.pairs, folder)

@@ -1,4 +1,4 @@
-"""CLIP_benchmark as it evaluates: its loops and metrics, around a model that returns given embeddings."""
+"""The evaluation of CLIP_benchmark: its loops and metrics, with a model that returns given embeddings."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -50,7 +50,7 @@ class _Classes(NamedTuple):
 
 
 class _Batches:
-    """Batches of image numbers and what belongs to them; a data loader as far as CLIP_benchmark looks at one."""
+    """Batches of image numbers and their targets; as much of a data loader as CLIP_benchmark uses."""
 
     def __init__(self, targets: Sequence[list[str]] | Tensor, classes: Sequence[str] = ()) -> None:
         self._targets, self.dataset = targets, _Classes(classes)

@@ -16,7 +16,7 @@ class Towers(NamedTuple):
 
 
 def towers(config: CLIPConfig) -> Towers:
-    """Return the configurations of both towers; transformers types them as mappings or None, too."""
+    """Return the configurations of both towers; their types in transformers include mappings and None."""
     vision, text = config.vision_config, config.text_config
     assert isinstance(vision, CLIPVisionConfig)
     assert isinstance(text, CLIPTextConfig)
@@ -24,7 +24,7 @@ def towers(config: CLIPConfig) -> Towers:
 
 
 def integer(value: object) -> int:
-    """Return a size or an id, which transformers types as a list, a tuple or None, too."""
+    """Return a size or an id; its type in transformers includes list, tuple and None."""
     assert isinstance(value, int)
     return value
 

@@ -2,16 +2,17 @@
 
     python recipes/benchmarks/decode_speed.py                   # a minute on one core
 
-From the bytes of a JPEG to a 224-pixel random crop of 90-100 % of its area, both on one core and in turns:
+Both turn the bytes of a JPEG into a random crop of 90-100 % of its area, 224 pixels, on one core and in turns:
 
 - open_clip: PIL and its own train transform (torchvision's RandomResizedCrop, bicubic, antialiased), to normalised
   float32;
-- koclip: `decode` and `TrainTransform` (torchvision's JPEG decoder and v2 transforms), to uint8: normalising is part of
-  the model's step, on its device.
+- koclip: `decode` and `Views` (torchvision's JPEG decoder and v2 transforms), to uint8: the model normalises on its
+  device.
 
-Images/s are per second of CPU time, median of the rounds; the ratio is taken within a round, and its median, lowest and
-highest are shown. PSNR and the largest difference (of 255) compare koclip's pixels with open_clip's for the same crop.
-Bar of the project: 2x. The pictures are mosaics of Flickr8k photos if data/flickr8k_ko has them, else drawn ones.
+Images/s are per second of CPU time, median of the rounds; the ratio is taken within a round, and the table has its
+median, lowest and highest value. PSNR and the largest difference (of 255) compare koclip's pixels with open_clip's for
+the same crop. Bar of the project: 2x. The pictures are mosaics of Flickr8k photos if data/flickr8k_ko has them, else
+drawn ones.
 """
 
 import argparse
@@ -38,7 +39,7 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # any will do, and these can be un
 
 
 def jpegs(count: int, size: tuple[int, int], photos: Sequence[Image.Image]) -> list[bytes]:
-    """Return `count` JPEGs of one size, quality 90: mosaics of small photos, or of drawn pictures if there are none."""
+    """Return `count` JPEGs of one size, quality 90: mosaics of small photos, or drawn pictures without photos."""
     rng = np.random.default_rng(0)
     files = []
     for _ in range(count):
@@ -53,7 +54,7 @@ def jpegs(count: int, size: tuple[int, int], photos: Sequence[Image.Image]) -> l
 
 
 def drawn(rng: np.random.Generator, side: int = 128) -> Image.Image:
-    """Return a picture with detail at every scale, as photos have: noise whose strength halves with its grain."""
+    """Return a picture with details at every scale, as in photos: noise whose strength halves with its grain."""
     total = np.zeros((side, side, 3), dtype=np.float32)
     for grain in (2, 4, 8, 16, 32, 64):
         noise = rng.integers(0, 256, (side // grain, side // grain, 3), dtype=np.uint8)

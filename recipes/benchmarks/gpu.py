@@ -3,11 +3,11 @@
     python recipes/benchmarks/gpu.py                              # ViT-B/32, 32,768 pairs in pieces of 1,024, bf16
     python recipes/benchmarks/gpu.py --preset vit_b16 --batch_size 1024 --micro_batch_size 1024
 
-koclip and, where open_clip_torch is installed, open_clip with --accum-freq take turns over the same noise, captions as
-long as COCO's; koclip's are padded to the longest of a piece, open_clip's to 77. Decoding is not part of it. A step of
-warm-up each is thrown away. The share of the peak counts the model's own floating point operations (forward and
-backward, three times the forward pass, Kaplan et al. 2020; what is computed again for GradCache does not count) over
-the card's dense bf16 peak, which --peak_tflops names.
+koclip and, if open_clip_torch is installed, open_clip with --accum-freq take turns on the same noise, with captions as
+long as COCO's. koclip pads them to the longest of a micro-batch, open_clip to 77. Decoding is not measured, nor the
+first step of each. The share of the peak is the model's floating point operations (forward and backward, three times
+the forward pass, Kaplan et al. 2020; without those that GradCache repeats) divided by the card's dense bf16 peak
+(--peak_tflops).
 """
 
 import argparse
@@ -36,7 +36,7 @@ MANY = 10**6  # steps of the schedules; no run gets there
 
 
 class Measured(NamedTuple):
-    """What the measured steps of one way took."""
+    """Time and memory of the measured steps of one library."""
 
     seconds: list[float]
     gib: float

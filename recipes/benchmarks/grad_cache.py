@@ -1,19 +1,19 @@
-"""What does a large batch cost in pieces, in memory, time and exactness, next to open_clip's --accum-freq?
+"""Memory, time and exactness of a large batch in micro-batches, compared with open_clip's --accum-freq.
 
     python recipes/benchmarks/grad_cache.py                                         # 4,096 pairs in pieces of 64
     python recipes/benchmarks/grad_cache.py --batch_size 1024 --rounds 3
 
-Each way takes one training step in a process of its own, so that its peak memory is its own; the ways take turns,
-round by round. Memory is the peak of the process less what it held after its imports: weights, optimizer, the batch
-itself (uint8 pixels on the host) and all that the step needs. Ratios of time are taken within a round.
+Each way takes one training step in its own process, to measure its peak memory; the ways take turns, round by round.
+Memory is the peak of the process minus its memory after the imports: weights, optimizer, the batch itself (uint8 pixels
+on the host) and everything that the step needs. Ratios of time are taken within a round.
 
-- one piece: the same model, a single piece: the least that any of them could need;
+- one piece: the same model on a single micro-batch: the lower limit;
 - plain: all pairs at once;
 - koclip: train.micro_batch_size (koclip/training/grad_cache.py), with the tiled loss;
 - open_clip: its train_one_epoch with --accum-freq, on its own model of the same shape, text padded to 77.
 
-The second table compares the gradients of a smaller batch in pieces with those of the same batch at once, each
-library with itself. Bars of the project: memory at most 1.5x one piece's, time at most 1.4x plain's and 0.4x
+The second table compares the gradients of a smaller batch in micro-batches with the gradients of the same batch at
+once, for each library. Bars of the project: memory at most 1.5x one piece's, time at most 1.4x plain's and 0.4x
 open_clip's.
 """
 
@@ -56,7 +56,7 @@ def build() -> tuple[CLIPModel, CLIPProcessor]:
 
 
 def noise(model: CLIPModel, count: int, size: int) -> Iterator[Batch]:
-    """Yield `count` pairs of noise in pieces; captions are as long as COCO's, and a piece's are of similar length."""
+    """Yield `count` pairs of noise in pieces; captions are as long as COCO's, and of similar length within a piece."""
     rng = np.random.default_rng(0)
     vision, text = towers(model.config)
     side = integer(vision.image_size)
@@ -102,7 +102,7 @@ def koclip_step(count: int, micro_batch_size: int | None, size: int) -> dict[str
 
 
 def gradients_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return the gradients that a model's parameters have."""
+    """Return the gradients of a model's parameters."""
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
@@ -164,7 +164,7 @@ def worker(method: str, options: argparse.Namespace) -> None:
 
 
 def run(method: str, options: argparse.Namespace) -> dict[str, float]:
-    """Run `worker` in a process of its own."""
+    """Run `worker` in its own process."""
     words = [f"--{name}={getattr(options, name)}" for name in ("batch_size", "micro_batch_size", "threads")]
     words += ["--cpu_time"] if options.cpu_time else []
     command = [sys.executable, __file__, "--method", method, *words]
@@ -176,7 +176,7 @@ def run(method: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def gradient_error(method: str, plain: str, options: argparse.Namespace) -> str:
-    """Return how a way's gradients compare with those of the same batch at once, as cells of a table."""
+    """Return the difference of a way's gradients from those of the same batch at once, as cells of a table."""
     sizes = options.check_batch_size, options.micro_batch_size
     expected, actual = step(plain, *sizes), step(method, *sizes)
     scale = next(name for name in expected if name.endswith("logit_scale"))

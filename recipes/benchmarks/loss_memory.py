@@ -1,17 +1,17 @@
-"""How much memory and time does the contrastive loss of N pairs take, forward and backward, next to the dense losses?
+"""Memory and time of the contrastive loss of N pairs, forward and backward, compared with dense losses.
 
     python recipes/benchmarks/loss_memory.py                                   # N = 4,096, 8,192 and 16,384
-    python recipes/benchmarks/loss_memory.py --sizes 32768 --ways tiled        # the dense losses do not fit sensibly
+    python recipes/benchmarks/loss_memory.py --sizes 32768 --ways tiled        # the dense losses are too large
 
-Every measurement runs in a process of its own, the ways in turns. Memory is the peak of the process less what it held
-when the features (N x 512, fp32) had been made, so it includes their gradients. "Kept" is what autograd holds between
+Every measurement runs in its own process, the ways in turns. Memory is the peak of the process minus its memory after
+the features (N x 512, fp32) were made, so it includes their gradients. "Kept" is the memory that autograd holds between
 the forward and the backward pass, in multiples of the features. Bars of the project: at N = 8,192 at most 1.2x the
 features, the loss and its gradients equal to 1e-6 (tests/test_tiled_loss.py); at 16,384 at most 300 MB and no longer
 than the dense loss; at 32,768 at most 600 MB.
 
 - tiled: koclip's default at these sizes (loss.tile_rows);
-- dense: koclip's own loss with all similarities at once, which it takes for small batches;
-- open_clip: its ClipLoss, where open_clip_torch is installed.
+- dense: koclip's own loss with all similarities at once, which it uses for small batches;
+- open_clip: its ClipLoss, if open_clip_torch is installed.
 """
 
 import argparse
@@ -40,7 +40,7 @@ WAYS = ("dense", "open_clip", "tiled")
 
 
 def features(count: int) -> Embeddings:
-    """Return `count` pairs of noise that belong together a little."""
+    """Return `count` pairs of weakly correlated noise."""
     random = torch.Generator().manual_seed(0)
     image, text = (torch.randn(count, WIDTH, generator=random) for _ in range(2))
     text.add_(image, alpha=0.2)
@@ -67,7 +67,7 @@ def loss_of(way: str, name: str, count: int) -> Callable[[Embeddings], Tensor]:
 
 
 def kept(loss: Callable[[Embeddings], Tensor], embeddings: Embeddings) -> tuple[Tensor, int]:
-    """Return the loss and the bytes that wait for its backward pass, each storage once."""
+    """Return the loss and the bytes stored for its backward pass, each storage once."""
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def peak() -> float:
 
 
 def worker(options: argparse.Namespace) -> None:
-    """Measure one way at one size in this process, and print what was found as JSON."""
+    """Measure one way at one size in this process, and print the result as JSON."""
     torch.set_num_threads(options.threads)
     (way,), (count,) = options.ways, options.sizes
     loss, embeddings = loss_of(way, options.loss, count), features(count)
@@ -98,7 +98,7 @@ def worker(options: argparse.Namespace) -> None:
 
 
 def run(way: str, count: int, options: argparse.Namespace) -> dict[str, float]:
-    """Run `worker` in a process of its own."""
+    """Run `worker` in its own process."""
     words = ["--worker", "--ways", way, "--sizes", str(count), "--loss", options.loss]
     words += ["--threads", str(options.threads), *(["--cpu_time"] if options.cpu_time else [])]
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)

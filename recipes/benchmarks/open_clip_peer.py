@@ -1,4 +1,4 @@
-"""open_clip as it trains: its model, ClipLoss, schedule and `train_one_epoch`, on koclip's batches."""
+"""The training of open_clip: its model, ClipLoss, schedule and `train_one_epoch`, on koclip's batches."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -34,7 +34,7 @@ VERSION = open_clip.__version__
 class OpenClip:
     """open_clip's training of `shape`: a model, or random weights of the same shape as a `CLIPModel`.
 
-    `losses` holds the loss of every step. With `accum_freq` it takes so many batches together for one step.
+    `losses` has the loss of every step. With `accum_freq`, a step uses this many batches.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class OpenClip:
         )  # fmt: skip
 
     def train(self, batches: Sequence[tuple[Tensor, Tensor]] | DataLoader[Any]) -> None:
-        """Take one step per (images, texts) batch. Every call must bring as many: the schedule counts by epochs."""
+        """Take one step per (images, texts) batch. Every call needs equally many: the schedule counts epochs."""
         loader = batches if isinstance(batches, DataLoader) else _Loader(batches)
         data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
         model, args = self.model, self._args
@@ -73,14 +73,14 @@ class OpenClip:
 
 
 class _Loader(list[tuple[Tensor, Tensor]]):
-    """Batches with the two counts that open_clip asks a data loader for."""
+    """Batches with the two counts that open_clip reads from a data loader."""
 
     num_batches = property(len)
     num_samples = property(lambda self: sum(len(images) for images, _ in self))
 
 
 class Photos(Dataset[tuple[Tensor, Tensor]]):
-    """(photo, text) pairs as open_clip_train/data.py's `CsvDataset` gives them, which needs packages of its own."""
+    """(photo, text) pairs as in `CsvDataset` of open_clip_train/data.py, which needs more packages."""
 
     def __init__(self, files: Sequence[Path], captions: Sequence[str], image_size: int, tokenizer: Any) -> None:
         self._files, self._captions = files, captions
@@ -98,7 +98,7 @@ class Photos(Dataset[tuple[Tensor, Tensor]]):
 
 
 class _CountedLoader(DataLoader[tuple[Tensor, Tensor]]):
-    """A loader with the two counts that open_clip asks for."""
+    """A loader with the two counts that open_clip reads."""
 
     @property
     def num_samples(self) -> int:
@@ -131,14 +131,14 @@ def build(shape: CLIPConfig) -> torch.nn.Module:
 
 
 def locked(clip: CLIPModel, encoder: Path, projection: Tensor) -> torch.nn.Module:
-    """Return open_clip's model of a CLIP's image tower and another text encoder, as `--lock-image` trains it.
+    """Return open_clip's model with a CLIP's image tower and another text encoder, as for `--lock-image`.
 
-    The logit scale is locked too, as koclip does.
+    The logit scale is locked too, as in koclip.
 
     Args:
-        clip: The image tower and the logit scale are taken from it.
+        clip: Source of the image tower and the logit scale.
         encoder: Directory of a text encoder that transformers loads.
-        projection: (D, width) makes a text's embedding of its first token.
+        projection: (D, width) from the first token to the embedding.
     """
     shape = clip.config
     model: Any = open_clip.CustomTextCLIP(
@@ -177,7 +177,7 @@ def _vision_cfg(shape: CLIPConfig) -> dict[str, int]:
 
 
 def adamw(model: torch.nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW with the groups of open_clip_train/main.py, which builds them inside its `main`."""
+    """Return AdamW with the parameter groups of open_clip_train/main.py."""
 
     def undecayed(name: str, parameter: Tensor) -> bool:
         return parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
@@ -194,7 +194,7 @@ def adamw(model: torch.nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def as_pairs(batch: Batch, images: CLIPImageProcessor) -> tuple[Tensor, Tensor]:
-    """Return a batch as open_clip's loader gives it: normalised float32 images, ids padded with 0 to its context."""
+    """Return a batch in the form of open_clip's loader: normalised float32 images, ids padded with 0 to its context."""
     ids = batch.input_ids.masked_fill(batch.attention_mask == 0, 0)
     return normalized(batch, images), padded(ids, 0)
 

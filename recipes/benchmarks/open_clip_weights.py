@@ -1,4 +1,4 @@
-"""A CLIPModel's weights under the names that open_clip gives them."""
+"""A CLIPModel's weights under open_clip's names."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Batches for the benchmarks, made by koclip's own loader: real pairs where they are at hand, stand-ins elsewhere."""
+"""Batches for the benchmarks from koclip's loader: real pairs if they are available, otherwise synthetic pairs."""
 
 import itertools
 import json
@@ -25,14 +25,14 @@ CONTEXT = 77  # tokens; what CLIP pads every text to
 
 
 def real_pairs(path: str | None) -> SourceConfig | None:
-    """Return the source at `path`, Flickr8k-ko if that is None and it is at hand, None if it is not."""
+    """Return the source at `path`, by default Flickr8k-ko; None if that is not available."""
     if path is None and not FLICKR8K_KO.exists():
         return None
     return SourceConfig(path=path or str(FLICKR8K_KO))
 
 
 def stand_ins(folder: Path, count: int) -> SourceConfig:
-    """Write `count` pairs whose captions are as long as COCO's: 13 tokens on average, both special tokens included."""
+    """Write `count` pairs with captions as long as COCO's: 13 tokens on average, with both special tokens."""
     rng = np.random.default_rng(0)
     words = [f"{first}{second}{third}" for first in "bdgkl" for second in "aeiou" for third in "mnrst"]
     lengths = np.rint(rng.lognormal(np.log(10.7), 0.23, count)).astype(int).clip(6, CONTEXT - 2)
@@ -79,7 +79,7 @@ def record(
 
 
 def normalized(batch: Batch, images: CLIPImageProcessor) -> Tensor:
-    """Return the pixels as other training loops take them: (B, 3, H, W) float32, normalised."""
+    """Return the pixels for other training loops: (B, 3, H, W) float32, normalised."""
     assert batch.pixel_values is not None
     pixels: Tensor = normalize(batch.pixel_values.float() / 255, images.image_mean, images.image_std)
     return pixels

@@ -1,16 +1,16 @@
-"""Does koclip measure what CLIP_benchmark measures?
+"""Does koclip measure the same numbers as CLIP_benchmark?
 
     python recipes/benchmarks/parity_clip_benchmark.py                               # half a minute on one core
     python recipes/benchmarks/parity_clip_benchmark.py --model runs/x/model --data pairs.parquet
 
 The same embeddings go through koclip's evaluation (`koclip.evaluation`) and through CLIP_benchmark's own
-`zeroshot_retrieval.evaluate` and `zeroshot_classification.evaluate`, without autocast. Made-up ones: an image's
-captions, from one to seven or one each, and a class's prompts are noise around it, so that no share is 0 or 1. Exit
-code 1 if any number differs by more than 1e-6.
+`zeroshot_retrieval.evaluate` and `zeroshot_classification.evaluate`, without autocast. By default they are synthetic:
+the captions of an image (one, or one to seven) and the prompts of a class are noise around it, so that no share is 0 or
+1. The exit code is 1 if a number differs by more than 1e-6.
 
-With --model and --data a model's embeddings of real pairs do. koclip takes captions that are equal as one caption with
-several images, CLIP_benchmark as several captions with one image each. Both are printed for all pairs; what has to
-agree are the numbers of the captions that occur once.
+With --model and --data, they are a model's embeddings of real pairs. For koclip, equal captions are one caption with
+several images; for CLIP_benchmark, they are several captions with one image each. The numbers of all pairs are printed;
+the numbers of captions that occur once must agree.
 """
 
 import argparse
@@ -40,7 +40,7 @@ Numbers = dict[str, float]
 
 
 class Given(Encoder):
-    """An encoder whose texts have given embeddings; the images' are handed to the evaluation as they are."""
+    """An encoder with given embeddings of texts; the evaluation gets those of images directly."""
 
     def __init__(self, texts: dict[str, Tensor]) -> None:
         super().__init__(torch.nn.Identity(), None, "given")
@@ -51,7 +51,7 @@ class Given(Encoder):
         return torch.stack([self._texts[text] for text in texts])
 
     def _embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Refuse: there are no images."""
+        """Raise an error: the benchmark has no images."""
         raise NotImplementedError("made-up embeddings have no images")
 
     _image_features = _embed_images
@@ -83,7 +83,7 @@ class Classes(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A number of both."""
+    """A number from both libraries."""
 
     case: str
     name: str
@@ -92,12 +92,12 @@ class Line(NamedTuple):
 
     @property
     def difference(self) -> float:
-        """The distance between both."""
+        """The absolute difference."""
         return abs(self.koclip - self.peer)
 
 
 def made_up_pairs(seed: int, counts: Sequence[int], num_images: int = 500) -> Pairs:
-    """Return images with captions around them, as many as `counts` says in turn."""
+    """Return images with captions around them; `counts` are the numbers of captions."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(num_images, WIDTH, generator=generator)
     captions = [
@@ -129,7 +129,7 @@ def made_up_classes(seed: int, num_classes: int = 40, num_images: int = 1_000) -
 
 
 def real_pairs(model: str, data: str, column: str, max_images: int) -> Pairs:
-    """Return a model's embeddings of a table's images and captions, made by koclip."""
+    """Return a model's embeddings of a table's images and captions."""
     source = SourceConfig(path=data, captions={"ko": column})
     eval_set = open_set(EvalSetConfig(source=source, max_images=max_images))
     embedder = Embedder(koclip.load(model), batch_size=64)
@@ -145,7 +145,7 @@ def first_captions(pairs: Pairs) -> Pairs:
 
 
 def unique(pairs: Pairs) -> Pairs:
-    """Return the pairs without captions that occur more than once; images that have no other go, too."""
+    """Return the pairs without repeated captions, and without images that have no other captions."""
     counts = Counter(text for own in pairs.captions for text in own)
     captions = [[text for text in own if counts[text] == 1] for own in pairs.captions]
     kept = [image for image, own in enumerate(captions) if own]
@@ -208,7 +208,7 @@ def compare_zero_shot(case: str, classes: Classes) -> list[Line]:
 
 
 def made_up(seeds: Sequence[int]) -> list[Line]:
-    """Return all numbers of made-up embeddings."""
+    """Return all numbers of synthetic embeddings."""
     lines = []
     for seed in seeds:
         several = made_up_pairs(seed, counts=[1, 5, 3, 7, 2])
@@ -220,7 +220,7 @@ def made_up(seeds: Sequence[int]) -> list[Line]:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Return every number of both."""
+    """Return a Markdown table of all numbers."""
     rows = ["| case | number | koclip | CLIP_benchmark | difference |", "|---|---|---|---|---|"]
     return "\n".join(
         [

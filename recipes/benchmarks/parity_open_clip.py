@@ -2,13 +2,13 @@
 
     python recipes/benchmarks/parity_open_clip.py            # 50 steps, a minute on one core
 
-One small model, built by koclip, is copied into an `open_clip.CLIP`. Both train on the same batches: koclip with its
-own recipe's pieces (text padded to the batch's longest, fused AdamW, its kernels), open_clip with its own loop,
-ClipLoss, AdamW groups and schedule (text padded to 77). The table shows both losses; the last line is the largest
-difference of any step. Exit code 1 if that is above 1e-4.
+A small model of koclip is copied into an `open_clip.CLIP`. Both train on the same batches: koclip with the parts of its
+recipe (text padded to the batch's longest, fused AdamW, its kernels), open_clip with its own loop, ClipLoss, AdamW
+groups and schedule (text padded to 77). The table shows both losses; the last line is the largest difference of any
+step. The exit code is 1 if it is above 1e-4.
 
-Batches are Flickr8k-ko photos and captions if data/flickr8k_ko has them, else the built-in scenes. Five batches come
-up again and again, so that the loss falls far within 50 steps: a flat curve would hide a wrong learning rate or decay.
+Batches are Flickr8k-ko photos and captions if data/flickr8k_ko has them, else the built-in scenes. Five batches repeat,
+so that the loss falls far within 50 steps: a flat curve would hide a wrong learning rate or decay.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def compare(source: SourceConfig, num_steps: int, batch_size: int, model: ModelC
 
 
 def koclip_losses(model: DualEncoder, optim: OptimConfig, batches: Sequence[Batch]) -> list[float]:
-    """Train as the recipe does, with the CLIP paper's loss, and return the loss of every step."""
+    """Train as in the recipe, with the CLIP paper's loss, and return the loss of every step."""
     train = TrainConfig(num_steps=len(batches), log_every=1, tracker="none")
     accelerator = training.start(train)
     loss = LossConfig(name="infonce", duplicates="negatives")

@@ -1,4 +1,4 @@
-"""What the speed benchmarks print: the hardware, and how many times faster than its peer something is."""
+"""Output of the speed benchmarks: the hardware, and the speed relative to a peer."""
 
 import os
 import statistics
@@ -9,13 +9,13 @@ import torch
 
 
 def spread(own: Sequence[float], peer: Sequence[float]) -> str:
-    """Return how many times faster than its peer a loop is: the median of the rounds (lowest-highest)."""
+    """Return the speed of a loop relative to its peer: the median of the rounds (lowest-highest)."""
     ratios = [other / ours for ours, other in zip(own, peer, strict=True)]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
 def hardware() -> str:
-    """Describe the CPU as far as speed depends on it."""
+    """Return a description of the CPU."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")

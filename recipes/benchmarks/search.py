@@ -1,13 +1,13 @@
-"""How fast is a search of a million images, how much memory does it take, and what does the approximate one miss?
+"""Time and memory of a search in a million images, and the recall of the approximate search.
 
     python recipes/benchmarks/search.py                       # 1,000,000 x 512; 5 GB of disk for minutes
     python recipes/benchmarks/search.py --rows 100000
 
 Bars of the project, on 2 cores: exact at most 200 ms per single query in at most 1.2 GB, approximate at most 10 ms with
-recall@10 of 0.95 or more against exact. Vectors are clustered as embeddings are: one cluster per 100 of them, its
-centre in a subspace of 64 dimensions, half of a vector's length its own. Queries are "near" (others of the same
-clusters, as an image is that looks for images) or "far" (twice the distance, as a text is). Memory is the peak of a
-process that opens the index and searches, less what it held when its libraries were loaded.
+recall@10 of 0.95 or more against exact. Vectors form clusters, as embeddings do: one cluster per 100 vectors, with a
+centre in a subspace of 64 dimensions; half of a vector's length is its own. Queries are "near" (other vectors of the
+clusters, as in a search by image) or "far" (at twice the distance, as in a search by text). Memory is the peak of a
+process that opens the index and searches, minus its memory after it has loaded its libraries.
 """
 
 import argparse
@@ -40,7 +40,7 @@ _K = 10
 
 
 def centres_of(count: int, width: int) -> Tensor:
-    """Return the centres (C, D) of so many vectors."""
+    """Return the centres (C, D) of the clusters."""
     random = torch.Generator().manual_seed(0)
     low = torch.randn(max(1, count // 100), _SUBSPACE, generator=random)
     return F.normalize(low @ torch.randn(_SUBSPACE, width, generator=random), dim=-1)
@@ -55,7 +55,7 @@ def draw(centres: Tensor, count: int, seed: int, distance: float = 1.0) -> Tenso
 
 
 def make(folder: Path, count: int, width: int) -> None:
-    """Write an index of drawn vectors, without an approximate one."""
+    """Write an exact index of drawn vectors."""
     centres = centres_of(count, width)
     starts = range(0, count, ROWS)
     for number, start in enumerate(tqdm(starts, desc="drawing", leave=False)):
@@ -74,7 +74,7 @@ def held() -> float:
 
 
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
-    """Search for one query at a time and return milliseconds, memory, and what was found."""
+    """Search for one query at a time and return milliseconds, memory, and the results."""
     if args.way == "approximate":
         faiss().omp_set_num_threads(args.threads)
     before = held()
@@ -108,7 +108,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, object]:
 
 
 def alone(folder: Path, args: argparse.Namespace, **options: object) -> dict[str, object]:
-    """Measure in a process of its own."""
+    """Measure in its own process."""
     words = [f"--{name}={value}" for name, value in {**vars(args), **options, "folder": folder}.items()]
     ran = subprocess.run([sys.executable, __file__, *words], check=True, capture_output=True, text=True)
     result: dict[str, object] = json.loads(ran.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""What does each way of batching captions give in a training step of CLIP's text transformer, on a CPU?
+"""The speed of ways to batch captions, in a training step of CLIP's text transformer on a CPU.
 
     python recipes/benchmarks/text_batches.py                   # fp32, one thread, about 5 minutes
     python recipes/benchmarks/text_batches.py --precision bf16 --cpu_time
@@ -7,19 +7,19 @@ Five ways take turns in one process, forward and backward, over the same caption
 
 - padded to 77, the context length, as the CLIP paper's code and open_clip do;
 - padded to the batch's longest caption;
-- length groups: the same, of the loader's batches of similar caption length (data.length_pool: 8);
-- packed: no padding. The captions of a batch stand one after the other, a few to a row, in rows of about equal length;
-  each has positions of its own and sees itself only;
+- length groups: the same, for the loader's batches of similar caption length (data.length_pool: 8);
+- packed: no padding. The captions of a batch follow one another, a few per row, in rows of about equal length; each
+  caption has its own positions and attends only to itself;
 - packed length groups: both.
 
-Each way runs through the stock CLIPModel and through koclip's (`koclip.models.fast.speed_up`). There packing cannot use
-`LastLayer`, which computes one token a row, and has a last layer of its own that computes the end of every caption.
-Before anything is timed, the embeddings of every way are checked against stock ones padded to 77.
+Each way runs through the stock CLIPModel and through koclip's (`koclip.models.fast.speed_up`). Packing cannot use its
+`LastLayer`, which computes one token per row, and has another last layer, which computes the end of every caption.
+Before the measurement, the embeddings of every way are compared with stock embeddings padded to 77.
 
-A time is the median over the rounds of a step; a ratio is taken within a round, and its median, lowest and highest are
-shown. A round is one step of each of the 8 batches; the first is thrown away. What the loader does (padding, finding
-each caption's place in a row) is not timed, what the model does (masks) is. On a busy machine `--cpu_time` counts the
-seconds that this process had a core instead of those on the wall.
+A time is the median of a step over the rounds; a ratio is taken within a round, and the table has its median, lowest
+and highest value. A round is one step of each of the 8 batches; the first round does not count. The work of the loader
+(padding, packing) is not timed, the work of the model (masks) is. On a busy machine, use `--cpu_time` to count CPU time
+instead of wall time.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Text(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """B captions packed as G to each of R rows of L tokens; the few places after a row's last caption are padding."""
+    """B captions packed into R rows of L tokens, G per row; the tokens after a row's last caption are padding."""
 
     ids: Tensor  # (R, L)
     positions: Tensor  # (R, L) within the caption
@@ -71,7 +71,7 @@ class Rows(NamedTuple):
 
 
 def pack(batch: Batch, per_row: int) -> Rows:
-    """Pack a batch, `per_row` captions to a row: long ones with short ones, so that rows are about equally long."""
+    """Pack a batch, `per_row` captions per row, long with short ones, so that rows have about equal length."""
     lengths = batch.attention_mask.sum(dim=1)
     dealt = lengths.argsort(descending=True).view(per_row, -1)
     dealt[1::2] = dealt[1::2].flip(1)
@@ -104,7 +104,7 @@ def encode_rows(model: CLIPModel, rows: Rows) -> Tensor:
 
 
 def last_layer(layer: CLIPEncoderLayer, hidden: Tensor, mask: Tensor, ends: Tensor) -> Tensor:
-    """Return what `layer` makes of the tokens at `ends` (R, G), (R, G, D); `mask` (R, 1, G, L) is theirs."""
+    """Return the output (R, G, D) of `layer` for the tokens at `ends` (R, G), with their `mask` (R, 1, G, L)."""
     attention, normed = layer.self_attn, layer.layer_norm1(hidden)
     number = torch.arange(len(ends))[:, None]
     query, keys, values = (
@@ -148,7 +148,7 @@ def arrange(data: DataConfig, tokenizer: PreTrainedTokenizerBase, options: argpa
 
 @torch.no_grad()
 def check(models: Sequence[CLIPModel], ways: Sequence[Sequence[Text]], pad_id: int) -> float:
-    """Return how far any way through any model is from the first model's embeddings padded to 77, at most TOLERANCE."""
+    """Return the largest difference of any way and model from the first model's embeddings padded to 77."""
     largest = 0.0
     for name, (text, *_) in zip(WAYS, ways, strict=True):
         expected = as_padded(text.batch, pad_id, CONTEXT).embed(models[0])
@@ -180,7 +180,7 @@ def measure(
 
 
 def table(seconds: Sequence[Sequence[Sequence[float]]], ways: Sequence[Sequence[Text]]) -> str:
-    """Return padding, milliseconds of a step and how many times faster it is than others, as a Markdown table."""
+    """Return padding, milliseconds of a step and its relative speed, as a Markdown table."""
     rows = ["| text | padding |", "|---|---|"]
     for name in ("stock", "koclip"):
         rows[0] += f" {name}, ms | over 77 | over length groups |"

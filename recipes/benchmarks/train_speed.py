@@ -3,19 +3,18 @@
     python recipes/benchmarks/train_speed.py                    # fp32, one thread, about 10 minutes
     python recipes/benchmarks/train_speed.py --precision bf16 --threads 2
 
-Three training loops take turns in one process, so that whatever else the machine does hits all of them alike:
+Three training loops take turns in one process, so that other load on the machine affects all of them equally:
 
-- open_clip: `train_one_epoch` on its own model, ClipLoss and AdamW groups; text padded to 77, as always there;
+- open_clip: `train_one_epoch` on its own model, ClipLoss and AdamW groups; text always padded to 77;
 - Trainer: transformers' Trainer on the stock CLIPModel (`return_loss=True`); text padded to 77;
-- koclip: the recipe's `training.steps`: batches of similar caption length padded to their longest, and what
-  koclip/models/fast.py does to a stock model.
+- koclip: the recipe's `training.steps`: batches of similar caption length padded to their longest, and the faster
+  layers of koclip/models/fast.py.
 
-Same shape (ViT and text transformer of the sizes below), same pairs in the same batches. A round is the same 8 batches
-(one pool of the recipe's length grouping) in each loop; the first round is thrown away. Decoding is not part of it:
-decode_speed.py measures that. In the table, images/s is the median of the rounds; a ratio is taken within a round, and
-its median, lowest and highest are shown. On a busy machine `--cpu_time` counts the seconds that this process had a core
-instead of those on the wall. Bars of the project: fp32 1.6x open_clip and 1.4x Trainer; bf16, on a CPU with AMX, 2.7x
-and 2.2x.
+All have the same shape (ViT and text transformer of the sizes below) and the same pairs in the same batches. A round is
+the same 8 batches (one pool of the recipe's length grouping) in each loop; the first round does not count. Decoding is
+not measured here (see decode_speed.py). In the table, images/s is the median of the rounds; a ratio is taken within a
+round, with its median, lowest and highest value. On a busy machine, use `--cpu_time` to count CPU time instead of wall
+time. Bars of the project: fp32 1.6x open_clip and 1.4x Trainer; bf16, on a CPU with AMX, 2.7x and 2.2x.
 """
 
 import argparse
@@ -70,7 +69,7 @@ def open_clip_loop(model: CLIPModel, processor: CLIPProcessor, batches: Sequence
 
 
 class TakeTurns(TrainerCallback):
-    """Trainer owns its loop: the other loops take their turn whenever it has finished a round of `num_steps`."""
+    """Runs the other loops after each round of `num_steps` of Trainer, which owns its loop."""
 
     def __init__(self, num_steps: int, others: dict[str, Loop], clock: Clock) -> None:
         self._num_steps, self._others, self._clock, self._began = num_steps, others, clock, 0.0
@@ -99,7 +98,7 @@ def rounds(
     others: dict[str, Loop],
     options: argparse.Namespace,
 ) -> Seconds:
-    """Train `model` with Trainer for a round to warm up and those to measure, the others in between."""
+    """Train `model` with Trainer for a warm-up round and the measured rounds, with the other loops in between."""
     pad = processor.tokenizer.pad_token_id
     inputs = [
         {
@@ -139,7 +138,7 @@ def table(seconds: Seconds, images_per_round: int) -> str:
 
 
 def measure(options: argparse.Namespace, model_config: ModelConfig, folder: Path) -> tuple[Seconds, str]:
-    """Build the three loops, run them in turns and describe the text they saw."""
+    """Build the three loops, run them in turns and describe their texts."""
     size = options.batch_size * options.batches
     data = DataConfig(sources=[real_pairs(options.data) or stand_ins(folder, 4 * size)])
     tokenizer = train_bpe(training_captions(data), vocab_size=49_152, max_tokens=CONTEXT)

@@ -260,11 +260,9 @@ def _folder_format(path: str) -> str:
 
 
 def find(path: str, kind: str | None = None) -> list[str]:
-    """Return the files that a path names, absolute and sorted.
+    """Return the files that a path or pattern names, absolute and sorted; of a folder, the files of format `kind`.
 
-    Args:
-        path: A file; or a pattern with `*`, `?`, `[...]` and `**`, which do not match hidden names.
-        kind: If `path` is a folder, the format of the files to return. Default: no file.
+    Patterns have `*`, `?`, `[...]` and `**`, which do not match hidden names.
     """
     place = locate(path)
     if is_folder(place):

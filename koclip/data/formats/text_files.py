@@ -93,11 +93,7 @@ def open_records(
 ) -> Table:
     """Return the rows of files as a table with the columns that a source names, and `id`.
 
-    Args:
-        config: The source.
-        read: Yields the rows of one item of `files`.
-        files: The files, or what else `read` takes.
-        contents: For each item, a text that changes with its content.
+    `read` yields the rows of an item of `files`. `contents` are texts that change with the content of these items.
 
     Raises:
         SourceError: a column is in no row.

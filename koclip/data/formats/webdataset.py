@@ -89,9 +89,6 @@ def _samples(files: Sequence[str], columns: Columns) -> Iterator[Fields]:
     """Yield the samples of shards in stored order: `__key__`, `__url__`, and a text, JSON value or bytes by column.
 
     Columns that are not read have the value None.
-
-    Raises:
-        ShardError: a shard is cut or damaged, a text cannot be read, or two samples have the same name.
     """
     for file in files:
         keys: set[str] = set()

@@ -95,7 +95,7 @@ def open_sets(
         except (ConfigError, TypeError) as error:  # TypeError: a koclip with other keys wrote results.json
             raise ConfigError(
                 f"int8_sets: the data set {name} of results.json cannot be read here: {error}. Give sets as for "
-                f"recipes/evaluate.py, or the built-in scenes: {_SCENES}"
+                f"koclip evaluate, or the built-in scenes: {_SCENES}"
             ) from error
     return opened or [open_set(EvalSetConfig(), limit)]
 

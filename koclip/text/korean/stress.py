@@ -14,7 +14,7 @@ from collections.abc import Callable
 from koclip.storage import read_table
 from koclip.text.korean.endings import restyle
 from koclip.text.korean.hangul import is_syllable, keystrokes, neighbours, romanize, spell, typed
-from koclip.text.korean.nouns import drop_particles, replace_nouns
+from koclip.text.korean.particles import drop_particles, replace_nouns
 
 Stress = Callable[[str, int], str]
 
@@ -74,18 +74,6 @@ def _moves(words: list[str], gap: int) -> list[tuple[str, str]]:
     return [*moves, (left + right[0], right[1:])] if right[1:2].isalnum() else moves
 
 
-@_korean
-def typo(text: str, seed: int) -> str:
-    """Replace one keystroke by a neighbouring key of the two-set keyboard: 고양이 -> 거양이, or ㄱㅎ양이."""
-    return _slip(text, 1, _generator("typo", text, seed))
-
-
-@_korean
-def two_typos(text: str, seed: int) -> str:
-    """Replace two keystrokes; see `typo`."""
-    return _slip(text, 2, _generator("two_typos", text, seed))
-
-
 def _slip(text: str, count: int, rng: random.Random) -> str:
     """Replace `count` keystrokes of syllables by neighbouring letter keys, with the same shift state.
 
@@ -100,60 +88,9 @@ def _slip(text: str, count: int, rng: random.Random) -> str:
     return "".join(parts)
 
 
-@_korean
-def wrong_input_mode(text: str, seed: int) -> str:
-    """Type the Hangul on the two-set keyboard in Latin mode: 고양이 -> rhdiddl, 빨간 -> Qkfrks. The rest stays."""
-    return keystrokes(text)
-
-
 def nfd(text: str, seed: int) -> str:
     """Decompose the text (NFD), as macOS does in file names; it looks the same."""
     return unicodedata.normalize("NFD", text) if _HANGUL.search(unicodedata.normalize("NFC", text)) else text
-
-
-@_korean
-def jamo(text: str, seed: int) -> str:
-    """Write every letter separately, one per keystroke: 고양이 -> ㄱㅗㅇㅑㅇㅇㅣ, 닭과 -> ㄷㅏㄹㄱㄱㅗㅏ."""
-    return spell(text)
-
-
-@_korean
-def no_particles(text: str, seed: int) -> str:
-    """Drop particles: 공을 문 개가 공원에서 -> 공 문 개 공원; see `drop_particles`."""
-    return drop_particles(text)
-
-
-@_korean
-def plain(text: str, seed: int) -> str:
-    """Change sentence ends to the plain style (해라체): 달려요, 달립니다 -> 달린다; see `restyle`."""
-    return restyle(text, "plain")
-
-
-@_korean
-def polite(text: str, seed: int) -> str:
-    """Change sentence ends to the polite style (해요체): 달린다, 달립니다 -> 달려요; see `restyle`."""
-    return restyle(text, "polite")
-
-
-@_korean
-def formal(text: str, seed: int) -> str:
-    """Change sentence ends to the formal style (합쇼체): 달린다, 달려요 -> 달립니다; see `restyle`."""
-    return restyle(text, "formal")
-
-
-@_korean
-def loanwords(text: str, seed: int) -> str:
-    """Replace native and Sino-Korean nouns by English loanwords: 부엌에서 -> 키친에서, 춤을 -> 댄스를.
-
-    Only nouns in `assets/stress_loanwords.tsv` change, and only with known particles; no verbs, no compounds.
-    """
-    return replace_nouns(text, _names("stress_loanwords.tsv"), range)
-
-
-@_korean
-def romanized(text: str, seed: int) -> str:
-    """Romanize the Hangul (Revised Romanization): 고양이 -> goyangi; see `romanize`."""
-    return romanize(text)
 
 
 @_korean
@@ -173,9 +110,26 @@ def _names(table: str) -> dict[str, str]:
 
 
 STRESSES: dict[str, Stress] = {
-    stress.__name__: stress
-    for stress in (
-        *(no_spaces, moved_spaces, typo, two_typos, wrong_input_mode, nfd, jamo, no_particles, plain, polite, formal),
-        *(loanwords, romanized, english_nouns),
-    )
+    "no_spaces": no_spaces,
+    "moved_spaces": moved_spaces,
+    # One or two keystrokes hit a neighbouring key of the two-set keyboard: 고양이 -> 거양이, or ㄱㅎ양이.
+    "typo": _korean(lambda text, seed: _slip(text, 1, _generator("typo", text, seed))),
+    "two_typos": _korean(lambda text, seed: _slip(text, 2, _generator("two_typos", text, seed))),
+    # The two-set keyboard is in Latin mode: 고양이 -> rhdiddl, 빨간 -> Qkfrks.
+    "wrong_input_mode": _korean(lambda text, seed: keystrokes(text)),
+    "nfd": nfd,
+    # Separate letters, one per keystroke: 고양이 -> ㄱㅗㅇㅑㅇㅇㅣ, 닭과 -> ㄷㅏㄹㄱㄱㅗㅏ.
+    "jamo": _korean(lambda text, seed: spell(text)),
+    # 공을 문 개가 공원에서 -> 공 문 개 공원.
+    "no_particles": _korean(lambda text, seed: drop_particles(text)),
+    # Styles of sentence ends: 해라체 달린다, 해요체 달려요, 합쇼체 달립니다.
+    "plain": _korean(lambda text, seed: restyle(text, "plain")),
+    "polite": _korean(lambda text, seed: restyle(text, "polite")),
+    "formal": _korean(lambda text, seed: restyle(text, "formal")),
+    # Native and Sino-Korean nouns become English loanwords: 부엌에서 -> 키친에서, 춤을 -> 댄스를. Only listed nouns
+    # with known particles change; no verbs, no compounds.
+    "loanwords": _korean(lambda text, seed: replace_nouns(text, _names("stress_loanwords.tsv"), range)),
+    # The Revised Romanization: 고양이 -> goyangi.
+    "romanized": _korean(lambda text, seed: romanize(text)),
+    "english_nouns": english_nouns,
 }
