@@ -1,7 +1,7 @@
 """Make the pictures of the documents from a model that was trained on the built-in scenes.
 
     accelerate launch recipes/pretrain.py --output_dir runs/quickstart       # 4 minutes on 2 CPU cores
-    python docs/make_pictures.py --model runs/quickstart/model               # 4 minutes more
+    python docs/make_pictures.py --model runs/quickstart/model               # 5 minutes more
 
 It needs the extra `dev` and Chromium (`apt-get install chromium`). The pictures go to docs/pictures.
 """
@@ -28,9 +28,9 @@ from playwright import sync_api as playwright
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "docs" / "notebooks" / "search_in_korean.ipynb"
-CHARTS = {"queries-scenes": "queries", "recall-scenes": "recall", "stress-scenes": "stress"}  # of the report
+CHARTS = {"queries-scenes": "queries", "stress-scenes": "stress"}  # of the report
 DESKTOP = {"viewport": {"width": 1_120, "height": 800}}
-PHONE = {"viewport": {"width": 390, "height": 800}, "device_scale_factor": 2}
+PHONE = {"viewport": {"width": 390, "height": 800}, "device_scale_factor": 1.5}
 TABS = {"classify": "제로샷 분류", "search": "이미지 검색", "heatmap": "어디를 보았나"}
 PICTURES = {"desktop": ("classify", "search", "heatmap"), "phone": ("search",)}  # of the Space
 COLOURS = 192  # of a picture's palette: small files, no visible change
@@ -58,7 +58,7 @@ def main() -> None:
                 page.goto(address)
                 for tab in tabs:
                     show(page, tab)
-                    save(page.screenshot(full_page=True), output / f"space_{tab}_{device}.png")
+                    save(page.screenshot(full_page=device == "desktop"), output / f"space_{tab}_{device}.png")
 
 
 def evaluated(model: Path, folder: Path) -> Path:

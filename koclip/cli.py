@@ -58,7 +58,13 @@ _MODELS = ("clip", "text_encoder")  # keys that name a model
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line; `words` are its arguments, by default those of this process."""
-    words = list(sys.argv[1:] if words is None else words)
+    try:
+        _run(list(sys.argv[1:] if words is None else words))
+    except BrokenPipeError:  # `koclip ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(words: list[str]) -> None:
     if words and words[0] in RECIPES:
         run_recipe(words[0], words[1:])
         return
@@ -68,9 +74,7 @@ def main(words: Sequence[str] | None = None) -> None:
             print(table(options.recipe))
         elif options.command == "cp":
             copy(options.name, Path(options.to or f"{options.name.rpartition('/')[2]}.yaml"), options.force)
-    except BrokenPipeError:  # `koclip ls | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
+    except (FileNotFoundError, FileExistsError, PermissionError) as error:
         _fail(str(error))
 
 

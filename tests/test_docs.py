@@ -13,6 +13,7 @@ from runs_to_publish import pretrained
 from koclip import config
 from koclip.cli import RECIPES
 from koclip.config import AlignConfig, EvaluateConfig, IndexConfig, PretrainConfig, PublishConfig
+from koclip.config.recipes import DataSetConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -97,18 +98,19 @@ def test_api_entries_are_there():
 def test_the_page_of_commands_has_every_command_and_section():
     page = text_of("cli", "en")
     assert re.findall(r"^\| `koclip (\w+)`", page, re.MULTILINE) == [*RECIPES, "ls", "cp"]
-    recipes = {PretrainConfig, AlignConfig, EvaluateConfig, PublishConfig, IndexConfig}
-    assert set(re.findall(r"^::: koclip\.config\.(\w+)$", page, re.MULTILINE)) == sections_of(recipes)
+    schemas = {PretrainConfig, AlignConfig, EvaluateConfig, PublishConfig, IndexConfig, DataSetConfig}
+    described = {each.__name__ for each in sections_of(schemas) if "Args:" in (each.__doc__ or "")}
+    assert set(re.findall(r"^::: koclip\.config\.(?:\w+\.)?(\w+)$", page, re.MULTILINE)) == described
 
 
-def sections_of(schemas: set[Any]) -> set[str]:
-    """Return the names of configurations and of all dataclasses that they hold."""
-    names = {schema.__name__ for schema in schemas}
+def sections_of(schemas: set[Any]) -> set[Any]:
+    """Return configurations with the dataclasses that they inherit from and hold."""
+    sections = set(schemas)
     for schema in schemas:
         text = " ".join(str(hint) for hint in get_type_hints(schema).values())
-        inner = set(re.findall(r"koclip\.config\.(?:\w+\.)+(\w+)", text))
-        names |= sections_of({getattr(config, name) for name in inner})
-    return names
+        inner = {getattr(config, name) for name in re.findall(r"koclip\.config\.(?:\w+\.)+(\w+)", text)}
+        sections |= sections_of(inner) | {base for base in schema.__bases__ if base is not object}
+    return sections
 
 
 @pytest.fixture(scope="module")

@@ -135,9 +135,9 @@ def test_stopped_and_resumed_equals_uninterrupted(finished, tmp_path):
 def test_a_second_signal_exits_at_once():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
     try:
-        with training.StopRequest(torch.device("cpu")) as stop:
+        with training.stop_requests(torch.device("cpu")) as asked_to_stop:
             os.kill(os.getpid(), signal.SIGINT)
-            assert stop.asked()
+            assert asked_to_stop()
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
     finally:

@@ -192,7 +192,7 @@ def test_a_data_set_that_grew_is_refused(folder, tmp_path, small, streaming):
 @pytest.mark.parametrize(("then", "now", "streaming"), [(12, 40, True), (20, 12, True), (16, 8, True), (12, 40, False)])
 def test_a_shard_of_other_images_leaves_no_hole(folder, tmp_path, small, monkeypatch, then, now, streaming):
     """Where neither files nor their number tell: what the Hub holds has changed."""
-    monkeypatch.setattr(build, "_files", lambda _: "")
+    monkeypatch.setattr(build, "stored_files", lambda _: [])
     file = tmp_path / "rows.jsonl"
     cfg = config("", source=SourceConfig(path=str(table(file, folder, then)), streaming=streaming))
     build.build(cfg, ColourEncoder(), tmp_path / "index")
@@ -470,7 +470,7 @@ def test_the_recipe_makes_an_index_and_names_what_it_left_out(folder, tmp_path):
         left, notes = storage.read_lines(tmp_path / "index" / "skipped.jsonl")
         assert (notes["source"], notes["key"]) == (str(folder), "notes.txt")
         assert (left["source"], left["key"]) == (str(folder), "나/broken.jpg")
-        assert "PIL does not read" in left["reason"]
+        assert "not an image" in left["reason"]
     assert len(open_index(tmp_path / "index")) == 30
 
 

@@ -1,4 +1,4 @@
-"""Ways to give a CLIP another text encoder, or to adapt its own."""
+"""Methods that give a CLIP another text encoder or adapt its text encoder."""
 
 from koclip import installation
 

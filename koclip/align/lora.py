@@ -1,9 +1,9 @@
-"""LoRA and DoRA for a stock dual encoder, by PEFT. Nothing else knows PEFT.
+"""LoRA and DoRA for a stock dual encoder, with PEFT. No other module uses PEFT.
 
-The adapted layers are the linear ones inside a tower's numbered layers: attention and MLP. A text projection that is
-new, thus random, is trained fully; so is the pooler in front of it, where the class uses one and the text tower is
-adapted. All else is frozen, the image space's projection and the logit scale too. The model keeps its class, its
-configuration and its methods; only its state dict has other names, which `merge` turns back into stock ones.
+The adapted layers are the linear layers (attention and MLP) inside a tower's numbered layers. A new text projection,
+which has random weights, is trained fully. So is the pooler before it, if the class uses it and the text tower is
+adapted. All other weights are frozen, also the image projection and the logit scale. The model keeps its class, its
+configuration and its methods. Only its state dict has other names; `merge` returns the stock names.
 """
 
 import copy
@@ -31,38 +31,31 @@ SAME = "same"
 
 @dataclass(frozen=True)
 class AdapterBase:
-    """The base of an adapter.
+    """The base model of an adapter, as in adapter_base.json. Local directories are None."""
 
-    Args:
-        base_model: Hub id of `model.clip`; None if that was a local directory.
-        text_encoder: Hub id of `model.text_encoder`; `same` if the base keeps its text tower; None if that was a local
-            directory.
-        method: `LoRA` or `DoRA`.
-    """
-
-    base_model: str | None
-    text_encoder: str | None
-    method: str
+    base_model: str | None  # Hub id of `model.clip`
+    text_encoder: str | None  # Hub id of `model.text_encoder`; `same` if the base keeps its text tower
+    method: str  # LoRA or DoRA
 
     @property
     def is_built(self) -> bool:
-        """Whether koclip built the base from two models, so that no repository holds it."""
+        """Whether koclip built the base from two models. Then it is in no repository."""
         return self.text_encoder != SAME
 
     @property
     def unnamed(self) -> list[str]:
-        """The configuration keys whose Hub ids are not known."""
+        """The configuration keys without a known Hub id."""
         ids = {"model.clip": self.base_model, "model.text_encoder": self.text_encoder}
         return [key for key, hub_id in ids.items() if hub_id is None]
 
     def write(self, folder: Path) -> None:
-        """Write the file into `folder`, which is adapter/."""
+        """Write adapter_base.json into the folder adapter/."""
         text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
         storage.replace_text(folder / FILE, text)
 
 
 def read_base(folder: Path) -> AdapterBase | None:
-    """Read the file of `folder`, which is adapter/; return None if it is missing, broken or of other keys."""
+    """Read adapter_base.json of the folder adapter/; None if it is missing or broken, or has other keys."""
     try:
         return AdapterBase(**json.loads((folder / FILE).read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
@@ -70,8 +63,8 @@ def read_base(folder: Path) -> AdapterBase | None:
 
 
 _TOWERS = {"text": ("text_model",), "image": ("vision_model",), "both": ("text_model", "vision_model")}
-BASE = "adapter_base"  # folder beside a model's, with what a swapped model's adapter adapts
-_FULL = re.compile(r"\.modules_to_save\.default\.")  # what is trained fully beside `.original_module.`, its start
+BASE = "adapter_base"  # folder beside model/, with the base of a swapped model's adapter
+_FULL = re.compile(r"\.modules_to_save\.default\.")  # modules trained fully; `.original_module.` is their start
 _README = """\
 # Adapter
 
@@ -96,18 +89,13 @@ base = AutoModel.from_pretrained("{clip}")"""
 
 
 def attach(model: StockModel, config: AdapterConfig, new_text: bool = True, seed: int = 0) -> None:
-    """Freeze `model` and put adapters into it, in place. At first they change nothing.
+    """Freeze `model` and add adapters, in place. Untrained adapters do not change the outputs.
 
-    Call it before `koclip.models.fast.speed_up` and before the model is wrapped or moved.
-
-    Args:
-        model: The dual encoder.
-        config: Which towers, and how.
-        new_text: Whether the text projection is new; if not, it is frozen like the rest.
-        seed: Seed of the adapters' random half.
+    Call it before `koclip.models.fast.speed_up`, and before the model is wrapped or moved. If the text projection is
+    not `new_text`, it is frozen too.
 
     Raises:
-        ConfigError: a chosen tower has no linear layers to adapt.
+        ConfigError: a tower has no linear layers to adapt.
     """
     full = ["text_projection"] if new_text else []
     if new_text and config.target != "image" and getattr(model.text_model, "pooler", None) is not None:
@@ -126,11 +114,9 @@ def attach(model: StockModel, config: AdapterConfig, new_text: bool = True, seed
 
 
 def merge(model: StockModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the stock weights that do what `state_dict` does, adapters merged in fp32. `model` stays as it is.
+    """Return the stock weights with adapters merged, in fp32. `model` has adapters, and is not changed.
 
-    Args:
-        model: The model that adapters were attached to.
-        state_dict: Its weights, or an average's, or gathered ones; of a `DualEncoder` too, whose names stay.
+    `state_dict` has the weights of the model, of its moving average, or of its `DualEncoder`, whose names are kept.
     """
     weights = {name: value.float() if value.is_floating_point() else value for name, value in state_dict.items()}
     layers = [name.removesuffix(".base_layer.weight") for name in weights if name.endswith(".base_layer.weight")]
@@ -145,7 +131,7 @@ def merge(model: StockModel, state_dict: dict[str, torch.Tensor]) -> dict[str, t
 
 
 def base_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the stock weights that adapters were attached to, from the `state_dict` that `merge` takes."""
+    """Return the stock weights before adaptation, from the `state_dict` of `merge`."""
     weights = {}
     for name, value in state_dict.items():
         stock = name.replace(".base_layer.", ".").replace(".original_module.", ".")
@@ -161,26 +147,20 @@ def save(
     clip: str,
     text_encoder: str | None = SAME,
 ) -> None:
-    """Write the adapter alone to `directory`/adapter, as PEFT loads it, in safetensors.
+    """Write the adapter alone to `directory`/adapter, in PEFT's format, in safetensors.
 
-    adapter_config.json names the base and its class, so that `AutoPeftModel` and `AutoModel` load the folder. If the
-    base is on this machine it is named by its path, which `koclip.publishing.checks.name_base` replaces.
-    adapter_base.json says what the base is, without paths.
-
-    Args:
-        model: The model that adapters were attached to.
-        state_dict: As for `merge`.
-        directory: Where the folder `adapter` comes to be. With a new text encoder, the base is the model in the folder
-            `BASE` beside it, which is to be written with `base_weights`.
-        clip: Directory or Hub id of what the base is built from (`model.clip`).
-        text_encoder: The same of its text encoder (`model.text_encoder`); `same` if `clip` as it is was adapted.
+    adapter_config.json names the base and its class, so that `AutoPeftModel` and `AutoModel` load the folder. A local
+    base is named by its path, which `koclip.publishing.checks.name_base` replaces. adapter_base.json names the base
+    without paths. `clip` and `text_encoder` are the configuration's `model.clip` and `model.text_encoder`. If the text
+    encoder is new, the base is in the folder `BASE` beside `directory`; the caller writes it with `base_weights`.
     """
     folder = directory / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_model.safetensors").write_bytes(_file(model, state_dict))
     config = copy.copy(_config(model))
-    encoder_id = SAME if text_encoder == SAME else _hub_id(text_encoder or "")
-    base = AdapterBase(_hub_id(clip), encoder_id, _kind(config))
+    clip_id = clip if is_hub_id(clip) else None
+    encoder_id = text_encoder if text_encoder == SAME or is_hub_id(text_encoder or "") else None
+    base = AdapterBase(clip_id, encoder_id, _kind(config))
     base.write(folder)
     config.base_model_name_or_path = base.base_model or str(Path(clip).resolve())
     if base.is_built:
@@ -202,7 +182,7 @@ def save(
 
 
 def report(model: StockModel) -> str:
-    """Return one line on the adapters' number and size. Call it before the model is sharded."""
+    """Return one line with the number and the size of the adapters. Call it before the model is sharded."""
     layers = sum(isinstance(module, LoraLayer) for module in model.modules())
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     total = sum(weight.numel() for weight in model.parameters())
@@ -214,26 +194,26 @@ def report(model: StockModel) -> str:
 
 
 def _layers(model: StockModel, tower: str) -> str:
-    """Return a pattern of the linear layers inside a tower's numbered layers: tower, any number, names behind it."""
+    """Return a pattern that matches the linear layers inside a tower's numbered layers."""
     numbered = re.compile(rf"{tower}\..*\.\d+\.(.+)")
-    # Not subclasses: nn.MultiheadAttention reads its output projection's weight and would pass the adapter by.
+    # No subclasses: nn.MultiheadAttention reads the weight of its output projection and would ignore an adapter.
     linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     tails = {match[1] for name in linear if (match := numbered.fullmatch(name))}
     side = {"text_model": "text", "vision_model": "image"}[tower]
     kind = type(getattr(model, tower)).__name__
-    check(bool(tails), "lora.target", side, f"a {kind} has no linear layers that could be adapted: take another")
+    check(bool(tails), "lora.target", side, f"a {kind} has no linear layers to adapt: use another target")
     return rf"{tower}\..*\.\d+\.({'|'.join(re.escape(tail) for tail in sorted(tails))})"
 
 
 def _merged(config: LoraConfig, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Merge one layer in a copy of its own, on the CPU: whatever `model` is, sharded or on a GPU, it is not needed."""
+    """Merge a layer in a copy on the CPU. The model itself may be sharded or on a GPU."""
     width_out, width_in = tensors["base_layer.weight"].shape
     alone = copy.copy(config)
     alone.target_modules, alone.modules_to_save = ["layer"], None
     with torch.random.fork_rng(devices=[]):
-        box = nn.ModuleDict({"layer": nn.Linear(width_in, width_out, bias="base_layer.bias" in tensors)})
-        inject_adapter_in_model(alone, box)
-    layer: Any = box["layer"]
+        module = nn.ModuleDict({"layer": nn.Linear(width_in, width_out, bias="base_layer.bias" in tensors)})
+        inject_adapter_in_model(alone, module)
+    layer: Any = module["layer"]
     layer.load_state_dict(tensors)
     layer.merge(safe_merge=True)
     return {name: value.detach() for name, value in layer.base_layer.state_dict().items()}
@@ -243,7 +223,7 @@ def _file(model: StockModel, state_dict: dict[str, torch.Tensor]) -> bytes:
     stock = {name.removeprefix("model."): value for name, value in state_dict.items()}
     adapter = get_peft_model_state_dict(model, stock)
     weights = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in adapter.items()}
-    # PEFT reads DoRA's magnitudes under the name that it writes and under their own; transformers only under that one.
+    # PEFT reads DoRA's magnitudes with or without the suffix `.weight`, transformers only with it.
     magnitudes = [name for name in weights if name.endswith(".lora_magnitude_vector")]
     weights |= {f"{name}.weight": weights.pop(name) for name in magnitudes}
     return safetensors.torch.save(weights, metadata={"format": "pt"})
@@ -255,7 +235,3 @@ def _config(model: StockModel) -> Any:
 
 def _kind(config: LoraConfig) -> str:
     return "DoRA" if config.use_dora else "LoRA"
-
-
-def _hub_id(name: str) -> str | None:
-    return name if is_hub_id(name) else None

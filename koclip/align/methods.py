@@ -1,20 +1,15 @@
-"""What each method of alignment does to a model: before, during and after training.
+"""The methods of alignment: how each method changes a model before, during and after training.
 
-Its stages are in `koclip.config.METHODS`, under the same name. A new method needs an entry in both tables; a test
-compares their names.
+`koclip.config.METHODS` has the stages of each method. A new method needs an entry in both tables; a test compares their
+names.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from transformers import (
-    CLIPTextModel,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
+from transformers import CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from koclip.align import lora
 from koclip.config import AlignConfig, ConfigError, Stage, SwapConfig, check
@@ -26,41 +21,37 @@ from koclip.models.swap import swap_text_tower
 from koclip.optim import depth
 from koclip.text import tokenizers
 
+Source: TypeAlias = StockModel | PreTrainedModel  # a dual encoder, or an image tower alone
+Weights: TypeAlias = dict[str, torch.Tensor]
 
-def text_encoder(config: SwapConfig, clip: StockModel | PreTrainedModel) -> PreTrainedModel | None:
-    """Return the text encoder that `config` names; None: a new text transformer.
+
+def text_encoder(config: SwapConfig, clip: Source) -> PreTrainedModel | None:
+    """Return the text encoder of `config`; None: a new text transformer.
 
     Raises:
-        ConfigError: it cannot be loaded, or is to be that of a source of which only the image tower is taken.
+        ConfigError: the encoder cannot be loaded, or it is `same` and the source is an image tower alone.
     """
     if config.text_encoder is None:
         return None
     if config.text_encoder != "same":
         return load_text_encoder(config.text_encoder, config.seed)
     if not is_stock(clip):
-        raise ConfigError(f"model.text_encoder: `same`, but {_alone(config.clip, clip)}: name a text encoder")
+        raise ConfigError(f"model.text_encoder: got `same`, but {_alone(config.clip, clip)}: name a text encoder")
     own: PreTrainedModel = parts(clip).text_tower
     return own
 
 
 def adapt(
     config: SwapConfig,
-    clip: StockModel | PreTrainedModel,
+    clip: Source,
     encoder: PreTrainedModel | None,
     image_processor: Any,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[StockModel, ProcessorMixin]:
-    """Return the dual encoder to be trained, and its processor.
-
-    Args:
-        config: The text side.
-        clip: The source: a dual encoder, or an image tower alone.
-        encoder: As `text_encoder` returned it.
-        image_processor: The source's.
-        tokenizer: The text side's.
+    """Return the dual encoder to train, and its processor. `encoder` is what `text_encoder` returned.
 
     Raises:
-        ConfigError: no stock class holds this pair.
+        ConfigError: no stock class can hold this pair.
     """
     if encoder is not None:
         take_padding(encoder, tokenizer.pad_token_id)
@@ -73,34 +64,32 @@ def adapt(
     return model, kind(image_processor=image_processor, tokenizer=tokenizer)
 
 
-def load_teacher(clip: StockModel | PreTrainedModel, path: str) -> tuple[StockModel, PreTrainedTokenizerBase]:
-    """Return the source with the tokenizer of its text tower, to be taught by.
+def load_teacher(clip: Source, path: str) -> tuple[StockModel, PreTrainedTokenizerBase]:
+    """Return the source and the tokenizer of its text tower, as the teacher.
 
     Raises:
-        ConfigError: `clip` is an image tower alone, or its tokenizer cannot be relied on.
+        ConfigError: `clip` is an image tower alone, or its tokenizer is wrong.
     """
     if not is_stock(clip):
         raise ConfigError(
-            f"model.clip: {_alone(path, clip)}, and a teacher is a text tower: name a CLIP, or set distill.anchor to 0 "
-            "and align.method to a method that sees images only"
+            f"model.clip: {_alone(path, clip)}, but a teacher needs a text tower: name a CLIP, or set distill.anchor "
+            "to 0 and align.method to a method without a teacher"
         )
     text: Any = clip.config.text_config
     return clip, tokenizers.load(path, text.max_position_embeddings, text, probes=["a photo of a cat"])
 
 
 def _alone(path: str, tower: PreTrainedModel) -> str:
-    return f"of {path} koclip takes the image tower alone, a {type(tower).__name__}"
+    return f"{path} is an image tower alone, a {type(tower).__name__}"
 
 
-def _text_transformer(
-    config: SwapConfig, clip: StockModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> CLIPTextModel:
-    """Return CLIP's text transformer with random weights, as large as the source's if `config` does not say."""
+def _text_transformer(config: SwapConfig, clip: Source, tokenizer: PreTrainedTokenizerBase) -> CLIPTextModel:
+    """Return CLIP's text transformer with random weights. Sizes that `config` leaves out are the source's."""
     source: Any = getattr(clip.config, "text_config", None)
     width = config.text_width or getattr(source, "hidden_size", None)
     layers = config.text_layers or getattr(source, "num_hidden_layers", None)
     if width is None or layers is None:
-        raise ConfigError(f"model.text_width, model.text_layers: name both, {_alone(config.clip, clip)}")
+        raise ConfigError(f"model.text_width, model.text_layers: set both, because {_alone(config.clip, clip)}")
     head_width = HEAD_WIDTH if source is None else source.hidden_size // source.num_attention_heads
     check(width % head_width == 0, "model.text_width", width, f"expected a multiple of {head_width}")
     sizes = Preset(image_size=0, embed_dim=width, text_width=width, text_layers=layers, head_width=head_width)
@@ -111,38 +100,25 @@ def _text_transformer(
     return tower
 
 
-Source = StockModel | PreTrainedModel
-Weights = dict[str, torch.Tensor]
-
-
 class Method(NamedTuple):
-    """What a method does to a model.
+    """The functions of a method."""
 
-    Attributes:
-        attach: Called once before training; returns what to print about it, if anything.
-        set_trainable: Called at the start of each stage with the dual encoder, the configuration, the stage and the
-            source.
-        stock_weights: Called when the model is saved, with its directory, the model, its processor, its weights and the
-            configuration; returns a dual encoder's weights without the parts that `attach` added.
-    """
-
+    # Called once before training. Returns a text to print, or None.
     attach: Callable[[StockModel, AlignConfig], str | None]
+    # Called at the start of each stage.
     set_trainable: Callable[[DualEncoder, AlignConfig, Stage, Source], None]
+    # Called when the model is saved into a directory. Returns the weights without the parts that `attach` added.
     stock_weights: Callable[[Path, StockModel, ProcessorMixin, Weights, AlignConfig], Weights]
 
 
 def set_trainable(encoder: DualEncoder, config: AlignConfig, stage: Stage, clip: Source) -> None:
-    """Set `requires_grad` for a stage that trains weights. Adapters need no such call: PEFT sets it.
+    """Set `requires_grad` for a stage that trains weights. Not for adapters: PEFT sets it.
 
-    Args:
-        encoder: The dual encoder.
-        config: The method, and how many layers of the image tower it trains.
-        stage: The stage.
-        clip: The source. Its logit scale is trained if the image tower is. The scale of a model whose source is an
-            image tower alone is new, and is trained.
+    The logit scale of the source `clip` is trained only if the image tower is trained. If the source is an image tower
+    alone, the logit scale is new, and is trained.
 
     Raises:
-        ConfigError: the image tower has fewer layers than `align.image_layers` names.
+        ConfigError: the image tower has fewer layers than `align.image_layers`.
     """
     model = parts(encoder.model)
     for module in (model.text_tower, model.text_projection):
@@ -154,10 +130,10 @@ def set_trainable(encoder: DualEncoder, config: AlignConfig, stage: Stage, clip:
     depths, top = depth(model.image_tower), config.align.image_layers
     if top is not None and top >= max(depths.values()):
         most = max(depths.values()) - 1
-        raise ConfigError(f"align.image_layers: got {top}, the image tower has {most} layers; leave it out for all")
+        raise ConfigError(f"align.image_layers: got {top}, expected at most {most}; leave it out to train all layers")
     for name, parameter in model.image_tower.named_parameters():
         trained = stage.trains_image and (top is None or depths[name] <= top)
-        # DDP stops at parameters without a gradient: the mask token belongs to masked-image training.
+        # The mask token, for masked-image training, gets no gradient, and DDP fails on such parameters.
         parameter.requires_grad_(trained and not name.endswith("mask_token"))
 
 
@@ -177,7 +153,7 @@ def _attach_adapters(model: StockModel, config: AlignConfig) -> str:
 def _save_adapters(
     directory: Path, model: StockModel, processor: ProcessorMixin, weights: Weights, config: AlignConfig
 ) -> Weights:
-    """Write the adapter, and with a new text encoder the model that it adapts; return the merged weights."""
+    """Write the adapter, and its base model if the text encoder is new; return the merged weights."""
     lora.save(model, weights, directory, config.model.clip, config.model.text_encoder)
     if config.model.text_encoder != "same":
         save_stock_model(directory.with_name(lora.BASE), model, processor, lora.base_weights(weights))
@@ -199,14 +175,11 @@ METHODS = {
 
 
 class AlignedModelWriter:
-    """Writes the stock model that a method trained: adapters merged, or weights averaged with those it began with.
+    """Writes the trained stock model, with adapters merged, or with weights averaged with those before training.
 
-    Adapters are in `adapter/` too. With a new text encoder, the model that they adapt is in the folder
-    `koclip.align.lora.BASE` beside the model.
-
-    Args:
-        config: The run's.
-        model: The model before training, without adapters. Its weights are copied if `align.wise_ft` averages them.
+    Adapters are also written to `adapter/`. If the text encoder is new, their base model is in the folder
+    `koclip.align.lora.BASE` beside the model. `model` is the model before training, without adapters. Its weights are
+    copied if `align.wise_ft` averages them.
     """
 
     def __init__(self, config: AlignConfig, model: StockModel) -> None:
@@ -215,21 +188,13 @@ class AlignedModelWriter:
         self._start = {name: value.clone() for name, value in start}
 
     def __call__(self, directory: Path, model: StockModel, processor: ProcessorMixin, weights: Weights) -> None:
-        """Write the trained model.
-
-        Args:
-            directory: Where to write.
-            model: The trained model, with adapters if the method trains them.
-            processor: Its processor.
-            weights: Its `DualEncoder`'s state dict.
-        """
+        """Write the trained model, with the weights of its `DualEncoder`'s state dict, into `directory`."""
         config = self._config
         weights = METHODS[config.align.method].stock_weights(directory, model, processor, weights, config)
         new_text = config.model.text_encoder != "same"
         for name, before in self._start.items():
             if before.is_floating_point() and not (new_text and name.startswith("text_")):
                 after = weights[f"model.{name}"]
-                weights[f"model.{name}"] = torch.lerp(
-                    before.to(after).reshape(after.shape), after, config.align.wise_ft
-                )
+                start = before.to(after).reshape(after.shape)
+                weights[f"model.{name}"] = torch.lerp(start, after, config.align.wise_ft)
         save_stock_model(directory, model, processor, weights)

@@ -296,7 +296,7 @@ class DataSetConfig:
 
     Args:
         name: Data set, such as `emoji`. May be given as the first word: `koclip data emoji`.
-        output_dir: Directory of the data set. Default: data/<name>, where the configurations read it. Its folder
+        output_dir: Directory of the data set. Default: `data/<name>`, where the configurations read it. Its folder
             `downloads` keeps the downloads: if the command is interrupted, run it again, and it continues.
         accept_terms: The same name again: you have read and accept the terms of the data set, which the command prints.
             Needed for data that may be used for research only.

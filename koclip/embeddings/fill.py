@@ -77,15 +77,7 @@ def embed_shard(path: Path, batches: Iterable[ItemBatch], embed: Embed, dtype: t
 
 @dataclass
 class SourceShards:
-    """The shards of a source that this process reads or computes: every `world_size`-th shard, from `rank` on.
-
-    Args:
-        source: The source.
-        reader: Reads the items of the source's rows.
-        folder: Folder of the shards.
-        rank: Number of this process.
-        world_size: Number of processes.
-    """
+    """The shards of a source, in `folder`, of this process: every `world_size`-th shard, from number `rank` on."""
 
     source: MapSource | StreamSource
     reader: ItemReader
@@ -259,14 +251,9 @@ class CaptionReader:
 def image_features(
     accelerator: "Accelerator", encoder: DualEncoder, config: DataConfig, views: Views, cache: Cache
 ) -> Shards:
-    """Return the unit-norm embeddings of every view of every image. Compute the embeddings that are not stored.
+    """Return the unit-norm embeddings of every view of every image of the sources, by the image side of `encoder`.
 
-    Args:
-        accelerator: Gives the device and the precision.
-        encoder: The model whose image side embeds.
-        config: The sources.
-        views: The views of each image.
-        cache: The directory of the embeddings.
+    Embeddings that are not in `cache` are computed, on the accelerator's device and in its precision.
 
     Raises:
         ConfigError: the directory holds embeddings by another tower, or of other views or images.
@@ -304,16 +291,10 @@ def teacher_features(
     language: str,
     cache: Cache,
 ) -> Shards:
-    """Return the teacher's features of every caption in its language. Compute the features that are not stored.
+    """Return the teacher's features of every caption in its language.
 
-    Prints how many captions and rows have no counterpart in the teacher's language.
-
-    Args:
-        accelerator: Gives the device and the precision.
-        teacher: A dual encoder, and the tokenizer of its text tower.
-        config: The sources.
-        language: Language of the teacher.
-        cache: The directory of the features.
+    Features that are not in `cache` are computed, on the accelerator's device and in its precision. Prints how many
+    captions and rows have no counterpart in the teacher's language. The teacher is a dual encoder with its tokenizer.
 
     Raises:
         ConfigError: the directory holds features by another teacher or of other captions.

@@ -56,15 +56,10 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Store:
-    """A directory of embeddings.
-
-    Args:
-        path: The directory.
-        key: The configuration key of the directory, for error messages.
-    """
+    """A directory of embeddings."""
 
     path: Path
-    key: str
+    key: str  # the configuration key of the directory, for error messages
 
     def facts(self) -> dict[str, Any] | None:
         """Return the facts; None if the directory has none.
@@ -109,11 +104,7 @@ class Store:
 
 
 class Shard:
-    """A memory-mapped shard. Opening it reads only its header.
-
-    Args:
-        path: The file.
-        key: The configuration key of its directory, for error messages.
+    """A memory-mapped shard. Opening it reads only its header. `key` is that of its `Store`.
 
     Raises:
         ConfigError: the file is broken.
@@ -210,12 +201,8 @@ def write_shard(
 ) -> None:
     """Write a shard of n embeddings (n, V, D).
 
-    Args:
-        path: The file.
-        embeddings: Embeddings of the items without a `reason`.
-        items: All items; empty to store the embeddings alone.
-        entries: The index entry of each embedding.
-        shared: Whether several processes may write the file at the same time.
+    `items` are all items, those without an embedding too; or empty to store the embeddings alone. `entries` are the n
+    entries of an index. Set `shared` if several processes may write the file at the same time.
     """
     tensors = {
         "embeddings": embeddings.contiguous(),
@@ -237,11 +224,7 @@ def write_shard(
 
 
 class Shards:
-    """Shards as one sequence of embeddings.
-
-    Args:
-        paths: The files, in order.
-        key: The configuration key of their directory, for error messages.
+    """The shards at `paths` as one sequence of embeddings. `key` is that of their `Store`.
 
     Raises:
         ConfigError: a shard is broken, or the embeddings have different widths.

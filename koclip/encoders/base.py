@@ -1,7 +1,7 @@
-"""The `Encoder`: what every dual encoder offers, whatever library it comes from, and what its subclasses share.
+"""The `Encoder`: the interface of all dual encoders, and functions that its subclasses share.
 
-To embed with a new kind of model, add one file to this folder: a subclass of `Encoder` that defines the abstract
-methods below, and `FORM` and `open_spec`, which `koclip.load` looks for (`koclip.encoders`).
+To embed with a new kind of model, add one file to this folder: a subclass of `Encoder` with the abstract methods below,
+and `FORM` and `open_spec` for `koclip.load` (see `koclip.encoders`).
 """
 
 import json
@@ -118,11 +118,9 @@ class Encoder(ABC):
 
         Arguments and errors: see `encode_images`.
         """
-
-        def forward(batch: list[Image.Image]) -> torch.Tensor:
-            return self._image_features(batch).float().cpu()
-
-        return self._over_images(forward, images, batch_size, max_image_pixels, spread)
+        return self._over_images(
+            lambda batch: self._image_features(batch).float().cpu(), images, batch_size, max_image_pixels, spread
+        )
 
     def similarity(self, images: Sequence[Picture] | torch.Tensor, texts: Sequence[str] | torch.Tensor) -> torch.Tensor:
         """Return the logits (N, M) of N images and M texts, float32, on the CPU: scale * cosine + bias.
@@ -131,9 +129,7 @@ class Encoder(ABC):
         image (Radford et al. 2021, CLIP). For a model trained with a sigmoid loss, the sigmoid of a logit is the
         probability that image and text match (Zhai et al. 2023, SigLIP).
 
-        Args:
-            images: Images (see `encode_images`), or their embeddings (N, D).
-            texts: Texts, or their embeddings (M, D).
+        `images` and `texts` may also be embeddings (N, D) and (M, D).
         """
         image = images if isinstance(images, torch.Tensor) else self.encode_images(images)
         text = texts if isinstance(texts, torch.Tensor) else self.encode_texts(texts)
@@ -261,14 +257,9 @@ def in_batches(
     unit: str,
     spread: bool = False,
 ) -> torch.Tensor:
-    """Embed N >= 1 items batch by batch and return their rows (N, ...), in order.
+    """Embed N >= 1 items batch by batch and return their rows (N, ...), in order. `unit` is for the progress bar.
 
-    Args:
-        embed: Embeds one batch.
-        items: The items.
-        batch_size: Items per batch.
-        unit: Name of the items in the progress bar.
-        spread: Split the batches over the processes. The batches stay the same, so the rows are bit for bit the same.
+    With `spread`, the batches are split over the processes. They stay the same, so the rows are the same bit for bit.
     """
     batches = [range(len(items))[start : start + batch_size] for start in range(0, len(items), batch_size)]
     rank, world_size = (distributed.rank(), distributed.world_size()) if spread else (0, 1)

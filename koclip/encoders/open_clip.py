@@ -45,12 +45,6 @@ class OpenClipEncoder(Encoder):
     Two things that open_clip leaves to its caller are done here. Weights whose tag needs QuickGELU get it under any
     model name (`ViT-B-32@openai`; open_clip only warns). NLLB's tokenizer is given the language of each text: Korean if
     the text has Hangul, otherwise English.
-
-    Args:
-        model_name: open_clip's name of the model.
-        pretrained: open_clip's tag of the weights, or a safetensors file.
-        device: Device of the model.
-        name: The spec.
     """
 
     def __init__(self, model_name: str, pretrained: str | None, device: torch.device, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Stock dual encoders: sizes, random weights, loading, another text tower, the published directory."""
+"""Stock dual encoders: sizes, random weights, loading, swapping the text tower, saving."""
 
 from koclip.models.stock import StockModel
 

@@ -1,7 +1,7 @@
-"""Build stock dual encoders from random weights, and embed pairs with them.
+"""Build stock dual encoders with random weights, and embed pairs with them.
 
-A ViT with CLIP's text transformer is a `CLIPModel`; any other image tower (the paper's ResNets among them) goes with
-it into a `VisionTextDualEncoderModel`, the stock class that holds any pair.
+A ViT and CLIP's text transformer form a `CLIPModel`. Any other image tower, such as the paper's ResNets, goes into a
+`VisionTextDualEncoderModel`, which holds any pair.
 
 Letters in shape comments: B pairs per process, N pairs in the global batch, L tokens, D embedding width, H W pixels.
 """
@@ -39,16 +39,12 @@ MAX_LOGIT_SCALE = math.log(100)  # the paper's cap on the temperature
 class DualEncoder(nn.Module):
     """A stock dual encoder for training: uint8 pixels in, `Embeddings` out.
 
-    The sigmoid loss learns a bias. Most stock classes have no parameter for it, so it is kept beside the model. It is
-    saved where `Layout.logit_bias` says. Probabilities need it, rankings do not.
-
-    Args:
-        model: The stock model.
-        processor: Its processor.
-        logit_bias: Initial bias of the sigmoid loss, if the model was not trained with one. None: a loss without bias.
+    The sigmoid loss learns a bias. Most stock classes have no parameter for it, so it is a parameter of this module and
+    is saved to `Layout.logit_bias`. Probabilities depend on it, rankings do not. `logit_bias` is its initial value if
+    the model has none; None: a loss without bias.
 
     Raises:
-        ConfigError: the model and the processor's tokenizer disagree on ids or on the longest text.
+        ConfigError: the ids or the longest text of the model and the processor's tokenizer differ.
     """
 
     pixel_mean: torch.Tensor
@@ -58,8 +54,8 @@ class DualEncoder(nn.Module):
         super().__init__()
         check_tokenizer(model, processor.tokenizer)
         self.model = model
-        self._scale_name = layout_of(model).logit_scale  # read in `forward`, which is compiled
-        # A source may have a larger scale than the cap; SigLIP's is about 117.
+        self._scale_name = layout_of(model).logit_scale  # stored here because `forward` is compiled
+        # A source may have a larger scale; SigLIP's is about 117.
         self.max_logit_scale = max(MAX_LOGIT_SCALE, parts(model).logit_scale.item())
         images = processor.image_processor
         self.register_buffer("pixel_mean", 255 * torch.tensor(images.image_mean).view(3, 1, 1), persistent=False)
@@ -69,7 +65,7 @@ class DualEncoder(nn.Module):
             own = bias_of(model)
             self.logit_bias = nn.Parameter(torch.tensor(logit_bias if own is None else own))
         if layout_of(model).has_bias_parameter:
-            model.logit_bias.requires_grad_(False)  # the parameter above takes its place
+            model.logit_bias.requires_grad_(False)  # the parameter of this module replaces it
 
     def forward(
         self,
@@ -83,12 +79,12 @@ class DualEncoder(nn.Module):
         """Embed B pairs.
 
         Args:
-            pixel_values: (B, 3, H, W) uint8; None in batches without images, or whose embeddings are known.
+            pixel_values: (B, 3, H, W) uint8; None without images, or if `image` is given.
             input_ids: (B, L).
             attention_mask: (B, L).
-            image: (B, D) unit norm, if known: the image tower does not run.
-            text: (B, D) unit norm, if known: the text tower does not run.
-            text_norm: (B,) of the features, where `text` is known.
+            image: (B, D) unit-norm embeddings. If given, the image tower does not run.
+            text: (B, D) unit-norm embeddings. If given, the text tower does not run.
+            text_norm: (B,) norms of the text features; needed if `text` is given.
         """
         if image is None and pixel_values is not None:
             image = encode_images(self.model, self.normalized(pixel_values))
@@ -104,19 +100,17 @@ class DualEncoder(nn.Module):
         )
 
     def normalized(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return pixels (B, 3, H, W) uint8 as the image tower takes them."""
+        """Return pixels (B, 3, H, W) uint8, normalised for the image tower."""
         return (pixel_values.float() - self.pixel_mean) / self.pixel_std
 
     def trains(self, side: Literal["image", "text"]) -> bool:
         """Return whether any parameter of the image or the text side is trained."""
         layout = layout_of(self.model)
-        names = {"image": layout.image_side, "text": layout.text_side}[side]
-        return any(
-            parameter.requires_grad for name in names for parameter in self.model.get_submodule(name).parameters()
-        )
+        modules = map(self.model.get_submodule, layout.image_side if side == "image" else layout.text_side)
+        return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
     def train(self, mode: bool = True) -> "DualEncoder":
-        """Set training mode; frozen towers stay in evaluation mode, without dropout of any kind."""
+        """Set training mode. Frozen towers stay in evaluation mode, without dropout."""
         super().train(mode)
         for tower in (parts(self.model).image_tower, parts(self.model).text_tower):
             if not any(parameter.requires_grad for parameter in tower.parameters()):
@@ -125,17 +119,17 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep the temperature at 0.01 or above, as the paper does after every step; or at the source's, if lower."""
+        """Limit the scale to 100, as in the paper, or to the source's scale if it is larger. Call it each step."""
         parts(self.model).logit_scale.clamp_(max=self.max_logit_scale)
 
     @torch.no_grad()
     def logit_scale(self) -> float:
-        """Return the inverse temperature. Call it on every process: sharded, its value is on one of them."""
+        """Return the inverse temperature. Call it on every process: under FSDP2, only one process stores the value."""
         value: Any = parts(self.model).logit_scale
         return float((value.full_tensor() if isinstance(value, DTensor) else value).exp().item())
 
     def lift_scalars(self) -> None:
-        """Give the logit scale and bias one dimension: FSDP2 shards no scalars. `save_stock_model` removes it."""
+        """Give the logit scale and bias one dimension, because FSDP2 cannot shard scalars."""
         scale, bias = parts(self.model).logit_scale, self.logit_bias
         lifted = nn.Parameter(scale.detach().reshape(1), scale.requires_grad)
         set_part(self.model, layout_of(self.model).logit_scale, lifted)
@@ -165,7 +159,7 @@ def from_scratch(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tup
     """Return a stock dual encoder with random weights, and its processor. The same seed gives the same weights.
 
     Raises:
-        ConfigError: the sizes do not fit together, or the tokenizer and CLIP's text tower would disagree.
+        ConfigError: the sizes do not fit together, or CLIP's text tower cannot use the tokenizer.
     """
     preset = resolve(config)
     text = text_config(preset, tokenizer)
@@ -180,37 +174,40 @@ def from_scratch(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tup
     if config.patch_dropout:
         drop_patches(parts(model).image_tower, config.patch_dropout)
     checkpoint_gradients(model, config.image_gradient_checkpointing, config.text_gradient_checkpointing)
-    return model, _processor(image_size, model, tokenizer)
+    images = CLIPImageProcessor(
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+    )
+    kind: Any = layout_of(model).processor_class
+    return model, kind(image_processor=images, tokenizer=tokenizer)
 
 
 def checkpoint_gradients(model: StockModel, image: bool, text: bool) -> None:
     """Make towers recompute their activations in the backward pass.
 
     Raises:
-        ConfigError: a tower cannot.
+        ConfigError: a tower does not support this.
     """
     for name, tower, recompute in (("image", parts(model).image_tower, image), ("text", parts(model).text_tower, text)):
         if recompute:
-            able = tower.supports_gradient_checkpointing
-            key = f"model.{name}_gradient_checkpointing"
-            check(able, key, recompute, f"a {type(tower).__name__} cannot: set false")
+            key, expected = f"model.{name}_gradient_checkpointing", f"a {type(tower).__name__} needs false"
+            check(tower.supports_gradient_checkpointing, key, recompute, expected)
             tower.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def text_config(preset: Preset, tokenizer: PreTrainedTokenizerBase) -> CLIPTextConfig:
-    """Return the text tower's config with the tokenizer's own ids.
+    """Return the text tower's config with the tokenizer's ids.
 
     Raises:
-        ConfigError: ids that would silently ruin the text embedding.
+        ConfigError: the ids would give wrong text embeddings without an error.
     """
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     for name in ("eos_token_id", "pad_token_id"):
         if ids[name] is None:
-            raise ConfigError(f"tokenizer.path: the tokenizer has no {name}, which CLIP's text tower needs")
+            raise ConfigError(f"tokenizer.path: the tokenizer has no {name}, expected one for CLIP's text tower")
     if ids["eos_token_id"] == tokenizers.LEGACY_EOS_ID:
         raise ConfigError(
-            "tokenizer.path: the tokenizer's end token has id 2, for which transformers' CLIP pools at the largest id "
-            "instead of at the end: train a tokenizer (leave tokenizer.path out) or give its end token another id"
+            "tokenizer.path: the tokenizer's end token has id 2, expected another id: with 2, CLIP of transformers "
+            "reads the largest id instead of the end token. Leave tokenizer.path out to train a tokenizer"
         )
     return CLIPTextConfig(
         vocab_size=1 + max(tokenizer.get_vocab().values()),
@@ -225,17 +222,17 @@ def text_config(preset: Preset, tokenizer: PreTrainedTokenizerBase) -> CLIPTextC
 
 
 def check_tokenizer(model: StockModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that a model and a tokenizer agree on ids and on the longest text.
+    """Check that a model and a tokenizer have the same ids and that the longest text fits.
 
-    Where they disagree, embeddings are wrong without an error.
+    Otherwise embeddings would be wrong without an error.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: they do not fit together.
     """
     text: Any = model.config.text_config
     problems = tokenizers.differing_ids(tokenizer, text)
     if problems:
-        raise ConfigError(f"the model and the tokenizer disagree: {'; '.join(problems)}. Make them equal")
+        raise ConfigError(f"the model and the tokenizer differ: {'; '.join(problems)}. Make them equal")
     if tokenizer.model_max_length > text.max_position_embeddings:
         raise ConfigError(
             f"the tokenizer allows {tokenizer.model_max_length} tokens, the model has "
@@ -253,51 +250,34 @@ def _clip(preset: Preset, text: CLIPTextConfig, logit_scale: float) -> StockMode
         "patch_size": preset.patch_size,
         "projection_dim": preset.embed_dim,
     }
-    config = CLIPConfig(
-        text_config=text.to_dict(),
-        vision_config=vision,
-        projection_dim=preset.embed_dim,
-        logit_scale_init_value=logit_scale,
-    )
-    return CLIPModel(config)
+    shared: dict[str, Any] = {"projection_dim": preset.embed_dim, "logit_scale_init_value": logit_scale}
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision, **shared))
 
 
 def _around_image_tower(preset: Preset, text: CLIPTextConfig, logit_scale: float) -> tuple[StockModel, int]:
-    """Build CLIP's text transformer beside any image tower; return them with the side of the images, pixels."""
+    """Build CLIP's text transformer beside any image tower. Also return the image size, pixels."""
     vision, image_size = tower_config(preset.image_tower, preset.image_size)
     config = VisionTextDualEncoderConfig.from_vision_text_configs(
         vision, text, projection_dim=preset.embed_dim, logit_scale_init_value=logit_scale
     )
     image_tower = AutoModel.from_config(vision)
     for name, parameter in image_tower.named_parameters():
-        if name.endswith("mask_token"):  # of masked-image training; DDP stops at parameters without a gradient
+        if name.endswith("mask_token"):  # for masked-image training; DDP fails on parameters without a gradient
             parameter.requires_grad_(False)
     return VisionTextDualEncoderModel(config, vision_model=image_tower, text_model=CLIPTextModel(text)), image_size
 
 
-def _processor(image_size: int, model: StockModel, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
-    images = CLIPImageProcessor(
-        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
-    )
-    kind: Any = layout_of(model).processor_class
-    processor: ProcessorMixin = kind(image_processor=images, tokenizer=tokenizer)
-    return processor
-
-
 def drop_patches(vision_model: nn.Module, share: float) -> None:
-    """Make a CLIP ViT see a random part of the patches in training mode. Evaluation sees all of them.
+    """Make a CLIP ViT drop random patches in training mode. In evaluation mode it sees all patches.
 
-    Steps are faster, and on small data it regularises (FLIP, Li et al. 2023).
-
-    Args:
-        vision_model: A `CLIPVisionModel`. A forward hook is added to its embeddings; its weights do not change.
-        share: Share of the patches left out, 0 to 1; at least one patch stays. The class token always stays.
+    This makes steps faster, and regularises on small data (FLIP, Li et al. 2023). A forward hook on the embeddings of
+    the `CLIPVisionModel` drops a `share` of 0 to 1 of the patches. The class token and at least one patch stay.
     """
     vision_model.get_submodule("embeddings").register_forward_hook(partial(_keep_some, share))
 
 
 def _keep_some(share: float, module: nn.Module, _: object, tokens: torch.Tensor) -> torch.Tensor | None:
-    """Return the class token and a random subset of the patches, (B, 1 + kept, D), each image its own."""
+    """Return the class token and a random subset of the patches (B, 1 + kept, D), another subset for each image."""
     if not module.training:
         return None
     batch, length, width = tokens.shape

@@ -1,9 +1,9 @@
-"""Faster ways through a stock model: the same weights, the same embeddings and gradients, less work.
+"""Faster layers for stock models: the same weights, embeddings and gradients with less computation.
 
 The state dict, the saved config and the class of the model stay stock. `train.fast: false` turns this off.
 
-It replaces layers of transformers and reads their attributes, which other versions may rename. pyproject.toml limits
-the version, and tests/test_fast.py checks that every name that is read here exists.
+This module replaces layers of transformers and reads their attributes, which other versions may rename. pyproject.toml
+limits the version, and tests/test_fast.py checks that every attribute used here exists.
 """
 
 from typing import Any
@@ -25,13 +25,13 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from koclip.text.tokenizers import LEGACY_EOS_ID
 
-SHORT_SEQUENCE = 128  # tokens; on a CPU plain attention beats the fused kernel below this
+SHORT_SEQUENCE = 128  # tokens; up to this length, plain attention is faster than the fused kernel on a CPU
 
 
 def speed_up(model: PreTrainedModel, device: torch.device) -> None:
-    """Switch `model` to what is fastest on `device`, in place; a second call changes nothing.
+    """Replace layers of `model` by faster layers for `device`, in place. A second call changes nothing.
 
-    Its towers then give embeddings only: the other tokens of their `last_hidden_state` mean nothing.
+    The embeddings stay correct, but the `last_hidden_state` of the towers is valid for the embedded token only.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and _is_patch_embedding(module):
@@ -59,19 +59,19 @@ def _compute_one_token(tower: Any) -> None:
 
 
 def _prefers_plain_attention(tower: Any) -> bool:
-    """Return whether plain attention is faster than PyTorch's fused kernel on a CPU: where sequences are short."""
+    """Return whether sequences are so short that plain attention is faster than PyTorch's fused kernel on a CPU."""
     if isinstance(tower, ChineseCLIPTextModel):
-        return True  # captions are short, whatever the number of positions; and the kernel has no attention dropout
+        return True  # captions are short for any number of positions; the fused kernel has no attention dropout
     if isinstance(tower, CLIPTextModel):
         return int(tower.config.max_position_embeddings) <= SHORT_SEQUENCE
     return int((tower.config.image_size // tower.config.patch_size) ** 2 + 1) <= SHORT_SEQUENCE
 
 
 class PatchEmbedding(nn.Conv2d):
-    """A convolution whose stride is its kernel, as a reshape and a matrix product (slow as a convolution on CPUs)."""
+    """A convolution whose stride equals its kernel, as a reshape and a matrix product, which is faster on CPUs."""
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Embed (B, C, H, W) as (B, D, H // patch, W // patch); pixels left over at the edges are not used."""
+        """Embed (B, C, H, W) as (B, D, H // patch, W // patch). Incomplete patches at the edges are ignored."""
         batch, channels, height, width = pixel_values.shape
         side = self.kernel_size[0]
         rows, columns = height // side, width // side
@@ -82,7 +82,7 @@ class PatchEmbedding(nn.Conv2d):
 
 
 class QuickGELU(QuickGELUActivation):
-    """x * sigmoid(1.702 x), which is silu(1.702 x) / 1.702, keeping one tensor for the backward pass."""
+    """x * sigmoid(1.702 x) = silu(1.702 x) / 1.702. It saves one tensor for the backward pass."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Apply it to a tensor of any shape."""
@@ -105,9 +105,9 @@ class _QuickGELU(torch.autograd.Function):
 
 
 class LastLayer(CLIPEncoderLayer):
-    """A tower's last layer, computed for the one token that CLIP reads: the class token or the end of the text.
+    """A tower's last layer, computed only for the token that CLIP embeds: the class token or the end token.
 
-    Of a layer's matrix products only two in twelve parts, the keys and the values, need the other tokens.
+    Keys and values need all tokens; they are two twelfths of a layer's matrix products.
     """
 
     needs_end = False
@@ -119,59 +119,55 @@ class LastLayer(CLIPEncoderLayer):
         end: torch.Tensor | None = None,
         **_: object,
     ) -> torch.Tensor:
-        """Return that token in every place, (B, L, D), for hidden states (B, L, D).
+        """Return the token's output (B, D), repeated to (B, L, D), for hidden states (B, L, D).
 
-        Args:
-            hidden_states: (B, L, D) from the layer before.
-            attention_mask: Not used: a text's end sees every token up to itself, and padding comes after it.
-            end: (B,) where each text ends; None for images.
+        `end` (B,) is the position of each text's end token; None for images. `attention_mask` is not used: the end
+        token attends to all tokens before it, and padding comes after it.
 
         Raises:
-            RuntimeError: this is a text's layer, and `end` did not arrive. Without it the first token would be read.
+            RuntimeError: this is a text layer, and transformers did not pass `end` on.
         """
         if end is None and self.needs_end:
             version = transformers.__version__
             raise RuntimeError(f"train.fast: transformers {version} did not pass `end` to the text layers: set false")
         attention, normed = self.self_attn, self.layer_norm1(hidden_states)
         rows = torch.arange(len(hidden_states), device=hidden_states.device)
-        place = 0 if end is None else end
-        query = attention.q_proj(normed[rows, place]).unsqueeze(1)  # (B, 1, D)
+        index = 0 if end is None else end
+        query = attention.q_proj(normed[rows, index]).unsqueeze(1)  # (B, 1, D)
         query, keys, values = (
             tensor.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
             for tensor in (query, attention.k_proj(normed), attention.v_proj(normed))
         )  # (B, heads, 1 or L, head width)
         seen = None
         if end is not None:
-            places = torch.arange(hidden_states.shape[1], device=end.device)
-            seen = (places <= end[:, None])[:, None, None]  # (B, 1, 1, L)
+            indices = torch.arange(hidden_states.shape[1], device=end.device)
+            seen = (indices <= end[:, None])[:, None, None]  # (B, 1, 1, L)
         dropout = (attention.dropout or 0.0) if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, keys, values, seen, dropout, scale=attention.scale)
-        token: torch.Tensor = hidden_states[rows, place] + attention.out_proj(mixed.flatten(1))  # (B, D)
+        token: torch.Tensor = hidden_states[rows, index] + attention.out_proj(mixed.flatten(1))  # (B, D)
         token = token + self.mlp(self.layer_norm2(token))
         return token.unsqueeze(1).expand_as(hidden_states)
 
 
 class LastEndLayer(LastLayer):
-    """The last layer of CLIP's text tower, computed for the end of each text."""
+    """The last layer of CLIP's text tower, computed for the end token."""
 
     needs_end = True
 
 
 class LastImageLayer(LastLayer, ChineseCLIPVisionLayer):  # type: ignore[misc]  # equal attributes
-    """The same of the image tower of a `ChineseCLIPModel`, which is CLIP's under other names."""
+    """The last layer of a `ChineseCLIPModel`'s image tower, which computes the same as CLIP's."""
 
 
 class LastTextLayer(ChineseCLIPTextLayer):
-    """The last layer of a BERT text tower, computed for the first token only, which alone is projected."""
+    """The last layer of a BERT text tower, computed for the first token only, which is the embedded token."""
 
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: object
     ) -> torch.Tensor:
-        """Return the first token in every place, (B, L, D), for hidden states (B, L, D).
+        """Return the first token's output (B, D), repeated to (B, L, D), for hidden states (B, L, D).
 
-        Args:
-            hidden_states: (B, L, D) from the layer before.
-            attention_mask: (B, 1, L, L), bool or added to the scores; None where there is no padding.
+        `attention_mask` is (B, 1, L, L), bool or added to the scores; None without padding.
         """
         attention, first = self.attention.self, hidden_states[:, :1]
         query, keys, values = (
@@ -189,7 +185,7 @@ class LastTextLayer(ChineseCLIPTextLayer):
 def _name_the_end(
     text_model: CLIPTextModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Pass the place where each text ends to the layers, as CLIP's own pooling computes it."""
+    """Pass the position of each text's end token to the layers, computed as in CLIP's pooling."""
     input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
     is_end = input_ids if text_model.eos_token_id == LEGACY_EOS_ID else (input_ids == text_model.eos_token_id).int()
     return args, kwargs | {"end": is_end.argmax(dim=-1)}

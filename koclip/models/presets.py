@@ -1,14 +1,14 @@
-"""Sizes and initial weights of the CLIP paper's models, of small models for a CPU, and of others.
+"""Sizes and initial weights of the CLIP paper's models, of small models for a CPU, and of other image towers.
 
-The sizes are those of Radford et al. 2021, tables 19 and 20. The others are image towers that timm or transformers'
-AutoModel builds.
+The paper's sizes are in Radford et al. 2021, tables 19 and 20. Other image towers are built by timm or by transformers'
+AutoModel.
 
-The ResNets are timm's ports of the paper's towers. They differ from the paper in one point: the output projection of
-its attention pool has a bias, the joint class's `visual_projection`, which takes its place, has none. So a model has
-`embed_dim` parameters less than the paper's.
+The ResNets are timm's ports of the paper's towers, with one difference: the output projection of the paper's attention
+pool has a bias, but the stock class's `visual_projection` has none. So a model has `embed_dim` fewer parameters.
 """
 
 import dataclasses
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +21,17 @@ from koclip import installation
 from koclip.config import ConfigError, ModelConfig, check
 from koclip.models.stock import StockModel, parts
 
-HEAD_WIDTH = 64  # of every tower in the paper; the small presets use 32
+HEAD_WIDTH = 64  # of every tower in the paper
 DEFAULT_IMAGE_SIZE = 224  # pixels; for towers whose configuration has no image size
 RESNET_STRIDE = 32  # pixels per position of the attention pool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Every size of a dual encoder.
+    """All sizes of a dual encoder.
 
-    `image_tower` is `vit`, `timm:<architecture>` or `auto:<path or Hub id>`; the last two have their own sizes, and
-    an image size of 0 means the size of that tower.
+    `image_tower` is `vit`, `timm:<architecture>` or `auto:<path or Hub id>`. The last two set the tower's sizes; an
+    image size of 0 is the tower's default.
     """
 
     image_tower: str = "vit"
@@ -45,33 +45,21 @@ class Preset:
     head_width: int = HEAD_WIDTH
 
 
+def _vit(
+    image: tuple[int, int, int, int], text: tuple[int, int], embed_dim: int, head_width: int = HEAD_WIDTH
+) -> Preset:
+    """Return a preset with a ViT, from (image size, patch size, width, layers) and the text tower's (width, layers)."""
+    sizes: dict[str, Any] = dict(zip(("image_size", "patch_size", "image_width", "image_layers"), image, strict=True))
+    return Preset(**sizes, text_width=text[0], text_layers=text[1], embed_dim=embed_dim, head_width=head_width)
+
+
 PRESETS: dict[str, Preset] = {
-    "tiny": Preset(
-        image_size=40,
-        patch_size=8,
-        image_width=128,
-        image_layers=3,
-        text_width=128,
-        text_layers=2,
-        embed_dim=128,
-        head_width=32,
-    ),
-    "small": Preset(
-        image_size=48,
-        patch_size=8,
-        image_width=192,
-        image_layers=4,
-        text_width=192,
-        text_layers=2,
-        embed_dim=192,
-        head_width=32,
-    ),
-    "vit_b32": Preset(image_size=224, patch_size=32, image_width=768, image_layers=12, text_width=512, embed_dim=512),
-    "vit_b16": Preset(image_size=224, patch_size=16, image_width=768, image_layers=12, text_width=512, embed_dim=512),
-    "vit_l14": Preset(image_size=224, patch_size=14, image_width=1024, image_layers=24, text_width=768, embed_dim=768),
-    "vit_l14_336": Preset(
-        image_size=336, patch_size=14, image_width=1024, image_layers=24, text_width=768, embed_dim=768
-    ),
+    "tiny": _vit((40, 8, 128, 3), (128, 2), embed_dim=128, head_width=32),
+    "small": _vit((48, 8, 192, 4), (192, 2), embed_dim=192, head_width=32),
+    "vit_b32": _vit((224, 32, 768, 12), (512, 12), embed_dim=512),
+    "vit_b16": _vit((224, 16, 768, 12), (512, 12), embed_dim=512),
+    "vit_l14": _vit((224, 14, 1024, 24), (768, 12), embed_dim=768),
+    "vit_l14_336": _vit((336, 14, 1024, 24), (768, 12), embed_dim=768),
     "rn50": Preset(image_tower="timm:resnet50_clip", image_size=224, text_width=512, embed_dim=1024),
     "rn101": Preset(image_tower="timm:resnet101_clip", image_size=224, text_width=512, embed_dim=512),
     "rn50x4": Preset(image_tower="timm:resnet50x4_clip", image_size=288, text_width=640, embed_dim=640),
@@ -83,10 +71,10 @@ _SIZES = ("image_size", "patch_size", "image_width", "image_layers", "text_width
 
 
 def resolve(config: ModelConfig) -> Preset:
-    """Return the preset with the overrides of `config`, checked to be buildable.
+    """Return the preset with the overrides of `config`.
 
     Raises:
-        ConfigError: an unknown preset, sizes that do not divide, or keys that the image tower has no use for.
+        ConfigError: the preset is unknown, sizes do not divide, or the image tower does not use a key.
     """
     if config.preset.startswith(("auto:", "timm:")):
         preset = dataclasses.replace(_OTHER, image_tower=config.preset)
@@ -105,7 +93,7 @@ def resolve(config: ModelConfig) -> Preset:
         return preset
     for name in ("patch_size", "image_width", "image_layers", "patch_dropout"):
         value = getattr(config, name)
-        check(not value, f"model.{name}", value, f"preset {config.preset} has no use for it: leave it out")
+        check(not value, f"model.{name}", value, f"preset {config.preset} does not use it: leave it out")
     if config.preset in PRESETS:
         _check_multiple("image_size", preset.image_size, RESNET_STRIDE)
     return preset
@@ -116,17 +104,14 @@ def _check_multiple(name: str, value: int, unit: int) -> None:
 
 
 def tower_config(image_tower: str, image_size: int) -> tuple[Any, int]:
-    """Return a tower's stock configuration and the image size it takes, pixels.
+    """Return a tower's stock configuration and its image size, pixels.
 
-    The joint class sizes its projection by `hidden_size`. Some configurations lack it, and the pooled output of others
-    is wider. So it is set to the width that a forward pass gives, which runs on the meta device and costs nothing.
-
-    Args:
-        image_tower: `timm:<architecture>` or `auto:<path or Hub id>`.
-        image_size: Side of the square input, pixels; 0 takes the tower's own.
+    The stock class reads the width of the projection's input from `hidden_size`. Some configurations have no
+    `hidden_size`, or another width of the pooled output. So it is set to the width after a forward pass on the meta
+    device, which computes nothing. The default of `image_size` (0) is the tower's image size.
 
     Raises:
-        ConfigError: there is no such tower, or it has no pooled output, or does not take images of this size.
+        ConfigError: the tower does not exist, has no pooled output, or does not accept this image size.
     """
     kind, name = image_tower.split(":", 1)
     config = _timm_config(name) if kind == "timm" else _auto_config(name)
@@ -150,7 +135,7 @@ def _timm_config(architecture: str) -> TimmWrapperConfig:
     timm = _timm()
     similar = timm.list_models(f"*{architecture.split('_')[0]}*")[:5]
     check(
-        timm.is_model(architecture), "model.preset", f"timm:{architecture}", f"no such architecture; close: {similar}"
+        timm.is_model(architecture), "model.preset", f"timm:{architecture}", f"no such architecture; similar: {similar}"
     )
     return TimmWrapperConfig(architecture=architecture)
 
@@ -160,7 +145,7 @@ def _auto_config(path: str) -> Any:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.preset: auto:{path} cannot be read: {str(error).splitlines()[0]}") from error
-    return getattr(config, "vision_config", config)  # of CLIP, SigLIP and the like: their image tower
+    return getattr(config, "vision_config", config)  # a dual encoder's image tower
 
 
 def _image_size(config: Any) -> int:
@@ -172,25 +157,18 @@ def _image_size(config: Any) -> int:
 
 
 def _resize(config: Any, image_size: int) -> None:
-    """Size the position embeddings for `image_size`; convolutional towers have none and take any size."""
+    """Set the image size of the position embeddings. Convolutional towers have none and accept any size."""
     if isinstance(config, TimmWrapperConfig):
-        if _timm_takes_size(config, image_size):
-            config.model_args = {**(config.model_args or {}), "img_size": image_size}
+        arguments = {**(config.model_args or {}), "img_size": image_size}
+        with suppress(TypeError), torch.device("meta"):  # TypeError: the tower has no such argument
+            _timm().create_model(config.architecture, **arguments)
+            config.model_args = arguments
     elif hasattr(config, "image_size"):
         config.image_size = image_size
 
 
-def _timm_takes_size(config: TimmWrapperConfig, image_size: int) -> bool:
-    try:
-        with torch.device("meta"):
-            _timm().create_model(config.architecture, **{**(config.model_args or {}), "img_size": image_size})
-    except TypeError:  # an unexpected keyword argument
-        return False
-    return True
-
-
 def _pooled_width(config: Any, name: str, image_size: int) -> int:
-    """Return D of a tower's pooled output (B, D)."""
+    """Return the width D of a tower's pooled output (B, D)."""
     try:
         with torch.device("meta"):
             tower = AutoModel.from_config(config).eval()
@@ -198,15 +176,15 @@ def _pooled_width(config: Any, name: str, image_size: int) -> int:
     except (TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         raise ConfigError(f"model.preset: {name} does not embed {image_size} pixel images: {error}") from error
     fits = pooled is not None and pooled.ndim == 2
-    check(fits, "model.preset", name, "expected an image tower with a pooled output (B, D); take another")
+    check(fits, "model.preset", name, "expected an image tower with a pooled output (B, D); use another")
     return int(pooled.shape[-1])
 
 
 @torch.no_grad()
 def initialize(model: StockModel) -> None:
-    """Draw the weights of a dual encoder again, in place: CLIP's towers, timm's, and the two projections.
+    """Initialise a dual encoder, in place: towers of CLIP and timm, and the projections.
 
-    Other towers keep what transformers gave them.
+    Other towers keep the initial weights of transformers.
     """
     image_tower, text_tower, *projections, _ = parts(model)
     initialize_tower(image_tower)
@@ -219,12 +197,12 @@ def initialize(model: StockModel) -> None:
 
 @torch.no_grad()
 def initialize_tower(tower: nn.Module) -> None:
-    """Draw the weights of a CLIP tower again, in place. Towers of other classes are not changed.
+    """Initialise a CLIP tower, in place. Towers of other classes are not changed.
 
-    As in the paper's code, github.com/openai/CLIP, clip/model.py: `CLIP.initialize_parameters` gives the text
-    transformer's layers; residual branches shrink with depth. It leaves the ViT's layers at PyTorch's defaults; here
-    they have the text transformer's, scaled to their own width and depth. (transformers' `CLIPModel` gives the layers
-    that read the residual stream the deviation of those that write to it, and the other way round.)
+    The text transformer is initialised as in the paper's code (github.com/openai/CLIP, clip/model.py,
+    `CLIP.initialize_parameters`): residual branches shrink with depth. That code leaves the ViT's layers at PyTorch's
+    defaults; here they follow the same rule with their own width and depth. (transformers' `CLIPModel` swaps the
+    standard deviations of the layers that read from and that write to the residual stream.)
     """
     layers = [module for module in tower.modules() if isinstance(module, CLIPEncoderLayer)]
     for layer in layers:
@@ -254,9 +232,9 @@ def _initialize_embeddings(module: nn.Module) -> None:
 
 
 def _restore_timm(tower: TimmWrapperModel) -> None:
-    """Give a timm tower timm's own initial weights.
+    """Give a timm tower timm's initial weights.
 
-    transformers draws every layer again with a standard deviation of 0.02, under which a deep ResNet hardly learns.
+    transformers initialises every layer with a standard deviation of 0.02, and then a deep ResNet hardly learns.
     """
     fresh = _timm().create_model(tower.config.architecture, num_classes=0, **(tower.config.model_args or {}))
     tower.timm_model.load_state_dict(fresh.state_dict())

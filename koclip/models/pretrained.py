@@ -1,11 +1,11 @@
-"""Load what training starts from: a CLIP or an image tower whose image space stays, and a text encoder.
+"""Load the models that training starts from: a CLIP or an image tower, and a text encoder.
 
-Everything is loaded in fp32, from safetensors, into stock classes: no pickles, no remote code. Loading fails on
-missing, unexpected or mismatched weights. There are two exceptions: task heads are ignored, and a missing pooler, which
-transformers would draw at random, is replaced:
+Models are loaded in fp32, from safetensors, into stock classes: no pickles, no remote code. Loading fails on missing,
+unexpected or mismatched weights. There are two exceptions: task heads are ignored, and a missing pooler, to which
+transformers would give random weights, is replaced:
 
-- of image towers (google/vit-*) by one that returns the class token (`koclip.models.swap.linear_pooler`);
-- of text encoders (checkpoints of masked language models) by the tanh of the first token, after an identity. Only
+- in image towers (google/vit-*) by a pooler that returns the class token (`koclip.models.swap.linear_pooler`);
+- in text encoders (masked language models) by a pooler that returns the tanh of the first token. Only
   `VisionTextDualEncoderModel` uses it.
 """
 
@@ -40,26 +40,25 @@ from koclip.models.stock import LAYOUTS, StockModel, is_stock, parts
 from koclip.models.swap import linear_pooler
 from koclip.text.tokenizers import COUNT_FROM_PADDING, READS_END, UNMASKED
 
-UNREADABLE = (OSError, ValueError, ImportError, SafetensorError)  # what transformers raises
-# Dual encoders whose text tower another image tower can take; `text_encoder: same` takes that of any `StockModel`.
-GIVE_THEIR_TEXTS = (CLIPModel, ChineseCLIPModel, VisionTextDualEncoderModel)
-_CLIP, _TEXT = "model.clip", "model.text_encoder"  # the keys that errors name
+UNREADABLE = (OSError, ValueError, ImportError, SafetensorError)  # errors that transformers raises
+# Dual encoders whose text tower fits other image towers. `text_encoder: same` works for any `StockModel`.
+TEXT_SOURCES = (CLIPModel, ChineseCLIPModel, VisionTextDualEncoderModel)
+_CLIP, _TEXT = "model.clip", "model.text_encoder"  # configuration keys, for error messages
 
 
 def load_image_side(path: str) -> tuple[StockModel | PreTrainedModel, Any]:
-    """Load the model whose image space is kept, and its image processor.
+    """Load the model that gives the image space, and its image processor.
 
     Args:
         path: Directory or Hub id of a dual encoder (a class of `koclip.models.stock.LAYOUTS`: CLIP, ChineseCLIP,
-            AltCLIP, MetaCLIP 2, SigLIP and SigLIP 2 of one resolution, VisionTextDualEncoder), or of an image tower: a
-            classifier's such as google/vit-*, DINOv2, timm, any whose pooled output is (B, W).
+            AltCLIP, MetaCLIP 2, SigLIP, SigLIP 2 with a fixed resolution, VisionTextDualEncoder), or of an image tower
+            with a pooled output (B, W), for example google/vit-*, DINOv2 or a timm model.
 
     Returns:
-        The stock dual encoder, which has a text tower to learn from; or the image tower alone, with W as its
-        `config.hidden_size`. Both in evaluation mode.
+        The stock dual encoder, or the image tower with W as its `config.hidden_size`; in evaluation mode.
 
     Raises:
-        ConfigError: nothing that can be loaded is there, weights are missing or left over, or it has no image space.
+        ConfigError: the model cannot be loaded, has missing or unexpected weights, or has no pooled output.
     """
     model, problems = read(path, _CLIP)
     if is_stock(model):
@@ -67,9 +66,9 @@ def load_image_side(path: str) -> tuple[StockModel | PreTrainedModel, Any]:
         return model, _image_processor(path)
     if model.main_input_name != "pixel_values" or hasattr(model, "text_model"):
         raise ConfigError(
-            f"{_CLIP}: {path} is a {type(model).__name__}; expected one of "
-            f"{', '.join(layout.model_class.__name__ for layout in LAYOUTS)}, or an image tower: give another path (of "
-            "SigLIP 2 one of a fixed resolution, not NaFlex)"
+            f"{_CLIP}: {path} is a {type(model).__name__}, expected one of "
+            f"{', '.join(layout.model_class.__name__ for layout in LAYOUTS)}, or an image tower: give another path "
+            "(for SigLIP 2 a model with a fixed resolution, not NaFlex)"
         )
     if _lacks_only_the_pooler(model, problems) and hasattr(model.config, "pooler_act"):
         del problems["missing_keys"]
@@ -84,12 +83,12 @@ def load_text_encoder(path: str, seed: int = 0) -> PreTrainedModel:
     """Load a text encoder without its head.
 
     Args:
-        path: Directory or Hub id of an encoder, or of a CLIP, whose text tower is taken; `auto:<path or Hub id>` gives
-            the encoder of that config.json random weights.
+        path: Directory or Hub id of an encoder, or of a CLIP, whose text tower is used. `auto:<path or Hub id>` builds
+            the encoder of that config.json with random weights.
         seed: Seed of the random weights.
 
     Raises:
-        ConfigError: nothing that can be loaded is there, weights are missing or left over, or it reads no text.
+        ConfigError: the encoder cannot be loaded, has missing or unexpected weights, or does not read text.
     """
     model: Any
     problems: dict[str, list[str]] = {}
@@ -98,37 +97,40 @@ def load_text_encoder(path: str, seed: int = 0) -> PreTrainedModel:
     else:
         model, problems = read(path, _TEXT)
     encoder: PreTrainedModel = model
-    if isinstance(model, GIVE_THEIR_TEXTS):
+    if isinstance(model, TEXT_SOURCES):
         refuse(path, _TEXT, model, problems)
         encoder = parts(model).text_tower
     elif hasattr(model, "vision_model") and hasattr(model, "text_model"):
         raise ConfigError(
-            f"{_TEXT}: {path} is a {type(model).__name__}, a dual encoder whose text tower koclip cannot take. Give an "
-            f"encoder of texts alone, or one of {', '.join(kind.__name__ for kind in GIVE_THEIR_TEXTS)}"
+            f"{_TEXT}: {path} is a {type(model).__name__}, a dual encoder whose text tower does not fit other models. "
+            f"Expected a text encoder, or one of {', '.join(kind.__name__ for kind in TEXT_SOURCES)}"
         )
     fits = encoder.main_input_name == "input_ids"
-    check(fits, _TEXT, path, f"a {type(encoder).__name__}, which reads no text: expected a text encoder")
+    check(fits, _TEXT, path, f"a {type(encoder).__name__}, which does not read text: expected a text encoder")
     if _lacks_only_the_pooler(encoder, problems):
         del problems["missing_keys"]
-        _identity_pooler(encoder)
+        pooler: Any = encoder.pooler
+        linear = getattr(pooler, "dense", pooler)  # in ALBERT and BigBird the pooler is the linear layer
+        nn.init.eye_(linear.weight)
+        nn.init.zeros_(linear.bias)
     refuse(path, _TEXT, encoder, _without_heads(encoder, problems))
     _pad_as_the_tokenizer_beside_it(path.removeprefix("auto:"), encoder)
     return encoder
 
 
 def take_padding(encoder: PreTrainedModel, pad_token_id: int | None) -> None:
-    """Set the padding token of an encoder to the tokenizer's; warn if it was another token.
+    """Set the padding token of an encoder to the tokenizer's, and warn if it was another token.
 
-    multilingual-e5 and its like are BERTs whose config.json says 0 beside a tokenizer of XLM-R's, which pads with 1 and
-    begins texts with 0. Padding is masked, so no embedding changes; but the padding token gets no gradient, and a
-    `ChineseCLIPModel` loads it as zeros. Encoders that count positions from the padding token are not changed.
+    In models like multilingual-e5, config.json says 0, but the tokenizer (XLM-R's) pads with 1 and starts texts with 0.
+    Padding is masked, so no embedding changes. But the padding token gets no gradient, and a `ChineseCLIPModel` loads
+    its embedding as zeros. Encoders that count positions from the padding token are not changed.
     """
     config = encoder.config
     if pad_token_id in (None, config.pad_token_id) or config.model_type in (*COUNT_FROM_PADDING, *READS_END, *UNMASKED):
         return
     warnings.warn(
         f"text encoder: config.json of this {config.model_type} says pad_token_id {config.pad_token_id}, its tokenizer "
-        f"pads with {pad_token_id}; koclip takes the tokenizer's, which changes no embedding",
+        f"pads with {pad_token_id}; koclip uses the tokenizer's, which changes no embedding",
         stacklevel=2,
     )
     config.pad_token_id = pad_token_id
@@ -137,7 +139,7 @@ def take_padding(encoder: PreTrainedModel, pad_token_id: int | None) -> None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether a name has the form of a Hub id and is no local path."""
+    """Return whether a name has the form of a Hub id and is not a local path."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -146,15 +148,12 @@ def is_hub_id(name: str) -> bool:
 
 
 def read(path: str | Path, key: str, subfolder: str = "") -> tuple[Any, dict[str, list[str]]]:
-    """Load a model in fp32 and evaluation mode; also return the faults of its weights: kind of fault -> names.
+    """Load a model in fp32 and evaluation mode. Also return the problems of its weights: kind of problem -> names.
 
-    Args:
-        path: Directory or Hub id.
-        key: The config key that errors name.
-        subfolder: Where in the directory or repository the model lies.
+    `key` is the configuration key of `path`, for error messages.
 
     Raises:
-        ConfigError: nothing that can be loaded is there.
+        ConfigError: the model cannot be loaded.
     """
     try:
         model, info = AutoModel.from_pretrained(
@@ -162,20 +161,20 @@ def read(path: str | Path, key: str, subfolder: str = "") -> tuple[Any, dict[str
             subfolder=subfolder,
             dtype=torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported like the others
+            ignore_mismatched_sizes=True,  # reported in `info` like other problems
             use_safetensors=True,
             trust_remote_code=False,
         )
     except UNREADABLE as error:
-        raise unreadable(path, key, "config.json and model.safetensors (save_pretrained makes them)", error) from error
+        raise unreadable(path, key, "config.json and model.safetensors (of save_pretrained)", error) from error
     return model, {name: sorted(keys) for name, keys in info.items() if keys}
 
 
 def refuse(path: str | Path, key: str, model: PreTrainedModel, problems: dict[str, list[str]]) -> None:
-    """Raise a `ConfigError` if anything is wrong with the weights: the class and the file do not belong together."""
+    """Raise a `ConfigError` if the weights have problems."""
     if problems:
         kind = type(model).__name__
-        raise ConfigError(f"{key}: {path} does not hold exactly the weights of a {kind}: {problems}; take another")
+        raise ConfigError(f"{key}: {path} does not have exactly the weights of a {kind}: {problems}; use another model")
 
 
 def read_processor(path: str | Path, key: str) -> ProcessorMixin:
@@ -190,13 +189,13 @@ def read_processor(path: str | Path, key: str) -> ProcessorMixin:
     except UNREADABLE as error:
         raise unreadable(path, key, expected, error) from error
     whole = isinstance(processor, ProcessorMixin) and hasattr(processor, "tokenizer")
-    check(whole, key, str(path), f"which has only a {type(processor).__name__}: expected {expected} beside the model")
+    check(whole, key, str(path), f"it has a {type(processor).__name__} only, expected {expected} beside the model")
     return cast(ProcessorMixin, processor)
 
 
 def unreadable(path: str | Path, key: str, expected: str, error: Exception) -> ConfigError:
-    """Return the error of a path or Hub id that gave `error` when it was loaded."""
-    place = "" if Path(path).is_dir() else "is no directory here, and as a Hub id it "
+    """Return the error for a path or Hub id that could not be loaded because of `error`."""
+    place = "" if Path(path).is_dir() else "is not a local directory, and as a Hub id it "
     return ConfigError(
         f"{key}: {path} {place}cannot be loaded: {str(error).strip().splitlines()[0]} Expected {expected} of a stock "
         "class of transformers: no pickles, no remote code"
@@ -215,8 +214,8 @@ def _without_heads(model: PreTrainedModel, problems: dict[str, list[str]]) -> di
 
 
 def _is_head(model: PreTrainedModel, name: str) -> bool:
-    """Return whether a weight that was left over is of a head: of no part of the model, or of a part timm left out."""
-    if name.startswith("visual_projection."):  # part of the image space
+    """Return whether an unexpected weight belongs to a task head: to no module, or to an identity (in timm models)."""
+    if name.startswith("visual_projection."):  # belongs to the image space
         return False
     part = name.removeprefix(f"{model.base_model_prefix}.")
     tower = getattr(model, model.base_model_prefix, model)
@@ -230,24 +229,16 @@ def _pad_as_the_tokenizer_beside_it(path: str, encoder: PreTrainedModel) -> None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except UNREADABLE:
-        return  # it is elsewhere; `koclip.text.tokenizers.load` says what is wrong with it, and with other vocabularies
-    empty = len(tokenizer) <= len(set(tokenizer.all_special_ids))  # what a class makes without files
+        return  # the tokenizer is elsewhere; `koclip.text.tokenizers.load` reports its errors
+    empty = len(tokenizer) <= len(set(tokenizer.all_special_ids))  # a tokenizer built without files
     if not empty and len(tokenizer) <= encoder.config.vocab_size:
         take_padding(encoder, tokenizer.pad_token_id)
-
-
-@torch.no_grad()
-def _identity_pooler(text_encoder: PreTrainedModel) -> None:
-    pooler: Any = text_encoder.pooler
-    linear = getattr(pooler, "dense", pooler)  # ALBERT's and BigBird's are the linear layer itself
-    nn.init.eye_(linear.weight)
-    nn.init.zeros_(linear.bias)
 
 
 def _from_config(path: str, seed: int) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        config = getattr(config, "text_config", config)  # of CLIP and the like: their text tower
+        config = getattr(config, "text_config", config)  # a dual encoder's text tower
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
@@ -256,7 +247,7 @@ def _from_config(path: str, seed: int) -> Any:
 
 
 def _set_width(path: str, tower: PreTrainedModel, processor: Any) -> None:
-    """Make sure that a tower's pooled output is (B, W) and that its configuration says W, as the joint class reads."""
+    """Check that a tower's pooled output is (B, W), and set W in its configuration, where the stock class reads it."""
     try:
         pixels = processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]
         with torch.no_grad():
@@ -265,12 +256,8 @@ def _set_width(path: str, tower: PreTrainedModel, processor: Any) -> None:
         raise ConfigError(f"{_CLIP}: {path}, a {type(tower).__name__}, has no pooled output: {error}") from error
     shape = None if pooled is None else tuple(pooled.shape)
     fits = shape is not None and len(shape) == 2 and getattr(tower.config, "hidden_size", shape[1]) == shape[1]
-    check(
-        fits,
-        f"{_CLIP}: the pooled output of {path}, a {type(tower).__name__}",
-        shape,
-        "expected (images, config.hidden_size): take another image tower",
-    )
+    key = f"{_CLIP}: the pooled output of {path}, a {type(tower).__name__}"
+    check(fits, key, shape, "expected (images, config.hidden_size): use another image tower")
     tower.config.hidden_size = pooled.shape[1]
 
 
@@ -283,11 +270,11 @@ def _image_processor(path: str) -> Any:
 
 
 def _from_timm(path: str, data: dict[str, Any]) -> CLIPImageProcessor:
-    """Return a processor that does what timm's does, which cannot be saved; crops of odd margins differ by a pixel."""
+    """Return an image processor equal to timm's, which cannot be saved. Crops with odd margins differ by a pixel."""
     _, height, width = data["input_size"]
     mode = data.get("crop_mode", "center")
     fits = height == width and mode in ("center", "squash")
-    check(fits, f"{_CLIP}: {path}, crop", (mode, height, width), "expected a square, centered or squashed")
+    check(fits, f"{_CLIP}: {path}, crop", (mode, height, width), "expected a square, mode center or squash")
     side = math.floor(height / data["crop_pct"])
     return CLIPImageProcessor(
         size={"shortest_edge": side} if mode == "center" else {"height": side, "width": side},

@@ -2,17 +2,17 @@
 
 **The StockModel protocol.** A class of transformers can be trained and published if it has
 
-- an image tower and a text tower, each a `PreTrainedModel` with a `pooler_output` (B, W) of its own width W;
+- an image tower and a text tower, each a `PreTrainedModel` with a `pooler_output` (B, W); W may differ;
 - a bias-free linear projection of each, to the same width D; or none, if the pooled outputs are the embeddings;
-- a logit scale: a parameter of one number, the logarithm of the factor of cosines;
+- a logit scale: a parameter with one number, the logarithm of the factor of the cosines;
 - `get_image_features(pixel_values=...)` and `get_text_features(input_ids=..., attention_mask=...)`, whose
   `pooler_output` is the projected embedding (B, D), not normalised;
 - a place for the bias of a sigmoid loss, a parameter or in its `config`, and a `config` with the number of text
   positions;
 - `save_pretrained(directory, state_dict=...)`, and a processor class that holds an image processor and a tokenizer.
 
-To add such a class, add it to `StockModel` and add a `Layout` of it to `LAYOUTS`. Which classes a swapped text tower
-goes into is decided in `koclip.models.swap`.
+To add a class, add it to `StockModel` and its `Layout` to `LAYOUTS`. `koclip.models.swap` selects the class for a
+swapped text tower.
 """
 
 import json
@@ -48,12 +48,11 @@ StockModel: TypeAlias = (
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the parts of a class are: paths of attributes, from the model.
+    """Attribute paths of the parts of a class, from the model.
 
-    A projection is None if the class has none: the tower's pooled output is the embedding. `reads_mask` is False if
-    the class was trained on texts that are padded to the longest length, without an attention mask.
-    `nested_towers` are model types whose weights early versions of transformers 5 look for one level deeper, under the
-    tower's name twice.
+    A projection is None if the tower's pooled output is the embedding. `reads_mask` is False if the class was trained
+    on texts padded to the maximum length, without an attention mask. `nested_towers` are model types whose weights
+    early versions of transformers 5 expect one level deeper, under the tower's name twice.
     """
 
     model_class: type[PreTrainedModel]
@@ -64,19 +63,19 @@ class Layout:
     text_projection: str | None = "text_projection"
     logit_scale: str = "logit_scale"
     logit_bias: str = "config.logit_bias"  # of the sigmoid loss; most classes have no parameter for it
-    num_positions: str = "config.text_config.max_position_embeddings"  # rows for a text's tokens
+    num_positions: str = "config.text_config.max_position_embeddings"
     reads_mask: bool = True
     scalar_shape: tuple[int, ...] = ()  # of the logit scale and of a bias parameter
     nested_towers: tuple[str, ...] = ()
 
     @property
     def image_side(self) -> tuple[str, ...]:
-        """The modules that image embeddings are computed by."""
+        """Paths of the modules that compute image embeddings."""
         return (self.image_tower, self.image_projection) if self.image_projection else (self.image_tower,)
 
     @property
     def text_side(self) -> tuple[str, ...]:
-        """The modules that text embeddings are computed by."""
+        """Paths of the modules that compute text embeddings."""
         return (self.text_tower, self.text_projection) if self.text_projection else (self.text_tower,)
 
     @property
@@ -123,10 +122,10 @@ def is_stock(model: object) -> TypeGuard[StockModel]:
 
 
 def layout_of(model: object) -> Layout:
-    """Return the entry of a model's class.
+    """Return the layout of a model's class.
 
     Raises:
-        TypeError: there is none.
+        TypeError: the class is not in `LAYOUTS`.
     """
     for layout in LAYOUTS:
         if isinstance(model, layout.model_class):
@@ -142,27 +141,27 @@ def parts(model: object) -> Parts:
 
 
 def bias_of(model: StockModel) -> float | None:
-    """Return the bias of the sigmoid loss that a model was trained with; None if there is none."""
+    """Return the bias of the sigmoid loss that a model was trained with; None if it has no bias."""
     layout = layout_of(model)
     bias: Any = model.logit_bias if layout.has_bias_parameter else getattr(model.config, "logit_bias", None)
     return None if bias is None else float(torch.as_tensor(bias).detach())
 
 
 def set_part(model: object, path: str, value: object) -> None:
-    """Set an attribute of a model, or of its configuration, that a `Layout` names."""
+    """Set the attribute of a model at a path of its `Layout`."""
     owner, _, name = path.rpartition(".")
     setattr(attrgetter(owner)(model) if owner else model, name, value)
 
 
 def longest_text(tokenizer: Any, text_tower: nn.Module) -> int:
-    """Return the most tokens that both the tokenizer and the tower's positions allow."""
+    """Return the largest number of tokens that both the tokenizer and the tower's positions allow."""
     return min([int(tokenizer.model_max_length), *map(len, positions(text_tower).values())])
 
 
 def positions(text_tower: nn.Module) -> dict[str, range]:
-    """Return the rows for a text's tokens in each table of positions of a tower, by the table's name.
+    """Return the rows of each position table of a text tower that a text's tokens use, by the table's name.
 
-    RoBERTas count from the row after the padding token's id.
+    RoBERTa's first token uses the row after the padding token's id.
     """
     return {
         name: range(0 if module.padding_idx is None else module.padding_idx + 1, module.num_embeddings)
@@ -171,8 +170,8 @@ def positions(text_tower: nn.Module) -> dict[str, range]:
     }
 
 
-# Names in transformers 4. Its `ChineseCLIPProcessor` takes only BERT's tokenizer and does not resize by the shorter
-# side. Its `CLIPProcessor` takes any tokenizer and does what `ChineseCLIPProcessor` does in transformers 5.
+# Names in transformers 4. There, `ChineseCLIPProcessor` takes BERT's tokenizer only and does not resize by the shorter
+# side. `CLIPProcessor` takes any tokenizer and does the same as `ChineseCLIPProcessor` of transformers 5.
 _NAMES_IN_4 = {
     "TokenizersBackend": "PreTrainedTokenizerFast",
     "ChineseCLIPProcessor": "CLIPProcessor",
@@ -185,8 +184,8 @@ def save_stock_model(
 ) -> None:
     """Write a stock model directory from a `DualEncoder`'s state dict.
 
-    It has as many positions for texts as the longest text of the tokenizer, the length of texts in training. Every
-    class fails on a longer text that nobody cuts.
+    The text tower gets as many positions as the tokenizer's longest text has tokens. Training used no others, and
+    every class fails on a longer text that is not cut.
     """
     layout = layout_of(model)
     stock = {
@@ -204,12 +203,12 @@ def save_stock_model(
     model.save_pretrained(directory, state_dict=stock)
     forget_call_state(processor.tokenizer)
     processor.save_pretrained(directory)
-    processor.image_processor.save_pretrained(directory)  # preprocessor_config.json, which older readers look for
+    processor.image_processor.save_pretrained(directory)  # older versions read preprocessor_config.json
     _let_transformers_4_read(directory)
 
 
 def _cut_positions(model: Any, weights: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Keep as many positions of the text tower as the longest text has tokens, in its configuration and `weights`."""
+    """Cut the positions of the text tower to the longest text, in the configuration and in `weights`."""
     layout, tower = layout_of(model), parts(model).text_tower
     longest = longest_text(tokenizer, tower)
     for table, rows in positions(tower).items():
@@ -219,10 +218,10 @@ def _cut_positions(model: Any, weights: dict[str, torch.Tensor], tokenizer: PreT
 
 
 def _name_for_all(model: Any, name: str) -> str:
-    """Return the name under which every version of transformers reads a weight.
+    """Return the name of a weight that every version of transformers reads.
 
-    Inside of a `VisionTextDualEncoderModel`, early versions (5.5 is one, 5.10 none) look for the weights of these
-    towers one level deeper, and draw at random what they do not find. Later ones read both.
+    In a `VisionTextDualEncoderModel`, early versions (5.5, but not 5.10) expect the weights of `nested_towers` one
+    level deeper, and give weights that they do not find random values. Later versions read both names.
     """
     side, _, rest = name.partition(".")
     layout = layout_of(model)
@@ -234,9 +233,9 @@ def _name_for_all(model: Any, name: str) -> str:
 
 
 def _let_transformers_4_read(directory: Path) -> None:
-    """Write the old names of what transformers 4 knows and 5 has renamed; 5 reads both."""
+    """Use the names of transformers 4 in the settings files. transformers 5 reads them too."""
     for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
-        values = _renamed(json.loads((directory / name).read_text(encoding="utf-8")))
+        values = json.loads((directory / name).read_text(encoding="utf-8"), object_hook=_renamed)
         if isinstance(values.get("extra_special_tokens"), list):  # a dictionary in transformers 4
             values["additional_special_tokens"] = values.pop("extra_special_tokens")
         text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -244,10 +243,6 @@ def _let_transformers_4_read(directory: Path) -> None:
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the contents of a file of settings with the names of classes that transformers 4 has."""
-    renamed: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in ("tokenizer_class", "processor_class", "image_processor_type"):
-            value = _NAMES_IN_4.get(value, value)
-        renamed[key] = _renamed(value) if isinstance(value, dict) else value
-    return renamed
+    """Return settings with the class names of transformers 4."""
+    classes = ("tokenizer_class", "processor_class", "image_processor_type")
+    return {key: _NAMES_IN_4.get(value, value) if key in classes else value for key, value in values.items()}

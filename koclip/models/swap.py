@@ -1,16 +1,16 @@
-"""Give a CLIP another text encoder. Its image space is kept bit for bit: image tower, projection, logit scale.
+"""Give a CLIP another text encoder. Image tower, image projection, logit scale and bias stay the same bit for bit.
 
-The result is a stock class, so saving converts only the number of text positions:
+The result is an instance of a stock class:
 
 | image tower | text encoder | class |
 |---|---|---|
 | CLIP's ViT | BERT and similar encoders: RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT | `ChineseCLIPModel` |
-| CLIP's ViT | CLIP's text transformer, with a tokenizer of its own | `CLIPModel` |
+| CLIP's ViT | CLIP's text transformer, with its own tokenizer | `CLIPModel` |
 | any other, or CLIP's ViT | any encoder with a pooler, CLIP's text transformer | `VisionTextDualEncoderModel` |
 
-An image tower alone, or that of a SigLIP, gets the identity as its projection: its pooled output is the image space.
-A text's embedding is a bias-free projection of its first token's last hidden state (`ChineseCLIPModel`), of its end
-token's (`CLIPModel`), or of what the encoder's pooler returns (`VisionTextDualEncoderModel`).
+If the source has no image projection (an image tower alone, or SigLIP), the projection is the identity.
+The text embedding is a bias-free projection of the last hidden state of the first token (`ChineseCLIPModel`) or of the
+end token (`CLIPModel`), or of the pooler's output (`VisionTextDualEncoderModel`).
 """
 
 import copy
@@ -34,11 +34,11 @@ from transformers import (
 from koclip.config import ConfigError
 from koclip.models.stock import StockModel, bias_of, is_stock, layout_of, parts, set_part
 
-# Towers that compute what CLIP's ViT computes, under the same names.
+# Towers with the computation and the weight names of CLIP's ViT.
 _CLIP_VITS = ("clip_vision_model", "chinese_clip_vision_model", "altclip_vision_model", "metaclip_2_vision_model")
 _BERT = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "chinese_clip_text_model")
 _POOLED = ("albert", "mpnet", "big_bird", "roberta-prelayernorm", "ernie", "xlm-roberta-xl", "data2vec-text")
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # whose positions begin behind the padding id
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # positions start after the padding token's id
 _BERT_SETTINGS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "type_vocab_size", "layer_norm_eps"),
@@ -55,11 +55,11 @@ _DISTILBERT_NAMES = {
     "ffn.lin2": "output.dense",
     "output_layer_norm": "output.LayerNorm",
 }
-_START_TEMPERATURE = 0.07  # the paper's, for an image tower that has none
+_START_TEMPERATURE = 0.07  # of an image tower without a logit scale; the paper's value
 
 
 class _ImageSide(NamedTuple):
-    """What is kept: a tower, the projection of its pooled output, and the logit scale."""
+    """The parts of the source that the result keeps."""
 
     tower: PreTrainedModel
     projection: torch.Tensor  # (D, W)
@@ -67,8 +67,13 @@ class _ImageSide(NamedTuple):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What the configurations of all joint classes share."""
+        """Settings of the result's configuration."""
         return {"projection_dim": len(self.projection), "logit_scale_init_value": self.logit_scale.item()}
+
+    @property
+    def vision_config(self) -> dict[str, Any]:
+        """Settings of the image tower, without its type."""
+        return {name: value for name, value in self.tower.config.to_dict().items() if name != "model_type"}
 
 
 def swap_text_tower(clip: StockModel | PreTrainedModel, text_encoder: PreTrainedModel, seed: int = 0) -> StockModel:
@@ -77,13 +82,12 @@ def swap_text_tower(clip: StockModel | PreTrainedModel, text_encoder: PreTrained
     Neither input is modified, except that a `VisionTextDualEncoderModel` reuses `text_encoder` instead of copying it.
 
     Args:
-        clip: A `CLIPModel` or any other stock dual encoder, whose image side is kept; or an image tower alone, with a
-            pooled output (B, W) and W as its `config.hidden_size`.
+        clip: A stock dual encoder, or an image tower with a pooled output (B, W) and W as its `config.hidden_size`.
         text_encoder: The encoder, without a head.
-        seed: Seed of the text projection, whose standard deviation is that of CLIP: width ** -0.5.
+        seed: Seed of the text projection. Its standard deviation is width ** -0.5, as in CLIP.
 
     Raises:
-        ConfigError: no stock class holds this pair.
+        ConfigError: no stock class can hold this pair.
     """
     image = _image_side(clip)
     kind = text_encoder.config.model_type
@@ -97,8 +101,8 @@ def swap_text_tower(clip: StockModel | PreTrainedModel, text_encoder: PreTrained
         swapped = _as_pair(image, text_encoder)
     else:
         raise ConfigError(
-            f"text encoder: no stock class holds a {kind} beside this image tower; CLIP's ViT takes "
-            f"{', '.join(('clip_text_model', *_BERT, *_POOLED))}, other image towers need an encoder with a pooler"
+            f"text encoder: got a {kind}; no stock class holds it beside this image tower. Expected one of "
+            f"{', '.join(('clip_text_model', *_BERT, *_POOLED))}"
         )
     with torch.no_grad():
         target = parts(swapped)
@@ -114,25 +118,17 @@ def swap_text_tower(clip: StockModel | PreTrainedModel, text_encoder: PreTrained
 
 
 def _image_side(clip: StockModel | PreTrainedModel) -> _ImageSide:
-    if is_stock(clip):
-        source = parts(clip)
-        if isinstance(source.image_projection, nn.Linear):
-            return _ImageSide(source.image_tower, source.image_projection.weight, source.logit_scale)
-        return _ImageSide(source.image_tower, _identity(source.image_tower), source.logit_scale.reshape(()))
-    return _ImageSide(clip, _identity(clip), torch.tensor(math.log(1 / _START_TEMPERATURE)))
-
-
-def _identity(tower: PreTrainedModel) -> torch.Tensor:
-    return torch.eye(tower.config.hidden_size, dtype=tower.dtype, device=tower.device)
+    source = parts(clip) if is_stock(clip) else None
+    tower = source.image_tower if source else clip
+    scale = source.logit_scale.reshape(()) if source else torch.tensor(math.log(1 / _START_TEMPERATURE))
+    if source and isinstance(source.image_projection, nn.Linear):
+        return _ImageSide(tower, source.image_projection.weight, scale)
+    return _ImageSide(tower, torch.eye(tower.config.hidden_size, dtype=tower.dtype, device=tower.device), scale)
 
 
 def _as_clip(image: _ImageSide, text_encoder: PreTrainedModel) -> StockModel:
-    config = CLIPConfig(
-        text_config=text_encoder.config.to_dict() | {"projection_dim": len(image.projection)},
-        vision_config=_vision_config(image),
-        **image.config,
-    )
-    swapped = CLIPModel(config)
+    text = text_encoder.config.to_dict() | {"projection_dim": len(image.projection)}
+    swapped = CLIPModel(CLIPConfig(text_config=text, vision_config=image.vision_config, **image.config))
     parts(swapped).image_tower.load_state_dict(image.tower.state_dict())
     parts(swapped).text_tower.load_state_dict(text_encoder.state_dict())
     return swapped
@@ -140,38 +136,32 @@ def _as_clip(image: _ImageSide, text_encoder: PreTrainedModel) -> StockModel:
 
 def _as_chinese_clip(image: _ImageSide, text_encoder: PreTrainedModel) -> StockModel:
     text, weights = _as_bert(text_encoder)
-    config = ChineseCLIPConfig(text_config=text, vision_config=_vision_config(image), **image.config)
-    swapped = ChineseCLIPModel(config)
+    swapped = ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=image.vision_config, **image.config))
     parts(swapped).image_tower.load_state_dict(image.tower.state_dict())
     tower = parts(swapped).text_tower
     tower.load_state_dict(weights)
-    with torch.no_grad():  # as `from_pretrained` leaves it; padding is masked, so that no embedding changes
+    with torch.no_grad():  # as after `from_pretrained`; padding is masked, so no embedding changes
         tower.embeddings.word_embeddings.weight[text["pad_token_id"]] = 0
     return swapped
 
 
 def _as_pair(image: _ImageSide, text_encoder: PreTrainedModel) -> StockModel:
-    pooled = text_encoder.config.model_type == "clip_text_model" or getattr(text_encoder, "pooler", None) is not None
-    if not pooled:
+    if text_encoder.config.model_type != "clip_text_model" and getattr(text_encoder, "pooler", None) is None:
         raise ConfigError(
-            f"text encoder: this {type(text_encoder).__name__} has no pooler, whose output a "
-            "VisionTextDualEncoderModel projects; load it with its pooling layer, or take a CLIP image tower"
+            f"text encoder: got a {type(text_encoder).__name__} without a pooler, expected a pooler, because a "
+            "VisionTextDualEncoderModel projects its output; load it with its pooler, or use a CLIP image tower"
         )
-    if image.tower.config.model_type in _CLIP_VITS:  # not all of these classes exist on their own
-        tower: Any = CLIPVisionModel(CLIPVisionConfig(**_vision_config(image)))
+    if image.tower.config.model_type in _CLIP_VITS:  # not every class of these towers can be loaded alone
+        tower: Any = CLIPVisionModel(CLIPVisionConfig(**image.vision_config))
         tower.load_state_dict(image.tower.state_dict())
     else:
-        tower = copy.deepcopy(image.tower)  # the source may be the teacher while the copy is trained
+        tower = copy.deepcopy(image.tower)  # the source may be the teacher, and must not change
     config = VisionTextDualEncoderConfig.from_vision_text_configs(tower.config, text_encoder.config, **image.config)
     return VisionTextDualEncoderModel(config=config, vision_model=tower, text_model=text_encoder)
 
 
-def _vision_config(image: _ImageSide) -> dict[str, Any]:
-    return {name: value for name, value in image.tower.config.to_dict().items() if name != "model_type"}
-
-
 def _as_bert(encoder: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return the configuration and the weights of the BERT that computes what `encoder` computes, exactly.
+    """Return the configuration and the weights of a BERT with exactly the outputs of `encoder`.
 
     Raises:
         ConfigError: an ELECTRA whose embeddings are narrower than its layers, or attention that BERT does not have.
@@ -181,10 +171,12 @@ def _as_bert(encoder: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.
         return _from_distilbert(encoder)
     if getattr(config, "embedding_size", config.hidden_size) != config.hidden_size:
         raise ConfigError(
-            f"text encoder: this ELECTRA embeds tokens in {config.embedding_size} dimensions and computes in "
-            f"{config.hidden_size}; no stock class holds that. Take the base size, whose widths are equal"
+            f"text encoder: got an ELECTRA with token embeddings of width {config.embedding_size} and layers of width "
+            f"{config.hidden_size}, expected equal widths: use the base size"
         )
-    _check_attention(config)
+    kind = getattr(config, "position_embedding_type", None) or "absolute"
+    if kind != "absolute" or getattr(config, "is_decoder", False):
+        raise ConfigError(f"text encoder: got {kind} positions, expected an encoder with absolute positions")
     weights = {name: value.clone() for name, value in encoder.state_dict().items() if not name.startswith("pooler.")}
     positions = "embeddings.position_embeddings.weight"
     if config.model_type in _OFFSET_POSITIONS:
@@ -218,20 +210,13 @@ def _from_distilbert(encoder: PreTrainedModel) -> tuple[dict[str, Any], dict[str
     return text, weights
 
 
-def _check_attention(config: Any) -> None:
-    kind = getattr(config, "position_embedding_type", None) or "absolute"
-    if kind != "absolute" or getattr(config, "is_decoder", False):
-        raise ConfigError(f"text encoder: expected absolute positions and an encoder, got {kind} positions")
-
-
 def linear_pooler(vision_model: nn.Module) -> None:
-    """Make a ViT's pooler return the class token. Checkpoints of google/vit-* have no pooler.
+    """Make a ViT's pooler return the class token, for checkpoints without a pooler (google/vit-*).
 
-    The stock configuration says so (`pooler_act: linear`), so the published model computes the same.
+    The configuration records this (`pooler_act: linear`), so the published model computes the same.
     """
     pooler: Any = vision_model.pooler
-    with torch.no_grad():
-        pooler.dense.weight.copy_(torch.eye(len(pooler.dense.weight)))
-        pooler.dense.bias.zero_()
+    nn.init.eye_(pooler.dense.weight)
+    nn.init.zeros_(pooler.dense.bias)
     pooler.activation = nn.Identity()
     vision_model.config.pooler_act = "linear"  # type: ignore[union-attr]

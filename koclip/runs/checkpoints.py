@@ -149,11 +149,8 @@ class Snapshot:
 def collect(directory: Path, state: TrainState, progress: Progress, launch: dict[str, Any]) -> Snapshot:
     """Copy the whole state of a run. Call it on every process.
 
-    Args:
-        directory: The unfinished checkpoint. DeepSpeed writes its shards (pickles) there.
-        state: The state to copy.
-        progress: The progress of this process.
-        launch: The run's configuration and facts of its data. A resumed run compares its own with them.
+    `launch` is the run's configuration and the facts of its data, which a resumed run compares with its own. DeepSpeed
+    writes its shards (pickles) into `directory`, the unfinished checkpoint.
     """
     by_rank = enumerate(distributed.gather_objects(random_states()))
     tensors = {f"rng.{rank}.{name}": value for rank, states in by_rank for name, value in states.items()}

@@ -25,12 +25,8 @@ from koclip.training.pictures import TrainingPictures
 class RunDirectory:
     """Writes `config.yaml`, `environment.json`, `metrics.jsonl`, `events.jsonl` and `skipped.jsonl` of a run.
 
-    Only the first process writes.
-
-    Args:
-        recipe: Name of the recipe.
-        output_dir: The directory; default: runs/<recipe>-<date and time>.
-        resume: Whether the directory may hold a run already.
+    Only the first process writes. The default of `output_dir` is runs/<recipe>-<date and time>. With `resume`, the
+    directory may already hold a run.
 
     Raises:
         ConfigError: the directory holds a run and `resume` is off, or the directory cannot be created.
@@ -43,8 +39,7 @@ class RunDirectory:
         self.path = Path(distributed.gather_objects(output_dir or f"runs/{name}")[0])
         if not resume and (self.path / "checkpoints").exists():
             raise ConfigError(
-                f"output_dir: {self.path} already holds a run; pass --resume auto to continue it, or name another "
-                "directory"
+                f"output_dir: {self.path} already holds a run; add --resume auto to continue it, or name another path"
             )
         distributed.barrier()
         try:
@@ -63,8 +58,7 @@ class RunDirectory:
         if step < config.train.num_steps:
             dump(config, self.path / "config.yaml")
             facts = {**environment(distributed.world_size()), "fast": config.train.fast}
-            text = json.dumps(facts, indent=2, ensure_ascii=False)
-            storage.replace_text(self.path / "environment.json", text + "\n")
+            storage.replace_text(self.path / "environment.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
         kept = [line for line in storage.read_lines(self.path / "metrics.jsonl") if line["step"] <= step]
         self._seconds_before = kept[-1].get("seconds") if kept else 0.0
 
@@ -122,9 +116,7 @@ class SkippedError(ConfigError):
 class Samples:
     """Records the samples that this process reads: skipped samples, images, and positions in streamed sources.
 
-    Args:
-        directory: The run's directory.
-        begins: Whether the run is at its first step.
+    `begins` is whether the run is at its first step.
     """
 
     def __init__(self, directory: RunDirectory, begins: bool) -> None:

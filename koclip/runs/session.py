@@ -42,11 +42,6 @@ from koclip.text import tokenizers
 class Session:
     """A run: its directory, its checkpoints and its training state.
 
-    Args:
-        recipe: Name of the recipe.
-        config: The run's configuration.
-        accelerator: The accelerator that `training.start` returned.
-
     Raises:
         ConfigError: the directory holds a run and `resume` is off, or `config` differs from the configuration of the
             checkpoint in a way that changes the result.
@@ -91,13 +86,10 @@ class Session:
         return 0 if self._facts is None else int(self._facts["step"])
 
     def tokenizer(self, config: TokenizerConfig, encoder: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
-        """Return the run's tokenizer: from tokenizer/ if the run is resumed, otherwise a new tokenizer.
+        """Return the run's tokenizer: from tokenizer/ if the run is resumed, else loaded or trained as in `config`.
 
-        Also reads the captions once: their lengths, and facts that show whether the data has changed.
-
-        Args:
-            config: A tokenizer to load, or to train on the captions.
-            encoder: Configuration of the text encoder; default: CLIP's text transformer.
+        Also reads the captions once: their lengths, and facts that show whether the data has changed. `encoder` is the
+        configuration of the text encoder; default: CLIP's text transformer.
 
         Raises:
             ConfigError: the tokenizer cannot be used, or the data has changed since the checkpoint and `resume_with`
@@ -135,11 +127,7 @@ class Session:
     ) -> None:
         """Train one stage, from its first step or from the checkpoint. `state` holds the result.
 
-        Args:
-            dual_encoder: The model to train.
-            processor: The model's processor.
-            stage: The stage.
-            precomputed: Embeddings of the data by frozen towers.
+        `precomputed` are embeddings of the data by frozen towers.
 
         Raises:
             Stopped: a signal asked the run to stop. Its checkpoint is on disk.
@@ -154,12 +142,12 @@ class Session:
         steps = training.steps(state, batches, progress.step, stage.end, train.log_every)
         quiet = not self.accelerator.is_main_process
         bar = tqdm(steps, stage.name, stage.end, initial=progress.step, disable=quiet)
-        with training.StopRequest(self.accelerator.device) as stop:
+        with training.stop_requests(self.accelerator.device) as asked_to_stop:
             for step, stats in bar:
-                ends, stopping = step == stage.end, stop.asked()
+                ends, stopping = step == stage.end, asked_to_stop()
                 if stats:
                     self.log(step, stats)
-                    bar.set_postfix_str(training.progress_text(stats))
+                    bar.set_postfix_str(_progress(stats))
                 self.directory.list_events(state.health.take_events())
                 self.checkpoints.stop_if_failed()
                 if _due(step, train.eval_every) and step != train.num_steps:
@@ -174,9 +162,7 @@ class Session:
     def finish(self, processor: ProcessorMixin, write: Callable[..., None] = save_stock_model) -> Path:
         """Save the trained model, load it with `koclip.load`, evaluate it and write the report.
 
-        Args:
-            processor: The model's processor.
-            write: Writes the model; called with (directory, model, processor, weights).
+        `write(directory, model, processor, weights)` writes the model.
 
         Returns:
             The model's directory.
@@ -278,6 +264,11 @@ class Session:
 def _due(step: int, every: int) -> bool:
     """Return whether an action of every `every` steps is due at `step`. 0: never."""
     return every > 0 and step % every == 0
+
+
+def _progress(stats: dict[str, float]) -> str:
+    rates = f"{stats['images_per_second']:,.0f} pairs/s, {stats['memory_gib']:.1f} GiB"
+    return f"loss {stats['loss']:.3f}, accuracy {stats['accuracy']:.0%}, {rates}"
 
 
 def _print_changes(changes: list[str]) -> None:

@@ -125,10 +125,8 @@ class SearchResult(NamedTuple):
 class ImageIndex:
     """A memory-mapped index. Opening it reads only headers.
 
-    Args:
-        shards: The embeddings and entries of the images.
-        facts: The contents of embeddings.json: `model`, `fingerprint`, `images` and more.
-        approximate: Finds the candidates of a search; None: all images are candidates.
+    `facts` are the contents of embeddings.json: `model`, `fingerprint`, `images` and more. Without `approximate`, a
+    search scores all images.
 
     Raises:
         ConfigError: `approximate` holds another number of images.

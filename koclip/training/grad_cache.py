@@ -35,14 +35,7 @@ def backward(
 
     The micro-batches stay on the host and go to the device one at a time. They may differ in size and in padding. A
     frozen tower runs once. A batch norm normalises each micro-batch alone and updates its running statistics in both
-    passes.
-
-    Args:
-        accelerator: Scales the loss and synchronises the processes.
-        model: `dual_encoder`, wrapped by the accelerator.
-        dual_encoder: The model without its wrapper.
-        loss: The loss over the whole batch.
-        micro_batches: The batch of this process.
+    passes. `model` is the `dual_encoder` in the accelerator's wrapper.
     """
     states, embedded = [], []
     for batch in micro_batches:

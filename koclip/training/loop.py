@@ -7,7 +7,7 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -60,28 +60,19 @@ class Counts:
 
 @dataclass
 class Health:
-    """Rejects steps whose loss or gradient is not finite, and records loss spikes.
+    """Rejects steps whose loss or gradient is not finite, and records loss spikes."""
 
-    Args:
-        max_bad_steps: The run stops after this many bad steps in a row.
-        spike_sigmas: A loss is a spike if it is this many standard deviations above the running mean; 0: never.
-    """
-
-    max_bad_steps: int
-    spike_sigmas: float
+    max_bad_steps: int  # the run stops after this many bad steps in a row
+    spike_sigmas: float  # a spike is this many standard deviations above the running mean of the loss; 0: no spikes
     counts: Counts = field(default_factory=Counts)
     events: list[Event] = field(default_factory=list)
 
     def judge(self, step: int, loss: float, grad_norm: float, keys: Sequence[str], loss_scale: float | None) -> bool:
-        """Return whether this step may change the model. All processes must pass the same loss and gradient norm.
+        """Return whether this step may change the model.
 
-        Args:
-            step: Number of the step.
-            loss: Mean over the processes.
-            grad_norm: Norm of the global gradient.
-            keys: Keys of this process's samples.
-            loss_scale: Loss scale of fp16 training; None in other precisions. The scaler finds its scale by trying. So
-                a gradient that overflows at a scale of 1 or more skips the step, but does not count as a bad step.
+        All processes must pass the same `loss` (their mean) and `grad_norm` (of the global gradient). `keys` are this
+        process's samples. `loss_scale` is that of fp16 training, else None. The scaler finds its scale by trying. So a
+        gradient that overflows at a scale of 1 or more skips the step, but does not count as a bad step.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self._note_spike(step, loss, grad_norm, keys)
@@ -183,14 +174,8 @@ def steps(
     """Train from `start_step` to `num_steps` and yield (step, stats) after every step.
 
     `stats` is empty except every `log_every` steps and at the last step; then it holds means since the previous report,
-    over all processes. Bad steps and spikes are in `state.health`.
-
-    Args:
-        state: The training state, which every step changes.
-        batches: Micro-batches, `state.num_micro_batches` per step.
-        start_step: Number of steps that are already done.
-        num_steps: Number of the last step.
-        log_every: Steps between two reports.
+    over all processes. Bad steps and spikes are in `state.health`. `batches` yields micro-batches; each step takes
+    `state.num_micro_batches` of them.
 
     Raises:
         DivergedError: too many steps in a row had no finite loss and gradient; none of them changed the model.
@@ -209,14 +194,6 @@ def steps(
         else:
             yield step, {}
         state.health.stop_if_diverged()
-
-
-def progress_text(stats: dict[str, float]) -> str:
-    """Return the stats for the progress bar."""
-    return (
-        f"loss {stats['loss']:.3f}, accuracy {stats['accuracy']:.0%}, {stats['images_per_second']:,.0f} pairs/s, "
-        f"{stats['memory_gib']:.1f} GiB"
-    )
 
 
 def _step(state: TrainState, step: int, micro_batches: Sequence[Batch]) -> dict[str, float]:
@@ -308,30 +285,25 @@ class _Window:
         }
 
 
-class StopRequest:
-    """Context in which the first SIGTERM or SIGINT only asks the run to stop; a second signal ends the process."""
+@contextmanager
+def stop_requests(device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Let the first SIGTERM or SIGINT only ask the run to stop; a second signal ends the process.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._asked = False
-        self._previous: dict[signal.Signals, object] = {}
+    Yields a function that returns whether any process of the run was asked to stop. Call it on every process.
+    """
+    received = False
 
-    def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
-    def __exit__(self, *_: object) -> None:
-        self._restore()
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = True
+        restore()
 
-    def asked(self) -> bool:
-        """Return whether any process of the run was asked to stop. Call it on every process."""
-        return distributed.any_process(self._asked, self._device)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: distributed.any_process(received, device)
+    finally:
+        restore()

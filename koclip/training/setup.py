@@ -46,13 +46,7 @@ def prepare(
     config: PretrainConfig | AlignConfig,
     stage: Stage | None = None,
 ) -> TrainState:
-    """Put the model on its device, wrap it for distributed training and build its optimizer.
-
-    Args:
-        accelerator: The accelerator that `start` returned.
-        dual_encoder: The model.
-        config: The run's configuration.
-        stage: The stage to train; default: the first.
+    """Put the model on its device, wrap it for distributed training and build its optimizer, for a stage of the run.
 
     Raises:
         ConfigError: sharded training does not support `train.ema_decay`, several stages or, with DeepSpeed,
