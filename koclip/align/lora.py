@@ -31,18 +31,11 @@ SAME = "same"
 
 @dataclass(frozen=True)
 class AdapterBase:
-    """The base model of an adapter, as in adapter_base.json.
+    """The base model of an adapter, as in adapter_base.json. Local directories are None."""
 
-    Args:
-        base_model: Hub id of `model.clip`; None if it was a local directory.
-        text_encoder: Hub id of `model.text_encoder`; None if it was a local directory; `same` if the base keeps its
-            text tower.
-        method: `LoRA` or `DoRA`.
-    """
-
-    base_model: str | None
-    text_encoder: str | None
-    method: str
+    base_model: str | None  # Hub id of `model.clip`
+    text_encoder: str | None  # Hub id of `model.text_encoder`; `same` if the base keeps its text tower
+    method: str  # LoRA or DoRA
 
     @property
     def is_built(self) -> bool:
@@ -98,13 +91,8 @@ base = AutoModel.from_pretrained("{clip}")"""
 def attach(model: StockModel, config: AdapterConfig, new_text: bool = True, seed: int = 0) -> None:
     """Freeze `model` and add adapters, in place. Untrained adapters do not change the outputs.
 
-    Call it before `koclip.models.fast.speed_up`, and before the model is wrapped or moved.
-
-    Args:
-        model: The dual encoder.
-        config: The towers to adapt, and the settings of the adapters.
-        new_text: Whether the text projection is new. If not, it is frozen.
-        seed: Seed of the adapters' random weights.
+    Call it before `koclip.models.fast.speed_up`, and before the model is wrapped or moved. If the text projection is
+    not `new_text`, it is frozen too.
 
     Raises:
         ConfigError: a tower has no linear layers to adapt.
@@ -163,22 +151,16 @@ def save(
 
     adapter_config.json names the base and its class, so that `AutoPeftModel` and `AutoModel` load the folder. A local
     base is named by its path, which `koclip.publishing.checks.name_base` replaces. adapter_base.json names the base
-    without paths.
-
-    Args:
-        model: The model with adapters.
-        state_dict: See `merge`.
-        directory: The model's directory. If the text encoder is new, the base is in the folder `BASE` beside it; the
-            caller writes it with `base_weights`.
-        clip: Directory or Hub id of `model.clip`.
-        text_encoder: Directory or Hub id of `model.text_encoder`, or `same`.
+    without paths. `clip` and `text_encoder` are the configuration's `model.clip` and `model.text_encoder`. If the text
+    encoder is new, the base is in the folder `BASE` beside `directory`; the caller writes it with `base_weights`.
     """
     folder = directory / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_model.safetensors").write_bytes(_file(model, state_dict))
     config = copy.copy(_config(model))
-    encoder_id = SAME if text_encoder == SAME else _hub_id(text_encoder or "")
-    base = AdapterBase(_hub_id(clip), encoder_id, _kind(config))
+    clip_id = clip if is_hub_id(clip) else None
+    encoder_id = text_encoder if text_encoder == SAME or is_hub_id(text_encoder or "") else None
+    base = AdapterBase(clip_id, encoder_id, _kind(config))
     base.write(folder)
     config.base_model_name_or_path = base.base_model or str(Path(clip).resolve())
     if base.is_built:
@@ -253,7 +235,3 @@ def _config(model: StockModel) -> Any:
 
 def _kind(config: LoraConfig) -> str:
     return "DoRA" if config.use_dora else "LoRA"
-
-
-def _hub_id(name: str) -> str | None:
-    return name if is_hub_id(name) else None

@@ -101,18 +101,13 @@ def _text_transformer(config: SwapConfig, clip: Source, tokenizer: PreTrainedTok
 
 
 class Method(NamedTuple):
-    """The functions of a method.
+    """The functions of a method."""
 
-    Attributes:
-        attach: Called once before training. Returns a text to print, or None.
-        set_trainable: Called at the start of each stage with the dual encoder, the configuration, the stage and the
-            source.
-        stock_weights: Called when the model is saved, with the directory, the model, its processor, its weights and the
-            configuration. Returns a dual encoder's weights without the parts that `attach` added.
-    """
-
+    # Called once before training. Returns a text to print, or None.
     attach: Callable[[StockModel, AlignConfig], str | None]
+    # Called at the start of each stage.
     set_trainable: Callable[[DualEncoder, AlignConfig, Stage, Source], None]
+    # Called when the model is saved into a directory. Returns the weights without the parts that `attach` added.
     stock_weights: Callable[[Path, StockModel, ProcessorMixin, Weights, AlignConfig], Weights]
 
 

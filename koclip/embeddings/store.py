@@ -56,15 +56,10 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Store:
-    """A directory of embeddings.
-
-    Args:
-        path: The directory.
-        key: The configuration key of the directory, for error messages.
-    """
+    """A directory of embeddings."""
 
     path: Path
-    key: str
+    key: str  # the configuration key of the directory, for error messages
 
     def facts(self) -> dict[str, Any] | None:
         """Return the facts; None if the directory has none.

@@ -40,12 +40,8 @@ class DualEncoder(nn.Module):
     """A stock dual encoder for training: uint8 pixels in, `Embeddings` out.
 
     The sigmoid loss learns a bias. Most stock classes have no parameter for it, so it is a parameter of this module and
-    is saved to `Layout.logit_bias`. Probabilities depend on it, rankings do not.
-
-    Args:
-        model: The stock model.
-        processor: The model's processor.
-        logit_bias: Initial bias of the sigmoid loss, if the model has none. None: a loss without bias.
+    is saved to `Layout.logit_bias`. Probabilities depend on it, rankings do not. `logit_bias` is its initial value if
+    the model has none; None: a loss without bias.
 
     Raises:
         ConfigError: the ids or the longest text of the model and the processor's tokenizer differ.
@@ -274,11 +270,8 @@ def _around_image_tower(preset: Preset, text: CLIPTextConfig, logit_scale: float
 def drop_patches(vision_model: nn.Module, share: float) -> None:
     """Make a CLIP ViT drop random patches in training mode. In evaluation mode it sees all patches.
 
-    This makes steps faster, and regularises on small data (FLIP, Li et al. 2023).
-
-    Args:
-        vision_model: A `CLIPVisionModel`. A forward hook is added to its embeddings; its weights do not change.
-        share: Share of the patches that are dropped, 0 to 1. The class token and at least one patch stay.
+    This makes steps faster, and regularises on small data (FLIP, Li et al. 2023). A forward hook on the embeddings of
+    the `CLIPVisionModel` drops a `share` of 0 to 1 of the patches. The class token and at least one patch stay.
     """
     vision_model.get_submodule("embeddings").register_forward_hook(partial(_keep_some, share))
 

@@ -119,12 +119,10 @@ class LastLayer(CLIPEncoderLayer):
         end: torch.Tensor | None = None,
         **_: object,
     ) -> torch.Tensor:
-        """Return the token's output (B, D), repeated to (B, L, D).
+        """Return the token's output (B, D), repeated to (B, L, D), for hidden states (B, L, D).
 
-        Args:
-            hidden_states: (B, L, D) from the previous layer.
-            attention_mask: Not used: the end token attends to all tokens before it, and padding comes after it.
-            end: (B,) position of each text's end token; None for images.
+        `end` (B,) is the position of each text's end token; None for images. `attention_mask` is not used: the end
+        token attends to all tokens before it, and padding comes after it.
 
         Raises:
             RuntimeError: this is a text layer, and transformers did not pass `end` on.
@@ -167,11 +165,9 @@ class LastTextLayer(ChineseCLIPTextLayer):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: object
     ) -> torch.Tensor:
-        """Return the first token's output (B, D), repeated to (B, L, D).
+        """Return the first token's output (B, D), repeated to (B, L, D), for hidden states (B, L, D).
 
-        Args:
-            hidden_states: (B, L, D) from the previous layer.
-            attention_mask: (B, 1, L, L), bool or added to the scores; None without padding.
+        `attention_mask` is (B, 1, L, L), bool or added to the scores; None without padding.
         """
         attention, first = self.attention.self, hidden_states[:, :1]
         query, keys, values = (

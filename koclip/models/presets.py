@@ -108,11 +108,7 @@ def tower_config(image_tower: str, image_size: int) -> tuple[Any, int]:
 
     The stock class reads the width of the projection's input from `hidden_size`. Some configurations have no
     `hidden_size`, or another width of the pooled output. So it is set to the width after a forward pass on the meta
-    device, which computes nothing.
-
-    Args:
-        image_tower: `timm:<architecture>` or `auto:<path or Hub id>`.
-        image_size: Side of the square input, pixels; 0: the tower's default.
+    device, which computes nothing. The default of `image_size` (0) is the tower's image size.
 
     Raises:
         ConfigError: the tower does not exist, has no pooled output, or does not accept this image size.

@@ -60,15 +60,10 @@ class Counts:
 
 @dataclass
 class Health:
-    """Rejects steps whose loss or gradient is not finite, and records loss spikes.
+    """Rejects steps whose loss or gradient is not finite, and records loss spikes."""
 
-    Args:
-        max_bad_steps: The run stops after this many bad steps in a row.
-        spike_sigmas: A loss is a spike if it is this many standard deviations above the running mean; 0: never.
-    """
-
-    max_bad_steps: int
-    spike_sigmas: float
+    max_bad_steps: int  # the run stops after this many bad steps in a row
+    spike_sigmas: float  # a spike is this many standard deviations above the running mean of the loss; 0: no spikes
     counts: Counts = field(default_factory=Counts)
     events: list[Event] = field(default_factory=list)
 
@@ -179,14 +174,8 @@ def steps(
     """Train from `start_step` to `num_steps` and yield (step, stats) after every step.
 
     `stats` is empty except every `log_every` steps and at the last step; then it holds means since the previous report,
-    over all processes. Bad steps and spikes are in `state.health`.
-
-    Args:
-        state: The training state, which every step changes.
-        batches: Micro-batches, `state.num_micro_batches` per step.
-        start_step: Number of steps that are already done.
-        num_steps: Number of the last step.
-        log_every: Steps between two reports.
+    over all processes. Bad steps and spikes are in `state.health`. `batches` yields micro-batches; each step takes
+    `state.num_micro_batches` of them.
 
     Raises:
         DivergedError: too many steps in a row had no finite loss and gradient; none of them changed the model.

@@ -24,12 +24,10 @@ Ids = npt.NDArray[np.int64]
 
 
 class TrainingPictures:
-    """The images of one process's batches.
+    """The images of one process's batches, in the directory of a run.
 
-    Args:
-        run: The run's directory.
-        begins: Whether the run is at its first step. A resumed run without these files records nothing, because its
-            earlier images are unknown.
+    `begins` is whether the run is at its first step. A resumed run without these files records nothing, because its
+    earlier images are unknown.
     """
 
     def __init__(self, run: Path, begins: bool) -> None:
@@ -79,10 +77,8 @@ def count(ids: Ids, digests: Sequence[bytes]) -> int:
 def of_model(model: str) -> tuple[Ids | None, list[str]]:
     """Return the ids of all images that a model was trained on, and the names of models whose images are unknown.
 
-    This includes the models that it was built from (`model.clip`), if their runs are on this machine.
-
-    Args:
-        model: A model's directory inside its run's directory. The images of any other model are unknown.
+    This includes the models that it was built from (`model.clip`). The images of a model are known if it is a directory
+    inside its run's directory.
     """
     known: list[Ids] = []
     unknown: list[str] = []
