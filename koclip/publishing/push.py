@@ -111,12 +111,7 @@ def check_base(directory: Path) -> None:
 def push(directory: Path, files: Sequence[str], repo: Repository, message: str, tag: str | None = None) -> Pushed:
     """Make the repository equal to `files` of `directory` in one commit; without a commit if it is equal already.
 
-    Args:
-        directory: The local directory.
-        files: Paths to publish, relative to it.
-        repo: The repository; it is created if it is missing.
-        message: The commit's first line.
-        tag: Name of the release.
+    `files` are relative to `directory`. A missing repository is created. `tag` is the name of the release.
 
     Raises:
         ConfigError: the tag exists with other files; or the Hub refuses the token, the name or the files.
@@ -211,13 +206,9 @@ def _grants(rights: dict[str, Any], repo_id: str) -> bool:
 
 
 def push_space(source: Path, repo: Repository, model_id: str, message: str) -> Pushed:
-    """Make a Space show a model of the Hub; a Space that is up to date is not changed.
+    """Make a Space show a model of the Hub; create a missing Space, and change nothing if it is up to date.
 
-    Args:
-        source: Directory of the app.
-        repo: The Space; it is created if it is missing.
-        model_id: The model's Hub id.
-        message: The commit's first line.
+    `source` is the directory of the app, `message` the commit's first line.
 
     Raises:
         ConfigError: `source` has no app, or the Hub refuses.

@@ -42,10 +42,7 @@ class Evaluated(NamedTuple):
 def report(run: Path, embedder: Embedder, eval_sets: Sequence[EvalSet]) -> dict[str, Metric]:
     """Evaluate the model of a training run; write results.json, pictures/, table.md and report.html; print the table.
 
-    Args:
-        run: The run directory, with environment.json, metrics.jsonl and model/.
-        embedder: Embeds with the saved model.
-        eval_sets: The sets to evaluate on.
+    `run` is the run directory, with environment.json, metrics.jsonl and model/; `embedder` embeds with the saved model.
     """
     metrics = evaluate(embedder, eval_sets)
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
@@ -70,12 +67,8 @@ def write(
 
     A single process does this. It embeds again what the pictures need and the embedders' cache lacks.
 
-    Args:
-        run: The directory of the evaluation; config.yaml and skipped.jsonl in it are shown.
-        evaluated: The models.
-        eval_sets: The sets of the evaluation.
-        environment: As in results.json.
-        warnings: Warnings for readers of the numbers.
+    `run` is the directory of the evaluation; config.yaml and skipped.jsonl in it are shown. `environment` is that of
+    results.json, and `warnings` are for readers of the numbers.
 
     Raises:
         ValueError: a metric is not finite.
