@@ -229,11 +229,10 @@ def recall_at(ranks: torch.Tensor, groups: torch.Tensor | None = None, ks: Seque
 def _places(numbers: Numbers, groups: torch.Tensor | None) -> npt.NDArray[np.int64]:
     """Return the number of each query's group, from 0 without gaps."""
     _check_count(len(numbers))
-    places: npt.NDArray[np.int64] = np.arange(len(numbers))
-    if groups is not None:
-        _check_lengths(len(numbers), len(groups), "groups")
-        places = np.unique(groups.numpy(), return_inverse=True)[1]
-    return places
+    if groups is None:
+        return np.arange(len(numbers))
+    _check_lengths(len(numbers), len(groups), "groups")
+    return np.unique(groups.numpy(), return_inverse=True)[1]
 
 
 def _check_count(count: int, least: int = 1) -> None:

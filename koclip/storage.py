@@ -70,7 +70,6 @@ def _swap(first: Path, second: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a directory if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -16,6 +16,7 @@ import tomlkit
 from align_runs import write_source
 
 from koclip import cli, installation
+from koclip.publishing import card_inputs
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomlkit.parse((ROOT / "pyproject.toml").read_text(encoding="utf-8")).unwrap()["project"]
@@ -116,6 +117,22 @@ def test_an_import_without_its_extra_says_which():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert "psutil" in done.stderr.splitlines()[-1]
     assert "'koclip[train]'" in done.stderr.splitlines()[-1]
+
+
+def test_a_data_card_of_the_user_goes_before_that_of_koclip(tmp_path):
+    cards = [tmp_path, installation.files("data_cards")]
+    assert card_inputs._find_card("scenes", None, cards) == ROOT / "data_cards" / "scenes.md"
+    (tmp_path / "scenes.md").write_text("mine", encoding="utf-8")
+    assert card_inputs._find_card("scenes", None, cards) == tmp_path / "scenes.md"
+
+
+def test_the_commit_is_that_of_the_code_not_of_the_folder(tmp_path, monkeypatch):
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    monkeypatch.chdir(tmp_path)
+    assert installation.commit() == head.strip()
+    monkeypatch.setattr(installation.shutil, "which", lambda _: None)  # no git
+    assert installation.commit() is None
 
 
 def tracked() -> set[str]:

@@ -170,7 +170,7 @@ def test_a_new_repository_is_private_if_asked(hub, workers, model):
 @pytest.mark.parametrize(
     ("token", "repo_id", "message"),
     [
-        (None, "org/none", "token: got None, expected one with write rights: log in with `hf auth login`"),
+        (None, "org/none", "token: got None, expected a token with write rights: log in with `hf auth login`"),
         (READER, "org/none", "token: got 'role read', expected write rights to org/none"),
         ("hf_" + "wrong" * 7, "org/none", "Invalid user token"),
         (TOKEN, "others/none", "repo_id: got 'others/none', expected a namespace of someone: org, readers, someone"),

@@ -38,8 +38,8 @@ class SourceConfig:
             images, for `align.method: distill`.
         image_root: Folder that relative image paths start from. Default: the folder of `path`.
         columns: Names of the columns of a CSV or TSV file that has no header line.
-        encoding: Encoding of CSV, TSV and JSON files, and of the texts in tar shards, for example `cp949` for those of
-            Korean Excel. A byte-order mark (UTF-8, UTF-16, UTF-32) in the file overrides it.
+        encoding: Encoding of CSV, TSV and JSON files, and of the texts in tar shards, for example `cp949` for files
+            of Korean Excel. A byte-order mark (UTF-8, UTF-16, UTF-32) in the file overrides it.
         captions: Caption column by language (a BCP 47 code: ko, en, zh-Hant, pt-BR), for example
             `{ko: captions_ko, en: captions_en}`. A cell is a string or a list of strings, which may be written as text
             (`["a", "b"]`, `['a', 'b']`). Caption i in one language corresponds to caption i in another; empty captions

@@ -88,7 +88,7 @@ class AlignConfig(RunConfig):
 
     @property
     def text_tokenizer(self) -> TokenizerConfig:
-        """The tokenizer; that of the text encoder if `tokenizer.path` is not set."""
+        """The tokenizer; by default the tokenizer of the text encoder."""
         own = self.model.clip if self.model.text_encoder == "same" else self.model.text_encoder
         path = self.tokenizer.path or (own.removeprefix("auto:") if own else None)
         return dataclasses.replace(self.tokenizer, path=path)
@@ -187,7 +187,7 @@ class PublishConfig:
         model: Directory of the model; config.yaml and environment.json of its training run must be next to it.
         repo_id: Hub repository to push to: `organisation/name` or `user/name`.
         results: results.json of the training run or of `koclip evaluate`. Default: the file next to `model`. The
-            fingerprint in it must be that of these weights.
+            fingerprint in it must match these weights.
         dry_run: Write the card and run all checks, but push nothing. Needs no token.
         tag: Name of the release, such as `v1.0`. Default: none. An existing tag is never moved.
         private: Create a new repository as private.

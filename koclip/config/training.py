@@ -169,7 +169,7 @@ class TrainConfig:
     Args:
         num_steps: Optimizer steps.
         batch_size: Pairs per process and step; the loss sees batch_size x num_processes pairs.
-        micro_batch_size: Pairs in the model at a time. The gradient is still that of the whole batch (GradCache), for
+        micro_batch_size: Pairs in the model at a time. The gradient is still of the whole batch (GradCache), for
             about a third more work. Default: the whole batch.
         num_processes: Stop if the run was launched with another number of processes. Default: any number.
         precision: `fp32`, `bf16` or `fp16` (autocast; weights stay fp32).

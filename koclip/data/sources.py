@@ -278,7 +278,6 @@ def _image(value: Any, config: SourceConfig) -> bytes | Path | None:
 
 
 def _records(columns: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
-    """Turn columns into records."""
     return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
 
 

@@ -150,7 +150,8 @@ class _Blocks(Dataset[Block]):
             return Block(digest)
         languages = list(self._source.config.captions)
         cells = [row.get(language, []) for row in captions for language in languages]
-        parts = [self._split(caption) for cell in cells for caption in cell]
+        by_word = self._by_word
+        parts = [caption.split() if by_word else [caption] * bool(caption) for cell in cells for caption in cell]
         return Block(
             digest,
             np.array([len(cell) for cell in cells], np.int64),
@@ -166,11 +167,6 @@ class _Blocks(Dataset[Block]):
             return self._source.captions(rows), list(rows)
         read = self._source.rows(rows)
         return [row.captions for row in read], [_file_facts(row.image) for row in read]
-
-    def _split(self, caption: str) -> list[str]:
-        if self._by_word:
-            return caption.split()
-        return [caption] if caption else []
 
     def _count(self, texts: Sequence[str]) -> Tokens:
         """Return the number of tokens of each text, without special tokens."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from datetime import date
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -19,8 +19,8 @@ from koclip.evaluation.tasks import SPECS
 from koclip.publishing.card_inputs import Facts
 from koclip.publishing.checks import ADAPTER, CARD, LICENCE
 from koclip.publishing.formats import int8
-from koclip.publishing.formats import sentence_transformers as sentence
 from koclip.publishing.formats.onnx import EXACT, FOLDER, INT8, SIDES
+from koclip.publishing.formats.sentence_transformers import MODULES
 from koclip.publishing.licences import ALLOWS, Licence, conclude
 
 _MARK = "<!-- Made by koclip's recipes/publish.py"
@@ -39,13 +39,6 @@ _VERSIONS = {
 # The folders of absolute paths in a command. They are private, except for the last part of the path.
 _PARTS = r"[^\s\"'=,:\[\]{}]*[/\\]"
 _FOLDERS = re.compile(rf"(?<![\w.~-])(?:~|[A-Za-z]:)?[/\\](?:{_PARTS}(?=recipes/)|(?:{_PARTS})?)")
-
-
-class Exports(NamedTuple):
-    """Other formats beside the model, for libraries other than transformers."""
-
-    graphs: dict[str, str]  # dtype of transformers.js -> suffix of both ONNX graphs
-    sentence_transformers: bool
 
 
 def write_card(cfg: PublishConfig, facts: Facts) -> None:
@@ -67,12 +60,7 @@ def write_card(cfg: PublishConfig, facts: Facts) -> None:
 
 
 def render(cfg: PublishConfig, facts: Facts, year: int | None = None) -> ModelCard:
-    """Return the card with its metadata.
-
-    Args:
-        cfg: The repository, the licence and the training time.
-        facts: The inputs of the card.
-        year: Year of publication; default: this year.
+    """Return the card with its metadata. `year` is that of publication; default: this year.
 
     Raises:
         ConfigError: a field of the card is empty; the message names it.
@@ -117,7 +105,8 @@ def _optional_fields(cfg: PublishConfig, facts: Facts) -> dict[str, Any]:
     """Return the fields of the template that are empty for some models."""
     return {
         "towers": facts.towers,
-        "exports": _exports(Path(cfg.model)),
+        "graphs": _graphs(Path(cfg.model)),
+        "sentence_transformers": (Path(cfg.model) / MODULES).is_file(),
         "reads_longer": facts.reads_longer,
         "cleans": facts.cleans,
         "int8": int8.read(Path(cfg.model), facts.results["fingerprint"]),
@@ -132,10 +121,10 @@ def metadata(cfg: PublishConfig, facts: Facts, licence: Licence) -> ModelCardDat
     """Return the card's front matter."""
     other: dict[str, Any] = {"license_name": licence.name, "license_link": LICENCE} if licence.name else {}
     hub_data = [data_set.hub_id for data_set in facts.data if data_set.trained and data_set.hub_id]
-    exports = _exports(Path(cfg.model))
+    directory = Path(cfg.model)
     tags = ["clip", "koclip", *(["korean"] if "ko" in facts.languages else [])]
-    tags += ["onnx", "transformers.js"] if exports.graphs else []  # transformers.js loads each tower
-    tags += ["sentence-transformers"] if exports.sentence_transformers else []
+    tags += ["onnx", "transformers.js"] if _graphs(directory) else []  # transformers.js loads each tower
+    tags += ["sentence-transformers"] if (directory / MODULES).is_file() else []
     return ModelCardData(
         language=facts.languages,
         license=licence.id,
@@ -150,13 +139,13 @@ def metadata(cfg: PublishConfig, facts: Facts, licence: Licence) -> ModelCardDat
     )
 
 
-def _exports(directory: Path) -> Exports:
-    graphs = {
+def _graphs(directory: Path) -> dict[str, str]:
+    """Return the suffixes of the ONNX graphs beside the model, by transformers.js' name of their dtype."""
+    return {
         dtype: kind
         for dtype, kind in (("fp32", EXACT), ("q8", INT8))
         if all((directory / FOLDER / f"{side}{kind}.onnx").is_file() for side in SIDES)
     }
-    return Exports(graphs, (directory / sentence.MODULES).is_file())
 
 
 def _eval_results(facts: Facts) -> Iterator[EvalResult]:

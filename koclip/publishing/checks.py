@@ -68,12 +68,8 @@ def publishable(directory: Path, adapter: bool = True) -> list[str]:
 def name_base(directory: Path, clip: str | None, text_encoder: str | None) -> None:
     """Replace local directories in the adapter's files by Hub ids; do nothing without an adapter.
 
-    A base that koclip builds from two models is in no repository; adapter_config.json then names `BUILT`.
-
-    Args:
-        directory: The model's directory.
-        clip: Hub id of `model.clip`.
-        text_encoder: Hub id of `model.text_encoder`.
+    `clip` and `text_encoder` are the Hub ids of `model.clip` and `model.text_encoder`. A base that koclip builds from
+    two models is in no repository; adapter_config.json then names `BUILT`.
     """
     folder = directory / ADAPTER
     base, file = lora.read_base(folder), folder / "adapter_config.json"

@@ -2,7 +2,7 @@
 
 python -I clean_load.py <directory> <folder> reads folder/inputs.json ({"texts": [...], "pictures": [files], "pairs":
 [[NFC, NFD], ...], "threads": n}), writes folder/embeddings.safetensors ("image" (N, D), "text" (M, D), unit norm) and
-prints one line of JSON, which `main` returns.
+prints the value of `main` as one line of JSON.
 """
 
 import json
@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoProcessor  # noqa: E402
 
 
 def main(directory: str, folder: Path) -> dict[str, Any]:
-    """Embed the inputs; return the model's class, problems of its weights, and pairs that get unequal ids."""
+    """Embed the inputs; return the problems of the weights, and the pairs of texts with unequal ids."""
     inputs = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))
     torch.set_num_threads(inputs["threads"])
     model, problems = AutoModel.from_pretrained(directory, output_loading_info=True)
@@ -38,16 +38,11 @@ def main(directory: str, folder: Path) -> dict[str, Any]:
         }
     embeddings = {side: F.normalize(value.float(), dim=-1).contiguous() for side, value in features.items()}
     save_file(embeddings, folder / "embeddings.safetensors")
+    ids = [[processor.tokenizer(text)["input_ids"] for text in pair] for pair in inputs["pairs"]]
     return {
-        "class": type(model).__name__,
-        "dtype": str(model.dtype),
         "problems": {kind: sorted(map(str, names)) for kind, names in problems.items() if names},
-        "unequal": [nfc for nfc, nfd in inputs["pairs"] if _ids(processor, nfc) != _ids(processor, nfd)],
+        "unequal": [nfc for (nfc, _), (first, second) in zip(inputs["pairs"], ids, strict=True) if first != second],
     }
-
-
-def _ids(processor: Any, text: str) -> Any:
-    return processor.tokenizer(text)["input_ids"]
 
 
 if __name__ == "__main__":

@@ -275,7 +275,7 @@ def read_data_card(file: Path) -> DataCard:
     if faults:
         raise ConfigError("; ".join(f"{file}: {fault}" for fault in faults))
     return DataCard(
-        source=values["source"],
+        source=" ".join(values["source"].split()),
         licenses=tuple(parts),
         languages=values["languages"],
         rows=values["rows"],

@@ -33,12 +33,7 @@ _AGAIN = "save the model again with koclip; undo changes by hand"
 
 
 def preflight(directory: Path, repo_id: str | None = None, adapter: bool = True) -> list[Check]:
-    """Run all checks on a model's directory.
-
-    Args:
-        directory: The directory to publish, with its card.
-        repo_id: The repository; its id may contain the user's name.
-        adapter: Whether to publish adapter/ too.
+    """Run all checks on a model's directory. Its files may contain the user's name if `repo_id` does.
 
     Raises:
         ConfigError: the directory has no config.json.

@@ -111,33 +111,26 @@ def check_base(directory: Path) -> None:
 def push(directory: Path, files: Sequence[str], repo: Repository, message: str, tag: str | None = None) -> Pushed:
     """Make the repository equal to `files` of `directory` in one commit; without a commit if it is equal already.
 
-    Args:
-        directory: The local directory.
-        files: Paths to publish, relative to it.
-        repo: The repository; it is created if it is missing.
-        message: The commit's first line.
-        tag: Name of the release.
+    `files` are relative to `directory`. A missing repository is created. `tag` is the name of the release.
 
     Raises:
         ConfigError: the tag exists with other files; or the Hub refuses the token, the name or the files.
         RunError: the push failed. The repository is unchanged or complete; the message says which.
     """
     url = repeat(lambda: _create(repo), f"creating {repo.repo_id}", repo.key)
-    if tag:
-        _check_tag(repo, tag, directory, files)
+    is_new = bool(tag) and _is_new_tag(repo, str(tag), directory, files)
     sent: list[Changes] = []
     commit = repeat(lambda: _commit(directory, files, repo, message, sent), f"pushing to {repo.repo_id}", repo.key)
-    if tag:
-        repeat(lambda: _set_tag(repo, tag, commit), f"setting the tag {tag} of {repo.repo_id}", repo.key)
+    if is_new:
+        target: dict[str, Any] = {"tag": tag, "revision": commit, "repo_type": repo.kind, "exist_ok": True}
+        repeat(lambda: HfApi().create_tag(repo.repo_id, **target), f"setting the tag {tag} of {repo.repo_id}", repo.key)
     return Pushed(url, commit, sent[-1] if sent else Changes())
 
 
 def _create(repo: Repository) -> str:
     sdk = "gradio" if repo.kind == "space" else None
-    url = HfApi().create_repo(
-        repo.repo_id, repo_type=repo.kind, space_sdk=sdk, private=repo.private or None, exist_ok=True
-    )
-    return str(url)
+    private = repo.private or None
+    return str(HfApi().create_repo(repo.repo_id, repo_type=repo.kind, space_sdk=sdk, private=private, exist_ok=True))
 
 
 def _commit(directory: Path, files: Sequence[str], repo: Repository, message: str, sent: list[Changes]) -> str:
@@ -191,25 +184,17 @@ def _is_managed(name: str, repo: Repository) -> bool:
     return repo.kind == "model" and is_managed
 
 
-def _check_tag(repo: Repository, tag: str, directory: Path, files: Sequence[str]) -> None:
-    """Check, before anything is pushed, that a tag is new or that its commit has these files."""
+def _is_new_tag(repo: Repository, tag: str, directory: Path, files: Sequence[str]) -> bool:
+    """Return whether a tag is new. Check that the commit of an existing tag has these files."""
 
     def find() -> tuple[str | None, bool]:
-        target = _target(repo, tag)
+        refs = HfApi().list_repo_refs(repo.repo_id, repo_type=repo.kind)
+        target = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
         return target, target is None or _changes(directory, files, repo, target) == Changes()
 
     target, same = repeat(find, f"reading the tag {tag} of {repo.repo_id}", repo.key)
     check(same, "tag", tag, f"this release exists, at commit {target}, with other files: choose a new name")
-
-
-def _set_tag(repo: Repository, tag: str, commit: str) -> None:
-    if _target(repo, tag) is None:
-        HfApi().create_tag(repo.repo_id, tag=tag, revision=commit, repo_type=repo.kind)
-
-
-def _target(repo: Repository, tag: str) -> str | None:
-    refs = HfApi().list_repo_refs(repo.repo_id, repo_type=repo.kind)
-    return next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
+    return target is None
 
 
 def _grants(rights: dict[str, Any], repo_id: str) -> bool:
@@ -220,32 +205,18 @@ def _grants(rights: dict[str, Any], repo_id: str) -> bool:
     return bool(granted & {"repo.write", "repo.content.write"})
 
 
-def space_files(source: Path) -> list[str]:
-    """Return the files of the app, sorted, relative to its directory.
-
-    Raises:
-        ConfigError: the directory has no app.
-    """
-    names = sorted(path.name for path in source.glob("*") if path.suffix in (".py", ".md", ".txt"))
-    complete = {"app.py", "requirements.txt", CARD} <= set(names)
-    check(complete, "space", str(source), f"expected a directory with app.py, requirements.txt and {CARD}")
-    return names
-
-
 def push_space(source: Path, repo: Repository, model_id: str, message: str) -> Pushed:
-    """Make a Space show a model of the Hub; a Space that is up to date is not changed.
+    """Make a Space show a model of the Hub; create a missing Space, and change nothing if it is up to date.
 
-    Args:
-        source: Directory of the app.
-        repo: The Space; it is created if it is missing.
-        model_id: The model's Hub id.
-        message: The commit's first line.
+    `source` is the directory of the app, `message` the commit's first line.
 
     Raises:
         ConfigError: `source` has no app, or the Hub refuses.
         RunError: the Hub does not answer. The Space is unchanged or complete.
     """
-    files = space_files(source)
+    files = sorted(path.name for path in source.glob("*") if path.suffix in (".py", ".md", ".txt"))
+    needed = ("app.py", "requirements.txt", CARD)
+    check(set(needed) <= set(files), "space", str(source), f"expected a directory with {', '.join(needed)}")
     with tempfile.TemporaryDirectory() as folder:
         for name in files:
             shutil.copy(source / name, folder)
@@ -280,10 +251,7 @@ def _name_model(space_id: str, model_id: str) -> None:
 def repeat(call: Callable[[], Answer], action: str, key: str = "repo_id") -> Answer:
     """Call the Hub; after a temporary failure, wait and call again, `TRIES` times in total.
 
-    Args:
-        call: The call.
-        action: Its description, for messages.
-        key: The configuration key for messages.
+    `action` describes the call in messages, and `key` is the configuration key there.
 
     Raises:
         ConfigError: the Hub refuses, or a local file cannot be read.

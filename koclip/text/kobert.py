@@ -78,18 +78,18 @@ def convert(directory: str | Path) -> PreTrainedTokenizerBase:
 def _read(folder: Path) -> tuple[Any, list[str]]:
     """Return the sentencepiece model and the tokens in the order of their ids."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    ours = next((name for name in (_MODEL, _SKT_MODEL) if name in names), None)
-    if ours is None or (ours == _MODEL and _VOCABULARY not in names):
+    model = next((name for name in (_MODEL, _SKT_MODEL) if name in names), None)
+    if model is None or (model == _MODEL and _VOCABULARY not in names):
         raise ConfigError(
             f"no KoBERT tokenizer in {str(folder)!r}: got {sorted(names)}, expected {_MODEL} and {_VOCABULARY} "
             f"(of monologg/kobert) or {_SKT_MODEL} (of skt/kobert-base-v1); download the repository's files to it"
         )
     proto = import_protobuf().ModelProto()
     try:
-        proto.ParseFromString((folder / ours).read_bytes())
+        proto.ParseFromString((folder / model).read_bytes())
     except DecodeError as error:
-        raise ConfigError(f"{str(folder / ours)!r} is not a sentencepiece model; is it a Git LFS pointer?") from error
-    if ours == _SKT_MODEL:
+        raise ConfigError(f"{str(folder / model)!r} is not a sentencepiece model; is it a Git LFS pointer?") from error
+    if model == _SKT_MODEL:
         return proto, [piece.piece for piece in proto.pieces]
     with (folder / _VOCABULARY).open(encoding="utf-8") as lines:  # str.splitlines would also split at U+2028
         return proto, [line.strip() for line in lines]

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 RECIPES = Path(__file__).parents[1]
-METHODS = ("frozen", "distill", "two_stage", "anchor", "full", "lora")  # lora goes on from what distill made
+METHODS = ("frozen", "distill", "two_stage", "anchor", "full", "lora")  # lora starts from the result of distill
 RECALL = "flickr8k_ko/{}/text_to_image/recall@10"
 
 
@@ -95,7 +95,7 @@ def print_table(rows: dict[str, list[Outcome]], english: list[float]) -> None:
         table.add_column(heading)
     for method, outcomes in rows.items():
         korean = [outcome.korean for outcome in outcomes]
-        ratios = "/".join(f"{ours / reference:.2f}" for ours, reference in zip(korean, english, strict=True))
+        ratios = "/".join(f"{own / reference:.2f}" for own, reference in zip(korean, english, strict=True))
         means = [statistics.fmean(column) for column in zip(*outcomes, strict=True)]
         table.add_row(
             method,

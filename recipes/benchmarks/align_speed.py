@@ -175,15 +175,15 @@ class Koclip:
 
 
 @torch.no_grad()
-def first_losses(ours: Koclip, model: Any, images: Any) -> tuple[float, float]:
+def first_losses(own: Koclip, model: Any, images: Any) -> tuple[float, float]:
     """Return the loss of both on the same few pairs, in fp32 and without dropout."""
     from open_clip_peer import as_pairs, clip_loss
 
-    batch = ours.first_batch()
-    encoder = ours.trainer.dual_encoder.eval()
+    batch = own.first_batch()
+    encoder = own.trainer.dual_encoder.eval()
     inputs = batch.pixel_values, batch.input_ids, batch.attention_mask
     embeddings = DualEncoder.forward(encoder, *inputs)  # accelerate runs `encoder(...)` in the run's precision
-    our_loss = ours.trainer.loss(embeddings, *batch.targets).value
+    our_loss = own.trainer.loss(embeddings, *batch.targets).value
     return our_loss.item(), clip_loss(model.eval(), *as_pairs(batch, images)).item()
 
 
@@ -202,25 +202,25 @@ def compare(options: argparse.Namespace, folder: Path) -> tuple[Turns, str]:
     pairs = some_pairs(options.data, options.pairs, folder)
     start = starting_point(options, pairs.captions, folder / "encoder")
     config = config_of(options, pairs.source)
-    ours = Koclip(start, config, folder / "features")
-    projection = parts(ours.model).text_projection.weight
+    own = Koclip(start, config, folder / "features")
+    projection = parts(own.model).text_projection.weight
     model: Any = locked(start.clip, start.encoder, projection)
     peer = OpenClip(model, config.optim, config.train.num_steps, {"bf16": "amp_bf16"}.get(options.precision, "fp32"))
     tokenize = hf_tokenizer(str(start.encoder), CONTEXT)
     photos = Photos(pairs.files, pairs.captions, view_size(start.image_processor), tokenize)
     loader = photos.loader(options.batch_size)
 
-    turns = Turns([], [], cache=timed(ours.prepare))
-    losses = first_losses(ours, model, start.image_processor)
+    turns = Turns([], [], cache=timed(own.prepare))
+    losses = first_losses(own, model, start.image_processor)
     for _ in tqdm(range(options.epochs), unit="epoch", leave=False):
         turns.open_clip.append(timed(lambda: peer.train(loader)))
-        turns.koclip.append(timed(lambda: ours.train(len(loader))))
+        turns.koclip.append(timed(lambda: own.train(len(loader))))
 
-    images = torch.stack([ours.features.embedding(digest_of(file.read_bytes())) for file in pairs.files])
+    images = torch.stack([own.features.embedding(digest_of(file.read_bytes())) for file in pairs.files])
     with torch.no_grad():
         peer_texts = torch.cat([model.eval().encode_text(part, True) for part in tokenize(pairs.captions).split(64)])
     by_library = {
-        "koclip": TransformersEncoder(ours.model, ours.processor).encode_texts(pairs.captions),
+        "koclip": TransformersEncoder(own.model, own.processor).encode_texts(pairs.captions),
         "open_clip": peer_texts,
     }
     lines = [f"R@10 of {name}: {recall_at_10(texts, images, pairs.captions)}" for name, texts in by_library.items()]
@@ -229,18 +229,18 @@ def compare(options: argparse.Namespace, folder: Path) -> tuple[Turns, str]:
 
 def table(turns: Turns, cpu_time: bool) -> str:
     """Return seconds and ratios as a Markdown table."""
-    peer, ours = ([turn.cpu if cpu_time else turn.wall for turn in side] for side in (turns.open_clip, turns.koclip))
+    peer, own = ([turn.cpu if cpu_time else turn.wall for turn in side] for side in (turns.open_clip, turns.koclip))
     cache = turns.cache.cpu if cpu_time else turns.cache.wall
-    epochs = [f"{statistics.median(seconds):.1f} ({min(seconds):.1f}-{max(seconds):.1f})" for seconds in (peer, ours)]
-    totals = EPOCHS * statistics.mean(peer), cache + EPOCHS * statistics.mean(ours)
-    _, lowest_highest = spread([seconds + cache / EPOCHS for seconds in ours], peer).split()
+    epochs = [f"{statistics.median(seconds):.1f} ({min(seconds):.1f}-{max(seconds):.1f})" for seconds in (peer, own)]
+    totals = EPOCHS * statistics.mean(peer), cache + EPOCHS * statistics.mean(own)
+    _, lowest_highest = spread([seconds + cache / EPOCHS for seconds in own], peer).split()
     cells = [*(f"{total:.1f}" for total in totals), f"{totals[0] / totals[1]:.2f} {lowest_highest}"]
     return "\n".join(
         [
             f"| {'CPU' if cpu_time else 'wall'} time, s | open_clip | koclip | ratio |",
             "|---|---|---|---|",
             f"| image features | | {cache:.1f} | |",
-            f"| an epoch | {' | '.join(epochs)} | {spread(ours, peer)} |",
+            f"| an epoch | {' | '.join(epochs)} | {spread(own, peer)} |",
             f"| {EPOCHS} epochs in all | {' | '.join(cells)} |",
         ]
     )

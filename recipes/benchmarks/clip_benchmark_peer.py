@@ -12,7 +12,7 @@ try:
     from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 except ImportError as error:
     raise SystemExit(
-        f"this benchmark measures against CLIP_benchmark, which is not here ({error}). In a venv of its own, so that "
+        f"this benchmark needs CLIP_benchmark, which is not installed ({error}). In a separate venv, so that "
         "koclip does not come to depend on it: pip install --no-deps clip-benchmark"
     ) from error
 
@@ -77,7 +77,7 @@ def retrieval(
         model, _Batches(captions), model.tokenize, "cpu", amp=False, recall_k_list=list(ks)
     )
     directions = {"image_retrieval": "text_to_image", "text_retrieval": "image_to_text"}
-    return {f"{ours}/recall@{k}": metrics[f"{peer}_recall@{k}"] for peer, ours in directions.items() for k in ks}
+    return {f"{own}/recall@{k}": metrics[f"{peer}_recall@{k}"] for peer, own in directions.items() for k in ks}
 
 
 def zero_shot(

@@ -77,14 +77,14 @@ def pipelines(config: DataConfig) -> dict[str, Callable[[bytes, int], Tensor]]:
     """Return each pipeline: from a JPEG's bytes and a seed to a crop."""
     from open_clip_peer import train_transform
 
-    peer, ours = train_transform(CROP, mean=MEAN, std=STD), Views(config, CROP).random
+    peer, own = train_transform(CROP, mean=MEAN, std=STD), Views(config, CROP).random
 
     def open_clip(data: bytes, seed: int) -> Tensor:
         cropped: Tensor = peer(Image.open(io.BytesIO(data)))
         return cropped
 
     def koclip(data: bytes, seed: int) -> Tensor:
-        return ours(decode(data, config.max_image_pixels), seed)
+        return own(decode(data, config.max_image_pixels), seed)
 
     return {"open_clip": open_clip, "koclip": koclip}
 

@@ -212,13 +212,13 @@ def main(args: Sequence[str] | None = None) -> None:
         compared = [spread(seconds[name], seconds[peer]) if peer in seconds else "-" for peer in ("plain", "open_clip")]
         cells = [f"{memory:,.0f} MB", f"{memory / least:.2f}", f"{statistics.median(seconds[name]):.1f}", *compared]
         print(f"| {name} | " + " | ".join(cells if name != "one piece" else [*cells[:3], "-", "-"]) + " |")
-    print(f"\ngradients of {options.check_batch_size} pairs in pieces, next to those of the batch at once\n")
+    print(f"\ngradients of {options.check_batch_size} pairs in pieces, compared with the batch at once\n")
     print("| way | logit scale, ratio | towers, cosine | towers, ratio of norms |\n|---|---|---|---|")
     print(f"| koclip | {gradient_error('koclip', 'plain', options)} |")
     if "open_clip" in methods:
         print(f"| open_clip | {gradient_error('open_clip', 'open_clip plain', options)} |")
     else:
-        print("open_clip is not here; in a venv of its own: pip install -c constraints.txt -e . open_clip_torch")
+        print("open_clip is not installed; in a separate venv: pip install -c constraints.txt -e . open_clip_torch")
 
 
 def parser() -> argparse.ArgumentParser:

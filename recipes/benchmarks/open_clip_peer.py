@@ -24,7 +24,7 @@ try:
     from open_clip_train.train import train_one_epoch
 except ImportError as error:
     raise SystemExit(
-        f"this benchmark measures against open_clip, which is not here ({error}). In a venv of its own, so that koclip "
+        f"this benchmark needs open_clip, which is not installed ({error}). In a separate venv, so that koclip "
         "does not come to depend on it: pip install -c constraints.txt -e . open_clip_torch"
     ) from error
 

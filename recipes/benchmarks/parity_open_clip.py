@@ -42,7 +42,7 @@ class Curves(NamedTuple):
     @property
     def difference(self) -> float:
         """The largest difference of any step."""
-        return max(abs(ours - peer) for ours, peer in zip(*self, strict=True))
+        return max(abs(own - peer) for own, peer in zip(*self, strict=True))
 
 
 def compare(source: SourceConfig, num_steps: int, batch_size: int, model: ModelConfig = MODEL) -> Curves:
@@ -76,8 +76,8 @@ def table(curves: Curves) -> str:
     count = len(curves.koclip)
     rows = ["| step | koclip | open_clip | difference |", "|---|---|---|---|"]
     for step in sorted({*range(0, count, max(1, count // 10)), count - 1}):
-        ours, peer = curves.koclip[step], curves.open_clip[step]
-        rows.append(f"| {step + 1} | {ours:.6f} | {peer:.6f} | {ours - peer:+.1e} |")
+        own, peer = curves.koclip[step], curves.open_clip[step]
+        rows.append(f"| {step + 1} | {own:.6f} | {peer:.6f} | {own - peer:+.1e} |")
     verdict = "equal" if curves.difference <= TOLERANCE else "DIFFERENT"
     return "\n".join([*rows, f"{verdict}: largest difference {curves.difference:.1e}, allowed {TOLERANCE:.0e}"])
 

@@ -10,7 +10,7 @@ import torch
 
 def spread(own: Sequence[float], peer: Sequence[float]) -> str:
     """Return the speed of a loop relative to its peer: the median of the rounds (lowest-highest)."""
-    ratios = [other / ours for ours, other in zip(own, peer, strict=True)]
+    ratios = [other / seconds for seconds, other in zip(own, peer, strict=True)]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 

@@ -89,7 +89,7 @@ def encode_rows(model: CLIPModel, rows: Rows) -> Tensor:
     """Return `encode_texts` of packed captions, in the order of the batch."""
     text = model.text_model
     hidden = text.embeddings.token_embedding(rows.ids) + text.embeddings.position_embedding(rows.positions)
-    # (R, 1, L, L); a caption begins where positions do not go on, and sees itself only
+    # (R, 1, L, L); a caption begins at position 0, and attends only to itself
     mask = cast(Tensor, create_causal_mask(text.config, hidden, None, None, rows.positions))
     *layers, last = text.encoder.layers
     for layer in layers:

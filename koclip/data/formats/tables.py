@@ -110,7 +110,6 @@ def _images_encoded(feature: Any) -> Any:
 
 
 def _file_table(kind: str, config: SourceConfig, seed: int) -> Table:
-    """Load Parquet or Arrow files."""
     options: dict[str, Any] = {"split": config.split, "streaming": config.streaming}
     files = files_of(config, kind)
     if not is_remote(config.path):
@@ -145,7 +144,6 @@ def _hub_table(config: SourceConfig, seed: int) -> Table:
 
 
 def _saved_table(config: SourceConfig, seed: int) -> Table:
-    """Load a data set that was saved with `save_to_disk`."""
     folder = str(locate(config.path).absolute())
     saved, split = datasets.load_from_disk(folder), config.split.split("[")[0]
     if isinstance(saved, datasets.DatasetDict) and split not in saved:

@@ -61,13 +61,6 @@ class Columns(NamedTuple):
         return name in self.images or self.has_text(name)
 
 
-def _open(config: SourceConfig, seed: int) -> datasets.IterableDataset:
-    return stream(files_of(config, "webdataset"), config)
-
-
-FORMATS = {"webdataset": Format(_open, (".tar", ".tgz"), encoded=True)}
-
-
 def stream(files: Sequence[str], config: SourceConfig) -> datasets.IterableDataset:
     """Return the samples of shards as a stream; addresses may be patterns.
 
@@ -211,3 +204,10 @@ def _check_names(where: str, names: Iterable[str], columns: Columns) -> None:
             f"{where} has the files {sorted(names)[:10]}: its name ends at the first dot, the rest is a column; pack "
             "the shard again with sample names that have no dots"
         )
+
+
+FORMATS = {
+    "webdataset": Format(
+        lambda config, seed: stream(files_of(config, "webdataset"), config), (".tar", ".tgz"), encoded=True
+    )
+}

@@ -35,13 +35,8 @@ class Query(NamedTuple):
     nearest: list[int]
 
 
-def queries(embedder: Embedder, eval_set: EvalSet) -> Figure | None:
-    """Draw captions of every language, hits and misses, with their nearest images; right images are framed.
-
-    Returns None for a set without captions.
-    """
-    if not any(eval_set.captions):
-        return None
+def queries(embedder: Embedder, eval_set: EvalSet) -> Figure:
+    """Draw captions of every language, hits and misses, with their nearest images; right images are framed."""
     eval_set = eval_set.captioned
     images = embedder.images(eval_set.images)
     chosen = [query for language in eval_set.languages for query in _queries_of(embedder, eval_set, language, images)]
@@ -92,12 +87,7 @@ def confusion(counts: Counts, eval_set: EvalSet, language: str) -> Figure:
 
 
 def most_confused(counts: Counts, most: int) -> list[int]:
-    """Return the indices of the `most` classes that are confused most often, the most often first; all if no more.
-
-    Args:
-        counts: (C, C) numbers of images by class and answer.
-        most: An even number.
-    """
+    """Return the `most` (an even number) classes that are confused most often in `counts` (C, C), the worst first."""
     if len(counts) <= most:
         return list(range(len(counts)))
     mistakes = counts - np.diag(np.diag(counts))

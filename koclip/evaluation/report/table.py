@@ -96,12 +96,7 @@ def percent(share: float) -> float:
 
 
 def sections(records: Sequence[Sequence[Record]], templates: Templates) -> list[Section]:
-    """Return the rows of every data set, in the order of the records.
-
-    Args:
-        records: The records of each model.
-        templates: The text of each template.
-    """
+    """Return the rows of every data set, in the order of the records; `records` are by model."""
     by_name: dict[str, list[Record | None]] = {}
     for model, own in enumerate(records):
         for record in own:

@@ -7,7 +7,7 @@ import base64
 import io
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,10 +42,7 @@ class Evaluated(NamedTuple):
 def report(run: Path, embedder: Embedder, eval_sets: Sequence[EvalSet]) -> dict[str, Metric]:
     """Evaluate the model of a training run; write results.json, pictures/, table.md and report.html; print the table.
 
-    Args:
-        run: The run directory, with environment.json, metrics.jsonl and model/.
-        embedder: Embeds with the saved model.
-        eval_sets: The sets to evaluate on.
+    `run` is the run directory, with environment.json, metrics.jsonl and model/; `embedder` embeds with the saved model.
     """
     metrics = evaluate(embedder, eval_sets)
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
@@ -70,12 +67,8 @@ def write(
 
     A single process does this. It embeds again what the pictures need and the embedders' cache lacks.
 
-    Args:
-        run: The directory of the evaluation; config.yaml and skipped.jsonl in it are shown.
-        evaluated: The models.
-        eval_sets: The sets of the evaluation.
-        environment: As in results.json.
-        warnings: Warnings for readers of the numbers.
+    `run` is the directory of the evaluation; config.yaml and skipped.jsonl in it are shown. `environment` is that of
+    results.json, and `warnings` are for readers of the numbers.
 
     Raises:
         ValueError: a metric is not finite.
@@ -100,7 +93,7 @@ def write(
         label = labels[model.model]
         models.append(PageModel(model.model, label, drawn, data[model.model], training if training.is_file() else None))
     if rows:
-        write_page(run, models, rows, environment, warnings)
+        _write_page(run, models, rows, environment, warnings)
 
 
 def write_model_results(
@@ -125,26 +118,18 @@ def _draw(
     drawn: dict[str, dict[str, Path]] = {}
     with korean_style():
         for eval_set in tqdm(eval_sets, desc="pictures", leave=False):
-            drawn[eval_set.name] = {}
-            for kind, figure in _figures(eval_set, records, embedder, templates):
-                file = model.folder / "pictures" / f"{kind}-{eval_set.name.replace('/', '-')}.png"
-                drawn[eval_set.name][kind] = file
-                save(figure, file)
+            figures = dict(charts(eval_set.name, records, templates[eval_set.name]))
+            if any(eval_set.captions):
+                figures["queries"] = queries(embedder, eval_set)
+            for task in TASKS:
+                if task.confusions and task.name in eval_set.tasks:
+                    for language, counts in task.confusions(embedder, eval_set):
+                        figures[f"confusion-{language}"] = confusion(counts.numpy(), eval_set, language)
+            name = eval_set.name.replace("/", "-")
+            drawn[eval_set.name] = {kind: model.folder / "pictures" / f"{kind}-{name}.png" for kind in figures}
+            for kind, figure in figures.items():
+                save(figure, drawn[eval_set.name][kind])
     return drawn
-
-
-def _figures(
-    eval_set: EvalSet, records: Sequence[Record], embedder: Embedder, templates: Templates
-) -> Iterator[tuple[str, Figure]]:
-    """Yield the pictures of a model on a set, by kind."""
-    yield from charts(eval_set.name, records, templates[eval_set.name])
-    figure = queries(embedder, eval_set)
-    if figure is not None:
-        yield "queries", figure
-    for task in TASKS:
-        if task.confusions and task.name in eval_set.tasks:
-            for language, counts in task.confusions(embedder, eval_set):
-                yield f"confusion-{language}", confusion(counts.numpy(), eval_set, language)
 
 
 def training_figure(log: Path, final: Mapping[str, Metric]) -> Figure:
@@ -180,14 +165,6 @@ _KINDS = {
 }
 
 
-class PagePicture(NamedTuple):
-    """A picture of a model on the page."""
-
-    label: str  # the model's
-    text: str  # alternative text
-    content: str  # WebP in base64
-
-
 class PageModel(NamedTuple):
     """A model on the page."""
 
@@ -198,22 +175,13 @@ class PageModel(NamedTuple):
     training: Path | None = None  # chart of its training
 
 
-def write_page(
+def _write_page(
     run: Path,
     models: Sequence[PageModel],
     sections: Sequence[Section],
     environment: Mapping[str, Any],
     warnings: Sequence[str],
 ) -> None:
-    """Write report.html.
-
-    Args:
-        run: Its directory; a config.yaml in it is shown.
-        models: In the order of the cells.
-        sections: The rows, by data set.
-        environment: As in results.json.
-        warnings: Warnings for readers of the numbers.
-    """
     configuration = run / "config.yaml"
     name, *arguments = environment["command"]
     loader = PackageLoader("koclip", "assets")
@@ -224,7 +192,7 @@ def write_page(
         sections=sections,
         pictures={section.name: _pictures(section.name, models) for section in sections},
         notes={section.name: _notes(section.name, models) for section in sections},
-        training=[PagePicture(own.label, "loss over steps", _content(own.training)) for own in models if own.training],
+        training=[(own.label, "loss over steps", _content(own.training)) for own in models if own.training],
         warnings=warnings,
         environment=environment,
         command=shlex.join(["python", f"recipes/{name}", *arguments]),
@@ -251,18 +219,16 @@ def _best(line: Line) -> list[bool]:
     return [len(known) > 1 and share == max(known) for share in shares]
 
 
-def _pictures(dataset: str, models: Sequence[PageModel]) -> dict[str, list[PagePicture]]:
-    """Return a data set's pictures of all models by title."""
-    kinds = [name.partition("-")[0] for model in models for name in model.pictures.get(dataset, {})]
-    pictures: dict[str, list[PagePicture]] = {}
-    for kind in dict.fromkeys([*_KINDS, *kinds]):
-        title = _KINDS.get(kind, kind)
-        for model in models:
-            for name, file in model.pictures.get(dataset, {}).items():
-                if name.partition("-")[0] == kind:
-                    text = f"{title}: {dataset}, {model.label}"
-                    pictures.setdefault(title, []).append(PagePicture(model.label, text, _content(file)))
-    return pictures
+def _pictures(dataset: str, models: Sequence[PageModel]) -> dict[str, list[tuple[str, str, str]]]:
+    """Return a data set's pictures (label of the model, alternative text, content) by title."""
+    pictures: dict[str, list[tuple[str, str, str]]] = {title: [] for title in _KINDS.values()}
+    for model in models:
+        for name, file in model.pictures.get(dataset, {}).items():
+            kind = name.partition("-")[0]
+            title = _KINDS.get(kind, kind)
+            picture = (model.label, f"{title}: {dataset}, {model.label}", _content(file))
+            pictures.setdefault(title, []).append(picture)
+    return {title: own for title, own in pictures.items() if own}
 
 
 def _content(file: Path) -> str:

@@ -73,12 +73,9 @@ class _Graphs:
 def open_sets(
     named: Sequence[EvalSetConfig], evaluated: Mapping[str, Any], limit: PixelLimit = PIXEL_LIMIT
 ) -> list[EvalSet]:
-    """Open the sets to measure on: `named`, else the sets with retrieval in results.json, else the built-in scenes.
+    """Open the sets to measure on: `named`, else the sets with retrieval in `evaluated`, else the built-in scenes.
 
-    Args:
-        named: Sets that the user chose.
-        evaluated: `data` of results.json.
-        limit: The largest number of pixels of an image.
+    `evaluated` is `data` of results.json.
 
     Raises:
         ConfigError: a set cannot be read on this machine.
@@ -112,12 +109,7 @@ def _retrieval_config(values: Mapping[str, Any]) -> EvalSetConfig:
 def measure(directory: Path, sets: Sequence[EvalSet], model: str) -> Losses:
     """Compare retrieval with a model's graphs in int8 and in fp32; write onnx/results.json.
 
-    It has the form of every results.json: recall of both, and `drop@k`, the loss.
-
-    Args:
-        directory: The model's directory, with all four graphs in onnx/.
-        sets: The sets to measure on, in all of their languages.
-        model: The model's name in results.json.
+    It has the form of every results.json, with the name `model`: recall of both, and `drop@k`, the loss.
     """
     processor = AutoProcessor.from_pretrained(directory)
     both = [_Graphs(directory / FOLDER, kind, processor) for kind in (EXACT, INT8)]

@@ -27,6 +27,7 @@ _CODA_PAIRS |= {"ㄾ": "ㄹㅌ", "ㄿ": "ㄹㅍ", "ㅀ": "ㄹㅎ", "ㅄ": "ㅂ�
 PAIRS = _VOWEL_PAIRS | _CODA_PAIRS
 
 _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")  # each row stands half a key to the right of the one above
+_KEY_AT = {(row, column): key for row, keys in enumerate(_ROWS) for column, key in enumerate(keys)}
 _LETTER_OF = dict(zip("".join(_ROWS), "ㅂㅈㄷㄱㅅㅛㅕㅑㅐㅔㅁㄴㅇㄹㅎㅗㅓㅏㅣㅋㅌㅊㅍㅠㅜㅡ", strict=True))
 _LETTER_OF |= dict(zip("QWERTOP", "ㅃㅉㄸㄲㅆㅒㅖ", strict=True))
 _KEY_OF = {letter: key for key, letter in _LETTER_OF.items()}
@@ -89,14 +90,9 @@ def _syllable(match: re.Match[str]) -> str:
 
 def neighbours(key: str) -> list[str]:
     """Return the letter keys next to `key`; for a capital, the keys with shift if that gives another letter."""
-    row = next(number for number, keys in enumerate(_ROWS) if key.lower() in keys)
-    column = _ROWS[row].index(key.lower())
-    places = [(0, -1), (0, 1), (-1, 0), (-1, 1), (1, -1), (1, 0)]
-    near = [
-        _ROWS[row + down][column + right]
-        for down, right in places
-        if 0 <= row + down < len(_ROWS) and 0 <= column + right < len(_ROWS[row + down])
-    ]
+    row, column = next(place for place, letter in _KEY_AT.items() if letter == key.lower())
+    around = ((0, -1), (0, 1), (-1, 0), (-1, 1), (1, -1), (1, 0))
+    near = [_KEY_AT[place] for down, right in around if (place := (row + down, column + right)) in _KEY_AT]
     return near if key.islower() else [each.upper() if each.upper() in _LETTER_OF else each for each in near]
 
 

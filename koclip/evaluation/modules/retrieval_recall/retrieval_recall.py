@@ -10,23 +10,23 @@ from koclip.evaluation.modules import flat, matrix, positives
 from koclip.metrics import KS, first_ranks, recall_at
 
 _DESCRIPTION = """
-Recall@k is the share of queries with at least one right entry among the k most similar. An entry that is as similar as
-the best right one counts as more similar. The median rank counts from 1. 95 % intervals: bootstrap.
+Recall@k is the share of queries with at least one right entry among the k most similar entries. A wrong entry that is
+as similar as the best right entry counts as more similar. The median rank counts from 1. 95 % intervals: bootstrap.
 """
 _INPUTS = """
 Args:
-    predictions: each query's similarities with all entries of the gallery.
-    references: the numbers of each query's right entries, at least one, from 0.
-    groups: each query's group, such as the image of a caption; configuration "grouped" only. Intervals resample
+    predictions: similarities of each query with all entries of the gallery.
+    references: indices of the right entries of each query, at least one.
+    groups: group of each query, such as the image of a caption (configuration "grouped" only). Intervals resample
         whole groups.
-    ks: compute() only; the ks, default [1, 5, 10].
+    ks: the ks (of compute() only), default [1, 5, 10].
 Returns:
-    recall@k, 0 to 1, for every k, and median_rank, each with its interval as <name>_ci95: [low, high]; n, the queries.
+    recall@k (0 to 1) and median_rank with their intervals, <name>_ci95: [low, high]; n: the number of queries.
 """
 
 
 class RetrievalRecall(evaluate.Metric):  # type: ignore[misc]
-    """Recall@k. Configurations: `default`, and `grouped`, which takes `groups`, too."""
+    """Recall@k. Configurations: `default`, and `grouped`, which also reads `groups`."""
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in ("default", "grouped"):

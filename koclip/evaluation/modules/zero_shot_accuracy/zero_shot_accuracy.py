@@ -8,16 +8,16 @@ from koclip.evaluation.modules import flat, matrix, positives
 from koclip.metrics import first_ranks, mean_per_class, share
 
 _DESCRIPTION = """
-Accuracy is the share of images whose class has the highest score of all, accuracy@5 one of the five highest; a class
-that scores as high as the right one counts as higher. mean_per_class is the mean of the classes' accuracies (also known
-as mean per class recall or balanced accuracy). 95 % intervals: Wilson's, bootstrap for the mean per class.
+Accuracy is the share of images whose class has the highest score; accuracy@5: one of the five highest scores. A wrong
+class with the same score as the right class counts as higher. mean_per_class is the mean of the classes' accuracies
+(also called balanced accuracy). 95 % intervals: Wilson's; bootstrap for the mean per class.
 """
 _INPUTS = """
 Args:
-    predictions: each image's scores of all classes, such as similarities with the classes' prompts.
-    references: each image's class, from 0.
+    predictions: scores of all classes for each image, such as similarities with the classes' prompts.
+    references: index of each image's class.
 Returns:
-    accuracy, accuracy@5 and mean_per_class, 0 to 1, each with its interval as <name>_ci95: [low, high]; n, the images.
+    accuracy, accuracy@5 and mean_per_class (0 to 1) with their intervals, <name>_ci95: [low, high]; n: the images.
 """
 
 
