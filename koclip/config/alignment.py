@@ -35,7 +35,7 @@ class DistillConfig:
         check_languages("distill.language", [self.language])
         check_least(self, "distill.", 0, "contrastive", "cosine", "mse", "anchor")
         weights = self.contrastive, self.cosine, self.mse
-        check(any(weights), "distill", weights, "contrastive, cosine or mse must be more than 0")
+        check(any(weights), "distill", weights, "expected contrastive, cosine or mse above 0")
 
 
 class Stage(NamedTuple):
@@ -118,18 +118,18 @@ class AlignMethodConfig:
         self._check_stages(len(method.stages) > 1, method.stages[0].optional)
         of_image = [name for name, method in METHODS.items() if any(stage.trains_image for stage in method.stages)]
         for name, default in (("image_layers", None), ("layer_decay", 1.0)):
-            value, fix = getattr(self, name), f"only {' or '.join(of_image)} has this setting, not {self.method}"
+            value, fix = getattr(self, name), f"remove it: {self.method} does not use it, only {' or '.join(of_image)}"
             check(self.method in of_image or value == default, f"align.{name}", value, fix)
         check_least(self, "align.", 0, "first_steps")
         check_least(self, "align.", 1, "image_layers")
         check(0 < self.layer_decay <= 1, "align.layer_decay", self.layer_decay, "expected more than 0, at most 1")
         check(0 < self.wise_ft <= 1, "align.wise_ft", self.wise_ft, "expected more than 0, at most 1")
         whole = not method.adapters or self.wise_ft == 1
-        check(whole, "align.wise_ft", self.wise_ft, "expected 1 with adapters, which have lora.alpha")
+        check(whole, "align.wise_ft", self.wise_ft, "expected 1 with adapters; set lora.alpha instead")
 
     def _check_stages(self, staged: bool, optional: bool) -> None:
         """Check the steps of the first of two stages, which may be `optional`."""
         first, key = self.first_steps, "align.first_steps"
-        check(staged or not first, key, first, f"{self.method} has one stage")
-        check(not staged or optional or first > 0, key, first, f"{self.method} needs the steps of its first stage")
+        check(staged or not first, key, first, f"expected 0, because {self.method} has only one stage")
+        check(not staged or optional or first > 0, key, first, f"expected the steps of {self.method}'s first stage")
         check(self.second_lr is None or self.second_lr > 0, "align.second_lr", self.second_lr, "expected more than 0")

@@ -82,13 +82,18 @@ class SourceConfig:
             check("\0" not in (getattr(self, name) or ""), f"data.sources[].{name}", getattr(self, name), _NO_NUL)
         check_languages("data.sources[].captions", self.captions)
         unknown = set(self.languages or {}) - set(self.captions)
-        check(not unknown, "data.sources[].languages", sorted(unknown), f"captions has {sorted(self.captions)}")
+        check(
+            not unknown,
+            "data.sources[].languages",
+            sorted(unknown),
+            f"expected some of {sorted(self.captions)}",
+        )
         for language, chance in (self.languages or {}).items():
             check(chance >= 0, f"data.sources[].languages.{language}", chance, "expected 0 or more")
         drawn = self.languages is None or sum(self.languages.values()) > 0
         check(drawn, "data.sources[].languages", self.languages, "expected a chance above 0 for at least one language")
         even = self.scenes_size >= 2 and self.scenes_size % 2 == 0
-        check(even, "data.sources[].scenes_size", self.scenes_size, "expected an even number")
+        check(even, "data.sources[].scenes_size", self.scenes_size, "expected an even number, 2 or more")
         check(self.weight is None or self.weight > 0, "data.sources[].weight", self.weight, "expected more than 0")
         try:
             "".encode(self.encoding)

@@ -100,7 +100,7 @@ class EvalSetConfig:
         """Check the names of shifted sets, which become names of metrics, and their captions."""
         names = [*self.shifted, *self.corruptions]
         distinct = len(set(names)) == len(names) and "none" not in names
-        check(distinct, "eval.sets[].shifted", names, "expected different names, not of corruptions, and not none")
+        check(distinct, "eval.sets[].shifted", names, "expected different names, neither corruptions nor none")
         plain = not any("/" in name for name in self.shifted)
         check(plain, "eval.sets[].shifted", list(self.shifted), "expected names without a slash")
         for name, source in self.shifted.items() if self.classes is None else ():

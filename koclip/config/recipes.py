@@ -84,7 +84,7 @@ class AlignConfig(RunConfig):
         check(not adapted, "model.text_encoder", self.model.text_encoder, f"{self.align.method} expects {fix}")
         same = self.model.text_encoder == "same"
         distilled = same and not any(stage.images for stage in self.stages)
-        check(not distilled, "model.text_encoder", "same", "a text tower cannot be distilled from itself")
+        check(not distilled, "model.text_encoder", "same", "expected another text encoder, for the teacher to teach")
 
     @property
     def text_tokenizer(self) -> TokenizerConfig:

@@ -174,13 +174,10 @@ def collect(captions: list[list[str]], gallery: list[str]) -> UniqueCaptions:
 def search(
     queries: torch.Tensor, gallery: torch.Tensor, positives: Sequence[Sequence[int]], spread: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each query's rank and its nearest entry (`koclip.metrics.search`), both (Q,).
+    """Return the rank and the nearest entry (Q,) of queries (Q, D) in a gallery (G, D), as `koclip.metrics.search`.
 
-    Args:
-        queries: (Q, D).
-        gallery: (G, D).
-        positives: The indices of the right entries of each query, at least one.
-        spread: Share the queries among the processes; all of them must call this.
+    `positives` has the indices of the right entries of each query, at least one. If `spread`, the processes share the
+    queries, and all of them must call this.
     """
     parts = [slice(start, start + _QUERIES) for start in range(0, len(queries), _QUERIES)]
     results = share(lambda part: metrics.search(queries[part], gallery, positives[part]), parts, spread)

@@ -23,10 +23,7 @@ def read_labels(
 ) -> tuple[str, dict[str, list[int]]]:
     """Return "key" or "number", the kind of the labels, and by part of the set each row's index in the list.
 
-    Args:
-        parts: Rows with labels, by part of the set: `source`, `train`, `shifted.<name>`.
-        classes: All classes of the list.
-        config: The set's configuration; its `labels` chooses the kind.
+    `parts` has the rows by part of the set: `source`, `train`, `shifted.<name>`. `config.labels` chooses the kind.
 
     Raises:
         ConfigError: a label is not in the list, or `auto` cannot tell whether numbers are indices.

@@ -213,10 +213,9 @@ def _trained_on(eval_set: EvalSet, ids: pictures.Ids | None, unknown: list[str])
 
 
 def notes(facts: Mapping[str, Facts]) -> list[str]:
-    """Return notes for readers on the data of the numbers: rows, captions, classes, and training images among them.
+    """Return notes for readers on a data set: rows, captions, classes, and training images among the test images.
 
-    Args:
-        facts: A data set's entry of `described`, by the model's label; the entries differ only in `trained_on`.
+    `facts` has the data set's entry of `described` by the model's label; the entries differ only in `trained_on`.
     """
     first = next(iter(facts.values()))
     lines = [f"{name}: {text}" if name else text for name, text in _row_notes(first)]

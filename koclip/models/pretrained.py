@@ -174,7 +174,8 @@ def refuse(path: str | Path, key: str, model: PreTrainedModel, problems: dict[st
     """Raise a `ConfigError` if the weights have problems."""
     if problems:
         kind = type(model).__name__
-        raise ConfigError(f"{key}: {path} does not have exactly the weights of a {kind}: {problems}; use another model")
+        faults = "; ".join(f"{len(names)} {fault}, for example {names[0]}" for fault, names in problems.items())
+        raise ConfigError(f"{key}: {path} does not have exactly the weights of a {kind}: {faults}; use another model")
 
 
 def read_processor(path: str | Path, key: str) -> ProcessorMixin:

@@ -164,10 +164,7 @@ def _part(values: Mapping[str, Any]) -> Part:
 def model_parts(stated: str | Sequence[str] | None, source: str, words: str = "") -> tuple[Part, ...]:
     """Return the terms of a model's weights.
 
-    Args:
-        stated: The stated licence: an id, several ids that all apply, words, or None.
-        source: Who states it.
-        words: The terms of the licence `other`.
+    `stated` is an id, several ids that all apply, words, or None; `source` states it. `words` are the terms of `other`.
     """
     several = [stated] if isinstance(stated, str) else list(stated or [UNSTATED])
     parts = []
@@ -179,11 +176,7 @@ def model_parts(stated: str | Sequence[str] | None, source: str, words: str = ""
 
 
 def conclude(sources: Sequence[Source], wish: str) -> Licence:
-    """Return the licence of a model with these sources.
-
-    Args:
-        sources: Its towers and its training data.
-        wish: The licence to use if the sources leave the choice.
+    """Return the licence of a model with these towers and training data; `wish` if they leave the choice.
 
     Raises:
         ConfigError: `wish` is not an id of the Hub.

@@ -82,7 +82,7 @@ def _read(folder: Path) -> tuple[Any, list[str]]:
     if model is None or (model == _MODEL and _VOCABULARY not in names):
         raise ConfigError(
             f"no KoBERT tokenizer in {str(folder)!r}: got {sorted(names)}, expected {_MODEL} and {_VOCABULARY} "
-            f"(of monologg/kobert) or {_SKT_MODEL} (of skt/kobert-base-v1); download the repository's files to it"
+            f"(of monologg/kobert) or {_SKT_MODEL} (of skt/kobert-base-v1); download its files to this folder"
         )
     proto = import_protobuf().ModelProto()
     try:

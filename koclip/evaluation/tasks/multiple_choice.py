@@ -30,10 +30,6 @@ def run(embedder: Embedder, eval_set: EvalSet, language: str) -> dict[str, Metri
     return metrics
 
 
-def _languages(eval_set: EvalSet) -> list[str]:
-    return list(dict.fromkeys(language for question in eval_set.questions for language in question.candidates))
-
-
 def _check(eval_set: EvalSet) -> None:
     if not eval_set.questions:
         raise ConfigError(
@@ -44,7 +40,13 @@ def _check(eval_set: EvalSet) -> None:
 
 _HEADLINE = {"ko": "한국어 이름으로 분류한 정확도"}
 _ACCURACY = Spec("{question}/accuracy", "{question}, accuracy", headline=_HEADLINE, watched=True)
-TASK = Task("multiple_choice", run, _languages, (_ACCURACY,), _check)
+TASK = Task(
+    "multiple_choice",
+    run,
+    lambda eval_set: list(dict.fromkeys(name for question in eval_set.questions for name in question.candidates)),
+    (_ACCURACY,),
+    _check,
+)
 
 
 def questions_of(source: SourceConfig) -> list[Question]:

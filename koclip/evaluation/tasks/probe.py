@@ -61,11 +61,7 @@ def fit(train: Part, c: float) -> "LogisticRegression":
 
 
 def search_c(scores_of: Callable[[list[float]], list[float]]) -> tuple[float, list[float]]:
-    """Return the C with the best validation score, the smallest of several, and all Cs that were tried.
-
-    Args:
-        scores_of: Returns the scores of a list of Cs.
-    """
+    """Return the C with the best score of `scores_of` (on a list of Cs), the smallest of several, and all tried Cs."""
     scores: dict[float, float] = {}
     exponents, step = list(_START), 1.0
     while True:

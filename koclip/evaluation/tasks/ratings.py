@@ -83,10 +83,6 @@ def read_ratings(config: RatingsConfig, limit: PixelLimit = PIXEL_LIMIT) -> list
     return rated
 
 
-def _languages(eval_set: EvalSet) -> list[str]:
-    return [eval_set.ratings.language] if eval_set.ratings else []
-
-
 def _check(eval_set: EvalSet) -> None:
     if eval_set.ratings is None:
         raise ConfigError(
@@ -98,7 +94,7 @@ _MEANING = "agreement with people's ratings, Kendall's tau c"
 TASK = Task(
     "ratings",
     run,
-    _languages,
+    lambda eval_set: [eval_set.ratings.language] if eval_set.ratings else [],
     (
         Spec("agreement/kendall_tau_c", "agreement with people, tau c", "number", summary=_MEANING),
         Spec("agreement/kendall_tau_b", "agreement with people, tau b", "number"),

@@ -47,11 +47,8 @@ def _both_ways(captions: UniqueCaptions, images: torch.Tensor, texts: torch.Tens
 def approximated(captions: UniqueCaptions, exact: _Tensors, other: _Tensors, name: str) -> dict[str, Metric]:
     """Return recall@k of a model and of an approximation of it on the same queries, and `drop@k`, the difference.
 
-    Args:
-        captions: The captions of the images.
-        exact: The model's embeddings (N, D) of the images and (C, D) of the captions.
-        other: The approximation's embeddings, of the same shapes.
-        name: Name of the approximation in its metrics: `text_to_image_<name>/recall@1`.
+    `exact` and `other` are the embeddings (N, D) of the images and (C, D) of the captions, by the model and by the
+    approximation. The metrics of the approximation are named `text_to_image_<name>/recall@1`.
     """
     metrics: dict[str, Metric] = {}
     tasks = {"text_to_image": _groups(captions), "image_to_text": None}
