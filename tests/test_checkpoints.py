@@ -341,5 +341,5 @@ def test_another_number_of_processes_may_go_on_with_the_same_global_batch() -> N
 
 
 def test_an_unknown_name_of_a_change_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"resume_with: optim\.rate "):
+    with pytest.raises(ConfigError, match=r"resume_with: got 'optim\.rate'"):
         check_changes(to_dict(CONFIG), to_dict(CONFIG), (1, 1), ("optim.rate",))

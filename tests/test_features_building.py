@@ -13,11 +13,11 @@ from test_features import build, images_of, rewrite
 from tiny import tiny_dual_encoder, tiny_tokenizer
 
 from koclip.config import ConfigError, DataConfig, SourceConfig
-from koclip.data.batches import Assembler, Batch, MissingError, Precomputed
+from koclip.data.batches import Assembler, Batch, Precomputed
 from koclip.data.loader import train_loader
 from koclip.data.order import BatchPart
 from koclip.data.sources import open_source
-from koclip.data.transforms import Views, digest_of
+from koclip.data.transforms import MissingError, Views, digest_of
 from koclip.embeddings import fill
 from koclip.embeddings.fill import CaptionReader, ImageReader, ItemBatch, SourceShards, embed_shard
 from koclip.embeddings.store import Shards

@@ -23,7 +23,7 @@ from koclip.models.swap import swap_text_tower
 from koclip.text import tokenizers
 
 TEXTS = ["고양이가 창가에 앉아 있다", "개", "a red circle"]
-PADS = "config.json of this {} says pad_token_id {}, its tokenizer pads with 1; koclip takes the tokenizer's"
+PADS = "config.json of this {} says pad_token_id {}, its tokenizer pads with 1; koclip uses the tokenizer's"
 SIZES = WIDTH | {"embedding_size": 32, "dim": 32, "n_heads": 2, "n_layers": 2, "hidden_dim": 48}
 COUNT = ("roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm", "xlm-roberta-xl", "data2vec-text")
 FREE = {"bert", "electra", "distilbert", "albert", "ernie"}  # positions from 0 on, whatever pads
@@ -174,7 +174,7 @@ def test_what_an_image_tower_alone_lacks_is_said(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as raised:
             attempt()
         assert str(raised.value).startswith(key)
-        assert f"of {folder} koclip takes the image tower alone, a SiglipVisionModel" in str(raised.value)
+        assert f"{folder} is an image tower alone, a SiglipVisionModel" in str(raised.value)
 
 
 @pytest.mark.parametrize("kind", NOT_THE_TEXTS)

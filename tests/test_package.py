@@ -119,6 +119,12 @@ def test_an_import_without_its_extra_says_which():
     assert "'koclip[train]'" in done.stderr.splitlines()[-1]
 
 
+def test_a_bare_install_embeds_and_searches():
+    libraries = {library.split(".")[0] for each in installation.EXTRAS.values() for library in each} - {"google"}
+    code = f"import sys; sys.modules.update(dict.fromkeys({sorted(libraries)})); import koclip.encoders, koclip.search"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_a_data_card_of_the_user_goes_before_that_of_koclip(tmp_path):
     cards = [tmp_path, installation.files("data_cards")]
     assert card_inputs._find_card("scenes", None, cards) == ROOT / "data_cards" / "scenes.md"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.skips import known_reason
 
+from koclip import installation
 from koclip.cli import RECIPES
 from koclip.config import (
     AlignConfig,
@@ -245,10 +246,11 @@ def test_there_are_configs():
 def test_every_config_loads_and_says_how_to_run(file):
     recipe = file.parent.name
     parse(SCHEMAS[recipe], ["--config", str(file), *REQUIRED.get(recipe, [])])
-    header = file.read_text(encoding="utf-8").split("\n\n")[0]
-    assert header.startswith("#"), f"{file.name} has no header comment"
-    command = f"recipes/{recipe}.py --config recipes/configs/{recipe}/{file.name}"
-    assert command in " ".join(header.replace("\\\n#", "").split()), f"{file.name}'s header lacks {command}"
+    commands = [words for words in koclip_commands(file) if words[0] == recipe and "--config" in words]
+    named = {words[words.index("--config") + 1] for words in commands}
+    assert f"{recipe}/{file.stem}" in named, (
+        f"{file.name}'s header lacks `koclip {recipe} --config {recipe}/{file.stem}`"
+    )
 
 
 def documented_commands() -> list[tuple[str, list[str]]]:
@@ -288,9 +290,13 @@ def check_command(where: str, recipe: str, args: list[str]) -> None:
 
 
 def koclip_commands(document: Path) -> Iterator[list[str]]:
-    """Yield the words after `koclip` of every command in a document's code blocks."""
+    """Yield the words after `koclip` of every command in a document's code blocks, or in a configuration's header."""
     text = document.read_text(encoding="utf-8")
-    for block in re.findall(r"^ *```bash\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
+    if document.suffix == ".yaml":
+        blocks = [re.sub("^#", "", text.split("\n\n")[0], flags=re.MULTILINE)]
+    else:
+        blocks = re.findall(r"^ *```bash\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    for block in blocks:
         for line in block.replace("\\\n", " ").splitlines():
             if match := re.match(r"\s*(?:\w+=\S+ )*koclip (.*)", line):
                 yield shlex.split(match[1], comments=True)
@@ -300,8 +306,8 @@ def test_every_documented_koclip_command_parses(monkeypatch):
     """A name of a configuration stands for its file; so does the file that `koclip cp` has written before."""
     monkeypatch.chdir(ROOT)
     count = 0
-    for document in DOCS:
-        files = {file.relative_to(ROOT / "recipes/configs").with_suffix("").as_posix(): str(file) for file in YAMLS}
+    for document in [*DOCS, *YAMLS]:
+        files = {name: str(file) for name, file in installation.configs().items()}
         for command, *args in koclip_commands(document):
             where = f"{document.relative_to(ROOT)}: koclip {command} {shlex.join(args)}"
             assert command.startswith("--") or command in COMMANDS, where

@@ -466,7 +466,7 @@ def test_the_recipe_makes_an_index_and_names_what_it_left_out(folder, tmp_path):
         process = run("--model", str(model), "--images", str(folder), "--output_dir", str(tmp_path / "index"))
         assert process.returncode == 0, process.stderr
         assert "30 images" in process.stdout
-        assert "2 left out" in process.stdout
+        assert "2 skipped" in process.stdout
         left, notes = storage.read_lines(tmp_path / "index" / "skipped.jsonl")
         assert (notes["source"], notes["key"]) == (str(folder), "notes.txt")
         assert (left["source"], left["key"]) == (str(folder), "나/broken.jpg")

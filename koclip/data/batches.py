@@ -15,7 +15,7 @@ from koclip.config import DataConfig
 from koclip.data.formats import RowCaptions
 from koclip.data.order import CaptionChooser, generator
 from koclip.data.sources import Row, Skip, SourceError
-from koclip.data.transforms import ImageError, Views, decode, digest_of, image_id, read
+from koclip.data.transforms import ImageError, MissingError, Views, decode, digest_of, image_id, read
 from koclip.text import tokenizers
 from koclip.text.normalize import usable
 
@@ -116,10 +116,6 @@ class Sample(NamedTuple):
     image: torch.Tensor | None  # (D,)
     sentence: str | None
     teacher: torch.Tensor | None  # (D,)
-
-
-class MissingError(ValueError):
-    """An image or a sentence without a stored embedding. The message says why."""
 
 
 class Lookup(Protocol):

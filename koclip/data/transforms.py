@@ -58,6 +58,10 @@ class ImageError(ValueError):
     """A picture that cannot be used. The message says why."""
 
 
+class MissingError(ValueError):
+    """An image or a sentence without a stored embedding. The message says why."""
+
+
 class PixelLimit(NamedTuple):
     """The most pixels (width x height) that a picture may have, and the configuration key that sets it."""
 

@@ -27,7 +27,7 @@ from xxhash import xxh3_64_hexdigest, xxh3_128
 
 from koclip import storage
 from koclip.config import ConfigError, check
-from koclip.data.batches import MissingError
+from koclip.data.transforms import MissingError
 
 FORMAT = 4
 FACTS = "embeddings.json"

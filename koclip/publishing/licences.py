@@ -249,7 +249,6 @@ class DataCard:
     files: dict[str, str]
     hub: str | None
     revision: str | None
-    is_unverified: bool
     limits: str
     harms: str
 
@@ -275,7 +274,6 @@ def read_data_card(file: Path) -> DataCard:
         files=values.get("files", {}),
         hub=values.get("hub"),
         revision=values.get("revision"),
-        is_unverified=bool(values.get("unverified")),
         limits=paragraphs["Limits"],
         harms=paragraphs["Harms"],
     )
