@@ -43,7 +43,8 @@ def shown(measured, run: Path, models: list[str], warnings=()) -> None:
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(f"model: {HOSTILE}\n", encoding="utf-8")
     evaluated = [Evaluated(model, path, embedder, dict(metrics)) for model, path in folders_of(run, models).items()]
-    write(run, evaluated, sets, surroundings(), warnings)
+    command = ["koclip", "evaluate", "--model", "runs/small/model"]
+    write(run, evaluated, sets, {**surroundings(), "command": command}, warnings)
 
 
 def tables(*metrics: dict[str, Metric]) -> list[Section]:
@@ -210,7 +211,7 @@ def test_the_page_needs_no_other_file(page):
 
 
 def test_the_page_says_how_it_was_made(page):
-    for text in ("Commit", "torch", "python recipes/", "runs/small/model", "{label:을/를} 찍은 사진", "90"):
+    for text in ("Commit", "torch", "koclip evaluate --model", "runs/small/model", "{label:을/를} 찍은 사진", "90"):
         assert text in page.text
 
 
