@@ -193,7 +193,7 @@ def test_a_model_that_fails_the_checks_is_not_pushed(hub):
     (model / "pytorch_model.bin").write_bytes(b"pickle")
     ran = hub.publish(model, "broken")
     assert ran.returncode == 2
-    assert "1 of 13 checks fail; nothing was pushed. no pickles, no foreign files: pytorch_model.bin" in ran.stderr
+    assert "1 of 13 checks failed, so nothing was pushed. no pickles, no foreign files: pytorch_model.bin" in ran.stderr
     assert "org/broken" not in hub.server.repos
 
 
