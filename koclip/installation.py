@@ -3,6 +3,7 @@
 import difflib
 import shutil
 import subprocess
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,6 +44,16 @@ def commit() -> str | None:
         return None
     command = ["git", "-C", str(root), "rev-parse", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def command(words: Sequence[str]) -> list[str]:
+    """Return the words of a command, from `koclip <recipe>` on if they run a recipe, however it was started."""
+    program, *arguments = words
+    name = Path(program).name
+    recipe = name.removesuffix(".py")
+    if name != recipe and (files("recipes") / name).is_file():
+        return ["koclip", recipe, *arguments]
+    return [*(name.split() if name.startswith("koclip ") else [name]), *arguments]
 
 
 def configs() -> dict[str, Path]:

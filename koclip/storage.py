@@ -158,5 +158,5 @@ def environment(num_processes: int = 1) -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "gpus": gpus,
         "num_processes": num_processes,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": installation.command(sys.argv),
     }

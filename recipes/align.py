@@ -16,10 +16,9 @@ from koclip.models.dual_encoder import DualEncoder
 from koclip.models.pretrained import load_image_side
 from koclip.runs.session import Session
 
-NEXT = """
-Saved {model}, a stock {kind}: AutoModel and AutoProcessor load it. Next:
-  python -c "import koclip; print(koclip.load('{model}').encode_texts(['해변을 달리는 개']))"
-"""
+SAVED = """
+Saved {model}, a stock {kind}: AutoModel and AutoProcessor load it
+{next_steps}"""
 
 
 def main(cfg: config.AlignConfig) -> None:
@@ -51,7 +50,7 @@ def main(cfg: config.AlignConfig) -> None:
             images = image_features(session.accelerator, dual_encoder, cfg.data, views, part)
         session.fit(dual_encoder, processor, stage, precomputed._replace(images=images))
     model_dir = session.finish(processor, write)
-    session.accelerator.print(NEXT.format(model=model_dir, kind=type(model).__name__))
+    session.accelerator.print(SAVED.format(model=model_dir, kind=type(model).__name__, next_steps=session.next_steps))
 
 
 if __name__ == "__main__":

@@ -10,17 +10,15 @@ from pathlib import Path
 from koclip import config, losses
 from koclip.evaluation.sets import EvalSet
 from koclip.models.dual_encoder import DualEncoder, from_scratch
-from koclip.runs.session import Session
+from koclip.runs.session import Session, measures_other_data
 from koclip.text.normalize import usable
 
-NEXT = """
-Saved {model}, a stock transformers model. Next:
+TRY = """\
+Try it:
   python -c "from transformers import pipeline; print(pipeline('zero-shot-image-classification', model='{model}')\
 ('{run}/pictures/example.png', candidate_labels={labels}, hypothesis_template='{{}}'))"
-  tensorboard --logdir {run}
-  koclip pretrain --data.sources "[{{path: pairs.csv, image: file, captions: {{ko: caption}}}}]"
 """
-NOTHING_MEASURED = "Saved {model}, a stock transformers model. It was not evaluated: eval.sets is empty"
+NOTHING_MEASURED = "It was not evaluated: eval.sets is empty\n"
 QUOTES = str.maketrans("'\"", "  ")  # a shell interprets them
 
 
@@ -35,8 +33,9 @@ def main(cfg: config.PretrainConfig) -> None:
         session.fit(dual_encoder, processor, stage)
     model_dir = session.finish(processor)
     labels = labels_of(session.eval_sets)
-    message = NEXT if labels else NOTHING_MEASURED
-    session.accelerator.print(message.format(model=model_dir, run=session.path, labels=labels))
+    example = "" if measures_other_data(cfg) else TRY.format(model=model_dir, run=session.path, labels=labels)
+    session.accelerator.print(f"\nSaved {model_dir}, a stock transformers model")
+    session.accelerator.print((example if labels else NOTHING_MEASURED) + session.next_steps)
 
 
 def labels_of(eval_sets: list[EvalSet]) -> list[str]:

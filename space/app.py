@@ -104,7 +104,7 @@ def sweep_for_ever() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Open the model and the index, and serve until the process is stopped."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="koclip space", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--model", default=os.environ.get("KOCLIP_MODEL"), help="directory or Hub id; default: the newest run in runs/"
     )
@@ -126,7 +126,7 @@ def main(args: list[str] | None = None) -> None:
         encoder = load(model, options.device)
         index = open_collection(options.index, model, encoder)
     except ConfigError as error:
-        print(f"app.py: error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"koclip space: error: {error}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
     path = Path(model)
     name = (path.parent.name if path.name == "model" else path.name) if path.is_dir() else model
@@ -138,7 +138,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         launch(page, options)
     except OSError as error:  # gradio's own message would name settings of gradio
-        print(f"app.py: error: port: {options.port} cannot be used ({error}); choose another: --port", file=sys.stderr)  # noqa: T201
+        fault = f"port: {options.port} cannot be used ({error}); choose another: --port"
+        print(f"koclip space: error: {fault}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
 
 

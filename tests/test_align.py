@@ -314,7 +314,7 @@ def test_a_run_leaves_what_the_design_says(place: Path) -> None:
         ),
         (["--data.num_crops", "0"], ["data.num_crops", "align.cache"]),
         (["--model.clip", ""], ["model.clip"]),
-        (["--distill.anchor", "1", "--distill.language", "fr"], ["captions", "fr"]),
+        (["--distill.anchor", "1", "--distill.language", "fr"], ["captions", "fr", "pairs", "'ko'", "frozen_image"]),
         (
             ["--model.text_encoder", "same", "--align.method", "distill"],
             ["model.text_encoder", "same"],

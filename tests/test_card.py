@@ -129,7 +129,7 @@ def test_paths_of_this_machine_stay_out(run):
     )
     text = str(card_of(run))
     assert "/home/" not in text
-    assert "recipes/pretrain.py --data=x.csv --model.clip openai/clip b" in text
+    assert "koclip pretrain --data=x.csv --model.clip openai/clip b" in text
     assert str(run) not in text
     assert "recipes/configs/pretrain/scenes.yaml" in GOLDEN.read_text(encoding="utf-8")
 

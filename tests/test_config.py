@@ -129,7 +129,7 @@ def test_run_turns_a_config_error_into_one_line(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         run(main, PretrainConfig)
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == "pretrain.py: error: model.image_size: got 50, expected a multiple of 8\n"
+    assert capsys.readouterr().err == "koclip pretrain: error: model.image_size: got 50, expected a multiple of 8\n"
 
 
 FAULTS = {  # command line -> the keys that are wrong, each in another place

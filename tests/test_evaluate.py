@@ -196,7 +196,7 @@ def test_mistakes_are_one_line(
         config.run(recipe.main, config.EvaluateConfig)
     assert stopped.value.code == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("evaluate.py: error:")
+    assert message.startswith("koclip evaluate: error:")
     assert word in message
 
 

@@ -144,4 +144,4 @@ def test_an_unknown_loss_is_refused_before_any_data_is_read() -> None:
     words = [sys.executable, str(recipe), "--loss.name", "infonse", "--data.sources", "[{path: missing.parquet}]"]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("pretrain.py: error: loss.name: got 'infonse'")
+    assert done.stderr.splitlines()[-1].startswith("koclip pretrain: error: loss.name: got 'infonse'")

@@ -132,6 +132,13 @@ def test_a_data_card_of_the_user_goes_before_that_of_koclip(tmp_path):
     assert card_inputs._find_card("scenes", None, cards) == tmp_path / "scenes.md"
 
 
+def test_a_recipe_is_named_by_its_command_however_it_is_started():
+    for program in ("koclip pretrain", "pretrain.py", str(installation.files("recipes") / "pretrain.py")):
+        assert installation.command([program, "--resume", "auto"]) == ["koclip", "pretrain", "--resume", "auto"]
+    assert installation.command(["koclip", "ls"]) == ["koclip", "ls"]
+    assert installation.command(["/somewhere/train.py"]) == ["train.py"]
+
+
 def test_the_commit_is_that_of_the_code_not_of_the_folder(tmp_path, monkeypatch):
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)

@@ -359,5 +359,13 @@ def test_random_weights_from_a_configuration(tmp_path: Path) -> None:
 def test_koclip_load_names_what_is_not_a_dual_encoder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a BertModel"):
         koclip.load(stored_text(tmp_path))
-    with pytest.raises(ConfigError, match="nowhere"):
+    with pytest.raises(ConfigError, match=r"nowhere: no such directory, .*owner/name$"):
         koclip.load(tmp_path / "nowhere")
+
+
+def test_koclip_load_of_a_run_names_its_model(tmp_path: Path) -> None:
+    model = tmp_path / "run" / "model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"expected its model: {model}$"):
+        koclip.load(tmp_path / "run")

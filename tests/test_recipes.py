@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from koclip import config, training
+from koclip.runs.session import measures_other_data
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "pretrain.py"
@@ -196,7 +197,26 @@ def test_a_finished_run_keeps_what_it_was_trained_with(finished):
 def test_without_evaluation_sets_a_model_is_made(tmp_path, capsys):
     pretrain("--train.num_steps", "5", "--eval.sets", "[]", "--output_dir", str(tmp_path / "run"))
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
-    assert "eval.sets" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "eval.sets" in printed
+    for command in ("evaluate", "index", "space", "publish"):
+        assert f"koclip {command} --model {tmp_path / 'run' / 'model'}" in printed
+
+
+@pytest.mark.parametrize(
+    ("trained", "measured", "other"),
+    [
+        ("scenes", ["scenes"], False),
+        ("pairs.csv", ["scenes"], True),
+        ("pairs.csv", ["scenes", "held_out.csv"], False),
+        ("pairs.csv", [], False),
+    ],
+)
+def test_a_run_notices_that_only_other_data_are_measured(trained, measured, other):
+    sources = [config.SourceConfig(path=trained)]
+    sets = [config.EvalSetConfig(source=config.SourceConfig(path=path)) for path in measured]
+    cfg = config.PretrainConfig(data=config.DataConfig(sources=sources), eval=config.EvalConfig(sets=sets))
+    assert measures_other_data(cfg) == other
 
 
 @pytest.mark.parametrize("place", ["/proc/none/run", "/dev/null/run"])

@@ -38,12 +38,15 @@ def measured(tmp_path_factory):
     return embedder, sets, evaluate(embedder, sets) | ratings
 
 
+COMMAND = {"command": ["koclip", "evaluate", "--model", "runs/small/model"]}
+
+
 def shown(measured, run: Path, models: list[str], warnings=()) -> None:
     embedder, sets, metrics = measured
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").write_text(f"model: {HOSTILE}\n", encoding="utf-8")
     evaluated = [Evaluated(model, path, embedder, dict(metrics)) for model, path in folders_of(run, models).items()]
-    write(run, evaluated, sets, surroundings(), warnings)
+    write(run, evaluated, sets, surroundings() | COMMAND, warnings)
 
 
 def tables(*metrics: dict[str, Metric]) -> list[Section]:
@@ -101,7 +104,7 @@ def test_results_are_what_the_contract_says_and_the_same_on_a_second_call(measur
     assert "num_processes" not in results["environment"]
     embedder, sets, metrics = measured
     backwards = dict(reversed(metrics.items()))
-    write(tmp_path, [Evaluated("runs/small/model", tmp_path, embedder, backwards)], sets, surroundings(), [])
+    write(tmp_path, [Evaluated("runs/small/model", tmp_path, embedder, backwards)], sets, surroundings() | COMMAND, [])
     assert (tmp_path / "results.json").read_text(encoding="utf-8") == text
 
 
@@ -210,7 +213,7 @@ def test_the_page_needs_no_other_file(page):
 
 
 def test_the_page_says_how_it_was_made(page):
-    for text in ("Commit", "torch", "python recipes/", "runs/small/model", "{label:을/를} 찍은 사진", "90"):
+    for text in ("Commit", "torch", "koclip evaluate --model", "runs/small/model", "{label:을/를} 찍은 사진", "90"):
         assert text in page.text
 
 

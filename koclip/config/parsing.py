@@ -39,7 +39,7 @@ def parse(
     if default is not None and not any(word.split("=")[0] == "--config" for word in words):
         words = ["--config", str(default), *words]
     summary = (schema.__doc__ or "").split("\n")[0]
-    parser = ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(prog=_program(), description=summary, exit_on_error=False, allow_abbrev=False)
     config_help = "YAML file with any of the keys below, or a name that `koclip ls` lists."
     parser.add_argument("--config", action="config", help=config_help)
     parser.add_class_arguments(schema, as_group=False)
@@ -114,8 +114,12 @@ def _nearest(message: str, known: list[str]) -> str:
     return f" Did you mean {', '.join(near)}?" if near else ""
 
 
+def _program() -> str:
+    return " ".join(installation.command(sys.argv[:1]))
+
+
 def _explain(message: str, code: int = 2) -> NoReturn:
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{_program()}: error: {message}", file=sys.stderr)
     raise SystemExit(code)
 
 

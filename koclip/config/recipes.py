@@ -76,8 +76,13 @@ class AlignConfig(RunConfig):
         fix = "expected 1 or more, because align.cache stores the embeddings of fixed crops"
         check(fixed, "data.num_crops", self.data.num_crops, fix)
         language = self.distill.language if self.taught else None
-        missing = [source.short_name for source in self.data.sources if language and language not in source.captions]
-        check(not missing, "data.sources[].captions", missing, f"the teacher needs captions in {language}")
+        captions = {source.short_name: list(source.captions) for source in self.data.sources}
+        missing = {name: languages for name, languages in captions.items() if language and language not in languages}
+        fix = (
+            f"expected {language}, too, because the teacher reads it: add captions in {language}, or train without a "
+            "teacher (align.method frozen_image, distill.anchor 0)"
+        )
+        check(not missing, "data.sources[].captions", missing, fix)
         random_text = self.model.text_encoder is None or self.model.text_encoder.startswith("auto:")
         adapted = METHODS[self.align.method].adapters and random_text
         fix = "a pretrained encoder or `same`: adapters cannot repair frozen random weights"

@@ -196,7 +196,12 @@ def read_processor(path: str | Path, key: str) -> ProcessorMixin:
 
 def unreadable(path: str | Path, key: str, expected: str, error: Exception) -> ConfigError:
     """Return the error for a path or Hub id that could not be loaded because of `error`."""
-    place = "" if Path(path).is_dir() else "is not a local directory, and as a Hub id it "
+    folder = Path(path)
+    if (folder / "model" / "config.json").is_file() and not (folder / "config.json").exists():
+        return ConfigError(f"{key}: {path} is the directory of a run, expected its model: {folder / 'model'}")
+    if not folder.exists() and not is_hub_id(str(path)):
+        return ConfigError(f"{key}: {path}: no such directory, and no Hub id, which has the form owner/name")
+    place = "" if folder.is_dir() else "is not a local directory, and as a Hub id it "
     return ConfigError(
         f"{key}: {path} {place}cannot be loaded: {str(error).strip().splitlines()[0]} Expected {expected} of a stock "
         "class of transformers: no pickles, no remote code"

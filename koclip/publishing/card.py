@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from koclip import storage
+from koclip import installation, storage
 from koclip.config import PublishConfig, check
 from koclip.evaluation.report.table import NOTE, Cell, Line, sections
 from koclip.evaluation.results import IMAGES, MAIN
@@ -23,7 +23,7 @@ from koclip.publishing.formats.onnx import EXACT, FOLDER, INT8, SIDES
 from koclip.publishing.formats.sentence_transformers import MODULES
 from koclip.publishing.licences import ALLOWS, Licence, conclude
 
-_MARK = "<!-- Made by koclip's recipes/publish.py"
+_MARK = "<!-- Made by koclip"
 _ENGLISH = {"ko": "Korean", "en": "English", "ja": "Japanese", "zh": "Chinese"}
 _KOREAN = {"ko": "한국어", "en": "영어", "ja": "일본어", "zh": "중국어"}
 _PIPELINE = "zero-shot-image-classification"
@@ -216,7 +216,8 @@ def _training(cfg: PublishConfig, facts: Facts) -> Iterator[tuple[str, str]]:
         yield "base models", ", ".join(f"[{hub_id}](https://huggingface.co/{hub_id})" for hub_id in facts.base_models)
     pairs = config["train"]["batch_size"] * environment["num_processes"]
     yield "steps", f"{config['train']['num_steps']:,} of {pairs:,} pairs"
-    yield "command", f"`recipes/{shlex.join(_FOLDERS.sub('', word) for word in environment['command'])}`"
+    command = installation.command(environment["command"])  # a run of an older koclip names a file
+    yield "command", f"`{shlex.join(_FOLDERS.sub('', word) for word in command)}`"
     yield "hardware", f"{_hardware(environment)}, {_count(environment['num_processes'], 'process', 'es')}"
     measured = f"{_duration(facts.seconds)}, from the start to the last step" if facts.seconds else None
     if time := cfg.training_time or measured:

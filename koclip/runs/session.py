@@ -1,5 +1,6 @@
 """A training run, from its first step to its report, in one stage or several. All recipes share this loop."""
 
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,17 @@ from koclip.runs import checkpoints
 from koclip.runs.checkpoints import Checkpoints, Progress
 from koclip.runs.directory import RunDirectory, Samples, survey_sources
 from koclip.text import tokenizers
+
+NEXT = """Next:
+  koclip evaluate --model {model}   # on built-in images; on yours: --sets
+  koclip index --model {model} --images photos/ --output_dir index/
+  koclip space --model {model} --index index/
+  koclip publish --model {model} --repo_id your-name/your-model --dry_run
+  tensorboard --logdir {run}"""
+FOREIGN_NUMBERS = (
+    "Note: the training data are yours, but the evaluation uses the built-in scenes, so its numbers say nothing about "
+    'your data. Set --eval.sets "[{source: {path: validation.csv, image: file, captions: {ko: caption}}}]"'
+)
 
 
 class Session:
@@ -78,7 +90,14 @@ class Session:
         session.eval_sets = open_all(config.eval, PixelLimit(config.data.max_image_pixels))
         if session.accelerator.is_main_process:
             session.directory.list_skipped(skip for eval_set in session.eval_sets for skip in eval_set.all_skipped())
+        if measures_other_data(config):
+            session.accelerator.print(FOREIGN_NUMBERS)
         return session
+
+    @property
+    def next_steps(self) -> str:
+        """The commands that evaluate, index, show and publish the model."""
+        return NEXT.format(model=shlex.quote(str(self.path / "model")), run=shlex.quote(str(self.path)))
 
     @property
     def step(self) -> int:
@@ -259,6 +278,12 @@ class Session:
         if before != current:
             changes.append(f"processes: {before} -> {current}; dropout and patch dropout draw different random numbers")
         _print_changes(changes)
+
+
+def measures_other_data(config: PretrainConfig | AlignConfig) -> bool:
+    """Return whether all evaluation sets are the built-in scenes, but no training data are."""
+    measured = {eval_set.source.path for eval_set in config.eval.sets}
+    return measured == {"scenes"} and all(source.path != "scenes" for source in config.data.sources)
 
 
 def _due(step: int, every: int) -> bool:

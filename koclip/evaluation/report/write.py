@@ -183,7 +183,6 @@ def _write_page(
     warnings: Sequence[str],
 ) -> None:
     configuration = run / "config.yaml"
-    name, *arguments = environment["command"]
     loader = PackageLoader("koclip", "assets")
     jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = jinja.get_template("report.html").render(
@@ -195,7 +194,7 @@ def _write_page(
         training=[(own.label, "loss over steps", _content(own.training)) for own in models if own.training],
         warnings=warnings,
         environment=environment,
-        command=shlex.join(["python", f"recipes/{name}", *arguments]),
+        command=shlex.join(environment["command"]),
         configuration=configuration.read_text(encoding="utf-8") if configuration.is_file() else "",
         note=NOTE,
         best=_best,
