@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
-from unittest import mock
 
 import yaml
 
@@ -164,9 +163,9 @@ def launch(script: Path, options: list[str], words: list[str]) -> None:
     if not options:  # it warns of every option that it chooses itself
         logging.getLogger(accelerate_launch.__name__).setLevel(logging.ERROR)
     arguments = accelerate_launch.launch_command_parser().parse_args([*options, str(script), *words])
+    accelerate_launch.simple_launcher = _replace_process  # its own waits for a child and does not pass signals on
     try:
-        with mock.patch.object(accelerate_launch, "simple_launcher", _replace_process):
-            accelerate_launch.launch_command(arguments)
+        accelerate_launch.launch_command(arguments)
     except ChildFailedError as error:  # its processes have said why
         raise SystemExit(error.get_first_failure()[1].exitcode) from None
 
