@@ -20,7 +20,7 @@ from koclip import training
 from koclip.data import transforms
 
 PHOTOS, EVALUATED = 24, 8
-TRIED = 2  # `koclip.load` tries the saved model: one batch for embeddings, one for features
+TRIED = 1  # `koclip.load` tries the saved model
 EPOCH, EPOCHS = 3, 4  # steps of an epoch; epochs
 VIEWS = ["--data.num_crops", "3", "--data.crop_scale", "[0.3, 0.8]"]
 METHODS = {

@@ -232,7 +232,7 @@ def test_what_is_no_dual_encoder_is_refused_by_name(tmp_path: Path) -> None:
     sizes = {"text_config": WIDTH | {"vocab_size": 90}, "vision_config": VISION}
     transformers.CLIPSegModel(transformers.CLIPSegConfig(**sizes)).save_pretrained(tmp_path / "seg")
     assert "a CLIPSegModel: expected one of" in refusal(tmp_path / "seg")
-    assert "and as a Hub id" in refusal(tmp_path / "nowhere")
+    assert "no such directory" in refusal(tmp_path / "nowhere")
     assert "open_clip:<model name>@<pretrained tag or file.safetensors>" in refusal("openclip:ViT-B-32@openai")
 
 

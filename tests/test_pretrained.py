@@ -181,7 +181,7 @@ def refusal(path: Path | str) -> str:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    assert "and as a Hub id" in refusal(tmp_path / "nowhere")
+    assert "no such directory" in refusal(tmp_path / "nowhere")
     assert "cannot be loaded" in refusal("nobody/nothing")
     assert "Expected config.json and model.safetensors" in refusal(tmp_path)
     for path in (str(tmp_path), f"auto:{tmp_path}"):
