@@ -3,15 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import datasets
 import numpy as np
 from PIL import Image
 
 from koclip.config import RunError
 from koclip.data_sets.archives import member
-from koclip.data_sets.data_set import IMAGE, TEXT, DataSet, Row, count, encoded, write_table
+from koclip.data_sets.data_set import CLASS_COLUMNS, DataSet, Row, class_facts, count, encoded, write_table
 from koclip.data_sets.downloads import Download, fetch
-from koclip.text.classes import load_classes
 
 _ARCHIVE = Download(
     "cifar-10-binary.tar.gz",
@@ -22,7 +20,6 @@ _ARCHIVE = Download(
 ROWS_PER_FILE, _SIDE = 10_000, 32
 _RECORD = 1 + 3 * _SIDE * _SIDE  # bytes: the label, then red, green and blue
 _FILES = {"train": [f"data_batch_{number}.bin" for number in range(1, 6)], "test": ["test_batch.bin"]}
-_COLUMNS = {"image": IMAGE, "label": datasets.Value("int32"), "key": TEXT, "name_ko": TEXT, "name_en": TEXT}
 
 TERMS = """\
 CIFAR-10 by Alex Krizhevsky, Vinod Nair and Geoffrey Hinton: https://www.cs.toronto.edu/~kriz/cifar.html.
@@ -37,26 +34,20 @@ def build(folder: Path, target: Path) -> None:
     archive = fetch(_ARCHIVE, folder)
     for split, files in _FILES.items():
         rows = count(_rows(archive, split, files), ROWS_PER_FILE * len(files), f"CIFAR-10, {split}")
-        write_table(target / f"{split}.parquet", rows, _COLUMNS)
+        write_table(target / f"{split}.parquet", rows, CLASS_COLUMNS)
 
 
 def _rows(archive: Path, split: str, files: list[str]) -> Iterator[Row]:
-    classes = load_classes("cifar10")
+    facts = class_facts("cifar10")
     for file in files:
         content = np.frombuffer(member(archive, f"cifar-10-batches-bin/{file}"), np.uint8)
         if content.size % _RECORD:
             raise RunError(f"{archive}: {file} has {content.size:,} bytes, expected a multiple of {_RECORD:,}")
         for number, record in enumerate(content.reshape(-1, _RECORD)):
-            label = int(record[0])
             pixels = record[1:].reshape(3, _SIDE, _SIDE).transpose(1, 2, 0)
             path = f"{split}/{Path(file).stem}-{number:04}.png"
-            yield {
-                "image": {"bytes": encoded(Image.fromarray(np.ascontiguousarray(pixels)), "PNG"), "path": path},
-                "label": label,
-                "key": classes[label].key,
-                "name_ko": classes[label].names["ko"],
-                "name_en": classes[label].names["en"],
-            }
+            image = {"bytes": encoded(Image.fromarray(np.ascontiguousarray(pixels)), "PNG"), "path": path}
+            yield {"image": image, **facts[record[0]]}
 
 
 DATA_SET = DataSet(

@@ -15,10 +15,12 @@ from PIL import Image, UnidentifiedImageError
 
 from koclip import storage
 from koclip.config import RunError
+from koclip.text.classes import load_classes
 
 Row = dict[str, Any]
 IMAGE = datasets.Image()
 TEXT = datasets.Value("string")
+CLASS_COLUMNS = {"image": IMAGE, "label": datasets.Value("int32"), "key": TEXT, "name_ko": TEXT, "name_en": TEXT}
 _ROWS_PER_GROUP = 100  # rows of photos fit into memory
 
 
@@ -98,6 +100,14 @@ def write_table(file: Path, rows: Iterable[Row], columns: dict[str, Any]) -> Non
     with pq.ParquetWriter(file, schema) as writer:
         while group := list(itertools.islice(remaining, _ROWS_PER_GROUP)):
             writer.write_table(pa.Table.from_pylist(group, schema))
+
+
+def class_facts(name: str) -> list[Row]:
+    """Return the columns of `CLASS_COLUMNS` beside the image, for every class of a list of koclip, by label."""
+    return [
+        {"label": label, "key": entry.key, "name_ko": entry.names["ko"], "name_en": entry.names["en"]}
+        for label, entry in enumerate(load_classes(name))
+    ]
 
 
 def on_white(image: Image.Image) -> Image.Image:

@@ -75,14 +75,7 @@ def fetch(download: Download, folder: Path) -> Path:
     Raises:
         RunError: the download failed, is too large, or does not have the expected checksum.
     """
-    file = folder / FOLDER / download.name
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        client, _, spec = download.url.partition(":")
-        if client in _CLIENTS:
-            _fetch_package(client, spec, file)
-        else:
-            _fetch_url(download, file)
+    file = _fetch(download, folder)
     _check([download], folder)
     return file
 
@@ -90,21 +83,27 @@ def fetch(download: Download, folder: Path) -> Path:
 def fetch_all(downloads: Sequence[Download], folder: Path, what: str) -> list[Path]:
     """Fetch many small files with several connections; the first failure ends it, and complete files are kept."""
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        tasks = [pool.submit(_fetch_quietly, download, folder / FOLDER / download.name) for download in downloads]
+        tasks = [pool.submit(_fetch, download, folder, quiet=True) for download in downloads]
         try:
-            for task in tqdm(tasks, desc=what, unit="file"):
-                task.result()
+            files = [task.result() for task in tqdm(tasks, desc=what, unit="file")]
         finally:
             for task in tasks:
                 task.cancel()
     _check(downloads, folder)
-    return [folder / FOLDER / download.name for download in downloads]
+    return files
 
 
-def _fetch_quietly(download: Download, file: Path) -> None:
+def _fetch(download: Download, folder: Path, quiet: bool = False) -> Path:
+    """Return the path of a file, downloaded unless it is there, but not checked."""
+    file = folder / FOLDER / download.name
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        _fetch_url(download, file, quiet=True)
+        client, _, spec = download.url.partition(":")
+        if client in _CLIENTS:
+            _fetch_package(client, spec, file)
+        else:
+            _fetch_url(download, file, quiet)
+    return file
 
 
 def _fetch_package(client: str, spec: str, file: Path) -> None:
@@ -123,7 +122,7 @@ def _fetch_package(client: str, spec: str, file: Path) -> None:
         storage.put(archives[0], file)
 
 
-def _fetch_url(download: Download, file: Path, quiet: bool = False) -> None:
+def _fetch_url(download: Download, file: Path, quiet: bool) -> None:
     """Download a file; a part that an earlier call left is continued if the server's file is still the same."""
     partial, tag = file.with_name(f"{file.name}.part"), file.with_name(f"{file.name}.part.etag")
     start = partial.stat().st_size if partial.exists() and (download.sha256 or tag.exists()) else 0

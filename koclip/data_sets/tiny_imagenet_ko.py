@@ -4,12 +4,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import datasets
-
 from koclip.data_sets.archives import member, members
-from koclip.data_sets.data_set import IMAGE, TEXT, DataSet, Row, count, write_table
+from koclip.data_sets.data_set import CLASS_COLUMNS, DataSet, Row, class_facts, count, write_table
 from koclip.data_sets.downloads import Download, fetch
-from koclip.text.classes import load_classes
 
 TRAIN_PER_CLASS, VAL_PER_CLASS = 60, 50
 _ARCHIVE = Download(
@@ -19,7 +16,6 @@ _ARCHIVE = Download(
     "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821",
 )
 _ROOT = "tiny-imagenet-200"
-_COLUMNS = {"image": IMAGE, "label": datasets.Value("int32"), "key": TEXT, "name_ko": TEXT, "name_en": TEXT}
 
 TERMS = """\
 Tiny-ImageNet-200, made for Stanford's course CS231n of photos of ImageNet: https://www.image-net.org.
@@ -31,11 +27,11 @@ Korean class names: koclip, Apache License 2.0.
 def build(folder: Path, target: Path) -> None:
     """Write train.parquet and val.parquet."""
     archive = fetch(_ARCHIVE, folder)
-    classes = len(load_classes("tiny_imagenet"))
+    classes = len(_facts())
     train = count(_train(archive), classes * TRAIN_PER_CLASS, "Tiny-ImageNet, train")
     val = count(_val(archive), classes * VAL_PER_CLASS, "Tiny-ImageNet, val")
-    write_table(target / "train.parquet", train, _COLUMNS)
-    write_table(target / "val.parquet", val, _COLUMNS)
+    write_table(target / "train.parquet", train, CLASS_COLUMNS)
+    write_table(target / "val.parquet", val, CLASS_COLUMNS)
 
 
 def _train(archive: Path) -> Iterator[Row]:
@@ -59,11 +55,7 @@ def _val(archive: Path) -> Iterator[Row]:
 
 def _facts() -> dict[str, Row]:
     """Return the columns of a class by its WordNet id."""
-    entries = enumerate(load_classes("tiny_imagenet"))
-    return {
-        entry.key: {"label": label, "key": entry.key, "name_ko": entry.names["ko"], "name_en": entry.names["en"]}
-        for label, entry in entries
-    }
+    return {facts["key"]: facts for facts in class_facts("tiny_imagenet")}
 
 
 DATA_SET = DataSet(
