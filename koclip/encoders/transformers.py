@@ -13,7 +13,7 @@ from koclip.config import check
 from koclip.data.transforms import to_rgb
 from koclip.encoders.base import Encoder, NoPatchesError, evaluating, fingerprint, tokenizer_rules, unknown_share
 from koclip.models.pretrained import read, read_processor, refuse
-from koclip.models.stock import LAYOUTS, longest_text
+from koclip.models.stock import LAYOUTS, bias_of, longest_text
 from koclip.text.tokenizers import LEGACY_EOS_ID
 
 DUAL_ENCODERS = (*(layout.model_class for layout in LAYOUTS), Siglip2Model)
@@ -33,8 +33,7 @@ class TransformersEncoder(Encoder):
     @property
     def bias(self) -> float:
         """The model's bias (SigLIP), else `logit_bias` of its config.json (koclip's models), else 0.0."""
-        own = getattr(self.model, "logit_bias", None)
-        return super().bias if own is not None else float(getattr(self.model.config, "logit_bias", None) or 0.0)
+        return bias_of(self.model) or 0.0
 
     @property
     def view(self) -> tuple[float, float] | None:

@@ -140,11 +140,15 @@ def parts(model: object) -> Parts:
     return Parts(*modules)
 
 
-def bias_of(model: StockModel) -> float | None:
-    """Return the bias of the sigmoid loss that a model was trained with; None if it has no bias."""
-    layout = layout_of(model)
-    bias: Any = model.logit_bias if layout.has_bias_parameter else getattr(model.config, "logit_bias", None)
-    return None if bias is None else float(torch.as_tensor(bias).detach())
+def bias_of(model: PreTrainedModel) -> float | None:
+    """Return the bias of the sigmoid loss: the model's parameter (SigLIP), else `logit_bias` of its config.json.
+
+    None: the model was trained without a bias.
+    """
+    bias: Any = getattr(model, "logit_bias", None)
+    if bias is None:
+        bias = getattr(model.config, "logit_bias", None)
+    return bias.item() if isinstance(bias, torch.Tensor) else bias
 
 
 def set_part(model: object, path: str, value: object) -> None:
