@@ -205,15 +205,17 @@ def _measured_path(described: Mapping[str, Any]) -> str | None:
 
 
 def _find_card(name: str, path: str | None, cards: Sequence[Path]) -> Path:
-    """Return the data card of that name; else the card that lists the file; else the card of the file's folder.
+    """Return the data card of that name; else the card that lists the file; else, of a file in data/<name>, that card.
 
-    Earlier directories of `cards` go first.
+    Earlier directories of `cards` go first. `koclip data` builds data/<name>. A user's folder that only has the name of
+    a data set is not that data set: its licences would be wrong.
     """
     named = [directory / f"{name}.md" for directory in cards]
     others = (card for directory in cards for card in sorted(directory.glob("*.md")) if path is not None)
     listing = (card for card in others if path in (front_matter(card)[0].get("files") or {}))
-    folder = [directory / f"{Path(path or '').parent.name}.md" for directory in cards]
-    places = itertools.chain(filter(Path.is_file, named), listing, filter(Path.is_file, folder))
+    folder = Path(path or "").parent
+    built = [directory / f"{folder.name}.md" for directory in cards if folder.parent.name == "data"]
+    places = itertools.chain(filter(Path.is_file, named), listing, filter(Path.is_file, built))
     file = next(places, named[0])
     write = "write it, as data_cards/README.md of koclip says, and name its directory: --data_cards"
     also = f", nor one that lists {path}" if path else ""
