@@ -87,7 +87,7 @@ def _occurrences(ids: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def accuracy(logits: torch.Tensor, equal: torch.Tensor) -> torch.Tensor:
-    """Return whether the nearest text of each row is one of its own, (R,)."""
+    """Return whether the nearest text of each row belongs to that row, (R,)."""
     return equal.gather(1, logits.argmax(dim=1, keepdim=True)).squeeze(1).float()
 
 
