@@ -41,6 +41,9 @@ RECIPES = {
     "index": Recipe("make a collection of images searchable", "search", config.IndexConfig),
     "space": Recipe("show a model in the browser", "space", None),
     "data": Recipe("download a data set from its public source", "data", config.DataSetConfig, first="name"),
+    "trim": Recipe("cut the vocabulary of a text encoder to your texts", "data", config.TrimConfig),
+    "plan": Recipe("say what a training run will take, before it starts", "train", config.PlanConfig, first="run"),
+    "curate": Recipe("build a clean set of pairs from raw pairs", "eval", config.CurateConfig),
 }
 EXAMPLES = """\
 examples:
@@ -52,7 +55,7 @@ examples:
 """
 COLUMNS = ("configuration", "data", "models", "hardware and time")
 _HARDWARE = re.compile(r"^# Hardware(?: and time)?: (.*?)(?: \(.*\))?(?:\.(?= [A-Z])|\.?$)", re.MULTILINE)
-_MODELS = ("clip", "text_encoder")  # keys that name a model
+_MODELS = ("clip", "text_encoder", "model")  # keys that name a model
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -89,7 +92,7 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     for name, recipe in RECIPES.items():
         commands.add_parser(name, help=recipe.summary)
     listing = commands.add_parser("ls", help="list the configurations, and what each needs")
-    listing.add_argument("recipe", nargs="?", help="only those of pretrain, align, evaluate, index or accelerate")
+    listing.add_argument("recipe", nargs="?", help="only those of a recipe, or of accelerate")
     copying = commands.add_parser("cp", help="copy a configuration, to change it")
     copying.add_argument("name", help="as `koclip ls` prints it: align/scenes")
     copying.add_argument("to", nargs="?", help="the new file; default: the configuration's name, here")

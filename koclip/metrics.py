@@ -4,8 +4,8 @@ Letters in shape comments: Q queries, G gallery entries, P the most positives of
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import torch
 from koclip import installation
 
 installation.require("eval")
-from scipy.stats import binomtest, bootstrap, kendalltau  # noqa: E402
+from scipy.stats import binomtest, bootstrap, hypergeom, kendalltau  # noqa: E402
 
 Numbers = npt.NDArray[np.float64]
 
@@ -24,17 +24,41 @@ _DRAWN_AT_ONCE = 1_000_000  # numbers that the bootstrap draws at a time; 8 MB
 _CHUNK = 16_000_000  # similarities in memory at a time; 64 MB
 
 
+class Queries(NamedTuple):
+    """The value of each query (Q,), and the group of each (Q,), such as the image of a caption; None: no groups."""
+
+    values: torch.Tensor
+    groups: torch.Tensor | None = None
+
+
+class Gallery(NamedTuple):
+    """The number of entries that queries are searched in, and each query's number of positives, (Q,)."""
+
+    size: int
+    positives: Sequence[int]
+
+    def chance(self, k: int) -> float:
+        """Return the share of queries with a positive among the first `k` entries of a random order."""
+        return float(np.mean(hypergeom.sf(0, self.size, np.asarray(self.positives), min(k, self.size))))
+
+
 @dataclass(frozen=True)
 class Metric:
-    """A number with its 95 % interval, measured on `n` queries. Shares are 0 to 1."""
+    """A number with its 95 % interval, measured on `n` queries. Shares are 0 to 1.
+
+    A mean over queries keeps `queries`, so that two models can be compared query by query (`gained`, `kept`).
+    `chance` is the expected value of random answers. Neither is written to results.json.
+    """
 
     value: float
     ci95: tuple[float, float]
     n: int
+    queries: Queries | None = field(default=None, compare=False, repr=False)
+    chance: float | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, object]:
         """Return the entry for results.json."""
-        return {**asdict(self), "ci95": list(self.ci95)}
+        return {"value": self.value, "ci95": list(self.ci95), "n": self.n}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Metric":
@@ -43,8 +67,10 @@ class Metric:
         return cls(values["value"], (low, high), values["n"])
 
 
-def share(hits: torch.Tensor) -> Metric:
+def share(hits: torch.Tensor, chance: float | None = None) -> Metric:
     """Return the share of true entries of `hits` (Q,) with Wilson's interval (1927), for independent queries.
+
+    `chance` is the expected share of random answers.
 
     Raises:
         ValueError: there are no queries.
@@ -52,7 +78,7 @@ def share(hits: torch.Tensor) -> Metric:
     count, total = int(hits.sum()), len(hits)
     _check_count(total)
     interval = binomtest(count, total).proportion_ci(method="wilson")
-    return Metric(count / total, (float(interval.low), float(interval.high)), total)
+    return Metric(count / total, (float(interval.low), float(interval.high)), total, Queries(hits), chance)
 
 
 def mean(values: torch.Tensor, groups: torch.Tensor | None = None) -> Metric:
@@ -71,7 +97,43 @@ def mean(values: torch.Tensor, groups: torch.Tensor | None = None) -> Metric:
     places = _places(numbers, groups)
     sums, sizes = np.bincount(places, numbers), np.bincount(places)
     interval = _bootstrap(len(sizes), lambda weights: float(weights @ sums / (weights @ sizes)))
-    return Metric(float(numbers.mean()), interval, len(numbers))
+    return Metric(float(numbers.mean()), interval, len(numbers), Queries(values, groups))
+
+
+def gained(before: Metric, after: Metric) -> Metric:
+    """Return the mean of `after` minus that of `before`, paired: both are means over the same queries; see `mean`.
+
+    Raises:
+        ValueError: a metric has no queries, or their numbers differ.
+    """
+    first, second = _paired(before, after)
+    return mean(second.values.double() - first.values.double(), first.groups)
+
+
+def kept(before: Metric, after: Metric) -> Metric:
+    """Return the mean of `after` as a share of that of `before`, paired, with its bootstrap interval; see `mean`.
+
+    Raises:
+        ValueError: a metric has no queries, their numbers differ, or all values of `before` are 0.
+    """
+    first, second = _paired(before, after)
+    numbers, others = first.values.double().numpy(), second.values.double().numpy()
+    if not numbers.sum():
+        raise ValueError("all values of the first metric are 0, expected some above 0 to compare with")
+    places = _places(numbers, first.groups)
+    sums, other_sums = np.bincount(places, numbers), np.bincount(places, others)
+
+    def ratio(weights: Numbers) -> float:
+        return float(weights @ other_sums) / max(float(weights @ sums), 0.5)  # half a hit if a resample has none
+
+    return Metric(float(others.sum() / numbers.sum()), _bootstrap(len(sums), ratio), len(numbers))
+
+
+def _paired(before: Metric, after: Metric) -> tuple[Queries, Queries]:
+    if before.queries is None or after.queries is None:
+        raise ValueError("got a metric without its queries, expected means over queries: only they can be paired")
+    _check_lengths(len(before.queries.values), len(after.queries.values), "values of the second metric")
+    return before.queries, after.queries
 
 
 def difference(first: torch.Tensor, second: torch.Tensor) -> Metric:
@@ -209,11 +271,16 @@ def search(
     return ranks, nearest
 
 
-def recall_at(ranks: torch.Tensor, groups: torch.Tensor | None = None, ks: Sequence[int] = KS) -> dict[str, Metric]:
+def recall_at(
+    ranks: torch.Tensor,
+    groups: torch.Tensor | None = None,
+    ks: Sequence[int] = KS,
+    gallery: Gallery | None = None,
+) -> dict[str, Metric]:
     """Return recall@k, the share of queries with a positive among their k nearest, and the median rank from 1.
 
     The definition of recall is CLIP_benchmark's. `ranks` (Q,) are those of `first_ranks` or `search`; for `groups` see
-    `mean`.
+    `mean`. With a `gallery`, each recall has its `chance`.
     """
     recalls = {}
     for k in ks:
@@ -222,7 +289,9 @@ def recall_at(ranks: torch.Tensor, groups: torch.Tensor | None = None, ks: Seque
             recalls[f"recall@{k}"] = mean(hits, groups)
         else:  # all resamples would be equal; use Wilson's interval for one query per group
             first_of_each = hits if groups is None else hits[: len(groups.unique())]
-            recalls[f"recall@{k}"] = replace(share(first_of_each), n=len(hits))
+            recalls[f"recall@{k}"] = replace(share(first_of_each), n=len(hits), queries=Queries(hits, groups))
+        if gallery is not None:
+            recalls[f"recall@{k}"] = replace(recalls[f"recall@{k}"], chance=gallery.chance(k))
     return recalls | {"median_rank": median(ranks + 1, groups)}
 
 

@@ -12,16 +12,22 @@ from koclip.models.dual_encoder import DualEncoder
 from koclip.models.stock import layout_of
 
 
-def adamw(model: nn.Module, config: OptimConfig, rates: Mapping[str, float] | None = None) -> AdamW:
+def adamw(
+    model: nn.Module,
+    config: OptimConfig,
+    rates: Mapping[str, float] | None = None,
+    decays: Mapping[str, float] | None = None,
+) -> AdamW:
     """Return AdamW for all parameters that require a gradient.
 
     Norms, biases and scalars have no weight decay (Radford et al. 2021, section 2.5). `rates` are learning rates of
-    parameters by name, relative to `config.lr`; default: 1.
+    parameters by name, relative to `config.lr`; default: 1. `decays` are weight decays by name; default:
+    `config.weight_decay`.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            decay = (decays or {}).get(name, config.weight_decay) if parameter.ndim >= 2 else 0.0
             groups.setdefault(((rates or {}).get(name, 1.0), decay), []).append(parameter)
     settings = [
         {"params": parameters, "lr": config.lr * rate, "weight_decay": decay}
@@ -58,10 +64,16 @@ def set_step(schedule: LambdaLR, step: int) -> None:
     schedule._last_lr = rates
 
 
+# Every layer reads these relative positions: DeBERTa, MPNet. DeBERTa also has a norm of them.
+_SHARED = ("encoder.rel_embeddings.", "encoder.relative_attention_bias.")
+_SHARED_NORM = "encoder.LayerNorm."
+
+
 def depth(tower: nn.Module) -> dict[str, int]:
     """Return the depth of each parameter below a tower's output: 0 above the layers, 1 in the top layer, and so on.
 
-    The layers are the longest list of modules; embeddings are one deeper than the lowest layer.
+    The layers are the longest list of modules; embeddings, and what all layers share, are one deeper than the lowest
+    layer.
     """
     lists = {name: part for name, part in tower.named_modules() if isinstance(part, nn.ModuleList | nn.Sequential)}
     if not lists:
@@ -69,11 +81,14 @@ def depth(tower: nn.Module) -> dict[str, int]:
     prefix = max(lists, key=lambda name: len(list(lists[name].children())))
     count = len(list(lists[prefix].children()))
     depths, below = {}, True
-    for name, _ in tower.named_parameters():
+    names = [name for name, _ in tower.named_parameters()]
+    shared = (*_SHARED, _SHARED_NORM) if any(name.startswith(_SHARED[0]) for name in names) else _SHARED
+    for name in names:
         inside = name.startswith(f"{prefix}.")
         below = below and not inside
         number = int(name[len(prefix) + 1 :].split(".")[0]) if inside else 0
-        depths[name] = count - number if inside else (count + 1 if below else 0)
+        outside = count + 1 if below or name.startswith(shared) else 0
+        depths[name] = count - number if inside else outside
     return depths
 
 
@@ -85,3 +100,9 @@ def layer_rates(encoder: DualEncoder, decay: float) -> dict[str, float]:
         depths = depth(encoder.model.get_submodule(side))
         rates |= {f"model.{side}.{name}": decay**below for name, below in depths.items()}
     return rates
+
+
+def projection_decay(encoder: DualEncoder, decay: float | None) -> dict[str, float]:
+    """Return the weight decay of the image projection, by name; empty if it has none of its own."""
+    name = layout_of(encoder.model).image_projection
+    return {} if decay is None or name is None else {f"model.{name}.weight": decay}

@@ -5,19 +5,24 @@ accelerate launch recipes/align.py --config recipes/configs/align/klue_roberta_b
 accelerate launch recipes/align.py --help                   # every key, its unit and default
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from koclip import config, losses
-from koclip.align.methods import METHODS, AlignedModelWriter, adapt, load_teacher, text_encoder
+from koclip.align.features import standardized_texts
+from koclip.align.methods import METHODS, AlignedModelWriter, adapt, load_teacher, pooling_report, text_encoder
 from koclip.data.batches import Precomputed
 from koclip.data.transforms import views_for
 from koclip.embeddings.fill import Cache, image_features, teacher_features
+from koclip.evaluation.report.write import Source
 from koclip.models.dual_encoder import DualEncoder
+from koclip.models.open_clip import stock_source
 from koclip.models.pretrained import load_image_side
+from koclip.models.stock import is_stock, layout_of
 from koclip.runs.session import Session
 
 SAVED = """
-Saved {model}, a stock {kind}: AutoModel and AutoProcessor load it
+Saved {model}, a {kind}: {loaded_by}
 {next_steps}"""
 
 
@@ -27,6 +32,8 @@ def main(cfg: config.AlignConfig) -> None:
     session = Session.open("align", cfg)
     folder = Path(cfg.align.cache_dir or session.path / "features")
     cache = Cache(folder, cfg.align.cache_dtype, cfg.train.fast)
+    named = cfg.model.clip
+    cfg = replace(cfg, model=replace(cfg.model, clip=stock_source(named, session.path / "source")))
     clip, image_processor = load_image_side(cfg.model.clip)
     precomputed = Precomputed(language=cfg.distill.language)
     if cfg.taught:
@@ -37,20 +44,34 @@ def main(cfg: config.AlignConfig) -> None:
     encoder = text_encoder(cfg.model, clip)
     tokenizer = session.tokenizer(cfg.text_tokenizer, encoder.config if encoder else None)
     model, processor = adapt(cfg.model, clip, encoder, image_processor, tokenizer)
-    write = AlignedModelWriter(cfg, model)
-    report = method.attach(model, cfg)
-    if report:
-        session.accelerator.print(report)
+    write = AlignedModelWriter(cfg, model, clip)
     dual_encoder = DualEncoder(model, processor, logit_bias)
+    source_images = None
+    if any(stage.preserves and stage.trains_image for stage in cfg.stages):  # before adapters change the image tower
+        views = views_for(cfg.data, image_processor)
+        source_images = image_features(session.accelerator, dual_encoder, cfg.data, views, cache.part("images"))
+    for line in filter(None, (pooling_report(cfg.model), method.attach(model, cfg))):
+        session.accelerator.print(line)
     for stage in session.stages():
         method.set_trainable(dual_encoder, cfg, stage, clip)
-        images = None
-        if cfg.align.cache and stage.images and not dual_encoder.trains("image"):
-            views, part = views_for(cfg.data, image_processor), cache.part("images")
+        known = precomputed
+        if dual_encoder.trains_tower("image"):
+            known = known._replace(source_images=source_images)
+        elif stage.images and cfg.align.cache:
+            pooled = dual_encoder.trains_projection("image")
+            views, part = views_for(cfg.data, image_processor), cache.part("images-pooled" if pooled else "images")
             images = image_features(session.accelerator, dual_encoder, cfg.data, views, part)
-        session.fit(dual_encoder, processor, stage, precomputed._replace(images=images))
-    model_dir = session.finish(processor, write)
-    session.accelerator.print(SAVED.format(model=model_dir, kind=type(model).__name__, next_steps=session.next_steps))
+            known = known._replace(images=images, images_pooled=pooled)
+        if stage.text_layers == 0:
+            texts = standardized_texts(session.accelerator, dual_encoder.model, processor.tokenizer, cfg, cache)
+            known = known._replace(texts=texts)
+        session.fit(dual_encoder, processor, stage, known)
+    source = (
+        Source(named, cfg.model.clip, folder / "evaluation") if cfg.align.compare_source and is_stock(clip) else None
+    )
+    model_dir = session.finish(processor, write, source)
+    facts = {"kind": type(model).__name__, "loaded_by": layout_of(model).loaded_by, "next_steps": session.next_steps}
+    session.accelerator.print(SAVED.format(model=model_dir, **facts))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 python recipes/evaluate.py --model runs/mine/model          # configs/evaluate/scenes.yaml
 python recipes/evaluate.py --config recipes/configs/evaluate/local.yaml --models runs/mine/model runs/other/model
+python recipes/evaluate.py --model runs/mine/model --source runs/english/model  # and what was forgotten of the source
 ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 recipes/evaluate.py --model runs/mine/model  # same numbers, faster
 """
 
@@ -12,30 +13,44 @@ import koclip
 from koclip import config
 from koclip.data.transforms import PixelLimit
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.report.write import Evaluated, write, write_model_results
-from koclip.evaluation.run import evaluate, folders_of, open_all, processes, start, surroundings, warnings_of
+from koclip.evaluation.report.write import Evaluated, compare_with_source, write, write_model_results
+from koclip.evaluation.run import (
+    evaluate,
+    folders_of,
+    open_all,
+    processes,
+    start,
+    surroundings,
+    warnings_of,
+)
 from koclip.evaluation.tasks.zero_shot import add_effective_robustness
 
 
 def main(cfg: config.EvaluateConfig) -> None:
     """Run the recipe: every model on every data set, then the models side by side."""
     accelerator = processes(cfg)
+    device = cfg.device or accelerator.device
     eval_sets = open_all(cfg, PixelLimit(cfg.max_image_pixels, "max_image_pixels"))
     run = start(cfg, eval_sets)
     models: list[Evaluated] = []
-    warnings: dict[str, None] = {}
+    warnings: list[str] = []
+    cache = Path(cfg.cache_dir) if cfg.cache_dir else None
+    source = Embedder(koclip.load(cfg.source, device), cfg.batch_size, cache, spread=True) if cfg.source else None
     for spec, folder in folders_of(run, cfg.all_models).items():
         began = time.monotonic()
-        encoder = koclip.load(spec, cfg.device or accelerator.device)
-        embedder = Embedder(encoder, cfg.batch_size, Path(cfg.cache_dir) if cfg.cache_dir else None, spread=True)
-        warnings |= dict.fromkeys(warnings_of(embedder, eval_sets))
-        models.append(Evaluated(spec, folder, embedder, evaluate(embedder, eval_sets)))
+        embedder = Embedder(koclip.load(spec, device), cfg.batch_size, cache, spread=True)
+        warnings += warnings_of(embedder, eval_sets)
+        models.append(Evaluated(spec, folder, embedder, evaluate(embedder, eval_sets), cfg.source))
         if accelerator.is_main_process:
             write_model_results(models[-1], eval_sets, surroundings())
         accelerator.print(f"Evaluated {spec} in {(time.monotonic() - began) / 60:.1f} minutes")
     add_effective_robustness({model.model: model.metrics for model in models})
-    if accelerator.is_main_process:
-        write(run, models, eval_sets, surroundings(), list(warnings))
+    try:
+        if source is not None:
+            compare_with_source(models, lambda: source, eval_sets, warnings)
+    finally:  # if this fails, the models' report is written all the same
+        if accelerator.is_main_process:
+            write(run, models, eval_sets, surroundings(), list(dict.fromkeys(warnings)))
     accelerator.wait_for_everyone()
 
 

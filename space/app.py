@@ -25,19 +25,17 @@ atexit.register(shutil.rmtree, _WORK, ignore_errors=True)
 os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(_WORK) / "files"))
 
 from answers import Answers  # noqa: E402
+from examples import examples  # noqa: E402
 from guard import MAX_BYTES, SWEPT, Gate, sweep  # noqa: E402
 from layout import CSS, THEME, blocks  # noqa: E402
-from PIL import Image  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 
 from koclip.config import ConfigError, IndexConfig, check  # noqa: E402
-from koclip.data.formats import scenes  # noqa: E402
 from koclip.encoders import Encoder, load  # noqa: E402
 from koclip.search import ImageIndex, open_index  # noqa: E402
 from koclip.search.build import build  # noqa: E402
 
 _DEMO_IMAGES = 240  # built-in images that are searched if no index is given
-_SIDE = 240  # pixels per side of an example
 
 
 def newest_run(root: Path = Path("runs")) -> str:
@@ -67,30 +65,6 @@ def open_collection(directory: str | None, model: str, encoder: Encoder) -> Imag
     again = f"make a new one: koclip index --model {model} --images <folder> --output_dir <index>"
     check(ours, "index", directory, f"it has the embeddings of another model ({index.facts.get('model')}); {again}")
     return index
-
-
-def examples() -> dict[str, list[list[Any]]]:
-    """Draw the example images, and return the example inputs by tab."""
-    folder = Path(_WORK) / "examples"
-    folder.mkdir(exist_ok=True)
-    paths = []
-    for index, number in enumerate((4, 12, 21, 36)):
-        picture = Image.fromarray(scenes.draw(scenes.scene("test", 0, number), number))
-        paths.append(str(folder / f"{index}.png"))
-        picture.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS).save(paths[-1])
-    captions = [scenes.captions(scenes.scene("test", 0, number)) for number in (4, 12, 21, 36)]
-    korean = ", ".join(dict.fromkeys(by_language["ko"][0] for by_language in captions))
-    english = ", ".join(dict.fromkeys(by_language["en"][0] for by_language in captions))
-    return {
-        "classify": [
-            [paths[0], korean, "{label}", False],
-            [paths[1], korean, "{label:이/가} 나온 사진", False],
-            [paths[2], english, "{label}", False],
-        ],
-        "search": [["빨간 원"], ["노란 도형 두 개"], ["a large blue square"], ["green star"]],
-        "caption": [[paths[1], ""], [paths[3], "\n".join([*korean.split(", "), *english.split(", ")])]],
-        "heatmap": [[path, by_language["ko"][0]] for path, by_language in zip(paths[1:], captions[1:], strict=True)],
-    }
 
 
 def sweep_for_ever() -> None:
@@ -132,7 +106,7 @@ def main(args: list[str] | None = None) -> None:
     name = (path.parent.name if path.name == "model" else path.name) if path.is_dir() else model
     answers = Answers(encoder, index)
     answers.prepare()
-    page = blocks(answers, name, examples())
+    page = blocks(answers, name, examples(index, Path(_WORK) / "examples"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that atexit functions run
     threading.Thread(target=sweep_for_ever, daemon=True).start()
     try:

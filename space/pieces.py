@@ -183,7 +183,7 @@ def answering(fn: Callable[..., Any]) -> Callable[..., Any]:
             return fn(*args)
         except RefusedError as error:
             raise gr.Error(error.message(language), title="koclip", print_exception=False) from None
-        except Exception:
+        except Exception:  # whatever it is, a visitor sees no traceback; the Space's log has it
             _log.exception("%s failed", fn.__name__)
             raise gr.Error(say("internal", language), title="koclip", print_exception=False) from None
 

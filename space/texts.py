@@ -32,7 +32,7 @@ _TEXTS = {
     "prompts": ("모델이 읽은 문장", "Sentences that the model read"),
     "more_prompts": ("… 그리고 {count}개 더", "… and {count} more"),
     "query": ("검색어", "Query"),
-    "query_hint": ("예: 빨간 별이 있다, a small blue circle", "For example: 빨간 별이 있다, a small blue circle"),
+    "query_hint": ("예: 바닷가를 걷는 사람, a dog on the grass", "For example: 바닷가를 걷는 사람, a dog on the grass"),
     "search": ("검색하기", "Search"),
     "found": ("찾은 이미지", "Images found"),
     "page": ("쪽", "Page"),

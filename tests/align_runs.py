@@ -51,7 +51,7 @@ def write_source(folder: Path, **sizes: object) -> Path:
     return folder
 
 
-def arguments(source: Path, pairs: Path, *more: str) -> list[str]:
+def arguments(source: Path | str, pairs: Path, *more: str) -> list[str]:
     """Return a command line of six steps without dropout of words; `more` comes last."""
     rows = f"path: {pairs}, captions: {{ko: captions_ko, en: captions_en}}"
     return [

@@ -15,6 +15,8 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
+from koclip.models.router import RouterConfig, RouterModel, save_preprocessing
+
 WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 VISION = WIDTH | {"image_size": 32, "patch_size": 8}
 SIZE = {"height": 32, "width": 32}
@@ -153,6 +155,14 @@ def joint_timm(directory: Path) -> tuple[Any, Any]:
     return joint(tower, bert(tokenizer)), joint_processor(tokenizer)
 
 
+def router(directory: Path) -> tuple[Any, Any]:
+    tokenizer = bert_tokenizer()
+    text = T.ModernBertModel(T.ModernBertConfig(**WIDTH, vocab_size=len(tokenizer), pad_token_id=0))
+    vision = T.CLIPVisionModel(T.CLIPVisionConfig(**VISION))
+    config = RouterConfig.from_vision_text_configs(vision.config, text.config, projection_dim=24, pooling="mean")
+    return RouterModel(config, vision, text), T.VisionTextDualEncoderProcessor(clip_images(), tokenizer)
+
+
 KINDS: dict[str, Callable[[Path], tuple[Any, Any]]] = {
     "CLIP": clip,
     "ChineseCLIP": chinese,
@@ -164,6 +174,7 @@ KINDS: dict[str, Callable[[Path], tuple[Any, Any]]] = {
     "joint ViT": joint_vit,
     "joint CLIP": joint_clip_vision,
     "joint timm": joint_timm,
+    "Router": router,
 }
 
 
@@ -181,5 +192,7 @@ def saved(kind: str, directory: Path) -> Path:
         model, processor = KINDS[kind](directory)
         draw(model)
     model.save_pretrained(directory)
+    if isinstance(model, RouterModel):
+        save_preprocessing(directory, processor)
     processor.save_pretrained(directory)
     return directory

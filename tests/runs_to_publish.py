@@ -88,7 +88,7 @@ def adapted(folder: Path, clip: str, source: Path) -> tuple[Path, Any]:
             parameter.add_(0.05)
     trained = copy.deepcopy(model).eval()
     weights = {f"model.{name}": value for name, value in model.state_dict().items()}
-    AlignedModelWriter(settings, model)(folder / "model", model, processor, weights)
+    AlignedModelWriter(settings, model, model)(folder / "model", model, processor, weights)
     return beside(folder, settings), trained
 
 
@@ -119,7 +119,7 @@ def bert_tokenizer() -> Any:
     from peer_models import LETTERS
     from transformers import BertTokenizer
 
-    from koclip.text.tokenizers import cleaning
+    from koclip.text.cleaning import cleaning
 
     special = ["[UNK]", "[MASK]", "[CLS]", "[SEP]", "[PAD]"]
     entries = [*special, *LETTERS, *(f"##{letter}" for letter in LETTERS)]

@@ -162,6 +162,16 @@ def test_an_image_tower_alone_gets_a_text_encoder(place: Path) -> None:
     assert weights(model)["logit_scale"] != torch.tensor(1 / 0.07).log()  # new, so it is trained
 
 
+def test_a_saved_model_names_no_folder_of_this_machine(place: Path) -> None:
+    """Its towers were loaded from folders. A VisionTextDualEncoderModel would name them in its config.json."""
+    models = [aligned(place, "klue", "frozen_image"), with_an_image_tower_alone(place)]
+    models.append(run(place, "mean", "--model.text_encoder", str(place / "klue"), "--model.pooling", "mean") / "model")
+    classes = {json.loads((model / "config.json").read_text())["architectures"][0] for model in models}
+    assert classes == {"ChineseCLIPModel", "VisionTextDualEncoderModel", "RouterModel"}
+    for file in (file for model in models for file in model.rglob("*.json")):
+        assert str(place) not in file.read_text(encoding="utf-8"), file
+
+
 @pytest.mark.parametrize("family", ["klue", "clip"])
 def test_an_adapter_straight_from_training_loads_by_itself(family: str, place: Path) -> None:
     """Its base is the source, or what koclip built of it and the new encoder."""
@@ -252,6 +262,18 @@ def test_wise_ft_lies_between_the_source_and_the_trained(place: Path) -> None:
     for name, before in source.items():
         torch.testing.assert_close(mixed[name], 0.75 * before + 0.25 * trained[name], atol=1e-6, rtol=1e-5)
     assert not torch.equal(mixed["text_projection.weight"], trained["text_projection.weight"])
+
+
+def test_wise_ft_mixes_what_an_image_tower_alone_has(place: Path) -> None:
+    """Its weights only: the projection, the scale and the text encoder are new."""
+    with_an_image_tower_alone(place)
+    options = ("--model.text_encoder", str(place / "klue"), "--align.method", "full", "--align.wise_ft")
+    trained, mixed = (
+        weights(run(place, f"vit-{share}", *options, share, source="vit") / "model") for share in ["1.0", "0.25"]
+    )
+    changed = {name for name in trained if not torch.equal(mixed[name], trained[name])}
+    assert changed
+    assert {name.partition(".")[0] for name in changed} == {"vision_model"}
 
 
 def test_the_anchor_holds_english_in_place(place: Path) -> None:

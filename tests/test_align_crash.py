@@ -27,6 +27,10 @@ METHODS = {
     "full": ["--align.method", "full", *TWO_STAGES],
     "distill": ["--align.method", "distill", "--distill.mse", "0.1"],
     "two_stage": ["--align.method", "two_stage", *TWO_STAGES],
+    "unfreeze": [
+        *("--align.method", "unfreeze", "--align.first_steps", "3", "--align.second_steps", "3"),
+        *("--align.text_layers", "1", "--align.second_lr", "5e-4", "--data.word_dropout", "0"),
+    ],
 }
 EVERYWHERE = ["step-0", "step-2", "checkpoint-1", "step-5", "checkpoint-2", "step-7", "publish-0"]
 BOUNDARY = ["between-0", "step-4", "step-4 step-0", "between-0 step-1"]
@@ -37,6 +41,16 @@ MOMENTS = {
     "full": ["features-2", *EVERYWHERE, *BOUNDARY],
     "distill": ["features-1", *EVERYWHERE],
     "two_stage": ["features-1", "features-4", "features-3 features-1", *EVERYWHERE, *BOUNDARY],
+    "unfreeze": [
+        "features-4",
+        "between-0 between-0 step-1",
+        *EVERYWHERE,
+        "between-0",
+        "between-1",
+        "step-3 step-0",
+        "step-6",
+        "between-1 step-0",
+    ],
 }
 SAMPLE = {
     ("frozen_image", "features-1"),
@@ -46,6 +60,7 @@ SAMPLE = {
     ("two_stage", "publish-0"),
     ("two_stage", "features-3 features-1"),
     ("two_stage", "step-4 step-0"),
+    ("unfreeze", "between-0 between-0 step-1"),
 }
 IN_TWO = {("anchored", "features-3"), ("two_stage", "between-0 step-1"), ("full", "step-5"), ("lora", "step-2")}
 STREAMED = [("two_stage", moments) for moments in ("step-2", "between-0", "step-5", "step-6")]
@@ -111,7 +126,7 @@ class Runs:
             options["data.sources"] = f"[{{path: '{place}/*.tar', image: jpg, captions: {captions}}}]"
             options |= {"data.num_workers": 2, "train.save_every": 1}
         words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-        self._args = arguments(place / "source", place / "pairs.parquet", *METHODS[method], *words)
+        self._args = arguments(place / "source", place / "pairs.parquet", *words, *METHODS[method])
 
     def start(self, folder: Path, moment: Moment | None = None) -> int | None:
         """Run in as many processes as asked for until the moment; kill what is left; return how the first ended."""

@@ -18,6 +18,7 @@ from transformers.models.chinese_clip.modeling_chinese_clip import ChineseCLIPVi
 
 from koclip import training
 from koclip.data import transforms
+from koclip.models.dual_encoder import DualEncoder
 
 PHOTOS, EVALUATED = 24, 8
 TRIED = 1  # `koclip.load` tries the saved model
@@ -28,6 +29,8 @@ METHODS = {
     "lora": ["--align.method", "lora", "--lora.dropout", "0.2"],
     "two_stage": ["--align.method", "two_stage", "--align.first_steps", "4"],
     "anchored": ["--distill.anchor", "0.2", "--distill.cosine", "1", "--data.word_dropout", "0.2"],
+    "projection": ["--align.method", "projection"],
+    "projections": ["--align.method", "projection", "--align.image_projection_decay", "0.1"],
     "in pieces": ["--train.micro_batch_size", "3"],
 }
 
@@ -156,3 +159,23 @@ def test_a_second_stage_begins_without_the_memory_of_the_first(place: Path, monk
     monkeypatch.setattr(training, "prepare", watched)
     run(place, "memory", *METHODS["two_stage"])
     assert alive == [False]
+
+
+@pytest.mark.parametrize("method", ["two_stage", "full", "unfreeze"])
+def test_every_stage_trains_in_the_precision_of_the_run(
+    method: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`prepare` of accelerate wraps a module once; a later stage must not train without autocast."""
+    precisions: list[str] = []
+    forward = DualEncoder.forward
+
+    def noted(self: DualEncoder, *args: Any, **batch: Any) -> Any:
+        precisions.append(str(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else "fp32")
+        return forward(self, *args, **batch)
+
+    monkeypatch.setattr(DualEncoder, "forward", noted)
+    args = ["--align.method", method, "--align.first_steps", "2", "--train.precision", "bf16"]
+    if method == "unfreeze":
+        args += ["--align.second_steps", "4", "--align.text_layers", "1"]
+    run(place, f"precision-{method}", *args)
+    assert precisions == ["torch.bfloat16"] * EPOCH * EPOCHS

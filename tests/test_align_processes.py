@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import two_alignments
 from safetensors.torch import load_file
+from torch import Tensor
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +23,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory, torchrun: Callable[..., Non
     return folder
 
 
+def weights(model: Path) -> dict[str, Tensor]:
+    """Return the weights of a model; a Router has a file for each part."""
+    files = sorted(model.rglob("*.safetensors"))
+    return {f"{file.parent.name}/{name}": value for file in files for name, value in load_file(file).items()}
+
+
 @pytest.mark.parametrize("name", two_alignments.METHODS)
 def test_two_processes_train_the_weights_of_one(name: str, folder: Path) -> None:
-    """To 5e-6, where six steps move weights by 5e-3: sums are rounded in another order, and AdamW divides by sizes."""
-    alone, two = (load_file(folder / f"{name}-{count}" / "model" / "model.safetensors") for count in (1, 2))
+    """To 2e-6, where six steps move weights by 1e-3: sums are rounded in another order."""
+    alone, two = (weights(folder / f"{name}-{count}" / "model") for count in (1, 2))
     assert alone.keys() == two.keys()
     differences = {key: (two[key] - value).abs().max().item() for key, value in alone.items()}
-    assert max(differences.values()) <= 5e-6, max(differences, key=lambda key: differences[key])
+    assert max(differences.values()) <= 2e-6, max(differences, key=lambda key: differences[key])
 
 
 @pytest.mark.parametrize("name", two_alignments.METHODS)
@@ -38,14 +45,14 @@ def test_two_processes_log_the_losses_of_one(name: str, folder: Path) -> None:
         for count in (1, 2)
     )
     assert [line["step"] for line in alone] == [line["step"] for line in two] == list(range(1, 7))
-    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in alone], rel=1e-6, abs=0)
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in alone], rel=2e-6, abs=0)
 
 
 def test_pieces_train_the_weights_of_the_whole_batch(folder: Path) -> None:
     whole, pieces = (
         load_file(folder / f"{name}-1" / "model" / "model.safetensors") for name in ("frozen_image", "pieces")
     )
-    assert max((pieces[key] - value).abs().max().item() for key, value in whole.items()) <= 5e-6
+    assert max((pieces[key] - value).abs().max().item() for key, value in whole.items()) <= 2e-6
 
 
 @pytest.mark.parametrize("name", two_alignments.METHODS)

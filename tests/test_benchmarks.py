@@ -31,6 +31,7 @@ import pairs  # noqa: E402
 import parity_open_clip  # noqa: E402
 import ratios  # noqa: E402
 import text_batches  # noqa: E402
+import text_memory  # noqa: E402
 import train_speed  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("as_before")
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("as_before")
 
 @pytest.mark.parametrize(
     "benchmark",
-    [train_speed, decode_speed, parity_open_clip, gpu, grad_cache, loss_memory, text_batches],
+    [train_speed, decode_speed, parity_open_clip, gpu, grad_cache, loss_memory, text_batches, text_memory],
     ids=lambda module: module.__name__,
 )
 def test_the_command_in_a_benchmarks_first_lines_parses(benchmark):

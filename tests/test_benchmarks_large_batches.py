@@ -1,5 +1,6 @@
 """The benchmarks of large batches and of text run, at tiny sizes."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import gpu  # noqa: E402
 import grad_cache  # noqa: E402
 import loss_memory  # noqa: E402
 import text_batches  # noqa: E402
+import text_memory  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("as_before")
 
@@ -69,6 +71,23 @@ def test_loss_memory_prints_every_way(capsys):
     dense, tiled = rows
     assert float(tiled[3]) <= 1.2 < float(dense[3])
     assert float(tiled[6].rstrip(" |")) == pytest.approx(float(dense[6].rstrip(" |")), abs=2e-6)
+
+
+def test_text_memory_trains_fewer_weights_each_way(monkeypatch, capsys):
+    """In this process, so the memory is not that of a way; the script starts a process for each."""
+    sizes = ["--rounds", "1", "--batch_size", "4", "--depth", "3", "--width", "32", "--pieces", "20000", "--steps", "1"]
+    monkeypatch.setattr(text_memory, "run", lambda way, args: measured_here(way, args, capsys))
+    text_memory.main(sizes)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "GiB" in line]
+    assert [row[0].strip("| ") for row in rows] == list(text_memory.WAYS)
+    everything, embeddings, layers = (float(row[1]) for row in rows)
+    assert everything > embeddings + 0.5  # 20,000 pieces of width 32 are 0.64 million weights
+    assert embeddings >= layers
+
+
+def measured_here(way, args, capsys):
+    text_memory.worker(text_memory.parser().parse_args([*args, "--ways", way]))
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def test_text_batches_checks_embeddings_and_prints_every_way(tmp_path, capsys):

@@ -18,6 +18,7 @@ from koclip.config import ConfigError, PublishConfig
 from koclip.evaluation.results import records_of
 from koclip.evaluation.tasks import SPECS
 from koclip.metrics import Metric
+from koclip.models.stock import LAYOUTS
 from koclip.publishing import card_inputs
 from koclip.publishing.card import render, write_card
 from koclip.publishing.card_inputs import gather
@@ -104,6 +105,25 @@ def test_every_number_is_that_of_the_results(run):
     assert set(map(float, re.findall(r"(\d+\.\d)", summary))) <= {
         rounded(part, 100) for value, low, high, _ in METRICS.values() for part in (value, low, high)
     }
+
+
+def test_the_card_says_what_was_forgotten(run):
+    """With the share that was kept; without it if the source is at chance. Without a comparison there is no section."""
+    assert "was forgotten" not in str(card_of(run))
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    own = results["metrics"]["scenes/ko/text_to_image/recall@10"]["value"]
+    for language, values in (("ko", {"source_": 0.02, "gain_": own - 0.02}), ("en", {"source_": 0.9, "kept_": 0.75})):
+        results["metrics"][f"scenes/{language}/text_to_image/recall@10"] = {"value": own, "ci95": [0.4, 0.5], "n": 900}
+        for prefix, value in {"chance_": 0.01, "gain_": own - 0.9, **values}.items():
+            metric = {"value": value, "ci95": [value - 0.01, value + 0.01], "n": 900}
+            results["metrics"][f"scenes/{language}/{prefix}text_to_image/recall@10"] = metric
+    (run / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    section = str(card_of(run)).split("## What was forgotten")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| scenes")]
+    assert [row[2] for row in rows] == ["ko", "en"]
+    texts = [f"{rounded(value, 100):.1f}" for value in (0.02, own)]
+    assert [cell.split(" ")[0] for cell in rows[0][4:6]] == texts
+    assert (rows[0][7], rows[1][7].split(" ")[0]) == ("source at chance (1.0)", "75.0")
 
 
 def number(text: str) -> float:
@@ -342,6 +362,29 @@ def test_the_card_says_what_becomes_of_long_and_of_unclean_texts(run):
     for (longer, cleans), text in said.items():
         assert ("The pipeline embeds them whole" in text, "The pipeline fails on them" in text) == (longer, not longer)
         assert ("The tokenizer removes" in text, "Other libraries do not" in text) == (cleans, not cleans)
+
+
+def card_of_class(run: Path, name: str) -> str:
+    cfg = settings(run)
+    known = gather(cfg)
+    model = known.model | {"architectures": [name], "projection_dim": None, "vision_config": {"hidden_size": 4321}}
+    return str(render(cfg, replace(known, model=model), year=2026))
+
+
+def test_the_card_of_a_siglip_pads_texts_to_their_length(run):
+    """Its embeddings are wrong with other padding, without an error. It has no projection."""
+    clip, siglip = (card_of_class(run, name) for name in ("CLIPModel", "SiglipModel"))
+    for text, padding, scores in ((clip, "padding=True", "softmax"), (siglip, 'padding="max_length"', "sigmoid")):
+        assert padding in text
+        assert f"out.logits_per_image.{scores}(" in text
+    assert "padding=True" not in siglip
+    assert "lower case" in siglip
+    assert "4321" in siglip.replace(",", "")
+
+
+@pytest.mark.parametrize("name", [layout.model_class.__name__ for layout in LAYOUTS])
+def test_every_stock_class_has_a_card(run, name):
+    assert card_of_class(run, name)
 
 
 def test_a_card_of_somebody_else_is_kept(run):

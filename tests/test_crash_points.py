@@ -16,7 +16,8 @@ from transformers import AutoModel, AutoProcessor
 from koclip import storage
 from koclip.config import ConfigError, DataConfig, IndexConfig, SourceConfig
 from koclip.embeddings import fill
-from koclip.embeddings.fill import CaptionReader, ItemBatch, Work
+from koclip.embeddings.fill import Work
+from koclip.embeddings.readers import CaptionReader, ItemBatch
 from koclip.embeddings.store import Shard, Store
 from koclip.models.dual_encoder import DualEncoder, from_scratch
 from koclip.models.stock import save_stock_model

@@ -1,5 +1,6 @@
 """koclip.data.sources and tables: cells that hold no caption, rows left out, and every mistake as one clear line."""
 
+import itertools
 import json
 
 import pyarrow as pa
@@ -63,6 +64,33 @@ def test_where_keeps_rows_by_value_and_their_stored_numbers(tmp_path, records, s
     if not streaming:
         with pytest.raises(SourceError, match=r"where: {'id': \['9'\]}"):
             open_source(SourceConfig(**common, where={"id": ["9"]}))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_ranges_of_images_split_the_rows_and_keep_copies_together(tmp_path, encoded, streaming) -> None:
+    """Every row is in exactly one range; a picture that is missing is in all, so that its reader lists it."""
+    pictures: list[bytes | None] = [encoded((12 * number, 90, 30)) for number in range(20)]
+    rows = [{"image": picture, "id": number, "text": "고양이"} for number, picture in enumerate([*pictures * 2, None])]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    common = {"path": str(tmp_path / "rows.parquet"), "captions": {"ko": "text"}, "streaming": streaming}
+    parts = []
+    for part in ([0.0, 0.25], [0.25, 0.5], [0.5, 1.0]):
+        numbers = [
+            int(row.key.rpartition("/")[2]) for row in all_rows(open_source(SourceConfig(**common, image_range=part)))
+        ]
+        assert numbers[-1] == 40
+        assert 0 < len(numbers) < 41
+        parts.append(numbers[:-1])
+    assert all(
+        {number % 20 for number in numbers} == {number for number in numbers if number < 20} for numbers in parts
+    )
+    assert sorted(itertools.chain(*parts)) == list(range(40))
+
+
+@pytest.mark.parametrize("setting", [{"where": {"kind": ["x"]}}, {"image_range": [0.0, 0.5]}])
+def test_a_format_that_cannot_select_rows_refuses_to(setting) -> None:
+    with pytest.raises(SourceError, match=next(iter(setting))):
+        open_source(SourceConfig(**setting))
 
 
 @pytest.mark.parametrize("write", [parquet, parquet_of_bytes, nested_parquet, csv_file, webdataset, image_folder, hub])

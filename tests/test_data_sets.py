@@ -291,6 +291,12 @@ def test_the_rows_of_each_set(source):
     assert [(row["id"], row["vendor"]) for row in rows[:4]] == [("1f600", vendor) for vendor in emoji.VENDORS]
     assert {row["id"] for row in rows} == {"1f600", "2764", "1f469-200d-1f373"}
     assert rows[-1]["family"] == "cook"
+    assert (rows[-1]["keywords_ko"], rows[-1]["keywords_en"]) == (["ko keyword"], ["en keyword"])
+    words = [rows[-1]["name_ko"], "ko keyword"]
+    said = rows[-1]["sentences_ko"]
+    assert len(set(said)) == 2 * len(words)
+    assert all(word in sentence for word, pair in zip(words, (said[:2], said[2:]), strict=True) for sentence in pair)
+    assert emoji.sentences(["눈사람"]) == emoji.sentences(["눈사람"]) != emoji.sentences(["우산"])
     named = [json.loads(line) for line in Path("data/emoji/names.jsonl").read_text(encoding="utf-8").splitlines()]
     assert named[1]["vendors"] == ["noto", "twemoji", "openmoji"]
     assert (named[1]["char"], named[1]["name_ko"], named[1]["kw_ko"]) == ("❤️", "하트", ["ko keyword"])

@@ -1,11 +1,13 @@
 """Dual encoders of every class as sources of an alignment: their own text tower is kept and trained, or swapped."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from align_runs import ENGLISH, KOREAN, align, arguments, write_pairs
+from align_runs import ENGLISH, KOREAN, align, arguments
+from dual_sources import OPEN_CLIP, SIGMOID, SOURCES, loss_of, named, write_sources
 from peer_models import saved
 from PIL import Image
 from sentence_transformers import SentenceTransformer
@@ -15,6 +17,7 @@ import koclip
 from koclip.align.methods import adapt, text_encoder
 from koclip.config import ConfigError, SwapConfig
 from koclip.models.dual_encoder import DualEncoder
+from koclip.models.open_clip import convert, stock_source
 from koclip.models.pretrained import load_image_side
 from koclip.models.stock import bias_of, save_stock_model
 from koclip.publishing.formats.onnx import export
@@ -22,23 +25,26 @@ from koclip.publishing.formats.sentence_transformers import describe
 from koclip.publishing.preflight import preflight
 from koclip.text import tokenizers
 
-SOURCES = ["CLIP", "ChineseCLIP", "AltCLIP", "MetaCLIP 2", "SigLIP 2"]
-SIGMOID = ["SigLIP 2"]
 PICTURES = [Image.effect_noise((40, 36), 90).convert("RGB"), Image.new("RGB", (36, 50), "red")]
+
+
+def few(*quick: str) -> list[Any]:
+    """Return every source; all but `quick` are tested by `make slow`."""
+    return [kind if kind in quick else pytest.param(kind, marks=pytest.mark.slow) for kind in SOURCES]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources")
-    write_pairs(folder / "pairs.parquet")
-    for kind in SOURCES:
-        saved(kind, folder / kind)
+    folder = write_sources(tmp_path_factory.mktemp("sources"))
+    for kind in OPEN_CLIP:
+        convert(named(folder, kind), folder / kind)
     return folder
 
 
 def kept(place: Path, kind: str, directory: Path) -> Path:
     """Save a source with its own text tower after no step."""
-    config = SwapConfig(clip=str(place / kind), text_encoder="same")
+    source = stock_source(named(place, kind), directory.with_name("source"))
+    config = SwapConfig(clip=source, text_encoder="same")
     clip, images = load_image_side(config.clip)
     encoder = text_encoder(config, clip)
     assert encoder is not None
@@ -102,7 +108,7 @@ def run(place: Path, kind: str, name: str, *args: str) -> Path:
     directory = place / "runs" / f"{kind} {name}"
     if not directory.exists():
         more = ("--output_dir", str(directory), *args)
-        align(*arguments(place / kind, place / "pairs.parquet", *more))
+        align(*arguments(named(place, kind), place / "pairs.parquet", *more))
     return directory / "model"
 
 
@@ -118,8 +124,7 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", SOURCES)
 def test_every_method_trains_the_text_tower_of_every_source(kind: str, method: str, place: Path) -> None:
-    loss = ("--loss.name", "sigmoid") if kind in SIGMOID else ()
-    model = run(place, kind, method, "--model.text_encoder", "same", *METHODS[method], *loss)
+    model = run(place, kind, method, "--model.text_encoder", "same", *METHODS[method], *loss_of(kind))
     before, after = (koclip.load(path) for path in (place / kind, model))
     assert type(after.model) is type(before.model)
     assert not torch.equal(after.encode_texts(KOREAN), before.encode_texts(KOREAN))
@@ -141,10 +146,20 @@ def test_another_text_tower_leaves_the_image_space(kind: str, place: Path) -> No
     assert bias_of(stock) == bias_of(before.model)
 
 
-@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("kind", few("open_clip SigLIP"))
+def test_every_source_teaches_another_text_tower(kind: str, place: Path) -> None:
+    """Without images. The student's embeddings come nearer to the teacher's."""
+    steps = ("--train.num_steps", "30", "--optim.lr", "3e-3", "--eval.sets", "[]")
+    model = run(place, kind, "distilled", *NEW_TEXT, "--align.method", "distill", *steps)
+    before, after = (koclip.load(path) for path in (place / kind, model))
+    assert torch.equal(after.encode_images(PICTURES), before.encode_images(PICTURES))
+    log = [json.loads(line)["loss"] for line in (model.parent / "metrics.jsonl").read_text().splitlines()]
+    assert sum(log[-5:]) < 0.8 * sum(log[:5])
+
+
+@pytest.mark.parametrize("kind", few("SigLIP 2"))
 def test_what_was_trained_is_published(kind: str, place: Path) -> None:
-    loss = ("--loss.name", "sigmoid") if kind in SIGMOID else ()
-    model = run(place, kind, "frozen_image", "--model.text_encoder", "same", *METHODS["frozen_image"], *loss)
+    model = run(place, kind, "frozen_image", "--model.text_encoder", "same", *METHODS["frozen_image"], *loss_of(kind))
     problems = {check.name: check.problems for check in preflight(model)}
     assert len(problems) > 5
     assert [name for name in problems if problems[name]] == ["licence is stated"]  # there is no card yet

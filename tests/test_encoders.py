@@ -9,16 +9,21 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from dirty import encoded
 from peer_models import KINDS, VISION, WIDTH, bert, bert_tokenizer, joint, joint_processor, saved, xlmr_tokenizer
 from PIL import Image
+from sentence_transformers import SentenceTransformer
 from test_inference import picture
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor
 
 from koclip.config import ConfigError
+from koclip.data.sources import Row
 from koclip.encoders import load
 from koclip.encoders.transformers import TransformersEncoder
+from koclip.evaluation.embed import Embedder, Images
+from koclip.models.stock import layout_of
 
 TEXTS = ["별", "빨간 원 위에 있는 작은 파란 별 하나", "A red Circle", "고양이 2 마리"]
 PROJECTS = [kind for kind in KINDS if "SigLIP" not in kind]
@@ -52,6 +57,10 @@ def pictures() -> list[Image.Image]:
 
 def stock(kind: str, directory: Path) -> tuple[Tensor, Tensor]:
     """Embed as each class's documentation does."""
+    if kind == "Router":
+        library: Any = SentenceTransformer(str(directory), device="cpu")
+        options: dict[str, Any] = {"convert_to_tensor": True}
+        return library.encode(TEXTS, **options), library.encode(pictures(), **options)
     model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(directory)
     if kind.startswith("SigLIP"):
@@ -209,6 +218,30 @@ def test_fingerprints(kind: str, directory: Path, tmp_path: Path) -> None:
         processor = AutoProcessor.from_pretrained(directory)
         change(processor.tokenizer)
         assert TransformersEncoder(model, processor).fingerprint() != first
+
+
+def test_models_with_the_same_image_side_share_the_embeddings_of_images(
+    kind: str, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load(str(directory), "cpu")
+    if kind == "SigLIP 2 NaFlex":  # of which koclip does not know the image side
+        assert encoder.image_fingerprint() == encoder.fingerprint()
+        return
+    images = Images([Row(encoded(image, "PNG"), {}, str(number)) for number, image in enumerate(pictures())])
+    embedded = Embedder(encoder, 8, tmp_path).images(images)
+    whole, first, layout = encoder.fingerprint(), encoder.image_fingerprint(), layout_of(encoder.model)
+    for tower in (layout.text_tower, layout.image_tower):
+        weight = next(encoder.model.get_submodule(tower).parameters()).data.view(-1)
+        weight[0] += 1
+        assert encoder.fingerprint() != whole
+        assert (encoder.image_fingerprint() == first) == (tower == layout.text_tower)
+        if tower == layout.text_tower:
+            with monkeypatch.context() as patch:
+                patch.setattr(encoder, "encode_images", None)
+                assert torch.equal(Embedder(encoder, 8, tmp_path).images(images), embedded)
+        weight[0] -= 1
+    encoder.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    assert encoder.image_fingerprint() != first
 
 
 def refusal(spec: Path | str) -> str:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from koclip.config import ConfigError, DataConfig, SourceConfig
 from koclip.data.transforms import Views, centre_view, decode, digest_of
-from koclip.embeddings.fill import Cache, ItemBatch, embed_shard, image_features, teacher_features
+from koclip.embeddings.fill import Cache, embed_shard, image_features, teacher_features
+from koclip.embeddings.readers import ItemBatch
 from koclip.embeddings.store import Shards, StoredItem
 from koclip.encoders.transformers import TransformersEncoder
 from koclip.models.dual_encoder import DualEncoder, encode_images, from_scratch, text_features
@@ -31,7 +32,7 @@ def build(
     folder: Path, source: SourceConfig, encoder: DualEncoder | None = None, dtype: str = "fp32", **changes: object
 ) -> Shards:
     """Make the features of a source's images, by the same tower each time if none is given."""
-    config = DataConfig(sources=[source], **{"num_crops": 1, **changes})  # type: ignore[arg-type]
+    config = DataConfig(**{"sources": [source], "num_crops": 1, **changes})  # type: ignore[arg-type]
     tower = encoder or tiny_dual_encoder()
     return image_features(Accelerator(cpu=True), tower, config, Views(config, 32), Cache(folder, dtype))
 

@@ -1,6 +1,8 @@
 """Building features: what is broken is listed once, what was killed goes on, and training sees what it always saw."""
 
+import dataclasses
 import itertools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from align_runs import write_pairs
 from sources_on_disk import write_tar
 from test_features import build, images_of, rewrite
 from tiny import tiny_dual_encoder, tiny_tokenizer
@@ -18,9 +21,10 @@ from koclip.data.loader import train_loader
 from koclip.data.order import BatchPart
 from koclip.data.sources import open_source
 from koclip.data.transforms import MissingError, Views, digest_of
-from koclip.embeddings import fill
-from koclip.embeddings.fill import CaptionReader, ImageReader, ItemBatch, SourceShards, embed_shard
-from koclip.embeddings.store import Shards
+from koclip.embeddings import fill, readers
+from koclip.embeddings.fill import SourceShards, embed_shard
+from koclip.embeddings.readers import CaptionReader, ImageReader, ItemBatch
+from koclip.embeddings.store import Shards, Store
 from koclip.models.dual_encoder import encode_images
 
 pytestmark = pytest.mark.usefixtures("small_shards")
@@ -39,7 +43,7 @@ def test_killed_while_reading_and_built_again_gives_the_same_files(
 ) -> None:
     """What is there is not made again. `test_crash_points` dies in every operation on files."""
     build(tmp_path / "whole", pairs)
-    decode, calls = fill.decode, itertools.count()
+    decode, calls = readers.decode, itertools.count()
 
     def stop_in_the_second_shard(*args: Any) -> torch.Tensor:
         if next(calls) == 11:
@@ -47,7 +51,7 @@ def test_killed_while_reading_and_built_again_gives_the_same_files(
         return decode(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fill, "decode", stop_in_the_second_shard)
+        patch.setattr(readers, "decode", stop_in_the_second_shard)
         with pytest.raises(Killed):
             build(tmp_path / "killed", pairs)
     first = tmp_path / "killed" / "0-rows" / "shard-000000.safetensors"
@@ -62,8 +66,8 @@ def test_killed_while_reading_and_built_again_gives_the_same_files(
 
 def counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
     """Count the calls of a function that reads images from now on."""
-    calls, wrapped = [], getattr(fill, name)
-    monkeypatch.setattr(fill, name, lambda *args: (calls.append(1), wrapped(*args))[1])
+    calls, wrapped = [], getattr(readers, name)
+    monkeypatch.setattr(readers, name, lambda *args: (calls.append(1), wrapped(*args))[1])
     return calls
 
 
@@ -91,7 +95,7 @@ def test_a_pieces_views_travel_as_one_tensor(pairs: SourceConfig, monkeypatch: p
     """Each tensor from a worker takes a file handle: with one per image, 16 workers would use up all 1,024."""
     monkeypatch.setattr(fill, "BATCH_ROWS", 128)
     reader = ImageReader(Views(DataConfig(num_crops=2), 32), 10_000)
-    piece = reader.read(open_source(pairs).rows(range(20)), wanted=True)  # type: ignore[union-attr]
+    piece = reader.read(open_source(pairs).rows(range(20)), wanted=lambda _: True)  # type: ignore[union-attr]
     assert piece.inputs.shape == (20, 2, 3, 32, 32)  # type: ignore[union-attr]
     assert [value for item in piece.items for value in item if isinstance(value, torch.Tensor)] == []
 
@@ -100,6 +104,128 @@ def test_a_picture_that_comes_twice_has_one_embedding(pairs: SourceConfig, tmp_p
     rewrite(pairs, lambda rows: [*rows[:19], rows[19] | {"image": rows[2]["image"]}])  # in another shard
     shards = build(tmp_path / "kept", pairs, num_crops=3)
     assert len({tuple(shards.embedding(digest_of(image), 2).tolist()) for image in images_of(pairs)}) == 19
+
+
+def test_a_row_for_each_caption_embeds_each_image_once(
+    pairs: SourceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each once per batch of rows; a broken image is listed for each of its rows."""
+    monkeypatch.setattr(fill, "SHARD_ROWS", 10)
+    monkeypatch.setattr(fill, "BATCH_ROWS", 10)
+    rewrite(pairs, lambda rows: [row | {"image": b"no picture"} if n == 1 else row for n, row in enumerate(rows[:6])])
+    plain = build(tmp_path / "plain", pairs)
+    rewrite(pairs, lambda rows: [row for row in rows for _ in range(5)])
+    decoded = counted(monkeypatch, "decode")
+    shards = build(tmp_path / "repeated", pairs)
+    assert (len(plain), len(shards)) == (5, 5)
+    assert len(decoded) == 5 + 5  # and the broken image in each of its rows
+    assert len(shards.left_out) == 5
+    for image in images_of(pairs)[::10]:
+        torch.testing.assert_close(shards.embedding(digest_of(image)), plain.embedding(digest_of(image)))
+
+
+def half(pairs: SourceConfig) -> SourceConfig:
+    """Return a source with some of the photos, chosen by their content."""
+    return dataclasses.replace(pairs, image_range=[0.0, 0.5])
+
+
+def test_features_of_a_part_of_the_data_are_copied(
+    pairs: SourceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = build(tmp_path / "kept", pairs, num_crops=2)
+    stored = contents(tmp_path / "kept")
+    decoded = counted(monkeypatch, "decode")
+    monkeypatch.setattr(fill, "encode_images", None)
+    part = build(tmp_path / "kept", half(pairs), num_crops=2)
+    assert 0 < len(part) < len(whole)
+    assert decoded == []
+    shown = [digest_of(row.image) for row in open_source(half(pairs)).iter_rows()]  # type: ignore[arg-type]
+    assert len(shown) == len(part)
+    for digest, number in itertools.product(shown, range(2)):
+        assert torch.equal(part.embedding(digest, number), whole.embedding(digest, number))
+    assert stored.items() <= contents(tmp_path / "kept").items()  # the features of all the data are as before
+    assert len(build(tmp_path / "kept", pairs, num_crops=2)) == len(whole)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_only_new_items_are_embedded(
+    num_workers: int, pairs: SourceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken images, which no folder has an embedding of, are listed in each."""
+    rewrite(pairs, lambda rows: [row | {"image": b"no picture"} if n == 5 else row for n, row in enumerate(rows)])
+    part = build(tmp_path / "kept", half(pairs))
+    embedded: list[int] = []
+    encode = fill.encode_images
+    monkeypatch.setattr(
+        fill, "encode_images", lambda model, pixels: (embedded.append(len(pixels)), encode(model, pixels))[1]
+    )
+    whole = build(tmp_path / "kept", pairs, num_workers=num_workers)
+    assert sum(embedded) == len(whole) - len(part) > 0
+    assert len(whole.left_out) == 1
+    plain = build(tmp_path / "plain", pairs)
+    for image in images_of(pairs):
+        if image != b"no picture":
+            torch.testing.assert_close(whole.embedding(digest_of(image)), plain.embedding(digest_of(image)))
+
+
+def test_a_larger_data_set_under_another_name_copies(pairs: SourceConfig, tmp_path: Path) -> None:
+    """As the message about changed data says."""
+    before = build(tmp_path / "kept", pairs)
+    write_pairs(Path(pairs.path), 30)
+    with pytest.raises(ConfigError, match=r"data\.sources\[\]\.name"):
+        build(tmp_path / "kept", pairs)
+    after = build(tmp_path / "kept", dataclasses.replace(pairs, name="more"))
+    assert (len(before), len(after)) == (20, 30)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_what_two_sources_share_is_embedded_once(
+    stopped: bool, pairs: SourceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the run before stopped in the first source: the files are the same."""
+    sources = [pairs, dataclasses.replace(half(pairs), name="half")]
+    if stopped:
+        build(tmp_path / "whole", pairs, sources=sources)
+        shutil.copytree(tmp_path / "whole", tmp_path / "kept")
+        for path in [tmp_path / "kept" / "0-rows" / "shard-000001.safetensors", *(tmp_path / "kept").glob("1-*/*")]:
+            path.unlink()
+    embedded: list[int] = []
+    encode = fill.encode_images
+    monkeypatch.setattr(
+        fill, "encode_images", lambda model, pixels: (embedded.append(len(pixels)), encode(model, pixels))[1]
+    )
+    shards = build(tmp_path / "kept", pairs, sources=sources)
+    assert len(shards) > 20  # rows of both sources
+    assert sum(embedded) == (8 if stopped else 20)
+    if stopped:
+        assert contents(tmp_path / "kept") == contents(tmp_path / "whole")
+
+
+def test_a_broken_shard_is_not_copied(pairs: SourceConfig, tmp_path: Path) -> None:
+    build(tmp_path / "kept", pairs)
+    shard = tmp_path / "kept" / "0-rows" / "shard-000001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-7] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"align\.cache_dir: .*shard-000001\.safetensors"):
+        build(tmp_path / "kept", half(pairs))
+
+
+def test_captions_are_copied_too(pairs: SourceConfig, tmp_path: Path) -> None:
+    embedded: list[str] = []
+
+    def embed(batch: ItemBatch) -> torch.Tensor:
+        embedded.extend(batch.inputs)
+        return torch.tensor([[[float(len(text))]] for text in batch.inputs])
+
+    for source in (half(pairs), pairs):
+        work = fill.Work(CaptionReader("ko"), embed, torch.float32, "captions")
+        config = DataConfig(sources=[source], num_crops=1)
+        shards, _ = fill.fill(Store(tmp_path / "kept", "align.cache_dir"), {"tower": "lengths"}, config, work)
+    rows = pq.read_table(pairs.path).to_pylist()
+    texts = {text for row in rows for text in row["captions_ko"]}
+    assert sorted(embedded) == sorted(texts)  # each once
+    assert all(shards.embedding(digest_of(text.encode())) == len(text) for text in texts)
 
 
 def batches(config: DataConfig, steps: int = 8, known: Precomputed | None = None) -> list[Batch]:

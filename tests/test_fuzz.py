@@ -128,7 +128,7 @@ def outcome(data: bytes, max_pixels: int) -> str:
         assert 0 < image[0].numel() <= max_pixels
     except ImageError as error:
         return str(error)
-    except Exception as error:
+    except Exception as error:  # any other error is a fault of `decode`: the caller fails on "WRONG"
         return f"WRONG {type(error).__name__}: {error}"
     return "read"
 

@@ -273,4 +273,4 @@ def test_sentence_transformers_fingerprints_and_refusals(tmp_path: Path) -> None
         load(f"sentence_transformers:{tmp_path}/bert+{images}", "cpu")
     with pytest.raises(ValueError, match=r"^model: .*BertModel"):
         load(f"sentence_transformers:{texts}+{texts}", "cpu")
-    assert "expected sentence_transformers:<text model>+<image model>" in refusal(f"sentence_transformers:{texts}")
+    assert "sentence_transformers:<text model>+<image model>" in refusal(f"sentence_transformers:{texts}")

@@ -20,7 +20,7 @@ from koclip.config import DataConfig, IndexConfig
 from koclip.data.batches import Assembler, Sample
 from koclip.data.sources import Row, Skip
 from koclip.data.transforms import CORRUPTIONS, ImageError, Views, corrupt, decode
-from koclip.embeddings.fill import ImageReader
+from koclip.embeddings.readers import ImageReader
 from koclip.encoders.transformers import TransformersEncoder
 from koclip.evaluation import embed
 from koclip.models.dual_encoder import from_scratch
@@ -155,8 +155,9 @@ def test_every_path_sees_the_same_pixels(head, model, tmp_path) -> None:
 
     trained = Assembler(DataConfig(num_crops=1), tiny_tokenizer(), views).sample(row, 0, (0,))
     assert isinstance(trained, Sample)
-    assert torch.equal(trained.pixels, expected)
-    features = ImageReader(views, MAX_PIXELS).read([row], wanted=True).inputs
+    assert trained.seen.pixels is not None
+    assert torch.equal(trained.seen.pixels, expected)
+    features = ImageReader(views, MAX_PIXELS).read([row], wanted=lambda _: True).inputs
     assert torch.equal(features[0, 0], expected)
     np.testing.assert_array_equal(np.asarray(embed.Images([row])[0]), right)
     np.testing.assert_array_equal(np.asarray(guard.read_picture(file)[0]), right)
@@ -325,7 +326,7 @@ sys.path[:0] = sys.argv[2:]
 import koclip
 from koclip.config import DataConfig, IndexConfig
 from koclip.data.batches import Assembler
-from koclip.embeddings.fill import ImageReader
+from koclip.embeddings.readers import ImageReader
 from koclip.data.sources import Row, Skip
 from koclip.data.transforms import Views
 from koclip.encoders.transformers import TransformersEncoder
@@ -346,7 +347,7 @@ views = Views(DataConfig(num_crops=1), 224)
 for path in sorted((folder / "photos").glob("narrow*")):
     row = Row(path, {"ko": ["사진"]}, "narrow")
     print(type(Assembler(DataConfig(num_crops=1), tiny_tokenizer(), views).sample(row, 0, (0,))).__name__)
-    print("listed" if ImageReader(views, 10**8).read([row], True).items[0].reason else "used")
+    print("listed" if ImageReader(views, 10**8).read([row], lambda _: True).items[0].reason else "used")
     for image in (path, Image.open(path)):
         try:
             print(encoder.encode_images([image]).shape)

@@ -224,8 +224,8 @@ def test_weights_that_the_class_does_not_know_are_found(model):
     weights = load_file(model / "model.safetensors")
     save_file(weights | {"extra": torch.zeros(2)}, model / "model.safetensors", metadata={"format": "pt"})
     problems = failing(preflight.preflight(model))
-    assert list(problems) == ["loads by stock transformers alone"]
-    assert "unexpected_keys: extra" in problems["loads by stock transformers alone"]
+    assert list(problems) == ["loads by stock libraries alone"]
+    assert "unexpected_keys: extra" in problems["loads by stock libraries alone"]
 
 
 def test_embeddings_that_differ_are_found(model, monkeypatch):

@@ -174,7 +174,7 @@ def test_stock_callers_get_koclips_embeddings_of_texts_that_are_not_clean(publis
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_only_some_families_compose_by_themselves(name, published, texts) -> None:
-    from koclip.text.tokenizers import cleaning
+    from koclip.text.cleaning import cleaning
 
     composed, decomposed = (published[name].original(texts[form])["input_ids"] for form in ("NFC", "NFD"))
     assert (composed == decomposed) == FAMILIES[name].composes

@@ -357,7 +357,9 @@ def test_a_training_run_leaves_the_same_files(measured, tmp_path, capsys):
     log = [{"step": 5, "loss": 1.0, "accuracy": 0.5}, {"step": 10, "loss": 0.5, watched: 0.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
     (tmp_path / "environment.json").write_text(json.dumps(surroundings() | {"num_processes": 1}), encoding="utf-8")
-    (tmp_path / "skipped.jsonl").write_text('{"key": "a"}\n', encoding="utf-8")
+    (tmp_path / "skipped.jsonl").write_text(
+        '{"key": "rows/7", "reason": "no <usable> caption", "source": "pairs.csv"}\n', encoding="utf-8"
+    )
     assert report(tmp_path, embedder, sets) == {
         name: metric for name, metric in metrics.items() if name[:6] != "people"
     }
@@ -365,6 +367,8 @@ def test_a_training_run_leaves_the_same_files(measured, tmp_path, capsys):
     reader = Reader()
     reader.feed((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert len([tag for tag, _ in reader.tags if tag == "img"]) == len(KINDS) + 1
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(text in page for text in ("rows/7", "no &lt;usable&gt; caption", "pairs.csv"))
     assert tmp_path.name in (tmp_path / "table.md").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["environment"]["num_processes"] == 1
     assert str(tmp_path / "skipped.jsonl") in capsys.readouterr().out.replace("\n", "")
@@ -375,4 +379,7 @@ def test_the_picture_of_training_shows_main_numbers_only(tmp_path):
     log = [{"step": 5, "loss": 1.0, "accuracy": 0.5}, {"step": 10, **dict.fromkeys(names, 0.5)}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log), encoding="utf-8")
     figure = training_figure(tmp_path / "metrics.jsonl", dict.fromkeys(names, Metric(0.5, (0.4, 0.6), 9)))
-    assert [line.get_label() for line in figure.axes[1].lines] == names[:1]
+    (label,) = (str(line.get_label()) for line in figure.axes[1].lines)
+    (record,) = (record for record in records_of({names[0]: Metric(0.5, (0.4, 0.6), 9)}, SPECS))
+    assert all(part in label for part in ("scenes", record.label(), "ko"))
+    assert names[0] not in label

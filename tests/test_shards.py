@@ -28,7 +28,8 @@ from koclip.data.loader import train_loader, training_captions
 from koclip.data.order import BatchPart
 from koclip.data.sources import open_source
 from koclip.data.transforms import Views
-from koclip.embeddings.fill import CaptionReader, ImageReader, SourceShards
+from koclip.embeddings.fill import SourceShards
+from koclip.embeddings.readers import CaptionReader, ImageReader
 from koclip.evaluation.sets import open_set
 
 BLOCK = 512

@@ -17,6 +17,7 @@ SPACE = Path(__file__).parents[1] / "space"
 sys.path.insert(0, str(SPACE))
 
 import answers  # noqa: E402
+import examples  # noqa: E402
 import guard  # noqa: E402
 import texts  # noqa: E402
 
@@ -99,6 +100,37 @@ def test_captions_are_those_that_are_given(app):
     assert next(iter(scores)) == "파랑이다"
     assert len(scores) == 3
     assert app.captions(picture(), "") == {}  # the collection's pictures have none
+
+
+def test_examples_are_images_of_the_index_with_general_words(app, tmp_path):
+    """The pictures have no captions."""
+    given = examples.examples(app.index, tmp_path / "examples")
+    thumbnails = [app.index.entry(place).thumbnail for place in range(len(app.index))]
+    shown = [Image.open(io.BytesIO(thumbnail)).convert("RGB").tobytes() for thumbnail in thumbnails]
+    paths = {row[0] for tab in ("classify", "caption", "heatmap") for row in given[tab]}
+    assert len(paths) == 4
+    assert all(Image.open(path).tobytes() in shown for path in paths)
+    assert given["search"] == [["사람"], ["음식"], ["a person"], ["food"]]
+    for path, labels, template, whole in given["classify"]:
+        assert len(app.classify(Image.open(path), labels, template, whole).scores) == 4
+    for path, query in given["heatmap"]:
+        app.heat(Image.open(path), query, "cover")
+
+
+@pytest.mark.parametrize("thumbnail_size", [64, 0])
+def test_examples_have_the_captions_of_the_images(thumbnail_size, tmp_path):
+    """Without thumbnails, they are drawn images and their captions."""
+    options = {"images": "scenes", "max_images": 20, "thumbnail_size": thumbnail_size}
+    build.build(IndexConfig(model="colours", **options), ColourEncoder(), tmp_path / "index")
+    index = open_index(tmp_path / "index")
+    given = examples.examples(index, tmp_path / "examples")
+    records = [index.entry(place).record for place in range(20)]
+    own = {text for record in records for texts in record["captions"].values() for text in texts}
+    texts_shown = {row[0] for row in given["search"]} | {row[1] for row in given["heatmap"]}
+    texts_shown |= {label for row in given["classify"] for label in row[1].split("\n")}
+    assert len(texts_shown) > 4
+    assert (texts_shown <= own) == bool(thumbnail_size)
+    assert given["caption"][0][1] == ""
 
 
 def test_captions_are_else_those_of_the_collection(tmp_path):

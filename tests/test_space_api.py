@@ -338,7 +338,7 @@ def test_500_hostile_calls_do_no_harm(space, client, photo, tmp_path):
         try:
             client.predict(*args, api_name=name)
             answered += 1
-        except Exception as error:
+        except Exception as error:  # gradio's client has no type for a refusal; `is_fair` fails on other errors
             is_fair(str(error), space)
             refused += 1
     print(f"{answered} answered, {refused} refused")  # noqa: T201

@@ -30,8 +30,11 @@ METHODS = {
     "full": ["--align.first_steps", "3", "--align.second_lr", "5e-4", "--align.layer_decay", "0.9"],
     "distill": ["--distill.mse", "0.5"],
     "two_stage": ["--align.first_steps", "3", "--loss.name", "sigmoid"],
+    "unfreeze": ["--align.first_steps", "2", "--align.second_steps", "2", "--align.text_layers", "1"],
     "anchored": ["--align.method", "frozen_image", "--distill.anchor", "0.5"],
+    "preserved": ["--align.method", "full", "--distill.preserve", "2", "--loss.tile_rows", "3"],
     "pieces": ["--align.method", "frozen_image", "--train.micro_batch_size", "3"],
+    "unused": ["--align.method", "frozen_image"],  # LUKE, whose weights for entities no text uses
 }
 BROKEN = {"image": 2, "captions_ko": 9, "captions_en": 14, "image and captions": 21}
 
@@ -51,6 +54,11 @@ def write(folder: Path) -> None:
     FAMILIES["bert"].write(folder / "bert")
     size = len(AutoTokenizer.from_pretrained(folder / "bert"))
     write_encoder(folder / "bert", "bert", size, max_position_embeddings=40, **_DROPOUT)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "bert")
+    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.cls_token_id}
+    ids |= {"eos_token_id": tokenizer.sep_token_id}
+    sizes = {"max_position_embeddings": 60, "entity_vocab_size": 9, "entity_emb_size": 16}
+    write_encoder(folder / "luke", "luke", size, **ids, **sizes, **_DROPOUT)
 
 
 def run_all(folder: Path) -> None:
@@ -60,9 +68,16 @@ def run_all(folder: Path) -> None:
     count = distributed.world_size()
     for name, args in METHODS.items():
         method = [] if "--align.method" in args else ["--align.method", name]
-        encoder = [] if name == "full" else ["--model.text_encoder", "same" if name == "lora" else str(folder / "bert")]
+        own = {"lora": "same", "unused": str(folder / "luke")}
+        encoder = [] if "full" in (name, *args) else ["--model.text_encoder", own.get(name, str(folder / "bert"))]
         rest = ["--train.batch_size", str(8 // count), "--output_dir", str(folder / f"{name}-{count}")]
         rest += ["--eval.sets", f"[{{source: {{{clean}}}, max_images: 8}}]"]
+        rest += ["--optim.eps", "1e-4"]  # with 1e-6, AdamW's first steps turn rounding into moves
+        if name == "unused":
+            rest += ["--tokenizer.path", str(folder / "bert")]
+        if name == "preserved":  # the pairs with English captions are compared with the source
+            mixed = clean.replace("clean", "pairs") + ", languages: {ko: 0.5, en: 0.5}"
+            rest += ["--data.sources", f"[{{{mixed}}}]"]
         with counted() as measured:
             align(*arguments(folder / "source", folder / "pairs.parquet", *method, *encoder, *args, *rest))
         everyone = distributed.gather_objects(len(measured))

@@ -1,9 +1,9 @@
 """LoRA and DoRA for a stock dual encoder, with PEFT. No other module uses PEFT.
 
 The adapted layers are the linear layers (attention and MLP) inside a tower's numbered layers. A new text projection,
-which has random weights, is trained fully. So is the pooler before it, if the class uses it and the text tower is
-adapted. All other weights are frozen, also the image projection and the logit scale. The model keeps its class, its
-configuration and its methods. Only its state dict has other names; `merge` returns the stock names.
+which has random weights, is trained fully. All other weights are frozen, also the image projection and the logit scale.
+The model keeps its class, its configuration and its methods. Only its state dict has other names; `merge` returns the
+stock names.
 """
 
 import copy
@@ -22,6 +22,7 @@ from torch import nn
 
 from koclip import storage
 from koclip.config import AdapterConfig, check
+from koclip.models.first_token import fold
 from koclip.models.pretrained import is_hub_id
 from koclip.models.stock import StockModel
 
@@ -81,7 +82,7 @@ _SWAPPED = """\
 from koclip.models.pretrained import load_image_side, load_text_encoder
 from koclip.models.swap import swap_text_tower
 
-base = swap_text_tower(load_image_side("{clip}")[0], load_text_encoder("{text_encoder}"))"""
+base = swap_text_tower(load_image_side("{clip}")[0], load_text_encoder("{text_encoder}"){pooling})"""
 _WHOLE = """\
 from transformers import AutoModel
 
@@ -97,20 +98,18 @@ def attach(model: StockModel, config: AdapterConfig, new_text: bool = True, seed
     Raises:
         ConfigError: a tower has no linear layers to adapt.
     """
-    full = ["text_projection"] if new_text else []
-    if new_text and config.target != "image" and getattr(model.text_model, "pooler", None) is not None:
-        full.append("text_model.pooler")
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         use_dora=config.dora,
         target_modules="|".join(_layers(model, tower) for tower in _TOWERS[config.target]),
-        modules_to_save=full or None,
+        modules_to_save=["text_projection"] if new_text else None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(lora, model)
+        without_values = any(weight.is_meta for weight in model.parameters())  # neither have the adapters
+        inject_adapter_in_model(lora, model, low_cpu_mem_usage=without_values)
 
 
 def merge(model: StockModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -170,6 +169,7 @@ def save(
     config.save_pretrained(folder)
     sides = [side for side in ("text", "image") if _TOWERS[side][0] in config.target_modules]
     names = {"clip": base.base_model or "<model.clip>", "text_encoder": base.text_encoder or "<model.text_encoder>"}
+    names["pooling"] = ', pooling="mean"' if getattr(model.config, "pooling", None) == "mean" else ""
     text = _README.format(
         kind=base.method,
         rank=config.r,
@@ -221,7 +221,7 @@ def _merged(config: LoraConfig, tensors: dict[str, torch.Tensor]) -> dict[str, t
 
 def _file(model: StockModel, state_dict: dict[str, torch.Tensor]) -> bytes:
     stock = {name.removeprefix("model."): value for name, value in state_dict.items()}
-    adapter = get_peft_model_state_dict(model, stock)
+    adapter = get_peft_model_state_dict(model, fold(model, stock))
     weights = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in adapter.items()}
     # PEFT reads DoRA's magnitudes with or without the suffix `.weight`, transformers only with it.
     magnitudes = [name for name in weights if name.endswith(".lora_magnitude_vector")]

@@ -16,11 +16,22 @@ from koclip.config.checks import (
     check_languages,
     check_pixels,
     locate,
+    peer,
 )
+from koclip.config.curation import BalanceRules, CaptionRules, CurateConfig, DuplicateRules, PictureRules
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig
 from koclip.config.parsing import dump, parse, run, to_dict
-from koclip.config.recipes import AlignConfig, DataSetConfig, EvaluateConfig, IndexConfig, PretrainConfig, PublishConfig
+from koclip.config.planning import PlanConfig
+from koclip.config.recipes import (
+    AlignConfig,
+    DataSetConfig,
+    EvaluateConfig,
+    IndexConfig,
+    PretrainConfig,
+    PublishConfig,
+    TrimConfig,
+)
 from koclip.config.training import AdapterConfig, LossConfig, ModelConfig, OptimConfig, SwapConfig, TrainConfig
 
 __all__ = [
@@ -28,10 +39,14 @@ __all__ = [
     "AdapterConfig",
     "AlignConfig",
     "AlignMethodConfig",
+    "BalanceRules",
+    "CaptionRules",
     "ConfigError",
+    "CurateConfig",
     "DataConfig",
     "DataSetConfig",
     "DistillConfig",
+    "DuplicateRules",
     "EvalConfig",
     "EvalSetConfig",
     "EvaluateConfig",
@@ -39,6 +54,8 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "OptimConfig",
+    "PictureRules",
+    "PlanConfig",
     "PretrainConfig",
     "PublishConfig",
     "RatingsConfig",
@@ -49,6 +66,7 @@ __all__ = [
     "SwapConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "TrimConfig",
     "all_faults",
     "check",
     "check_changes",
@@ -58,6 +76,7 @@ __all__ = [
     "dump",
     "locate",
     "parse",
+    "peer",
     "run",
     "to_dict",
 ]

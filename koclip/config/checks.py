@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,18 @@ class RunError(RuntimeError):
 
 class Stopped(Exception):  # noqa: N818 - not an error
     """The run was asked to stop and has saved a checkpoint. The message says how to continue."""
+
+
+def peer(package: str, key: str) -> Any:
+    """Import a package of the extra `peers`. `key` is the configuration key that needs it.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise ConfigError(f"{key}: {package} is not installed ({error}): pip install 'koclip[peers]'") from error
 
 
 # Errors that a wrong value can cause in the code after a failed check. A `ConfigError` is a `ValueError`.
@@ -54,6 +67,14 @@ def check_least(section: object, prefix: str, least: int, *names: str) -> None:
 def check_share(key: str, value: float) -> None:
     """Check that a value is a share below 1."""
     check(0 <= value < 1, key, value, "expected 0 or more and less than 1")
+
+
+def check_encoding(key: str, name: str) -> None:
+    """Check that Python knows an encoding of texts."""
+    try:
+        "".encode(name)
+    except LookupError:
+        check(False, key, name, "expected a name such as utf-8, cp949 or utf-16")
 
 
 @contextmanager
@@ -175,7 +196,13 @@ def _listing(folder: str, changed: int) -> dict[str, list[str]]:
 # Keys that do not change the trained model. (The loader checks `data.num_workers` if it reads streams.)
 FREE = (
     *("output_dir", "resume", "resume_with", "eval", "data.num_workers", "data.max_skipped_fraction"),
-    *("align.cache_dir", "loss.tile_rows", "model.image_gradient_checkpointing", "model.text_gradient_checkpointing"),
+    *(
+        "align.cache_dir",
+        "align.compare_source",
+        "loss.tile_rows",
+        "model.image_gradient_checkpointing",
+        "model.text_gradient_checkpointing",
+    ),
     *("train.num_processes", "train.num_threads", "train.micro_batch_size", "train.compile", "train.tracker"),
     *("train.log_every", "train.eval_every", "train.save_every", "train.keep_checkpoints", "train.max_bad_steps"),
     "train.spike_sigmas",

@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from koclip.config.checks import all_faults, check, check_languages, check_least, check_pixels, check_share
+from koclip.config.checks import (
+    all_faults,
+    check,
+    check_encoding,
+    check_languages,
+    check_least,
+    check_pixels,
+    check_share,
+)
 
 _NO_NUL = "expected no NUL character: file names cannot have one"
 
@@ -47,6 +55,9 @@ class SourceConfig:
         label: Column that holds the class of the image, as a name or a number, for evaluation by classes.
         languages: Relative chance of drawing a caption in each language. Default: equal chances.
         where: Keep only rows whose column holds one of the listed values, for example `{vendor: [noto, twemoji]}`.
+        image_range: Keep only rows whose image is in this range. A hash of an image's bytes gives it a place from 0 to
+            1, so `[0, 0.1]` keeps about a tenth of the images. `[0, 0.1]` to choose settings and `[0.1, 1]` to train
+            have no image in common, also if rows repeat images.
         weight: Relative number of rows drawn from this source if there are several. Default: its number of rows, or 1
             for streamed sources.
         scenes_size: Number of images in `scenes`; must be even, because they come in pairs.
@@ -69,12 +80,18 @@ class SourceConfig:
     label: str | None = None
     languages: dict[str, float] | None = None
     where: dict[str, list[str]] | None = None
+    image_range: list[float] | None = None
     weight: float | None = None
     scenes_size: int = 100_000
     scenes_part: Literal["train", "test"] = "train"
 
     @all_faults()
     def __post_init__(self) -> None:
+        bounds = [0.0, 1.0] if self.image_range is None else self.image_range
+        ordered = len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= 1
+        check(ordered, "data.sources[].image_range", self.image_range, "expected two numbers, 0 <= first < second <= 1")
+        pictured = self.image_range is None or self.image is not None
+        check(pictured, "data.sources[].image_range", self.image_range, "expected none with `image: null`")
         named = bool(self.captions or self.label)
         check(named, "data.sources[].captions", self.captions, "name at least one caption column")
         check(self.image != [], "data.sources[].image", self.image, "name at least one column, or null for no images")
@@ -95,10 +112,7 @@ class SourceConfig:
         even = self.scenes_size >= 2 and self.scenes_size % 2 == 0
         check(even, "data.sources[].scenes_size", self.scenes_size, "expected an even number, 2 or more")
         check(self.weight is None or self.weight > 0, "data.sources[].weight", self.weight, "expected more than 0")
-        try:
-            "".encode(self.encoding)
-        except LookupError:
-            check(False, "data.sources[].encoding", self.encoding, "expected a name such as utf-8, cp949 or utf-16")
+        check_encoding("data.sources[].encoding", self.encoding)
 
     @property
     def short_name(self) -> str:
@@ -188,12 +202,15 @@ class TokenizerConfig:
         vocab_size: Size of the trained vocabulary, including 512 byte symbols and 2 special tokens.
         max_tokens: Longest caption in tokens, including 2 special tokens; longer captions are cut.
         train_captions: Train the tokenizer on at most this many captions, the first of the sources.
+        prefix: Text before every text, such as "query: " for multilingual-e5. It becomes a rule of the tokenizer, so
+            users of the published model must not add it. A blank text gets none. Default: that of the tokenizer.
     """
 
     path: str | None = None
     vocab_size: int = 1_000
     max_tokens: int = 32
     train_captions: int = 1_000_000
+    prefix: str = ""
 
     @all_faults()
     def __post_init__(self) -> None:

@@ -33,6 +33,7 @@ def parse(
     words = list(sys.argv[1:] if args is None else args)
     if first is not None and words and not words[0].startswith("-"):
         words.insert(0, f"--{first}")
+    words = _collect_overrides(words, schema)
     words = _join_lists(words, schema)
     words = _spell_out_flags(words, schema)
     words = _replace_lists(words, set(_lists_of_sections(schema)))
@@ -51,6 +52,20 @@ def parse(
     except (ArgumentError, ConfigError, OSError) as error:
         known = [option for action in parser._actions for option in action.option_strings]
         _explain(" ".join(str(error).split()) + _nearest(str(error), known))
+
+
+def _collect_overrides(words: list[str], schema: Any) -> list[str]:
+    """Put options with a dot into the list `overrides` of a schema that has it: they are keys of another recipe."""
+    if "overrides" not in {field.name for field in dataclasses.fields(schema)}:
+        return words
+    own: list[str] = []
+    overrides: list[str] = []
+    target = own
+    for word in words:
+        if word.startswith("--"):
+            target = overrides if "." in word.split("=")[0] else own
+        target.append(word)
+    return [*own, *([f"--overrides={json.dumps(overrides)}"] if overrides else [])]
 
 
 def _join_lists(words: list[str], schema: Any) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from koclip.config.alignment import METHODS, AlignMethodConfig, DistillConfig, Stage
-from koclip.config.checks import all_faults, check, check_least, check_pixels
+from koclip.config.checks import all_faults, check, check_encoding, check_least, check_pixels, check_share
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig
 from koclip.config.training import AdapterConfig, LossConfig, ModelConfig, OptimConfig, SwapConfig, TrainConfig
@@ -68,19 +68,23 @@ class AlignConfig(RunConfig):
 
     @all_faults()
     def __post_init__(self) -> None:
-        first, steps = self.align.first_steps, self.train.num_steps
+        first, second, steps = self.align.first_steps, self.align.second_steps, self.train.num_steps
         check(first < steps, "align.first_steps", first, f"expected fewer than train.num_steps ({steps})")
+        fix = f"expected at most train.num_steps minus align.first_steps ({steps - first})"
+        check(second == 0 or second <= steps - first, "align.second_steps", second, fix)
         _check_run(self)
         cached = self.align.cache and any(stage.images and not stage.trains_image for stage in self.stages)
         fixed = self.data.num_crops >= 1 or not cached
         fix = "expected 1 or more, because align.cache stores the embeddings of fixed crops"
         check(fixed, "data.num_crops", self.data.num_crops, fix)
+        self._check_projection()
+        self._check_preserve()
         language = self.distill.language if self.taught else None
         captions = {source.short_name: list(source.captions) for source in self.data.sources}
         missing = {name: languages for name, languages in captions.items() if language and language not in languages}
         fix = (
             f"expected {language}, too, because the teacher reads it: add captions in {language}, or train without a "
-            "teacher (align.method frozen_image, distill.anchor 0)"
+            "teacher (align.method frozen_image, distill.anchor 0, distill.preserve 0)"
         )
         check(not missing, "data.sources[].captions", missing, fix)
         random_text = self.model.text_encoder is None or self.model.text_encoder.startswith("auto:")
@@ -90,6 +94,38 @@ class AlignConfig(RunConfig):
         same = self.model.text_encoder == "same"
         distilled = same and not any(stage.images for stage in self.stages)
         check(not distilled, "model.text_encoder", "same", "expected another text encoder, for the teacher to teach")
+
+    def _check_projection(self) -> None:
+        """Check that a stage that trains projections only can cache what it needs."""
+        projects = any(stage.text_layers == 0 for stage in self.stages)
+        whole = not (projects and self.align.cache and self.data.word_dropout)
+        fix = f"expected 0, because {self.align.method} caches the features of whole captions; or set align.cache false"
+        check(whole, "data.word_dropout", self.data.word_dropout, fix)
+        encoder = self.model.text_encoder
+        pretrained = encoder is not None and not encoder.startswith("auto:")
+        fix = f"name a pretrained text encoder, because {self.align.method} keeps its random weights"
+        check(pretrained or not projects, "model.text_encoder", encoder, fix)
+        whole = pretrained or self.align.text_layers is None
+        fix = "remove it: the layers below have random weights, because model.text_encoder is new"
+        check(whole, "align.text_layers", self.align.text_layers, fix)
+        kept = self.align.image_projection_decay is None or not self.distill.preserve
+        fix = "expected 0 with align.image_projection_decay, which changes the image embeddings that it compares with"
+        check(kept, "distill.preserve", self.distill.preserve, fix)
+
+    def _check_preserve(self) -> None:
+        """Check that the run has what the preservation term compares: images, and captions that the source reads."""
+        preserve, language = self.distill.preserve, self.distill.language
+        key, images = "distill.preserve", any(stage.images for stage in self.stages)
+        check(not preserve or images, key, preserve, f"expected 0: {self.align.method} sees no images; use anchor")
+        sources = self.data.sources
+        mixed = any((source.languages or dict.fromkeys(source.captions, 1.0)).get(language) for source in sources)
+        languages = [source.languages or list(source.captions) for source in sources]
+        fix = f"expected {language} with a weight above 0, because distill.preserve needs such captions in the batches"
+        check(not preserve or mixed, "data.sources[].languages", languages, fix)
+        changes = any(stage.images and stage.trains_image for stage in self.stages)
+        fixed = self.data.num_crops >= 1 or not (preserve and changes)
+        fix = "expected 1 or more, because distill.preserve compares with the source's embeddings of fixed crops"
+        check(fixed, "data.num_crops", self.data.num_crops, fix)
 
     @property
     def text_tokenizer(self) -> TokenizerConfig:
@@ -108,20 +144,27 @@ class AlignConfig(RunConfig):
         """The stages of `align.method`, with their steps, learning rates and teacher."""
         method = METHODS[self.align.method]
         plans = method.stages if self.align.first_steps or not method.stages[0].optional else method.stages[1:]
-        bounds = [0, *([self.align.first_steps] if len(plans) > 1 else []), self.train.num_steps]
+        first, second = self.align.first_steps, self.align.second_steps
+        bounds = [0, *[first, first + second][: len(plans) - 1], self.train.num_steps]
+        second_lr = self.align.second_lr or self.optim.lr
+        rates = self.optim.lr, second_lr, self.align.third_lr or second_lr
+        layers = {"projection": 0, "layers": self.align.text_layers, "all": None}
         image_adapters = method.adapters and self.lora.target != "text"
         stages = []
         for number, plan in enumerate(plans):
-            lr = (self.align.second_lr if number else None) or self.optim.lr
+            if bounds[number] == bounds[number + 1]:
+                continue  # no steps are left for the last stage
             stages.append(
                 Stage(
                     plan.name,
                     start=bounds[number],
                     end=bounds[number + 1],
-                    lr=lr,
+                    lr=rates[number],
                     images=plan.images,
-                    distill=self.distill if plan.distills or self.distill.anchor else None,
+                    distill=self.distill if plan.distills or self.distill.in_stages_with_images else None,
                     trains_image=plan.trains_image or image_adapters,
+                    text_layers=layers[plan.text],
+                    image_decay=self.align.image_projection_decay,
                     layer_decay=self.align.layer_decay,
                 )
             )
@@ -143,9 +186,11 @@ class EvaluateConfig:
 
     Args:
         model: The model: a directory or Hub id of a dual encoder of transformers; or
-            `open_clip:<name>@<tag or file>`, `sentence_transformers:<text model>+<image model>`,
-            `mclip:<text model>+<image model>`.
+            `open_clip:<name>@<tag or file>`, `sentence_transformers:<model>`,
+            `sentence_transformers:<text model>+<image model>`, `mclip:<text model>+<image model>`.
         models: Several models to compare: `--models a b c`.
+        source: Model that the others started from. It is evaluated, too, and the report says what each model has kept,
+            forgotten and gained, query by query. Default: no comparison.
         output_dir: Directory of results, table and charts. Default: `runs/evaluate-<date and time>`.
         cache_dir: Directory of cached embeddings, which later evaluations on the same data reuse. null: no cache.
         sets: Data sets to evaluate on.
@@ -157,6 +202,7 @@ class EvaluateConfig:
 
     model: str | None = None
     models: list[str] = field(default_factory=list)
+    source: str | None = None
     output_dir: str | None = None
     cache_dir: str | None = "runs/embeddings"
     sets: list[EvalSetConfig] = field(default_factory=list)
@@ -310,3 +356,43 @@ class DataSetConfig:
     name: str = ""
     output_dir: str | None = None
     accept_terms: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrimConfig:
+    """Cut the vocabulary of a text encoder or a dual encoder to the pieces that your texts use.
+
+    Args:
+        model: Directory or Hub id of a text encoder, a dual encoder, or a sentence-transformers model. WordPiece,
+            Unigram and BPE tokenizers, with weights in safetensors.
+        texts: Text files (`.txt`, one text per line), or data sets with the columns `captions_ko` and `captions_en`:
+            `--texts captions.parquet corpus.txt`. Patterns such as `corpus/*.txt` are allowed. Each different text
+            counts once.
+        sources: Data sets with other columns. Their images are read for `image_range` only.
+        encoding: Encoding of the text files. A byte-order mark in the file overrides it.
+        output_dir: Directory of the result, and of the report `trim.json`, which contains some of the texts. An earlier
+            result is replaced; another directory that is not empty is refused.
+        min_count: Keep pieces that occur at least this often. Texts count in NFC and in NFD.
+        num_pieces: Keep at most this many pieces, the most frequent ones. Default: no limit. Special tokens, and bytes
+            or single characters as fallback, are always kept and count too.
+        held_out: Share of the texts, selected by a hash of their content, whose pieces are not counted. The report says
+            how many of them change. 0: count all texts.
+    """
+
+    model: str = ""
+    texts: list[str] = field(default_factory=list)
+    sources: list[SourceConfig] = field(default_factory=list)
+    encoding: str = "utf-8"
+    output_dir: str = "trimmed"
+    min_count: int = 1
+    num_pieces: int | None = None
+    held_out: float = 0.1
+
+    @all_faults()
+    def __post_init__(self) -> None:
+        check(bool(self.model), "model", self.model, "name a directory or Hub id of a text encoder or dual encoder")
+        some = bool(self.texts or self.sources)
+        check(some, "texts", self.texts, "name text files or data sets: --texts captions.parquet corpus.txt")
+        check_encoding("encoding", self.encoding)
+        check_least(self, "", 1, "min_count", "num_pieces")
+        check_share("held_out", self.held_out)

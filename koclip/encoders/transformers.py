@@ -1,6 +1,7 @@
 """Dual encoders of transformers: CLIP, ChineseCLIP, AltCLIP, SigLIP, SigLIP 2, MetaCLIP 2, VisionTextDualEncoder."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from koclip.config import check
 from koclip.data.transforms import to_rgb
 from koclip.encoders.base import Encoder, NoPatchesError, evaluating, fingerprint, tokenizer_rules, unknown_share
 from koclip.models.pretrained import read, read_processor, refuse
-from koclip.models.stock import LAYOUTS, bias_of, longest_text
+from koclip.models.stock import LAYOUTS, bias_of, layout_of, longest_text
 from koclip.text.tokenizers import LEGACY_EOS_ID
 
 DUAL_ENCODERS = (*(layout.model_class for layout in LAYOUTS), Siglip2Model)
@@ -63,6 +64,14 @@ class TransformersEncoder(Encoder):
         rules = repr(self.processor.image_processor), tokenizer_rules(self.processor.tokenizer)
         return fingerprint(self.model, self.model.config.model_type, *rules)
 
+    def image_fingerprint(self) -> str:
+        """Return a hash of the image tower, its projection and the image processor: models may share these."""
+        known = isinstance(self.model, tuple(layout.model_class for layout in LAYOUTS))  # not SigLIP 2's NaFlex
+        if not known:
+            return self.fingerprint()
+        modules = [self.model.get_submodule(name) for name in layout_of(self.model).image_side]
+        return fingerprint(*modules, self.model.config.model_type, repr(self.processor.image_processor))
+
     def _embed_images(self, images: list[Image.Image]) -> torch.Tensor:
         features: torch.Tensor = self.model.get_image_features(**self._pixels(images)).pooler_output
         return features
@@ -101,6 +110,9 @@ def open_spec(spec: str, device: torch.device) -> TransformersEncoder:
     Raises:
         ConfigError: the model cannot be loaded, has missing or unexpected weights, or is not a dual encoder.
     """
+    folder = Path(spec)
+    foreign = (folder / "modules.json").is_file() and not (folder / "config.json").exists()
+    check(not foreign, "model", spec, f"expected sentence_transformers:{spec}, because that library saved it")
     model, problems = read(spec, "model")
     classes = ", ".join(kind.__name__ for kind in DUAL_ENCODERS)
     check(isinstance(model, DUAL_ENCODERS), "model", spec, f"a {type(model).__name__}: expected one of {classes}")

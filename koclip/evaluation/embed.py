@@ -195,14 +195,23 @@ class Embedder:
     Args:
         encoder: The model. It must not change while this object is used.
         batch_size: Images or texts encoded at once.
-        cache: Folder for the embeddings, in files named by hashes of the model and of the data; default: in memory.
+        cache: Folder for the embeddings, in files named by hashes of the model (of its image side, for images) and of
+            the data; default: in memory.
         spread: Share the work among the processes; all of them must call the same methods. The batches, and so the
             embeddings, do not depend on the number of processes, bit for bit.
     """
 
     def __init__(self, encoder: Encoder, batch_size: int, cache: Path | None = None, spread: bool = False) -> None:
-        self.encoder, self.spread, self._batch_size, self._cache = encoder, spread, batch_size, cache
+        self.encoder, self.spread, self.batch_size, self._cache = encoder, spread, batch_size, cache
         self._memory: dict[str, torch.Tensor] = {}  # several tasks and languages use the same embeddings
+        self._same_images: Embedder | None = None  # see `share_images`
+
+    def share_images(self, other: "Embedder", sample: Sequence[Image.Image]) -> bool:
+        """Use the image embeddings of `other` if both models embed `sample` the same, bit for bit; return whether."""
+        embedded = [embedder.encoder.encode_images(list(sample), self.batch_size) for embedder in (self, other)]
+        equal = embedded[0].shape == embedded[1].shape and torch.equal(*embedded)
+        self._same_images = other if equal else None
+        return equal
 
     def alone(self) -> "Embedder":
         """Return a copy for one process, which calls no collective and shares the cache."""
@@ -212,6 +221,8 @@ class Embedder:
 
     def images(self, images: Images) -> torch.Tensor:
         """Return (N, D) unit-norm embeddings."""
+        if self._same_images is not None:
+            return self._same_images.images(images)
         return self._cached("images", images.digest, self.encoder.encode_images, images)
 
     def features(self, images: Images) -> torch.Tensor:
@@ -229,16 +240,24 @@ class Embedder:
         """Hash of all that the embeddings depend on."""
         return self.encoder.fingerprint()
 
+    @cached_property
+    def _image_fingerprint(self) -> str:
+        return self.encoder.image_fingerprint()
+
+    def _folder(self, kind: str) -> str:
+        """Return the folder of embeddings in the cache; models with the same image side share those of images."""
+        return self.fingerprint if kind == "texts" else self._image_fingerprint
+
     def _cached(self, kind: str, digest: str, embed: Callable[..., torch.Tensor], items: Sequence[Any]) -> torch.Tensor:
-        name = f"{kind}-{digest}-{self._batch_size}"
+        name = f"{kind}-{digest}-{self.batch_size}"
         if name not in self._memory:
-            file = self._cache / self.fingerprint / f"{name}.safetensors" if self._cache else None
+            file = self._cache / self._folder(kind) / f"{name}.safetensors" if self._cache else None
             is_first = distributed.rank() == 0 or not self.spread
             stored = _read(file) if file and is_first else None
             if file and self.spread:  # the first process decides: another process may look after a file appears
                 stored = distributed.gather_objects(stored)[0]
             if stored is None:
-                stored = embed(items, self._batch_size, spread=self.spread)
+                stored = embed(items, self.batch_size, spread=self.spread)
                 if file and is_first:
                     write_shard(file, stored, shared=True)  # another evaluation may write the same file
             self._memory[name] = stored

@@ -22,7 +22,8 @@ from koclip import distributed, storage
 from koclip.config import ConfigError, EvalConfig, EvaluateConfig, check, dump, to_dict
 from koclip.data.transforms import PIXEL_LIMIT, PixelLimit
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.results import Task, records_of
+from koclip.evaluation.forgetting import comparable
+from koclip.evaluation.results import Record, Task, records_of
 from koclip.evaluation.sets import EvalSet, open_set
 from koclip.evaluation.tasks import SPECS, TASKS
 from koclip.evaluation.tasks.multiple_choice import questions_of
@@ -31,6 +32,7 @@ from koclip.metrics import Metric
 from koclip.storage import environment
 from koclip.training import pictures
 
+_COMPARED_IMAGES = 8
 _MOST_UNKNOWN = 0.1  # share of unknown tokens; the right tokenizer has almost none
 
 
@@ -53,10 +55,13 @@ def open_all(config: EvalConfig | EvaluateConfig, limit: PixelLimit = PIXEL_LIMI
     return eval_sets
 
 
-def evaluate(embedder: Embedder, eval_sets: Sequence[EvalSet]) -> dict[str, Metric]:
+def evaluate(
+    embedder: Embedder, eval_sets: Sequence[EvalSet], only: Sequence[Record] | None = None
+) -> dict[str, Metric]:
     """Return every metric of every set, named `<data set>/<language>/<task>/<metric>`.
 
-    Instead of a language, the task `languages` has a pair such as ko-en, and probes have `images`.
+    Instead of a language, the task `languages` has a pair such as ko-en, and probes have `images`. With `only`, just
+    the tasks run that measured these records, on the same sets and in the same languages.
 
     Raises:
         ValueError: a task returns a number that its specs do not describe.
@@ -66,7 +71,8 @@ def evaluate(embedder: Embedder, eval_sets: Sequence[EvalSet]) -> dict[str, Metr
         tasks = [(task, task.languages(eval_set)) for task in _tasks_of(eval_set)]
         languages = [*eval_set.languages, *(language for _, own in tasks for language in own)]
         for language, (task, own) in itertools.product(dict.fromkeys(languages), tasks):
-            if language in own:
+            wanted = only is None or any(_is_of(record, eval_set, language, task) for record in only)
+            if language in own and wanted:
                 numbers = task.run(embedder, eval_set, language)
                 measured = {f"{eval_set.name}/{language}/{key}": metric for key, metric in numbers.items()}
                 for record in records_of(measured, SPECS):
@@ -77,6 +83,24 @@ def evaluate(embedder: Embedder, eval_sets: Sequence[EvalSet]) -> dict[str, Metr
                         )
                 metrics |= measured
     return metrics
+
+
+def _is_of(record: Record, eval_set: EvalSet, language: str, task: Task) -> bool:
+    return (record.dataset, record.language) == (eval_set.name, language) and record.spec in task.specs
+
+
+def evaluate_source(
+    source: Embedder, model: Embedder, eval_sets: Sequence[EvalSet], metrics: Mapping[str, Metric]
+) -> dict[str, Metric]:
+    """Evaluate the source of a model in the tasks in which both are compared (`koclip.evaluation.forgetting`).
+
+    `metrics` are the model's; they show which tasks these are. If both models embed the first images the same, bit for
+    bit, no image is embedded a second time.
+    """
+    pictures = next((eval_set.images for eval_set in eval_sets if len(eval_set.images)), None)
+    if pictures is not None:
+        source.share_images(model, pictures[:_COMPARED_IMAGES])
+    return evaluate(source, eval_sets, comparable(metrics, SPECS))
 
 
 def _tasks_of(eval_set: EvalSet) -> list[Task]:

@@ -14,6 +14,7 @@ import torch
 from koclip import distributed
 from koclip.config import DistillConfig, LossConfig, check
 from koclip.losses.contrastive import CAPTION, IMAGE, SENTENCE, Embeddings, Loss, distillation, infonce, sigmoid
+from koclip.losses.preservation import SourcePairs, preservation
 from koclip.losses.tiled import InfoNCERows, Rows, SigmoidRows, tiled
 
 TILE_SIZE = {"cpu": 2**20, "cuda": 2**26}  # similarities in memory at a time
@@ -39,11 +40,20 @@ CONTRASTIVE = {
 class LossFn(Protocol):
     """The loss of B pairs of this process."""
 
-    def __call__(self, embeddings: Embeddings, pair_ids: torch.Tensor, teacher: torch.Tensor | None = None) -> Loss:
+    def __call__(
+        self,
+        embeddings: Embeddings,
+        pair_ids: torch.Tensor,
+        teacher: torch.Tensor | None = None,
+        readable: torch.Tensor | None = None,
+        source_image: torch.Tensor | None = None,
+    ) -> Loss:
         """Return the loss.
 
         `pair_ids` (B, 3) are equal for equal captions, images and sentences of the teacher, in this order; (B, 2)
-        without a teacher, (B,) if images never repeat. `teacher` (B, D) are its features, not normalised.
+        without a teacher, (B,) if images never repeat. `teacher` (B, D) are its features, not normalised. `readable`
+        (B,) bool: the caption is in the teacher's language. `source_image` (B, D) are the source's image embeddings;
+        None if the image tower is frozen, so that they are the model's.
         """
 
 
@@ -60,7 +70,13 @@ def build_loss(config: LossConfig, distill: DistillConfig | None = None, images:
     """
     _named(config)
 
-    def loss(embeddings: Embeddings, pair_ids: torch.Tensor, teacher: torch.Tensor | None = None) -> Loss:
+    def loss(
+        embeddings: Embeddings,
+        pair_ids: torch.Tensor,
+        teacher: torch.Tensor | None = None,
+        readable: torch.Tensor | None = None,
+        source_image: torch.Tensor | None = None,
+    ) -> Loss:
         ids = pair_ids.reshape(len(pair_ids), -1)
         pairs = ids[:, [CAPTION, IMAGE]] if ids.shape[1] > 1 else ids
         contrast = _contrast(config, embeddings, pairs) if images else None
@@ -69,8 +85,18 @@ def build_loss(config: LossConfig, distill: DistillConfig | None = None, images:
             return contrast
         if teacher is None:
             raise ValueError("the batches have no teacher's features, which distillation needs")
-        taught = _teach(config, distill, embeddings, ids, teacher)
-        return Loss(contrast.value + distill.anchor * taught.value, contrast.accuracy) if contrast else taught
+        if contrast is None:
+            return _teach(config, distill, embeddings, ids, teacher)
+        value = contrast.value
+        if distill.anchor:
+            value = value + distill.anchor * _teach(config, distill, embeddings, ids, teacher).value
+        if distill.preserve:
+            if readable is None:
+                raise ValueError("the batches do not say which captions the source can read, which preservation needs")
+            image = embeddings.image.detach() if source_image is None else source_image
+            source = SourcePairs(image, torch.nn.functional.normalize(teacher, dim=-1), readable)
+            value = value + distill.preserve * preservation(embeddings, source, _tile_rows(config, ids))
+        return Loss(value, contrast.accuracy)
 
     return loss
 
@@ -106,8 +132,13 @@ def _teach(
 def _contrast(config: LossConfig, embeddings: Embeddings, ids: torch.Tensor) -> Loss:
     """Return the contrastive loss: dense if it has no tiled form or one tile is enough, else in tiles."""
     contrastive, num_rows = CONTRASTIVE[config.name], len(ids)
-    size = TILE_SIZE["cpu" if ids.device.type == "cpu" else "cuda"]
-    tile_rows = config.tile_rows or max(MIN_TILE_ROWS, size // (num_rows * distributed.world_size()))
+    tile_rows = _tile_rows(config, ids)
     if contrastive.rows is None or tile_rows >= num_rows:
         return contrastive.dense(embeddings, ids, config.duplicates)
     return tiled(contrastive.rows, embeddings, ids, config.duplicates, tile_rows)
+
+
+def _tile_rows(config: LossConfig, ids: torch.Tensor) -> int:
+    """Return the rows of the similarities (B, N) to have in memory at a time."""
+    size = TILE_SIZE["cpu" if ids.device.type == "cpu" else "cuda"]
+    return config.tile_rows or max(MIN_TILE_ROWS, size // (len(ids) * distributed.world_size()))

@@ -7,6 +7,7 @@ Letters in shape comments: B pairs per process, N pairs in the global batch, L t
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from transformers import (
 from koclip.config import ConfigError, ModelConfig, check
 from koclip.losses.contrastive import Embeddings
 from koclip.models.presets import Preset, initialize, resolve, tower_config
-from koclip.models.stock import StockModel, bias_of, layout_of, parts, set_part
+from koclip.models.stock import StockModel, bias_of, layout_of, parts, positions, set_part
 from koclip.text import tokenizers
 
 MAX_LOGIT_SCALE = math.log(100)  # the paper's cap on the temperature
@@ -54,7 +55,9 @@ class DualEncoder(nn.Module):
         super().__init__()
         check_tokenizer(model, processor.tokenizer)
         self.model = model
-        self._scale_name = layout_of(model).logit_scale  # stored here because `forward` is compiled
+        layout = layout_of(model)  # its paths are stored here because `forward` is compiled
+        self._scale_name = layout.logit_scale
+        self._projections = {"image": layout.image_projection or "", "text": layout.text_projection or ""}
         # A source may have a larger scale; SigLIP's is about 117.
         self.max_logit_scale = max(MAX_LOGIT_SCALE, parts(model).logit_scale.item())
         images = processor.image_processor
@@ -64,7 +67,7 @@ class DualEncoder(nn.Module):
         if logit_bias is not None:
             own = bias_of(model)
             self.logit_bias = nn.Parameter(torch.tensor(logit_bias if own is None else own))
-        if layout_of(model).has_bias_parameter:
+        if layout.has_bias_parameter:
             model.logit_bias.requires_grad_(False)  # the parameter of this module replaces it
 
     def forward(
@@ -75,6 +78,8 @@ class DualEncoder(nn.Module):
         image: torch.Tensor | None = None,
         text: torch.Tensor | None = None,
         text_norm: torch.Tensor | None = None,
+        image_pooled: torch.Tensor | None = None,
+        text_pooled: torch.Tensor | None = None,
     ) -> Embeddings:
         """Embed B pairs.
 
@@ -85,11 +90,18 @@ class DualEncoder(nn.Module):
             image: (B, D) unit-norm embeddings. If given, the image tower does not run.
             text: (B, D) unit-norm embeddings. If given, the text tower does not run.
             text_norm: (B,) norms of the text features; needed if `text` is given.
+            image_pooled: (B, W) inputs of the image projection. If given, only the projection runs.
+            text_pooled: (B, W) inputs of the text projection. If given, only the projection runs.
         """
-        if image is None and pixel_values is not None:
+        if image is None and image_pooled is not None:
+            image = F.normalize(self._project("image", image_pooled), dim=-1)
+        elif image is None and pixel_values is not None:
             image = encode_images(self.model, self.normalized(pixel_values))
         if text is None:
-            features = text_features(self.model, input_ids, attention_mask)
+            if text_pooled is None:
+                features = text_features(self.model, input_ids, attention_mask)
+            else:
+                features = self._project("text", text_pooled)
             text, text_norm = F.normalize(features, dim=-1), features.norm(dim=-1)
         return Embeddings(
             image=text.new_empty(len(text), 0) if image is None else image,
@@ -103,18 +115,34 @@ class DualEncoder(nn.Module):
         """Return pixels (B, 3, H, W) uint8, normalised for the image tower."""
         return (pixel_values.float() - self.pixel_mean) / self.pixel_std
 
+    def _project(self, side: Literal["image", "text"], pooled: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.model.get_submodule(self._projections[side])(pooled)
+        return features.float()
+
     def trains(self, side: Literal["image", "text"]) -> bool:
         """Return whether any parameter of the image or the text side is trained."""
         layout = layout_of(self.model)
         modules = map(self.model.get_submodule, layout.image_side if side == "image" else layout.text_side)
         return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
+    def trains_tower(self, side: Literal["image", "text"]) -> bool:
+        """Return whether any parameter of the image or the text tower is trained, without its projection."""
+        towers = parts(self.model)
+        tower = towers.image_tower if side == "image" else towers.text_tower
+        return any(parameter.requires_grad for parameter in tower.parameters())
+
+    def trains_projection(self, side: Literal["image", "text"]) -> bool:
+        """Return whether the projection is trained, but not its tower."""
+        return self.trains(side) and not self.trains_tower(side)
+
     def train(self, mode: bool = True) -> "DualEncoder":
-        """Set training mode. Frozen towers stay in evaluation mode, without dropout."""
+        """Set training mode. Frozen towers and frozen layers stay in evaluation mode, without dropout."""
         super().train(mode)
         for tower in (parts(self.model).image_tower, parts(self.model).text_tower):
-            if not any(parameter.requires_grad for parameter in tower.parameters()):
-                tower.eval()
+            for module in tower.modules():
+                weights = list(module.parameters())
+                if weights and not any(weight.requires_grad for weight in weights):
+                    module.eval()
         return self
 
     @torch.no_grad()
@@ -153,6 +181,27 @@ def text_features(model: StockModel, input_ids: torch.Tensor, attention_mask: to
     mask = attention_mask if layout_of(model).reads_mask else None
     features: torch.Tensor = model.get_text_features(input_ids=input_ids, attention_mask=mask).pooler_output
     return features.float()
+
+
+def pooled_images(model: StockModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return the float32 inputs of the image projection (B, W) for normalised pixels (B, 3, H, W)."""
+    return _input_of(parts(model).image_projection, lambda: model.get_image_features(pixel_values=pixel_values))
+
+
+def pooled_texts(model: StockModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Return the float32 inputs of the text projection (B, W) for ids and mask (B, L)."""
+    return _input_of(parts(model).text_projection, lambda: text_features(model, input_ids, attention_mask))
+
+
+def _input_of(projection: nn.Module, run: Callable[[], object]) -> torch.Tensor:
+    """Return what a projection gets while `run` embeds. A hook, because each class pools in its own way."""
+    inputs: list[torch.Tensor] = []
+    hook = projection.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    try:
+        run()
+    finally:
+        hook.remove()
+    return inputs[0].float()
 
 
 def from_scratch(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[StockModel, ProcessorMixin]:
@@ -233,10 +282,13 @@ def check_tokenizer(model: StockModel, tokenizer: PreTrainedTokenizerBase) -> No
     problems = tokenizers.differing_ids(tokenizer, text)
     if problems:
         raise ConfigError(f"the model and the tokenizer differ: {'; '.join(problems)}. Make them equal")
-    if tokenizer.model_max_length > text.max_position_embeddings:
+    # T5 has no limit; RoBERTa has fewer positions than its configuration says, because it does not use the first rows.
+    limits = [getattr(text, "max_position_embeddings", None), *map(len, positions(parts(model).text_tower).values())]
+    longest = min((limit for limit in limits if limit is not None), default=tokenizer.model_max_length)
+    if tokenizer.model_max_length > longest:
         raise ConfigError(
-            f"the tokenizer allows {tokenizer.model_max_length} tokens, the model has "
-            f"{text.max_position_embeddings} positions; lower tokenizer.max_tokens"
+            f"the tokenizer allows {tokenizer.model_max_length} tokens, the model has {longest} positions; lower "
+            "tokenizer.max_tokens"
         )
 
 

@@ -115,7 +115,7 @@ def tower_config(image_tower: str, image_size: int) -> tuple[Any, int]:
     """
     kind, name = image_tower.split(":", 1)
     config = _timm_config(name) if kind == "timm" else _auto_config(name)
-    own_size = _image_size(config)
+    own_size = image_size_of(config)
     if image_size and image_size != own_size:
         _resize(config, image_size)
     size = image_size or own_size
@@ -148,7 +148,8 @@ def _auto_config(path: str) -> Any:
     return getattr(config, "vision_config", config)  # a dual encoder's image tower
 
 
-def _image_size(config: Any) -> int:
+def image_size_of(config: Any) -> int:
+    """Return the image size of a tower's stock configuration, pixels."""
     if isinstance(config, TimmWrapperConfig):
         known = _timm().get_pretrained_cfg(config.architecture)
         return int(known.input_size[-1]) if known else DEFAULT_IMAGE_SIZE

@@ -2,20 +2,19 @@
 
 Models are loaded in fp32, from safetensors, into stock classes: no pickles, no remote code. Loading fails on missing,
 unexpected or mismatched weights. There are two exceptions: task heads are ignored, and a missing pooler, to which
-transformers would give random weights, is replaced:
-
-- in image towers (google/vit-*) by a pooler that returns the class token (`koclip.models.swap.linear_pooler`);
-- in text encoders (masked language models) by a pooler that returns the tanh of the first token. Only
-  `VisionTextDualEncoderModel` uses it.
+transformers would give random weights, is replaced by a pooler that returns the class token
+(`koclip.models.swap.linear_pooler`) or the text's first token (`koclip.models.first_token`).
 """
 
+import json
 import math
 import warnings
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from PIL import Image
 from safetensors import SafetensorError
@@ -36,13 +35,16 @@ from transformers import (
 )
 
 from koclip.config import ConfigError, check
+from koclip.models.first_token import read_first_token, unfold
+from koclip.models.router import Pooling, RouterConfig, RouterModel, tower_class
 from koclip.models.stock import LAYOUTS, StockModel, is_stock, parts
 from koclip.models.swap import linear_pooler
 from koclip.text.tokenizers import COUNT_FROM_PADDING, READS_END, UNMASKED
 
 UNREADABLE = (OSError, ValueError, ImportError, SafetensorError)  # errors that transformers raises
 # Dual encoders whose text tower fits other image towers. `text_encoder: same` works for any `StockModel`.
-TEXT_SOURCES = (CLIPModel, ChineseCLIPModel, VisionTextDualEncoderModel)
+TEXT_SOURCES = (CLIPModel, ChineseCLIPModel, VisionTextDualEncoderModel, RouterModel)
+_OLD = "pooling_mode_{}"  # keys of Pooling before sentence-transformers 5.4
 _CLIP, _TEXT = "model.clip", "model.text_encoder"  # configuration keys, for error messages
 
 
@@ -63,6 +65,7 @@ def load_image_side(path: str) -> tuple[StockModel | PreTrainedModel, Any]:
     model, problems = read(path, _CLIP)
     if is_stock(model):
         refuse(path, _CLIP, model, problems)
+        unfold(model)
         return model, _image_processor(path)
     if model.main_input_name != "pixel_values" or hasattr(model, "text_model"):
         raise ConfigError(
@@ -109,13 +112,34 @@ def load_text_encoder(path: str, seed: int = 0) -> PreTrainedModel:
     check(fits, _TEXT, path, f"a {type(encoder).__name__}, which does not read text: expected a text encoder")
     if _lacks_only_the_pooler(encoder, problems):
         del problems["missing_keys"]
-        pooler: Any = encoder.pooler
-        linear = getattr(pooler, "dense", pooler)  # in ALBERT and BigBird the pooler is the linear layer
-        nn.init.eye_(linear.weight)
-        nn.init.zeros_(linear.bias)
+        read_first_token(encoder)
     refuse(path, _TEXT, encoder, _without_heads(encoder, problems))
     _pad_as_the_tokenizer_beside_it(path.removeprefix("auto:"), encoder)
     return encoder
+
+
+def own_pooling(path: str) -> Pooling | None:
+    """Return the pooling that the directory or Hub repository of a text encoder says; None: it says nothing.
+
+    Raises:
+        ConfigError: a sentence-transformers model with another pooling.
+    """
+    path = path.removeprefix("auto:")
+    config = _settings(path, "config.json")
+    if config.get("model_type") == RouterConfig.model_type:
+        return cast(Pooling, config["pooling"])
+    modules = _settings(path, "modules.json")
+    folders = [module["path"] for module in modules if module["type"].endswith(".Pooling")]
+    if not folders:
+        return None
+    settings = _settings(path, f"{folders[0]}/config.json")
+    old = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value is True]
+    mode = settings.get("pooling_mode", old[0] if len(old) == 1 else old)
+    known: dict[Any, Pooling] = {"cls": "first", "mean": "mean", _OLD.format("cls_token"): "first"}
+    known |= {_OLD.format("mean_tokens"): "mean"}
+    pooling = known.get(mode if isinstance(mode, str) else None)
+    check(pooling is not None, "model.pooling", mode, f"of {path}: expected cls or mean; set model.pooling")
+    return pooling
 
 
 def take_padding(encoder: PreTrainedModel, pad_token_id: int | None) -> None:
@@ -156,7 +180,10 @@ def read(path: str | Path, key: str, subfolder: str = "") -> tuple[Any, dict[str
         ConfigError: the model cannot be loaded.
     """
     try:
-        model, info = AutoModel.from_pretrained(
+        kind: Any = AutoModel
+        if key == _TEXT or subfolder:  # of a T5, the encoder alone
+            kind = tower_class(AutoConfig.from_pretrained(path, subfolder=subfolder, trust_remote_code=False))
+        model, info = kind.from_pretrained(
             path,
             subfolder=subfolder,
             dtype=torch.float32,
@@ -199,6 +226,8 @@ def unreadable(path: str | Path, key: str, expected: str, error: Exception) -> C
     folder = Path(path)
     if (folder / "model" / "config.json").is_file() and not (folder / "config.json").exists():
         return ConfigError(f"{key}: {path} is the directory of a run, expected its model: {folder / 'model'}")
+    if (folder / "open_clip_config.json").is_file() and not (folder / "config.json").exists():
+        return ConfigError(f"{key}: {path} has the files of open_clip: expected open_clip:local-dir:{path}")
     if not folder.exists() and not is_hub_id(str(path)):
         return ConfigError(f"{key}: {path}: no such directory, and no Hub id, which has the form owner/name")
     place = "" if folder.is_dir() else "is not a local directory, and as a Hub id it "
@@ -206,6 +235,31 @@ def unreadable(path: str | Path, key: str, expected: str, error: Exception) -> C
         f"{key}: {path} {place}cannot be loaded: {str(error).strip().splitlines()[0]} Expected {expected} of a stock "
         "class of transformers: no pickles, no remote code"
     )
+
+
+def _settings(path: str, name: str) -> Any:
+    """Return the content of a JSON file in a directory or Hub repository; {} without such a file.
+
+    Raises:
+        ConfigError: the file is damaged, or the Hub cannot be asked whether there is one.
+    """
+    try:
+        file = Path(path, name) if Path(path).is_dir() else _hub_file(path, name)
+        return json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
+    except (*UNREADABLE, HfHubHTTPError) as error:
+        raise unreadable(path, _TEXT, f"{name}, which says how it pools; or set model.pooling", error) from error
+
+
+def _hub_file(repository: str, name: str) -> Path | None:
+    """Return a file of a Hub repository in the cache; None if the repository does not have it."""
+    try:
+        return Path(hf_hub_download(repository, name))
+    except LocalEntryNotFoundError:  # offline
+        if try_to_load_from_cache(repository, name) is not _CACHED_NO_EXIST:
+            raise
+        return None
+    except EntryNotFoundError:
+        return None
 
 
 def _lacks_only_the_pooler(model: PreTrainedModel, problems: dict[str, list[str]]) -> bool:
@@ -247,6 +301,9 @@ def _from_config(path: str, seed: int) -> Any:
         config = getattr(config, "text_config", config)  # a dual encoder's text tower
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            kind = tower_class(config)
+            if kind is not AutoModel:
+                return kind(config).eval()
             return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
     except UNREADABLE as error:
         raise unreadable(path, _TEXT, "the config.json", error) from error

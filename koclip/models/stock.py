@@ -39,10 +39,18 @@ from transformers import (
     VisionTextDualEncoderProcessor,
 )
 
+from koclip.models.first_token import fold
+from koclip.models.router import RouterModel, save_preprocessing
 from koclip.text.tokenizers import forget_call_state
 
 StockModel: TypeAlias = (
-    CLIPModel | ChineseCLIPModel | AltCLIPModel | MetaClip2Model | SiglipModel | VisionTextDualEncoderModel
+    CLIPModel
+    | ChineseCLIPModel
+    | AltCLIPModel
+    | MetaClip2Model
+    | SiglipModel
+    | VisionTextDualEncoderModel
+    | RouterModel
 )
 
 
@@ -52,7 +60,8 @@ class Layout:
 
     A projection is None if the tower's pooled output is the embedding. `reads_mask` is False if the class was trained
     on texts padded to the maximum length, without an attention mask. `nested_towers` are model types whose weights
-    early versions of transformers 5 expect one level deeper, under the tower's name twice.
+    early versions of transformers 5 expect one level deeper, under the tower's name twice. `num_positions` is None if
+    the positions are never cut. `loaded_by` is for messages.
     """
 
     model_class: type[PreTrainedModel]
@@ -63,10 +72,11 @@ class Layout:
     text_projection: str | None = "text_projection"
     logit_scale: str = "logit_scale"
     logit_bias: str = "config.logit_bias"  # of the sigmoid loss; most classes have no parameter for it
-    num_positions: str = "config.text_config.max_position_embeddings"
+    num_positions: str | None = "config.text_config.max_position_embeddings"
     reads_mask: bool = True
     scalar_shape: tuple[int, ...] = ()  # of the logit scale and of a bias parameter
     nested_towers: tuple[str, ...] = ()
+    loaded_by: str = "AutoModel and AutoProcessor load it"
 
     @property
     def image_side(self) -> tuple[str, ...]:
@@ -102,6 +112,12 @@ LAYOUTS = (
         VisionTextDualEncoderModel,
         VisionTextDualEncoderProcessor,
         nested_towers=("clip_vision_model", "clip_text_model", "siglip_vision_model"),
+    ),
+    Layout(
+        RouterModel,
+        VisionTextDualEncoderProcessor,
+        num_positions=None,  # not every encoder has absolute positions
+        loaded_by="SentenceTransformer, MTEB and koclip.load load it; AutoModel does not",
     ),
 )
 
@@ -189,7 +205,7 @@ def save_stock_model(
     """Write a stock model directory from a `DualEncoder`'s state dict.
 
     The text tower gets as many positions as the tokenizer's longest text has tokens. Training used no others, and
-    every class fails on a longer text that is not cut.
+    every class fails on a longer text that is not cut; sentence-transformers (`RouterModel`) cuts all texts.
     """
     layout = layout_of(model)
     stock = {
@@ -203,9 +219,15 @@ def save_stock_model(
         set_part(model, layout.logit_bias, weights["logit_bias"].item())
     stock[layout.logit_scale] = stock[layout.logit_scale].reshape(layout.scalar_shape)  # (1,) under FSDP2
     _cut_positions(model, stock, processor.tokenizer)
+    if not isinstance(model, RouterModel):
+        stock = fold(model, stock)
     stock = {_name_for_all(model, name): value for name, value in stock.items()}
+    config: Any = model.config
+    config.text_config.name_or_path = config.vision_config.name_or_path = ""  # may be paths of this machine
     model.save_pretrained(directory, state_dict=stock)
     forget_call_state(processor.tokenizer)
+    if isinstance(model, RouterModel):
+        save_preprocessing(directory, processor)
     processor.save_pretrained(directory)
     processor.image_processor.save_pretrained(directory)  # older versions read preprocessor_config.json
     _let_transformers_4_read(directory)
@@ -214,6 +236,8 @@ def save_stock_model(
 def _cut_positions(model: Any, weights: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
     """Cut the positions of the text tower to the longest text, in the configuration and in `weights`."""
     layout, tower = layout_of(model), parts(model).text_tower
+    if layout.num_positions is None:
+        return
     longest = longest_text(tokenizer, tower)
     for table, rows in positions(tower).items():
         name = f"{layout.text_tower}.{table}.weight"
@@ -238,12 +262,13 @@ def _name_for_all(model: Any, name: str) -> str:
 
 def _let_transformers_4_read(directory: Path) -> None:
     """Use the names of transformers 4 in the settings files. transformers 5 reads them too."""
-    for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
-        values = json.loads((directory / name).read_text(encoding="utf-8"), object_hook=_renamed)
+    names = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+    for file in [file for name in names for file in directory.rglob(name)]:
+        values = json.loads(file.read_text(encoding="utf-8"), object_hook=_renamed)
         if isinstance(values.get("extra_special_tokens"), list):  # a dictionary in transformers 4
             values["additional_special_tokens"] = values.pop("extra_special_tokens")
         text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        (directory / name).write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:

@@ -6,20 +6,26 @@ The result is an instance of a stock class:
 |---|---|---|
 | CLIP's ViT | BERT and similar encoders: RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT | `ChineseCLIPModel` |
 | CLIP's ViT | CLIP's text transformer, with its own tokenizer | `CLIPModel` |
-| any other, or CLIP's ViT | any encoder with a pooler, CLIP's text transformer | `VisionTextDualEncoderModel` |
+| any other | BERT and similar encoders, CLIP's text transformer | `VisionTextDualEncoderModel` |
+| any | another encoder with a pooler: ALBERT, MPNet, ... | `VisionTextDualEncoderModel` |
+| any | any other encoder, or the mean of all states instead of the first | `RouterModel`, for sentence-transformers |
 
 If the source has no image projection (an image tower alone, or SigLIP), the projection is the identity.
-The text embedding is a bias-free projection of the last hidden state of the first token (`ChineseCLIPModel`) or of the
-end token (`CLIPModel`), or of the pooler's output (`VisionTextDualEncoderModel`).
+The text embedding is a bias-free projection of the last hidden state of the first token, of the mean over all tokens,
+or of the end token of CLIP's text transformer.
 """
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertModel,
     ChineseCLIPConfig,
     ChineseCLIPModel,
     CLIPConfig,
@@ -31,12 +37,15 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
-from koclip.config import ConfigError
+from koclip.config import ConfigError, check
+from koclip.models.first_token import read_first_token
+from koclip.models.router import ENCODERS, Pooling, RouterConfig, RouterModel
 from koclip.models.stock import StockModel, bias_of, is_stock, layout_of, parts, set_part
 
 # Towers with the computation and the weight names of CLIP's ViT.
 _CLIP_VITS = ("clip_vision_model", "chinese_clip_vision_model", "altclip_vision_model", "metaclip_2_vision_model")
 _BERT = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "chinese_clip_text_model")
+_WITHOUT_POOLER = ("electra", "distilbert", "chinese_clip_text_model")  # a BERT computes the same
 _POOLED = ("albert", "mpnet", "big_bird", "roberta-prelayernorm", "ernie", "xlm-roberta-xl", "data2vec-text")
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # positions start after the padding token's id
 _BERT_SETTINGS = (
@@ -76,34 +85,24 @@ class _ImageSide(NamedTuple):
         return {name: value for name, value in self.tower.config.to_dict().items() if name != "model_type"}
 
 
-def swap_text_tower(clip: StockModel | PreTrainedModel, text_encoder: PreTrainedModel, seed: int = 0) -> StockModel:
+def swap_text_tower(
+    clip: StockModel | PreTrainedModel, text_encoder: PreTrainedModel, seed: int = 0, pooling: Pooling = "first"
+) -> StockModel:
     """Return a dual encoder of `clip`'s image side and `text_encoder`, with a new text projection.
 
-    Neither input is modified, except that a `VisionTextDualEncoderModel` reuses `text_encoder` instead of copying it.
+    Neither input is modified, except that the result may reuse `text_encoder` instead of copying it.
 
     Args:
         clip: A stock dual encoder, or an image tower with a pooled output (B, W) and W as its `config.hidden_size`.
         text_encoder: The encoder, without a head.
         seed: Seed of the text projection. Its standard deviation is width ** -0.5, as in CLIP.
+        pooling: What the text embedding is a projection of: the `first` token's state, or the `mean` of all.
 
     Raises:
-        ConfigError: no stock class can hold this pair.
+        ConfigError: `text_encoder` is no encoder, or has no first token to read.
     """
     image = _image_side(clip)
-    kind = text_encoder.config.model_type
-    clip_image = image.tower.config.model_type in _CLIP_VITS
-    swapped: Any
-    if clip_image and kind == "clip_text_model":
-        swapped = _as_clip(image, text_encoder)
-    elif clip_image and kind in _BERT:
-        swapped = _as_chinese_clip(image, text_encoder)
-    elif kind in (*_BERT, *_POOLED, "clip_text_model"):
-        swapped = _as_pair(image, text_encoder)
-    else:
-        raise ConfigError(
-            f"text encoder: got a {kind}; no stock class holds it beside this image tower. Expected one of "
-            f"{', '.join(('clip_text_model', *_BERT, *_POOLED))}"
-        )
+    swapped: Any = _builder(image, text_encoder, pooling)(image, text_encoder)
     with torch.no_grad():
         target = parts(swapped)
         target.image_projection.weight.copy_(image.projection)
@@ -117,10 +116,59 @@ def swap_text_tower(clip: StockModel | PreTrainedModel, text_encoder: PreTrained
     return stock
 
 
+def _builder(image: _ImageSide, encoder: PreTrainedModel, pooling: Pooling) -> Callable[..., StockModel]:
+    """Return the function that builds the first class of this module's table that holds a pair exactly."""
+    kind = encoder.config.model_type
+    clip_image = image.tower.config.model_type in _CLIP_VITS
+    if kind == "clip_text_model":
+        fix = "expected first: CLIP's text transformer reads its end token"
+        check(pooling == "first", "model.pooling", pooling, fix)
+        return _as_clip if clip_image else _as_pair
+    narrow = getattr(encoder.config, "embedding_size", None) not in (None, encoder.config.hidden_size)
+    if pooling == "first" and kind in _BERT and not (kind == "electra" and narrow):
+        return _as_chinese_clip if clip_image else _as_pair
+    if pooling == "first" and kind in _POOLED:
+        return _as_pair
+    _check_encoder(encoder, pooling)
+    return partial(_as_router, pooling=pooling)
+
+
+def _check_encoder(encoder: PreTrainedModel, pooling: Pooling) -> None:
+    """Check that an encoder has hidden states in which every token sees every other, and padding none.
+
+    Raises:
+        ConfigError: it has not, or it has no first token to read.
+    """
+    if encoder.device.type == "meta":  # it has no values to compare
+        return
+    kind, got = encoder.config.model_type, f"a {type(encoder).__name__}"
+    both = getattr(encoder.config, "is_encoder_decoder", False) and kind not in ENCODERS
+    check(not both, "model.text_encoder", got, f"a {kind} is an encoder with a decoder: expected an encoder alone")
+    fix = f"expected mean, because a {kind} has no token at the start of a text"
+    check(pooling == "mean" or kind not in ENCODERS, "model.pooling", pooling, fix)
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9], [5, 6, 8, 8]], device=encoder.device)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]], device=encoder.device)
+    was_training = encoder.training
+    try:
+        with torch.no_grad():
+            encoder.eval()
+            states = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+            padded = encoder(input_ids=ids[2:, :2], attention_mask=mask[2:, :2]).last_hidden_state
+        seen = not torch.equal(states[0, 0], states[1, 0])
+        hidden = torch.allclose(states[2, :2], padded[0], rtol=1e-3, atol=1e-3)
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        raise ConfigError(f"model.text_encoder: got {got}, which gives no hidden states of a text: {error}") from error
+    finally:
+        encoder.train(was_training)
+    fix = "expected an encoder, in which every token sees all others, such as a BERT or a ModernBERT"
+    check(seen, "model.text_encoder", got, f"a {kind} is a decoder: {fix}")
+    check(hidden, "model.text_encoder", got, f"padding changes the states of a {kind}: {fix}")
+
+
 def _image_side(clip: StockModel | PreTrainedModel) -> _ImageSide:
     source = parts(clip) if is_stock(clip) else None
     tower = source.image_tower if source else clip
-    scale = source.logit_scale.reshape(()) if source else torch.tensor(math.log(1 / _START_TEMPERATURE))
+    scale = source.logit_scale.reshape(()) if source else torch.tensor(math.log(1 / _START_TEMPERATURE), device="cpu")
     if source and isinstance(source.image_projection, nn.Linear):
         return _ImageSide(tower, source.image_projection.weight, scale)
     return _ImageSide(tower, torch.eye(tower.config.hidden_size, dtype=tower.dtype, device=tower.device), scale)
@@ -146,34 +194,40 @@ def _as_chinese_clip(image: _ImageSide, text_encoder: PreTrainedModel) -> StockM
 
 
 def _as_pair(image: _ImageSide, text_encoder: PreTrainedModel) -> StockModel:
-    if text_encoder.config.model_type != "clip_text_model" and getattr(text_encoder, "pooler", None) is None:
-        raise ConfigError(
-            f"text encoder: got a {type(text_encoder).__name__} without a pooler, expected a pooler, because a "
-            "VisionTextDualEncoderModel projects its output; load it with its pooler, or use a CLIP image tower"
-        )
-    if image.tower.config.model_type in _CLIP_VITS:  # not every class of these towers can be loaded alone
-        tower: Any = CLIPVisionModel(CLIPVisionConfig(**image.vision_config))
-        tower.load_state_dict(image.tower.state_dict())
-    else:
-        tower = copy.deepcopy(image.tower)  # the source may be the teacher, and must not change
+    if text_encoder.config.model_type in _WITHOUT_POOLER:
+        settings, weights = _as_bert(text_encoder)
+        text_encoder = BertModel(BertConfig(**settings), add_pooling_layer=False)
+        text_encoder.load_state_dict(weights)
+    read_first_token(text_encoder)
+    tower = _own_tower(image)
     config = VisionTextDualEncoderConfig.from_vision_text_configs(tower.config, text_encoder.config, **image.config)
     return VisionTextDualEncoderModel(config=config, vision_model=tower, text_model=text_encoder)
+
+
+def _as_router(image: _ImageSide, text_encoder: PreTrainedModel, pooling: Pooling) -> StockModel:
+    tower = _own_tower(image)
+    config = RouterConfig.from_vision_text_configs(tower.config, text_encoder.config, pooling=pooling, **image.config)
+    return RouterModel(config, tower, text_encoder)
+
+
+def _own_tower(image: _ImageSide) -> PreTrainedModel:
+    """Return a copy of the image tower in a class that can be loaded alone. The source may be the teacher."""
+    if image.tower.config.model_type not in _CLIP_VITS:
+        return copy.deepcopy(image.tower)
+    tower = CLIPVisionModel(CLIPVisionConfig(**image.vision_config))
+    tower.load_state_dict(image.tower.state_dict())
+    return tower
 
 
 def _as_bert(encoder: PreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return the configuration and the weights of a BERT with exactly the outputs of `encoder`.
 
     Raises:
-        ConfigError: an ELECTRA whose embeddings are narrower than its layers, or attention that BERT does not have.
+        ConfigError: attention that BERT does not have.
     """
     config = encoder.config
     if config.model_type == "distilbert":
         return _from_distilbert(encoder)
-    if getattr(config, "embedding_size", config.hidden_size) != config.hidden_size:
-        raise ConfigError(
-            f"text encoder: got an ELECTRA with token embeddings of width {config.embedding_size} and layers of width "
-            f"{config.hidden_size}, expected equal widths: use the base size"
-        )
     kind = getattr(config, "position_embedding_type", None) or "absolute"
     if kind != "absolute" or getattr(config, "is_decoder", False):
         raise ConfigError(f"text encoder: got {kind} positions, expected an encoder with absolute positions")

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from koclip import installation, storage
 from koclip.config import PublishConfig, check
+from koclip.evaluation.report import forgotten
 from koclip.evaluation.report.table import NOTE, Cell, Line, sections
 from koclip.evaluation.results import IMAGES, MAIN
 from koclip.evaluation.run import notes
@@ -26,6 +27,7 @@ from koclip.publishing.licences import ALLOWS, Licence, conclude
 _MARK = "<!-- Made by koclip"
 _ENGLISH = {"ko": "Korean", "en": "English", "ja": "Japanese", "zh": "Chinese"}
 _KOREAN = {"ko": "한국어", "en": "영어", "ja": "일본어", "zh": "중국어"}
+ROUTER = "RouterModel"
 _PIPELINE = "zero-shot-image-classification"
 _ONLY_IMAGES, _LAST = "Images only", "Other"  # headings after those of the languages and of the specs
 # By class: the tested versions of transformers, and their faults.
@@ -35,6 +37,9 @@ _VERSIONS = {
     "class fails; the lines above work.",
     "VisionTextDualEncoderModel": "Tested with transformers 5.23.0 and 5.24.0. Do not use version 4: for some towers, "
     "such as CLIP's text transformer, 4.57.1 loads no weights, only warns, and uses random weights.",
+    **dict.fromkeys(("AltCLIPModel", "MetaClip2Model", "SiglipModel"), "Tested with transformers 5.23.0."),
+    ROUTER: "`AutoModel` and the pipelines of transformers do not load this model. sentence-transformers, MTEB and "
+    "koclip do.",
 }
 # The folders of absolute paths in a command. They are private, except for the last part of the path.
 _PARTS = r"[^\s\"'=,:\[\]{}]*[/\\]"
@@ -77,7 +82,8 @@ def render(cfg: PublishConfig, facts: Facts, year: int | None = None) -> ModelCa
         "year": year or date.today().year,
         "kind": facts.model["architectures"][0],
         "versions": _VERSIONS.get(facts.model["architectures"][0]),
-        "width": facts.model["projection_dim"],
+        # SigLIP has no projection: its embeddings are as wide as its image tower.
+        "width": facts.model.get("projection_dim") or facts.model["vision_config"]["hidden_size"],
         "languages_en": _enumerated([_ENGLISH.get(code, code) for code in facts.languages]),
         "languages_ko": "·".join(_KOREAN.get(code, code) for code in facts.languages),
         "max_tokens": facts.max_tokens,
@@ -109,11 +115,14 @@ def _optional_fields(cfg: PublishConfig, facts: Facts) -> dict[str, Any]:
         "sentence_transformers": (Path(cfg.model) / MODULES).is_file(),
         "reads_longer": facts.reads_longer,
         "cleans": facts.cleans,
+        "prefix": facts.prefix,
         "int8": int8.read(Path(cfg.model), facts.results["fingerprint"]),
         "measured_on": [
             f"{name}: {note}" for name, data in facts.results["data"].items() for note in notes({name: data})
         ],
         "adapter": cfg.adapter and (Path(cfg.model) / ADAPTER).is_dir(),
+        "forgotten": [(row.dataset, *row.texts) for row in forgotten.rows(facts.records)],
+        "forgotten_note": forgotten.NOTE,
     }
 
 
@@ -121,7 +130,7 @@ def metadata(cfg: PublishConfig, facts: Facts, licence: Licence) -> ModelCardDat
     """Return the card's front matter."""
     other: dict[str, Any] = {"license_name": licence.name, "license_link": LICENCE} if licence.name else {}
     hub_data = [data_set.hub_id for data_set in facts.data if data_set.trained and data_set.hub_id]
-    directory = Path(cfg.model)
+    directory, is_router = Path(cfg.model), facts.model["architectures"][0] == ROUTER
     tags = ["clip", "koclip", *(["korean"] if "ko" in facts.languages else [])]
     tags += ["onnx", "transformers.js"] if _graphs(directory) else []  # transformers.js loads each tower
     tags += ["sentence-transformers"] if (directory / MODULES).is_file() else []
@@ -130,8 +139,8 @@ def metadata(cfg: PublishConfig, facts: Facts, licence: Licence) -> ModelCardDat
         license=licence.id,
         **other,
         base_model=facts.base_models or None,
-        library_name="transformers",
-        pipeline_tag=_PIPELINE,
+        library_name="sentence-transformers" if is_router else "transformers",
+        pipeline_tag="sentence-similarity" if is_router else _PIPELINE,
         datasets=list(dict.fromkeys(hub_data)) or None,
         tags=tags,
         model_name=cfg.repo_id.split("/")[1],

@@ -18,9 +18,11 @@ from koclip.encoders import load
 from koclip.evaluation.results import Record, records_of
 from koclip.evaluation.tasks import SPECS
 from koclip.metrics import Metric
+from koclip.models import open_clip
 from koclip.models.pretrained import is_hub_id, read_processor
 from koclip.publishing.licences import UNSTATED, DataCard, Part, Source, front_matter, model_parts, read_data_card
 from koclip.text.normalize import normalize
+from koclip.text.prefix import prefix_of
 
 _EVALUATION = "evaluation"
 _OFFSET = 2  # positions that a RoBERTa does not use
@@ -70,6 +72,7 @@ class Facts:
     max_tokens: int
     reads_longer: bool  # whether the class embeds texts longer than it was trained on
     cleans: bool  # whether the tokenizer cleans texts
+    prefix: str  # that the tokenizer adds to every text
     image_size: int
     config: dict[str, Any]  # the run's config.yaml
     environment: dict[str, Any]
@@ -114,12 +117,15 @@ def gather(cfg: PublishConfig) -> Facts:
     data += [_data_set(name, _EVALUATION, cards, place) for name, place in measured.items()]
     log = storage.read_lines(run / "metrics.jsonl")
     model = _read(directory / "config.json")
+    processor: Any = read_processor(directory, "model")
+    tokenizer = processor.tokenizer
     max_tokens = _needed(directory / "tokenizer_config.json", "model_max_length")
     facts = Facts(
         model=model,
         max_tokens=max_tokens,
         reads_longer=model.get("text_config", {}).get("max_position_embeddings", 0) > max_tokens + _OFFSET,
-        cleans=_cleans(directory),
+        cleans=_cleans(tokenizer),
+        prefix=prefix_of(tokenizer),
         image_size=_image_size(directory / "preprocessor_config.json"),
         config=config,
         environment={name: _needed(run / "environment.json", name) for name in _SURROUNDINGS},
@@ -253,7 +259,7 @@ def _tower(
     key: str, name: str, cards: Sequence[Path], licenses: Mapping[str, str]
 ) -> tuple[list[Source], list[DataSet]]:
     """Return the towers and the training data behind a model: of a Hub model itself, of a local run its own bases."""
-    name, role = name.removeprefix("auto:"), key.removeprefix("model.")
+    name, role = open_clip.hub_id(name) or name.removeprefix("auto:"), key.removeprefix("model.")
     if is_hub_id(name):
         return [Source(role, name, _parts(name, licenses))], []
     run = Path(name).resolve().parent
@@ -297,8 +303,7 @@ def _languages(config: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(languages))
 
 
-def _cleans(directory: Path) -> bool:
-    tokenizer: Any = read_processor(directory, "model").tokenizer
+def _cleans(tokenizer: Any) -> bool:
     dirty, clean = (tokenizer(text)["input_ids"] for text in (_DIRTY, normalize(_DIRTY)))
     return bool(dirty == clean)
 

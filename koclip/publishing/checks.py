@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from koclip import storage
 from koclip.align import lora
 from koclip.config import check
+from koclip.models import router
 from koclip.models.pretrained import is_hub_id
 from koclip.publishing.formats import onnx, sentence_transformers
 
@@ -22,7 +23,8 @@ CARD, LICENCE = "README.md", "LICENSE.md"
 ADAPTER = lora.FOLDER
 # The base in adapter_config.json if it is in no repository. It is not a Hub id, so an error that quotes it helps.
 BUILT = "built by koclip, see README.md of this folder"
-FOLDERS = (".", ADAPTER, onnx.FOLDER, sentence_transformers.FOLDER)  # the folders of a repository
+# The folders of a repository.
+FOLDERS = (".", ADAPTER, onnx.FOLDER, sentence_transformers.FOLDER, *router.FOLDERS)
 _NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
 # .txt and .model: vocabularies of stock tokenizers.
 _KINDS = {".json", ".safetensors", ".md", ".txt", ".model", ".onnx"}
@@ -103,7 +105,7 @@ def check_files(directory: Path, repo_id: str | None = None, adapter: bool = Tru
             "use a stock class of transformers, and remove auto_map",
         ),
         "weights are fp32": (_types(directory, files), "save the model again in fp32, as safetensors"),
-        "tokenizer.json: no padding set": (_state(directory), "set padding and truncation to null in it"),
+        "tokenizer.json: no padding set": (_state(directory, files), "set padding and truncation to null in it"),
         "no private paths or names": (
             _traces(directory, files, repo_id),
             "replace the path by a Hub id, or delete the entry",
@@ -123,8 +125,10 @@ def check_files(directory: Path, repo_id: str | None = None, adapter: bool = Tru
 
 def _missing(directory: Path, files: list[str]) -> list[str]:
     problems = [f"{name} is missing" for name in _NEEDED if name not in files]
-    if not any(re.fullmatch(r"model.*\.safetensors", name) for name in files):
-        problems.append("model*.safetensors is missing")
+    towers = ("",) if router.FILE not in files else (f"{router.TEXT}/", f"{router.IMAGE}/")
+    for tower in towers:
+        if not any(re.fullmatch(rf"{tower}model.*\.safetensors", name) for name in files):
+            problems.append(f"{tower}model*.safetensors is missing")
     for name in (name for name in files if name.endswith(".json")):
         try:
             json.loads((directory / name).read_text(encoding="utf-8"))
@@ -154,10 +158,12 @@ def _types(directory: Path, files: list[str]) -> list[str]:
     return problems
 
 
-def _state(directory: Path) -> list[str]:
-    file = directory / "tokenizer.json"
-    values = _read(file) if file.is_file() else {}
-    return [f'"{name}" is {values[name]}' for name in ("padding", "truncation") if values.get(name) is not None]
+def _state(directory: Path, files: list[str]) -> list[str]:
+    tokenizers = {name: _read(directory / name) for name in files if Path(name).name == "tokenizer.json"}
+    keys = ("padding", "truncation")
+    return [
+        f'"{key}" is {values[key]}' for values in tokenizers.values() for key in keys if values.get(key) is not None
+    ]
 
 
 def _traces(directory: Path, files: list[str], repo_id: str | None) -> list[str]:
@@ -229,7 +235,7 @@ def _texts(directory: Path, files: list[str]) -> Iterator[tuple[str, str]]:
             yield from ((name, line) for line in (directory / name).read_text(encoding="utf-8").splitlines())
         elif name.endswith(".json") and Path(name).name not in _VOCABULARIES:
             values = _read(directory / name)
-            if name == "tokenizer.json":
+            if Path(name).name == "tokenizer.json":
                 values = {key: value for key, value in values.items() if key not in ("model", "added_tokens")}
             yield from ((name, text) for text in _walk(values, lambda value: isinstance(value, str)))
         elif name.endswith(".safetensors"):

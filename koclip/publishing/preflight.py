@@ -7,6 +7,7 @@ import sys
 import tempfile
 import unicodedata
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer
 from koclip.config import ConfigError
 from koclip.encoders import load
 from koclip.evaluation.report.table import console
+from koclip.models.router import FILE as ROUTER
 from koclip.publishing.checks import Check, check_files
 from koclip.publishing.formats.onnx import EXACT, FOLDER, INT8, MOST, RESULTS, SIDES, run, session
 from koclip.text import tokenizers
@@ -67,6 +69,9 @@ def refuse(checks: Sequence[Check]) -> None:
 
 def _load_checks(directory: Path, folder: Path) -> list[Check]:
     """Load the directory in a clean process, and compare its embeddings with koclip's."""
+    loads = "loads by stock libraries alone"
+    if (directory / ROUTER).exists() and find_spec("sentence_transformers") is None:
+        return [Check(loads, ["sentence-transformers is not installed"], "run: pip install 'koclip[peers]'")]
     pictures = _pictures(folder)
     pairs = [[unicodedata.normalize(form, text) for form in ("NFC", "NFD")] for text in _COMPOSED]
     inputs = {"texts": TEXTS, "pictures": pictures, "pairs": pairs, "threads": torch.get_num_threads()}
@@ -79,7 +84,6 @@ def _load_checks(directory: Path, folder: Path) -> list[Check]:
         text=True,
         check=False,
     )
-    loads = "loads by stock transformers alone"
     if ran.returncode != 0:
         return [Check(loads, [(ran.stderr.strip().splitlines() or ["the process was killed"])[-1]], _AGAIN)]
     answer = json.loads(ran.stdout.splitlines()[-1])

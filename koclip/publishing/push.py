@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from koclip import installation
 from koclip.config import ConfigError, RunError, check
+from koclip.models import router
 from koclip.publishing.checks import ADAPTER, BUILT, CARD, LICENCE
 from koclip.publishing.formats import onnx
 
@@ -39,6 +40,7 @@ _MANAGED = (
     *("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack"),
     *("config.json", "generation_config.json", "*processor_config.json", "tokenizer*.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.*", "merges.txt", "*.model", "adapter_*", LICENCE),
+    *(router.FILE, *(f"{folder}/*" for folder in router.FOLDERS)),
 )
 
 

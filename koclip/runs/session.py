@@ -29,7 +29,7 @@ from koclip.data.survey import CaptionLengths
 from koclip.data.transforms import PixelLimit, views_for
 from koclip.encoders.transformers import TransformersEncoder
 from koclip.evaluation.embed import Embedder
-from koclip.evaluation.report.write import report
+from koclip.evaluation.report.write import Source, report
 from koclip.evaluation.run import evaluate, open_all
 from koclip.evaluation.sets import EvalSet
 from koclip.models.dual_encoder import DualEncoder
@@ -178,10 +178,15 @@ class Session:
                     self.accelerator.print(message)
                     raise Stopped(message)
 
-    def finish(self, processor: ProcessorMixin, write: Callable[..., None] = save_stock_model) -> Path:
+    def finish(
+        self,
+        processor: ProcessorMixin,
+        write: Callable[..., None] = save_stock_model,
+        source: Source | None = None,
+    ) -> Path:
         """Save the trained model, load it with `koclip.load`, evaluate it and write the report.
 
-        `write(directory, model, processor, weights)` writes the model.
+        `write(directory, model, processor, weights)` writes the model. The report compares it with a `source`.
 
         Returns:
             The model's directory.
@@ -189,7 +194,7 @@ class Session:
         directory = self.save_model(self._trained(), processor, write)
         if self.accelerator.is_main_process:
             embedder = Embedder(koclip.load(directory), self.config.eval.batch_size)
-            report(self.path, embedder, self.eval_sets)
+            report(self.path, embedder, self.eval_sets, source)
         return directory
 
     def log(self, step: int, stats: dict[str, float]) -> None:

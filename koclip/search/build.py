@@ -23,7 +23,8 @@ from koclip.config import ConfigError, IndexConfig, SourceConfig, check, locate
 from koclip.data.formats.files import is_folder, printable, stamp, stored_files
 from koclip.data.sources import MapSource, Row, Skip, StreamSource, open_source
 from koclip.data.transforms import ImageError, decode, digest_of, read
-from koclip.embeddings.fill import Embed, ItemBatch, embed_shard
+from koclip.embeddings.fill import Embed, embed_shard
+from koclip.embeddings.readers import ItemBatch
 from koclip.embeddings.store import NO_FILE, NO_HASH, SHARD, Entry, Shard, Shards, Store, StoredItem
 from koclip.encoders import Encoder
 from koclip.search.index import FILE, build_approximate

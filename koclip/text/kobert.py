@@ -8,34 +8,20 @@ SKTBrain/KoBERT, kobert_hf/kobert_tokenizer/kobert_tokenizer.py.
 """
 
 import json
-import re
-import sys
 import unicodedata
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import transformers
-from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import import_protobuf
 
-from koclip import installation
 from koclip.config import ConfigError, check
-
-installation.require("train")
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # noqa: E402
+from koclip.text.unigram import UNIGRAM, PreTrainedTokenizerFast, any_of, cut, matched, read
 
 _MODEL, _VOCABULARY, _SKT_MODEL = "tokenizer_78b3253a26.model", "vocab.txt", "spiece.model"
 _SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "pad", "cls", "sep", "mask")}
 _POSITIONS = 512  # of both models
-_NORMAL, _USER_DEFINED = 1, 4  # ModelProto.SentencePiece.Type: pieces that sentencepiece finds in a text
-_UNIGRAM = 1  # TrainerSpec.ModelType
-
-
-class PreTrainedTokenizerFast(transformers.PreTrainedTokenizerFast):
-    """The stock class. Its old name is saved, because transformers 4 refuses the new name, "TokenizersBackend"."""
 
 
 def convert(directory: str | Path) -> PreTrainedTokenizerBase:
@@ -51,14 +37,12 @@ def convert(directory: str | Path) -> PreTrainedTokenizerBase:
     folder = Path(directory)
     proto, tokens = _read(folder)
     _check(proto, tokens, folder)
-    known = {piece.piece: piece for piece in proto.pieces if piece.type in (_NORMAL, _USER_DEFINED)}
-    # sentencepiece gives a user-defined piece the score -0.1. Other pieces never match a text: see _cut.
-    scores = {text: piece.score if piece.type == _NORMAL else -0.1 for text, piece in known.items()}
+    scores = matched(proto)  # other pieces never match a text: see `cut`
     backend = Tokenizer(
         Unigram([(token, scores.get(token, 0.0)) for token in tokens], unk_id=tokens.index(_SPECIAL["unk_token"]))
     )
     backend.normalizer = _normalizer(proto.normalizer_spec.precompiled_charsmap)
-    backend.pre_tokenizer = _cut([token for token in tokens if token not in known], scores, folder)
+    backend.pre_tokenizer = cut([token for token in tokens if token not in scores], scores, folder)
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",
         pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
@@ -84,11 +68,7 @@ def _read(folder: Path) -> tuple[Any, list[str]]:
             f"no KoBERT tokenizer in {str(folder)!r}: got {sorted(names)}, expected {_MODEL} and {_VOCABULARY} "
             f"(of monologg/kobert) or {_SKT_MODEL} (of skt/kobert-base-v1); download its files to this folder"
         )
-    proto = import_protobuf().ModelProto()
-    try:
-        proto.ParseFromString((folder / model).read_bytes())
-    except DecodeError as error:
-        raise ConfigError(f"{str(folder / model)!r} is not a sentencepiece model; is it a Git LFS pointer?") from error
+    proto = read(folder / model)
     if model == _SKT_MODEL:
         return proto, [piece.piece for piece in proto.pieces]
     with (folder / _VOCABULARY).open(encoding="utf-8") as lines:  # str.splitlines would also split at U+2028
@@ -105,13 +85,13 @@ def _check(proto: Any, tokens: list[str], folder: Path) -> None:
         got = options.get(name, expected)
         check(got == expected, f"{where}: {name}", got, fix)
     spec = proto.normalizer_spec
-    check(proto.trainer_spec.model_type == _UNIGRAM, f"{where}: model_type", proto.trainer_spec.model_type, fix)
+    check(proto.trainer_spec.model_type == UNIGRAM, f"{where}: model_type", proto.trainer_spec.model_type, fix)
     check(spec.name in ("nmt_nfkc", "nfkc"), f"{where}: normalizer", spec.name, fix)  # they compose, as NFC below does
     check(not proto.trainer_spec.treat_whitespace_as_suffix, f"{where}: treat_whitespace_as_suffix", True, fix)
     for name in ("add_dummy_prefix", "remove_extra_whitespaces", "escape_whitespaces"):
         check(getattr(spec, name), f"{where}: {name}", False, fix)
 
-    pieces = [piece.piece for piece in proto.pieces if piece.type in (_NORMAL, _USER_DEFINED)]
+    pieces = list(matched(proto))
     absent = sorted({*_SPECIAL.values(), *pieces, ","} - set(tokens))
     check(not absent, f"{where}: tokens without an id", absent[:10], "which the model can produce or needs; " + fix)
     check(len(set(tokens)) == len(tokens), f"{where}: tokens", "duplicates", fix)
@@ -123,11 +103,11 @@ def _check(proto: Any, tokens: list[str], folder: Path) -> None:
 def _normalizer(charsmap: bytes) -> normalizers.Normalizer:
     """Return the normalisation of the original and of sentencepiece; white space becomes "▁"."""
     steps = [
-        normalizers.Replace(_any_of(str.isspace), " "),
+        normalizers.Replace(any_of(str.isspace), " "),
         normalizers.Replace("``", '"'),
         normalizers.Replace("''", '"'),
         normalizers.NFKD(),
-        normalizers.Replace(_any_of(lambda character: unicodedata.combining(character) > 0), ""),
+        normalizers.Replace(any_of(lambda character: unicodedata.combining(character) > 0), ""),
         normalizers.NFC(),  # sentencepiece's map composes Hangul, but `Precompiled` applies it to a few bytes at a time
         normalizers.Precompiled(charsmap),
         normalizers.Replace(Regex(r"\A +|[ ▁]+\z"), ""),
@@ -135,24 +115,3 @@ def _normalizer(charsmap: bytes) -> normalizers.Normalizer:
         normalizers.Replace(Regex(" +"), "▁"),
     ]
     return normalizers.Sequence(steps)
-
-
-def _any_of(condition: Callable[[str], Any]) -> Regex:
-    """Return a pattern for a run of characters that meet a condition, for which Oniguruma has no class."""
-    characters = filter(condition, map(chr, range(sys.maxunicode + 1)))
-    return Regex("[" + "".join(rf"\x{{{ord(character):X}}}" for character in characters) + "]+")
-
-
-def _cut(unmatched: list[str], scores: dict[str, float], folder: Path) -> pre_tokenizers.PreTokenizer:
-    """Return a split after the first character of each token in `unmatched`, so that Unigram does not match it.
-
-    Special tokens are split off before normalisation, which turns "[SEP]" in full-width letters into "[SEP]": five
-    characters for sentencepiece, but one token for Unigram. Other ids stay the same if no piece crosses the split.
-    """
-    for token in unmatched:
-        safe = len(token) > 1 and token[0] in scores and not any(token[:2] in piece for piece in scores)
-        check(
-            safe, f"the tokenizer in {str(folder)!r}: control token", token, "which overlaps the text of other tokens"
-        )
-    cuts = "|".join(rf"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in unmatched)
-    return pre_tokenizers.Split(Regex(cuts), behavior="merged_with_previous")

@@ -1,4 +1,4 @@
-"""Train a byte-level BPE in CLIP's layout; load and check any tokenizer; add the cleaning of texts to its files."""
+"""Train a byte-level BPE in CLIP's layout; load and check any tokenizer."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, normalizers
+from tokenizers import Tokenizer, normalizers
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
@@ -20,69 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from koclip.config import ConfigError, TokenizerConfig
-from koclip.text.normalize import BARE, FILLERS, INVISIBLE, SPACES, SPECIAL, normalize
-
-_KEPT = (
-    *("model_max_length", "padding_side", "truncation_side", "model_input_names", "extra_special_tokens"),
-    *("clean_up_tokenization_spaces",),
-)
-# A decomposed syllable, a decomposed accent, every removed character, and special tokens with a removed one inside.
-_PROBE = f"\u1112\u1161\u11ab e\u0301 {FILLERS}a{INVISIBLE}b{SPACES}c<s>d[SEP]<|endoftext|>e[\u200bMASK]"
-
-
-def cleaning(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return a tokenizer that gives any text the ids of `koclip.text.normalize.normalize(text)`.
-
-    Clean texts keep their ids, and koclip trains on clean texts. The result is a stock `PreTrainedTokenizerFast` whose
-    normalizer begins with the cleaning. That class reads all of tokenizer.json; `BertTokenizer`, `CLIPTokenizer`,
-    `XLMRobertaTokenizer` and others build their own normalizer when they are loaded. A tokenizer that already cleans
-    is returned unchanged.
-
-    `split_special_tokens` in tokenizer_config.json makes transformers remove special tokens from a text; without it,
-    transformers finds them before the text is normalised. transformers.js does not know this setting.
-
-    Two differences from `normalize` remain: HTML entities are not replaced, and decomposed characters beyond the Basic
-    Multilingual Plane that Unicode 12 or later brought keep other ids.
-    """
-    if _cleans(tokenizer):
-        return tokenizer
-    cleaner = PreTrainedTokenizerFast(  # copies the backend
-        tokenizer_object=tokenizer.backend_tokenizer,
-        split_special_tokens=True,
-        **{name: getattr(tokenizer, name) for name in _KEPT},
-        **tokenizer.special_tokens_map,
-    )
-    backend = cleaner.backend_tokenizer
-    own = backend.normalizer
-    backend.normalizer = normalizers.Sequence([*_steps(), *([] if own is None else [own])])
-    if suffix := getattr(backend.model, "end_of_word_suffix", None):  # `CLIPTokenizer` removes it in its own code
-        ends = (decoders.Replace(suffix, " "), decoders.Strip(" ", 0, 1))
-        backend.decoder = decoders.Sequence([backend.decoder, *ends])
-    return cleaner
-
-
-def _steps() -> list[normalizers.Normalizer]:
-    """Return the steps of `normalize`."""
-    return [
-        normalizers.Replace(Regex(f"[{FILLERS}]"), " "),
-        normalizers.Replace(Regex(f"[{INVISIBLE}]"), ""),
-        normalizers.NFC(),
-        normalizers.Replace(Regex(SPECIAL), " "),
-        normalizers.Replace(Regex(f"[{SPACES}]+"), " "),
-        normalizers.Strip(),
-        normalizers.Replace(Regex(f"^[ {BARE}]+$"), ""),
-    ]
-
-
-def _cleans(tokenizer: PreTrainedTokenizerBase) -> bool:
-    normalizer = tokenizer.backend_tokenizer.normalizer
-    if normalizer is None or not tokenizer.split_special_tokens:
-        return False
-    dirty, clean = (normalizer.normalize_str(text) for text in (_PROBE, normalize(_PROBE)))
-    return bool(dirty == clean)
-
+from koclip.text.cleaning import cleaning
+from koclip.text.prefix import add_prefix
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 # Characters that together contain every byte of UTF-8.
@@ -94,12 +36,15 @@ _SYLLABLES, _JAMO = re.compile("[가-힣]+"), re.compile("[\u1100-\u11ff]")  # i
 # Encoders that count positions from the id of their padding token: with another id, every position is wrong.
 COUNT_FROM_PADDING = (
     *("roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm", "xlm-roberta-xl", "data2vec-text"),
+    *("longformer", "luke", "ibert", "xmod"),
 )
 READS_END = ("clip_text_model", "metaclip_2_text_model")  # text towers that read the first end token
 # In the config.json of the first CLIPs, also OpenAI's: CLIP's text tower then reads the token with the largest id.
 LEGACY_EOS_ID = 2
 # Text towers that were trained on lower-case texts, padded to the longest length, without an attention mask.
 UNMASKED = ("siglip_text_model",)
+SLOW_SIGLIP = "SiglipTokenizer"  # a slow class, which `koclip.text.siglip` converts
+UNMARKED = ("t5", "mt5", "umt5")  # encoders whose texts have no token at the start
 _NUM_PROBES = 300  # captions that a tokenizer is tested with
 _MOST_LOST = 0.5  # share of the letters of a script; a right tokenizer loses almost none, a wrong one almost all
 _RARE = 0.1  # share of all letters below which a script may be lost, such as Hanja in Korean captions
@@ -134,7 +79,7 @@ def train_bpe(captions: Iterable[str], vocab_size: int, max_tokens: int) -> PreT
 def create(
     config: TokenizerConfig, captions: Iterator[str], encoder: PreTrainedConfig | None = None
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that `config` names and test it with some captions; without a name, train one on them.
+    """Load the tokenizer that `config` names and test it with some captions, or train one on them; add the prefix.
 
     `encoder` is the configuration of the tokenizer's text encoder; by default a CLIP text tower.
 
@@ -142,8 +87,10 @@ def create(
         ConfigError: as `load`.
     """
     if config.path is not None:
-        return load(config.path, config.max_tokens, encoder, list(itertools.islice(captions, _NUM_PROBES)))
-    return train_bpe(itertools.islice(captions, config.train_captions), config.vocab_size, config.max_tokens)
+        tokenizer = load(config.path, config.max_tokens, encoder, list(itertools.islice(captions, _NUM_PROBES)))
+    else:
+        tokenizer = train_bpe(itertools.islice(captions, config.train_captions), config.vocab_size, config.max_tokens)
+    return add_prefix(tokenizer, config.prefix)
 
 
 def load(
@@ -165,7 +112,7 @@ def load(
         ConfigError: no tokenizer is there, or `check` finds a defect.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = read(path)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"tokenizer.path: no tokenizer can be loaded from {path!r}: {reason}") from error
@@ -175,6 +122,22 @@ def load(
         return _unmasked(tokenizer, config)
     tokenizer = cleaning(tokenizer)
     tokenizer.model_max_length = max_tokens
+    return tokenizer
+
+
+def read(path: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a directory or Hub repository as it is; that of the first SigLIP as a fast tokenizer.
+
+    Raises:
+        ImportError: SigLIP's needs the extra `train`.
+        OSError, ValueError: there is no tokenizer, or it is damaged.
+    """
+    converted = None
+    if get_tokenizer_config(path).get("tokenizer_class") == SLOW_SIGLIP:
+        from koclip.text import siglip  # needs the extra `train`, which nothing else here does
+
+        converted = siglip.load(path)
+    tokenizer: PreTrainedTokenizerBase = converted or AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     return tokenizer
 
 
@@ -231,7 +194,8 @@ def check(
     else:
         _check_ids(tokenizer, path, encoder)
         _check_vocabulary(tokenizer, path, encoder)
-        _check_start(tokenizer, path)
+        if encoder.model_type not in UNMARKED:
+            _check_start(tokenizer, path)
 
 
 def _drop_leaked_state(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
@@ -308,13 +272,14 @@ def _letters(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[Counter[str
 
 
 def _check_ids(tokenizer: PreTrainedTokenizerBase, path: str, config: PreTrainedConfig) -> None:
-    for name in ("pad_token_id", "cls_token_id"):
-        if getattr(tokenizer, name) is None:
+    needed = {"pad_token_id": tokenizer.pad_token_id, "cls_token_id": _start(tokenizer)}
+    for name, token in needed.items():
+        if token is None and (name != "cls_token_id" or config.model_type not in UNMARKED):
             raise ConfigError(f"tokenizer {path!r} has no {name}, which a text encoder needs: set it and save it")
     sep = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
     # A ChineseCLIP does not read these two ids; if its config.json has none, the class gives 0 and 2.
     unread = config.model_type == "chinese_clip_text_model"
-    special = {} if unread else {"cls": (tokenizer.cls_token_id, "bos_token_id"), "sep": (sep, "eos_token_id")}
+    special = {} if unread else {"cls": (_start(tokenizer), "bos_token_id"), "sep": (sep, "eos_token_id")}
     if config.model_type in COUNT_FROM_PADDING:  # for others, `koclip.align.methods` uses the tokenizer's padding token
         special = {"pad": (tokenizer.pad_token_id, "pad_token_id")} | special
     for token, (got, name) in special.items():
@@ -339,11 +304,17 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, config: Pre
 
 def _check_start(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     ids = tokenizer(_KOREAN[0])["input_ids"]
-    if ids[:1] != [tokenizer.cls_token_id]:
+    if ids[:1] != [_start(tokenizer)]:
         raise ConfigError(
-            f"tokenizer {path!r} turns {_KOREAN[0]!r} into {ids}; expected the cls token ({tokenizer.cls_token_id}) "
+            f"tokenizer {path!r} turns {_KOREAN[0]!r} into {ids}; expected the cls token ({_start(tokenizer)}) "
             "first, where the encoder reads the embedding: correct the post-processor in its tokenizer.json"
         )
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id of the token at the start of a text: cls, or bos in tokenizers without cls."""
+    start: int | None = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+    return start
 
 
 def differing_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> list[str]:

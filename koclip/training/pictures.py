@@ -16,6 +16,7 @@ import yaml
 from koclip import distributed, storage
 from koclip.data.batches import Batch
 from koclip.data.transforms import image_id
+from koclip.models import open_clip
 
 _FOLDER = "training_pictures"
 _WAITING = 1_000_000  # ids collected before they are sorted
@@ -89,7 +90,8 @@ def of_model(model: str) -> tuple[Ids | None, list[str]]:
         config = yaml.safe_load(file.read_text(encoding="utf-8")) if Path(base).is_dir() and file.is_file() else {}
         ids = read_ids(run) if config else None
         if ids is None:  # a path is shortened: its first parts belong to this machine
-            unknown.append("/".join(Path(base).parts[-2:]) if Path(base).exists() else base)
+            is_path = Path(base).exists() or base.startswith(open_clip.PREFIX)
+            unknown.append("/".join(Path(base).parts[-2:]) if is_path else base)
         else:
             known.append(ids)
         section = config.get("model")  # in an evaluation's config, a name

@@ -12,7 +12,7 @@ from koclip.data.order import BatchPart
 from koclip.losses import build_loss
 from koclip.models.dual_encoder import DualEncoder
 from koclip.models.fast import speed_up
-from koclip.optim import adamw, layer_rates, warmup_cosine
+from koclip.optim import adamw, layer_rates, projection_decay, warmup_cosine
 from koclip.training.loop import Health, TrainState, ema_of
 
 
@@ -60,7 +60,8 @@ def prepare(
     dual_encoder.to(accelerator.device)
     ema = ema_of(dual_encoder, train.ema_decay) if train.ema_decay else None
     optim = dataclasses.replace(config.optim, lr=stage.lr)
-    optimizer = adamw(dual_encoder, optim, layer_rates(dual_encoder, stage.layer_decay))
+    decays = projection_decay(dual_encoder, stage.image_decay)
+    optimizer = adamw(dual_encoder, optim, layer_rates(dual_encoder, stage.layer_decay), decays)
     compiled = torch.compile(dual_encoder) if train.compile else dual_encoder
     _configure_deepspeed(accelerator, train, optim)
     wrapped, wrapped_optimizer = accelerator.prepare(compiled, optimizer)
@@ -99,7 +100,7 @@ def _sharded(accelerator: Accelerator, train: TrainConfig, stage: Stage) -> bool
         )
     if sharded and stage.end < train.num_steps:
         raise ConfigError(
-            "align.first_steps: got two stages; sharded weights can be trained in one stage only: use DDP "
+            "align.method: got a method of several stages; sharded weights can be trained in one stage only: use DDP "
             "(recipes/accelerate/), or train two runs, the second with model.clip: <first run>/model and "
             "model.text_encoder: same"
         )
@@ -110,5 +111,7 @@ def release(state: TrainState) -> DualEncoder:
     """Return the model of a finished stage without its wrappers, ready for the next stage."""
     state.accelerator.free_memory()
     plain: DualEncoder = state.accelerator.unwrap_model(state.model, False, keep_torch_compile=False)
+    # `prepare` leaves a module with this mark as it is: the next stage would train without autocast.
+    vars(plain).pop("_is_accelerate_prepared", None)
     plain.zero_grad(set_to_none=True)
     return plain

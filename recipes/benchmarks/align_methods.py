@@ -11,21 +11,16 @@ the same seed. Minutes are for the whole run: loading, features of frozen towers
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
+from recipe_runs import RECIPES, Cost, number, start_once
 from rich.console import Console
 from rich.table import Table
 
-RECIPES = Path(__file__).parents[1]
 METHODS = ("frozen", "distill", "two_stage", "anchor", "full", "lora")  # lora starts from the result of distill
-RECALL = "flickr8k_ko/{}/text_to_image/recall@10"
+RECALL = "{}/text_to_image/recall@10"
 
 
 class Outcome(NamedTuple):
@@ -33,9 +28,7 @@ class Outcome(NamedTuple):
 
     korean: float  # text-to-image R@10 of all captions of the validation photos
     english: float
-    minutes: float
-    cpu_minutes: float
-    gib: float  # peak resident memory
+    cost: Cost
 
 
 def main() -> None:
@@ -63,28 +56,17 @@ def parser() -> argparse.ArgumentParser:
 def align(method: str, seed: int, args: argparse.Namespace) -> Outcome:
     """Align the source of a seed by a method, or read the result of an earlier call."""
     run = Path(args.output_dir) / f"{method}-{seed}"
-    cost = run / "cost.json"
-    if not cost.exists():
-        source = Path(args.output_dir) / f"distill-{seed}" if method == "lora" else Path(args.source.format(seed=seed))
-        config = RECIPES / "configs" / "align" / f"flickr8k_ko_{method}.yaml"
-        command = [sys.executable, str(RECIPES / "align.py"), "--config", str(config), "--output_dir", str(run)]
-        command += ["--model.clip", str(source / "model"), *args.options]
-        command += [word for key in ("data", "model", "train") for word in (f"--{key}.seed", str(seed))]
-        began = time.perf_counter()
-        process = subprocess.Popen(command)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status != 0:
-            raise SystemExit(f"{method}, seed {seed}: recipes/align.py stopped with status {status}")
-        minutes = (time.perf_counter() - began) / 60
-        cpu_minutes, gib = (usage.ru_utime + usage.ru_stime) / 60, usage.ru_maxrss / 2**20
-        cost.write_text(json.dumps({"minutes": minutes, "cpu_minutes": cpu_minutes, "gib": gib}), encoding="utf-8")
-    return Outcome(recall(run, "ko"), recall(run, "en"), **json.loads(cost.read_text(encoding="utf-8")))
+    source = Path(args.output_dir) / f"distill-{seed}" if method == "lora" else Path(args.source.format(seed=seed))
+    config = RECIPES / "configs" / "align" / f"flickr8k_ko_{method}.yaml"
+    words = ["--config", str(config), "--model.clip", str(source / "model"), *args.options]
+    words += [word for key in ("data", "model", "train") for word in (f"--{key}.seed", str(seed))]
+    cost = start_once(run, "align.py", *words)
+    return Outcome(recall(run, "ko"), recall(run, "en"), cost)
 
 
 def recall(run: Path, language: str) -> float:
     """Return R@10 of a finished run, in percent."""
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    return 100 * float(results["metrics"][RECALL.format(language)]["value"])
+    return 100 * number(run, RECALL.format(language)).value
 
 
 def print_table(rows: dict[str, list[Outcome]], english: list[float]) -> None:
@@ -96,12 +78,13 @@ def print_table(rows: dict[str, list[Outcome]], english: list[float]) -> None:
     for method, outcomes in rows.items():
         korean = [outcome.korean for outcome in outcomes]
         ratios = "/".join(f"{own / reference:.2f}" for own, reference in zip(korean, english, strict=True))
-        means = [statistics.fmean(column) for column in zip(*outcomes, strict=True)]
+        mean = statistics.fmean(korean)
+        others = zip(*((outcome.english, *outcome.cost) for outcome in outcomes), strict=True)
         table.add_row(
             method,
-            f"{means[0]:.1f} ({'/'.join(f'{value:.1f}' for value in korean)})",
-            f"{means[0] / statistics.fmean(english):.2f} ({ratios})",
-            *(f"{mean:.1f}" for mean in means[1:]),
+            f"{mean:.1f} ({'/'.join(f'{value:.1f}' for value in korean)})",
+            f"{mean / statistics.fmean(english):.2f} ({ratios})",
+            *(f"{statistics.fmean(column):.1f}" for column in others),
         )
     Console(width=120).print(table)
 

@@ -124,7 +124,7 @@ def config_of(options: argparse.Namespace, source: SourceConfig) -> AlignConfig:
     steps = options.epochs * options.pairs // options.batch_size
     pool = min(DataConfig().length_pool, options.pairs // options.batch_size)
     return AlignConfig(
-        model=SwapConfig(clip="random weights", text_encoder="random weights"),
+        model=SwapConfig(clip="random weights", text_encoder="random weights", pooling="first"),
         data=DataConfig(sources=[source], num_crops=options.num_crops, length_pool=pool),
         optim=OptimConfig(lr=options.lr, warmup_steps=steps // 10),
         train=TrainConfig(

@@ -22,8 +22,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -33,7 +31,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from clip_shapes import build_clip, integer, towers
 from pairs import CONTEXT
-from ratios import hardware, spread
+from ratios import add_timing_options, hardware, run_worker, spread
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPProcessor
@@ -167,12 +165,7 @@ def run(method: str, options: argparse.Namespace) -> dict[str, float]:
     """Run `worker` in its own process."""
     words = [f"--{name}={getattr(options, name)}" for name in ("batch_size", "micro_batch_size", "threads")]
     words += ["--cpu_time"] if options.cpu_time else []
-    command = [sys.executable, __file__, "--method", method, *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{method} failed:\n{done.stderr[-2000:]}")
-    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return measured
+    return run_worker(__file__, ["--method", method, *words], method)
 
 
 def gradient_error(method: str, plain: str, options: argparse.Namespace) -> str:
@@ -227,9 +220,7 @@ def parser() -> argparse.ArgumentParser:
     cli.add_argument("--batch_size", type=int, default=4096, help="pairs in the step (default: 4096)")
     cli.add_argument("--micro_batch_size", type=int, default=64, help="pairs in a piece (default: 64)")
     cli.add_argument("--check_batch_size", type=int, default=256, help="pairs of the gradient table (default: 256)")
-    cli.add_argument("--rounds", type=int, default=1, help="rounds (default: 1)")
-    cli.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    cli.add_argument("--cpu_time", action="store_true", help="count CPU seconds (for one thread, on a busy machine)")
+    add_timing_options(cli, rounds=1)
     cli.add_argument("--method", choices=[*METHODS, "open_clip plain"], help=argparse.SUPPRESS)
     return cli
 

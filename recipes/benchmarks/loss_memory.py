@@ -18,8 +18,6 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -27,7 +25,7 @@ from importlib.util import find_spec
 import psutil
 import torch
 import torch.nn.functional as F
-from ratios import hardware, spread
+from ratios import add_timing_options, hardware, run_worker, spread
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -101,11 +99,7 @@ def run(way: str, count: int, options: argparse.Namespace) -> dict[str, float]:
     """Run `worker` in its own process."""
     words = ["--worker", "--ways", way, "--sizes", str(count), "--loss", options.loss]
     words += ["--threads", str(options.threads), *(["--cpu_time"] if options.cpu_time else [])]
-    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{way} at {count} pairs failed:\n{done.stderr[-2000:]}")
-    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return measured
+    return run_worker(__file__, words, f"{way} at {count} pairs")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -139,9 +133,7 @@ def parser() -> argparse.ArgumentParser:
     cli.add_argument("--sizes", type=int, nargs="+", default=[4_096, 8_192, 16_384], help="pairs")
     cli.add_argument("--ways", choices=WAYS, nargs="+", default=list(WAYS), help="default: all")
     cli.add_argument("--loss", choices=["infonce", "sigmoid"], default="infonce")
-    cli.add_argument("--rounds", type=int, default=1, help="rounds (default: 1)")
-    cli.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    cli.add_argument("--cpu_time", action="store_true", help="count CPU seconds (for one thread, on a busy machine)")
+    add_timing_options(cli, rounds=1)
     cli.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return cli
 

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from pairs import CONTEXT, FLICKR8K_KO, padded, record
-from ratios import hardware, spread
+from ratios import add_timing_options, hardware, spread
 from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPModel, PreTrainedTokenizerBase
@@ -203,13 +203,11 @@ def parser() -> argparse.ArgumentParser:
     )
     cli.add_argument("--column", default="captions_ko", help="their captions (default: captions_ko)")
     cli.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    cli.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    cli.add_argument("--rounds", type=int, default=5, help="measured rounds (default: 5)")
+    add_timing_options(cli, rounds=5)
     cli.add_argument("--batch_size", type=int, default=64, help="captions per step (default: 64)")
     cli.add_argument("--captions_per_row", type=int, default=4, help="of packed text (default: 4)")
     cli.add_argument("--width", type=int, default=256, help="of the text transformer (default: 256)")
     cli.add_argument("--layers", type=int, default=6, help="of the text transformer (default: 6)")
-    cli.add_argument("--cpu_time", action="store_true", help="count CPU seconds (for one thread, on a busy machine)")
     return cli
 
 

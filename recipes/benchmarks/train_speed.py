@@ -33,7 +33,7 @@ import torch
 import transformers
 from clip_shapes import build_clip
 from pairs import CONTEXT, normalized, padded, real_pairs, record, stand_ins
-from ratios import hardware, spread
+from ratios import add_timing_options, hardware, spread
 from transformers import CLIPModel, CLIPProcessor, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from koclip import training
@@ -164,11 +164,9 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    cli.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    cli.add_argument("--rounds", type=int, default=5, help="measured rounds (default: 5)")
+    add_timing_options(cli, rounds=5)
     cli.add_argument("--batches", type=int, default=8, help="steps of a round (default: 8)")
     cli.add_argument("--batch_size", type=int, default=64, help="pairs per step (default: 64)")
-    cli.add_argument("--cpu_time", action="store_true", help="count CPU seconds (for one thread, on a busy machine)")
     cli.add_argument("--data", help="pairs to take captions from: any path that data.sources[].path takes")
     return cli
 

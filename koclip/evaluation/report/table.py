@@ -11,6 +11,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from koclip.evaluation import forgetting
 from koclip.evaluation.results import MAIN, Record, Spec
 from koclip.evaluation.tasks import SPECS
 
@@ -104,6 +105,8 @@ def sections(records: Sequence[Sequence[Record]], templates: Templates) -> list[
     by_dataset: dict[str, Section] = {}
     for same in by_name.values():
         first = next(record for record in same if record)
+        if first.group == forgetting.HEADING:  # these have a table of their own
+            continue
         label = first.label(templates.get(first.dataset, {}).get(first.language, []))
         section = by_dataset.setdefault(first.dataset, Section(first.dataset))
         count = max(record.n for record in same if record)
@@ -204,13 +207,13 @@ def markdown(
     notes: Mapping[str, Sequence[str]],
 ) -> str:
     """Return a Markdown page: the main rows and the notes of every data set, then the other rows by group."""
-    parts = ["# Results", NOTE, *(f"> **Warning:** {_escaped(warning)}" for warning in warnings)]
+    parts = ["# Results", NOTE, *(f"> **Warning:** {escaped(warning)}" for warning in warnings)]
     for section in sections:
-        parts += [f"## {_escaped(section.name)}", _rows(section.main, labels)]
-        parts += [f"- {_escaped(note)}" for note in notes.get(section.name, ())]
+        parts += [f"## {escaped(section.name)}", _rows(section.main, labels)]
+        parts += [f"- {escaped(note)}" for note in notes.get(section.name, ())]
     for section in sections:
         for group, lines in section.details.items():
-            parts += [f"### {_escaped(section.name)}: {_escaped(group)}", _rows(lines, labels)]
+            parts += [f"### {escaped(section.name)}: {escaped(group)}", _rows(lines, labels)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -219,9 +222,9 @@ def _rows(lines: Sequence[Line], labels: Sequence[str]) -> str:
     for line in lines:
         cells = [str(cell) if cell else "" for cell in line.cells]
         rows.append([line.label, line.language, f"{line.n:,}", *cells])
-    return "\n".join(f"| {' | '.join(map(_escaped, row))} |" for row in rows)
+    return "\n".join(f"| {' | '.join(map(escaped, row))} |" for row in rows)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Return text in one line, without Markdown's effects."""
     return " ".join(re.sub(r"([\\`*|\[\]<])", r"\\\1", text).split())

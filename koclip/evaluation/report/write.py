@@ -7,7 +7,10 @@ import base64
 import io
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +20,22 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from koclip import storage
+from koclip.config import ConfigError
+from koclip.encoders import load
 from koclip.evaluation.embed import Embedder
+from koclip.evaluation.forgetting import HEADING, compare
+from koclip.evaluation.report import forgotten
 from koclip.evaluation.report.charts import charts, korean_style, save
 from koclip.evaluation.report.grids import confusion, queries
 from koclip.evaluation.report.table import NOTE, Line, Section, Templates, markdown, print_tables, sections
 from koclip.evaluation.results import Measured, Record, records_of, write_results
-from koclip.evaluation.run import described, evaluate, labels_of, notes, warnings_of
+from koclip.evaluation.run import described, evaluate, evaluate_source, labels_of, notes, warnings_of
 from koclip.evaluation.sets import EvalSet
 from koclip.evaluation.tasks import SPECS, TASKS
 from koclip.metrics import Metric
 
 _TRAINING = "training.png"
+_LISTED = 200  # skipped samples on the page
 
 
 class Evaluated(NamedTuple):
@@ -36,24 +44,73 @@ class Evaluated(NamedTuple):
     model: str  # the path, Hub id or spec that the user gave
     folder: Path  # of its results
     embedder: Embedder
-    metrics: dict[str, Metric]  # of `evaluate`
+    metrics: dict[str, Metric]  # of `evaluate`, and of the comparison with the source
+    source: str | None = None  # the model that it is compared with
 
 
-def report(run: Path, embedder: Embedder, eval_sets: Sequence[EvalSet]) -> dict[str, Metric]:
+class Source(NamedTuple):
+    """The model that a run started from."""
+
+    name: str  # that the user gave
+    model: str  # a spec of `koclip.load`: `name`, or the directory of a converted model
+    cache: Path  # folder of its embeddings
+
+
+def report(
+    run: Path, embedder: Embedder, eval_sets: Sequence[EvalSet], source: Source | None = None
+) -> dict[str, Metric]:
     """Evaluate the model of a training run; write results.json, pictures/, table.md and report.html; print the table.
 
     `run` is the run directory, with environment.json, metrics.jsonl and model/; `embedder` embeds with the saved model.
+    With a `source`, it is evaluated, too, and compared with the model.
+
+    Raises:
+        Exception: the comparison failed. The report is written all the same, with the reason. A `ConfigError` is not
+            raised.
     """
     metrics = evaluate(embedder, eval_sets)
+    warnings = warnings_of(embedder, eval_sets)
+    evaluated = Evaluated(str(run / "model"), run, embedder, metrics, source.name if source else None)
+    try:
+        if source is not None:
+            with suppress(ConfigError):  # it is in the warnings
+                compare_with_source([evaluated], partial(_load, source, embedder.batch_size), eval_sets, warnings)
+    finally:  # training took longer than the comparison: keep its report
+        _report(run, evaluated, eval_sets, warnings)
+    return metrics
+
+
+def _load(source: Source, batch_size: int) -> Embedder:
+    return Embedder(load(source.model), batch_size, source.cache)
+
+
+def compare_with_source(
+    models: Sequence[Evaluated], load_source: Callable[[], Embedder], eval_sets: Sequence[EvalSet], warnings: list[str]
+) -> None:
+    """Evaluate the source of models, and add each model's comparison with it to the model's metrics.
+
+    Raises:
+        Exception: this failed. Its reason is added to `warnings`.
+    """
+    try:
+        first = models[0]
+        before = evaluate_source(load_source(), first.embedder, eval_sets, first.metrics)
+        for model in models:
+            model.metrics.update(compare(before, model.metrics, SPECS))
+    except Exception as error:
+        reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+        warnings.append(f"The source is not compared: {reason}")
+        raise
+
+
+def _report(run: Path, evaluated: Evaluated, eval_sets: Sequence[EvalSet], warnings: Sequence[str]) -> None:
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     with korean_style():
-        save(training_figure(run / "metrics.jsonl", metrics), run / "pictures" / _TRAINING)
+        save(training_figure(run / "metrics.jsonl", evaluated.metrics), run / "pictures" / _TRAINING)
     if eval_sets:
-        with storage.atomic(run / "pictures" / "example.png") as partial:
-            eval_sets[0].images[0].save(partial)
-    evaluated = Evaluated(str(run / "model"), run, embedder, metrics)
-    write(run, [evaluated], eval_sets, environment, warnings_of(embedder, eval_sets))
-    return metrics
+        with storage.atomic(run / "pictures" / "example.png") as picture:
+            eval_sets[0].images[0].save(picture)
+    write(run, [evaluated], eval_sets, environment, warnings)
 
 
 def write(
@@ -80,9 +137,15 @@ def write(
     names = dict.fromkeys(name for own in data.values() for name in own)
     notes_of = {name: notes({labels[model]: own[name] for model, own in data.items()}) for name in names}
     rows = sections(list(records.values()), templates)
+    compared = {model.model: forgotten.rows(records[model.model]) for model in evaluated if model.source}
     if rows:
-        storage.replace_text(run / "table.md", markdown(rows, list(labels.values()), warnings, notes_of))
+        page = markdown(rows, list(labels.values()), warnings, notes_of)
         print_tables(rows, list(labels.values()), warnings, notes_of)
+        for model in evaluated:
+            if own := compared.get(model.model):
+                page += "\n" + forgotten.markdown(own, labels[model.model], str(model.source))
+                forgotten.print_table(own, labels[model.model], str(model.source))
+        storage.replace_text(run / "table.md", page)
     skipped = len(storage.read_lines(run / "skipped.jsonl"))
     if skipped:
         print(f"{skipped:,} samples could not be used: {run / 'skipped.jsonl'} lists them with their reasons")  # noqa: T201
@@ -91,7 +154,9 @@ def write(
         drawn = _draw(model, records[model.model], eval_sets, templates)
         training = model.folder / "pictures" / _TRAINING
         label = labels[model.model]
-        models.append(PageModel(model.model, label, drawn, data[model.model], training if training.is_file() else None))
+        training_file = training if training.is_file() else None
+        own = compared.get(model.model, [])
+        models.append(PageModel(model.model, label, drawn, data[model.model], training_file, model.source, own))
     if rows:
         _write_page(run, models, rows, environment, warnings)
 
@@ -119,6 +184,8 @@ def _draw(
     with korean_style():
         for eval_set in tqdm(eval_sets, desc="pictures", leave=False):
             figures = dict(charts(eval_set.name, records, templates[eval_set.name]))
+            if figure := forgotten.chart(records, eval_set.name):
+                figures["forgotten"] = figure
             if any(eval_set.captions):
                 figures["queries"] = queries(embedder, eval_set)
             for task in TASKS:
@@ -142,19 +209,21 @@ def training_figure(log: Path, final: Mapping[str, Metric]) -> Figure:
     axis.plot(*zip(*losses, strict=True), color="tab:grey", marker=".", label="loss")
     axis.set(xlabel="step", ylabel="loss")
     axis.set_ylim(bottom=0)
-    watched = sorted(record.name for record in records_of(final, SPECS) if record.spec.watched)
+    watched = sorted((record for record in records_of(final, SPECS) if record.spec.watched), key=attrgetter("name"))
     if watched:
         percent = axis.twinx()
         percent.set(ylabel="%", ylim=(0, 100))
-        for name in watched:
-            points = [(line["step"], 100 * line[name]) for line in logged if name in line]
-            percent.plot(*zip(*points, strict=True), marker="o", label=name)
+        for record in watched:
+            points = [(line["step"], 100 * line[record.name]) for line in logged if record.name in line]
+            label = f"{record.dataset}: {record.label()} ({record.language})"
+            percent.plot(*zip(*points, strict=True), marker="o", label=label)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
 _QUALITY = 85  # of pictures, 0 to 100
 _KINDS = {
+    "forgotten": HEADING,
     "recall": "Recall",
     "queries": "Captions and their nearest images",
     "stress": "Recall by rewritten Korean captions",
@@ -173,6 +242,8 @@ class PageModel(NamedTuple):
     pictures: Mapping[str, Mapping[str, Path]]  # files by data set and kind
     data: Mapping[str, Mapping[str, Any]]  # `data` of results.json
     training: Path | None = None  # chart of its training
+    source: str | None = None  # the model that it is compared with
+    compared: Sequence[forgotten.Row] = ()
 
 
 def _write_page(
@@ -182,7 +253,7 @@ def _write_page(
     environment: Mapping[str, Any],
     warnings: Sequence[str],
 ) -> None:
-    configuration = run / "config.yaml"
+    configuration, skipped = run / "config.yaml", storage.read_lines(run / "skipped.jsonl")
     loader = PackageLoader("koclip", "assets")
     jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = jinja.get_template("report.html").render(
@@ -196,7 +267,13 @@ def _write_page(
         environment=environment,
         command=shlex.join(environment["command"]),
         configuration=configuration.read_text(encoding="utf-8") if configuration.is_file() else "",
+        skipped=[{name: sample.get(name, "") for name in ("key", "reason", "source")} for sample in skipped[:_LISTED]],
+        num_skipped=len(skipped),
         note=NOTE,
+        forgotten=[own for own in models if own.compared],
+        forgotten_heading=HEADING,
+        forgotten_columns=("", *forgotten.COLUMNS[3:]),
+        forgotten_note=forgotten.NOTE,
         best=_best,
     )
     storage.replace_text(run / "report.html", text)

@@ -1,5 +1,6 @@
 """The evaluation tasks. A new task is a file in this folder and an entry in `TASKS`."""
 
+from koclip.evaluation.forgetting import specs_of
 from koclip.evaluation.results import Spec, Task
 from koclip.evaluation.tasks import multiple_choice, probe, ratings, retrieval, zero_shot
 
@@ -15,4 +16,5 @@ TASKS: tuple[Task, ...] = (
     retrieval.STRESS,
     multiple_choice.TASK,
 )
-SPECS: tuple[Spec, ...] = tuple(spec for task in TASKS for spec in task.specs)
+_SPECS = tuple(spec for task in TASKS for spec in task.specs)
+SPECS: tuple[Spec, ...] = (*_SPECS, *specs_of(_SPECS))

@@ -26,7 +26,9 @@ def run(embedder: Embedder, eval_set: EvalSet, language: str) -> dict[str, Metri
             places = torch.tensor([[place[text] for text in own] for own in question.candidates[language]])  # (I, K)
             similarity = torch.einsum("id,ikd->ik", images, embedded[places])
             right = torch.nn.functional.one_hot(torch.tensor(question.answers), places.shape[1]).bool()
-            metrics[f"{question.name}/accuracy"] = share(first_ranks(similarity, right) == 0)
+            metrics[f"{question.name}/accuracy"] = share(
+                first_ranks(similarity, right) == 0, chance=1 / places.shape[1]
+            )
     return metrics
 
 

@@ -1,7 +1,7 @@
 """Retrieval of images and captions: in one language, compared between two languages, and with rewritten captions."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,7 @@ from koclip.config import ConfigError
 from koclip.evaluation.embed import Embedder, UniqueCaptions, collect, search
 from koclip.evaluation.results import MAIN, Spec, Task, Unit
 from koclip.evaluation.sets import EvalSet
-from koclip.metrics import KS, Metric, mean, recall_at
+from koclip.metrics import KS, Gallery, Metric, mean, recall_at
 from koclip.text.korean.stress import STRESSES
 
 _KS = (1, 10)  # of comparisons between languages and with rewritten captions
@@ -31,7 +31,14 @@ def retrieval(embedder: Embedder, eval_set: EvalSet, language: str, images: torc
         protocols["_first_caption"] = collect([texts[:1] for texts in captions], [])
     for protocol, unique in protocols.items():
         forward, backward = _both_ways(unique, images, embedder.texts(unique.texts), embedder.spread)
-        recalls = {"text_to_image": recall_at(forward, _groups(unique)), "image_to_text": recall_at(backward)}
+        images_of, texts_of = map(_counts, (unique.images, unique.texts_of))
+        galleries = (
+            (None, None) if protocol else (Gallery(len(images), images_of), Gallery(len(unique.texts), texts_of))
+        )
+        recalls = {
+            "text_to_image": recall_at(forward, _groups(unique), gallery=galleries[0]),
+            "image_to_text": recall_at(backward, gallery=galleries[1]),
+        }
         metrics |= {f"{task}{protocol}/{name}": value for task, own in recalls.items() for name, value in own.items()}
     return metrics
 
@@ -60,6 +67,11 @@ def approximated(captions: UniqueCaptions, exact: _Tensors, other: _Tensors, nam
             metrics[f"{task}_{name}/recall@{k}"] = others[f"recall@{k}"]
             metrics[f"{task}_{name}/drop@{k}"] = mean((plain < k).double() - (ranks < k).double(), groups)
     return metrics
+
+
+def _counts(owned: Sequence[Sequence[int]]) -> list[int]:
+    """Return the number of positives of each query that has any."""
+    return [len(own) for own in owned if own]
 
 
 def _groups(captions: UniqueCaptions) -> torch.Tensor:

@@ -12,7 +12,7 @@ from koclip.data.transforms import SEVERITIES
 from koclip.evaluation.embed import Embedder, search
 from koclip.evaluation.results import Spec, Task, records_of
 from koclip.evaluation.sets import EvalSet
-from koclip.metrics import Metric, difference, mean, mean_per_class, share
+from koclip.metrics import Gallery, Metric, difference, mean, mean_per_class, share
 from koclip.text.classes import fill, has_particle, spelt_out
 
 _FEWEST = 3  # other models that the line of effective robustness needs
@@ -81,9 +81,10 @@ def zero_shot(embedder: Embedder, eval_set: EvalSet, language: str, images: torc
         return search(images[names.images], classes, names.owned, embedder.spread)[0]
 
     together = ranks(ensemble(prompts))
-    metrics = {"zero_shot/accuracy": share(together < 1)}
+    gallery = Gallery(len(names.plain), list(map(len, names.owned)))
+    metrics = {"zero_shot/accuracy": share(together < 1, gallery.chance(1))}
     if len(names.plain) > 5:  # else every image is a hit
-        metrics["zero_shot/accuracy@5"] = share(together < 5)
+        metrics["zero_shot/accuracy@5"] = share(together < 5, gallery.chance(5))
     if eval_set.labels:
         metrics["zero_shot/mean_per_class"] = mean_per_class(together < 1, torch.tensor(eval_set.labels))
     if len(templates) > 1:

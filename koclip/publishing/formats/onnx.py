@@ -22,13 +22,14 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from koclip import storage
-from koclip.config import ConfigError, RunError
+from koclip.config import ConfigError, RunError, check
 from koclip.data.formats import scenes
 from koclip.data.transforms import view_size
 from koclip.encoders import load
 from koclip.encoders.transformers import encode
 from koclip.models import StockModel
 from koclip.models.dual_encoder import encode_images, encode_texts
+from koclip.models.router import RouterModel
 from koclip.models.stock import layout_of, longest_text
 from koclip.text import tokenizers
 
@@ -107,12 +108,14 @@ def export(directory: str | Path, output: Path, int8: bool = False) -> dict[str,
         int8: Also write `*_quantized.onnx`: weights in 8 bits per channel, activations quantized dynamically.
 
     Raises:
-        ConfigError: a package is missing.
+        ConfigError: a package is missing, or the model is a `Router` of sentence-transformers.
         RunError: a graph in fp32 differs from the model by more than 1e-4, or a graph in int8 gives NaN or infinity.
     """
     quantize = _quantizer()
     encoder = load(directory, "cpu")
     model, processor = encoder.model, encoder.processor
+    fix = "expected a class of transformers, whose graphs transformers.js loads: publish without --onnx"
+    check(not isinstance(model, RouterModel), "onnx", f"the RouterModel in {directory}", fix)
     folder = output / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:  # they may be of other weights

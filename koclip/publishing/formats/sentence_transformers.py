@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from koclip import storage
+from koclip.models import router
 
 MODULES, FOLDER = "modules.json", "1_Normalize"
 _MODULES = (
@@ -18,7 +19,9 @@ _MODULES = (
 
 
 def describe(directory: Path) -> list[Path]:
-    """Write the files for sentence-transformers into a model's directory; return them."""
+    """Write the files for sentence-transformers into a model's directory; return them. A `Router` has them already."""
+    if (directory / router.FILE).exists():
+        return []
     features = {side: f"get_{side}_features" for side in ("text", "image")}
     contents: dict[str, Any] = {
         MODULES: [

@@ -1,0 +1,145 @@
+"""Settings of `koclip curate`: the rules for captions and pictures, duplicates, balance, and the whole command."""
+
+from dataclasses import dataclass, field
+
+from koclip.config.checks import all_faults, check, check_least, check_pixels, check_share
+from koclip.config.data import DataConfig, SourceConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionRules:
+    """Which captions are dropped. All captions are NFC and have single spaces before they are checked.
+
+    Args:
+        min_length: Shortest caption, characters.
+        max_length: Longest caption, characters.
+        min_hangul: Smallest share of Hangul among the letters of a Korean caption (language `ko`). 0: no check.
+        html: Drop captions with HTML tags.
+        urls: Drop captions with addresses of web pages.
+        file_names: Drop captions that are names of files, such as IMG_1234.jpg.
+        max_repeats: Drop captions that more than this many rows have. 0: no limit.
+        personal_data: Remove phone numbers, resident-registration numbers and e-mail addresses from captions, and
+            count them. The rest of the caption stays.
+    """
+
+    min_length: int = 2
+    max_length: int = 1_000
+    min_hangul: float = 0.5
+    html: bool = True
+    urls: bool = True
+    file_names: bool = True
+    max_repeats: int = 100
+    personal_data: bool = True
+
+    @all_faults()
+    def __post_init__(self) -> None:
+        check_least(self, "captions.", 1, "min_length")
+        check_least(self, "captions.", 0, "max_repeats")
+        check(self.max_length >= self.min_length, "captions.max_length", self.max_length, "expected min_length or more")
+        check_share("captions.min_hangul", self.min_hangul)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureRules:
+    """Which pictures are dropped, with their rows. Sources with `image: null` have no pictures to check.
+
+    Args:
+        min_side: Smallest shorter side, pixels.
+        max_ratio: Largest ratio of the longer side to the shorter side.
+        min_deviation: Smallest standard deviation of the brightness, on a scale of 0 to 255. Pictures below it are
+            almost uniform. 0: no check.
+        max_pixels: Drop pictures with more pixels (width x height). Protects from decompression bombs.
+    """
+
+    min_side: int = 32
+    max_ratio: float = 4.0
+    min_deviation: float = 4.0
+    max_pixels: int = DataConfig.max_image_pixels
+
+    @all_faults()
+    def __post_init__(self) -> None:
+        check_least(self, "pictures.", 1, "min_side", "max_ratio")
+        check_least(self, "pictures.", 0, "min_deviation")
+        check_pixels("pictures.max_pixels", self.max_pixels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplicateRules:
+    """Which pictures are near-duplicates. Of a group, the picture with the most pixels stays.
+
+    Rows that repeat the same stored picture with other captions stay; a repeated pair is dropped.
+
+    Args:
+        enabled: Drop near-duplicates and repeated pairs.
+        max_distance: Largest number of different bits between the hashes (63 bits) of near-duplicates.
+        crops: Also find pictures that are cropped by up to a tenth of each side. Compares 38 instead of 2 hashes for
+            each picture.
+    """
+
+    enabled: bool = True
+    max_distance: int = 7
+    crops: bool = True
+
+    @all_faults()
+    def __post_init__(self) -> None:
+        distance = self.max_distance
+        check(0 <= distance <= 16, "duplicates.max_distance", distance, "expected 0 to 16 of 63 bits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceRules:
+    """How many pairs each query keeps. Queries are frequent words, and frequent pairs of adjacent words.
+
+    A pair belongs to the rarest query in its captions. A hash of the content chooses which pairs of a query stay.
+
+    Args:
+        max_per_query: Most pairs of a query. 0: no balance. CLIP's makers took 20,000.
+        min_count: Words, and pairs of words, that occur in at least this many texts of the corpus are queries.
+        corpus: Text files (`.txt`) or data sets with the texts that are counted, as for `koclip trim --texts`. Default:
+            the captions of the pairs themselves.
+        keep_unmatched: Keep pairs without a query. CLIP's makers had none.
+    """
+
+    max_per_query: int = 0
+    min_count: int = 100
+    corpus: list[str] = field(default_factory=list)
+    keep_unmatched: bool = True
+
+    @all_faults()
+    def __post_init__(self) -> None:
+        check_least(self, "balance.", 0, "max_per_query")
+        check_least(self, "balance.", 1, "min_count")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurateConfig:
+    """Build a clean set of pairs from raw pairs.
+
+    Args:
+        sources: Data sets of raw pairs. Only their images, captions and keys are copied.
+        output_dir: Directory of the result: Parquet shards, `dropped.jsonl`, `report.json` and `waterfall.png`. It
+            appears when everything is complete. If the command is interrupted, run it again: it continues. An earlier
+            result is replaced; another directory that is not empty is refused.
+        captions: Rules for captions.
+        pictures: Rules for pictures.
+        duplicates: Rules for near-duplicates.
+        balance: Rules for the number of pairs of each query.
+        shard_size: Rows read for each shard. Of a stream, each file becomes a shard.
+        num_workers: Processes that check and write shards. The result does not depend on it.
+    """
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    output_dir: str = "curated"
+    captions: CaptionRules = field(default_factory=CaptionRules)
+    pictures: PictureRules = field(default_factory=PictureRules)
+    duplicates: DuplicateRules = field(default_factory=DuplicateRules)
+    balance: BalanceRules = field(default_factory=BalanceRules)
+    shard_size: int = 10_000
+    num_workers: int = 1
+
+    @all_faults()
+    def __post_init__(self) -> None:
+        check(bool(self.sources), "sources", self.sources, "list data sets: --sources '[{path: raw.parquet}]'")
+        for source in self.sources:
+            check(bool(source.captions), "sources[].captions", source.captions, "name at least one caption column")
+        check_least(self, "", 1, "shard_size", "num_workers")
