@@ -81,14 +81,17 @@ def trained(model: PreTrainedModel, config: AdapterConfig = MODES[1], new_text: 
     return model.eval()
 
 
-def embed(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+def features_of(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Return image and text features. Pixels of 0 to 255 would saturate attention: its gradient would be 0."""
     batch = batch_of(4)
-    with torch.no_grad():
-        images = model.get_image_features(pixel_values=batch["pixel_values"].float() / 128 - 1).pooler_output
-        texts = model.get_text_features(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-        ).pooler_output
+    images = model.get_image_features(pixel_values=batch["pixel_values"].float() / 128 - 1).pooler_output
+    texts = model.get_text_features(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).pooler_output
     return images, texts
+
+
+@torch.no_grad()
+def embed(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    return features_of(model)
 
 
 def pooled(model: Any) -> bool:
@@ -122,9 +125,8 @@ def test_every_layer_of_the_chosen_towers_is_adapted(image: str, text: str, conf
     assert len(adapted(model, "vision_model")) == (LINEAR[image] if config.target == "both" else 0)
     full = {name for name in trained_names(model) if "lora_" not in name}
     assert {name.split(".modules_to_save")[0] for name in full} == {"text_projection"}
-    features = model.get_text_features(**{k: v for k, v in batch_of(4).items() if k != "pixel_values"}).pooler_output
-    features = features.sum() + model.get_image_features(batch_of(4)["pixel_values"].float()).pooler_output.sum()
-    features.backward()
+    images, texts = features_of(model)
+    (images.sum() + texts.sum()).backward()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # all of them are in the way of the embeddings
             assert parameter.grad is not None, name
