@@ -118,8 +118,8 @@ def test_eight_bits_and_what_they_cost(tmp_path: Path) -> None:
     parities = export(model_dir, tmp_path, int8=True)
     for name in ("vision_model", "text_model"):
         exact, small = parities[f"{name}.onnx"], parities[f"{name}_quantized.onnx"]
-        assert exact.largest < small.largest < 0.1
-        assert 0.98 < small.cosine < 1 - 1e-7
+        assert exact.largest < small.largest < 0.1  # signed weights: 0.25 on a CPU without VNNI
+        assert 0.99 < small.cosine < 1 - 1e-7
         sizes = [(tmp_path / "onnx" / f"{name}{kind}.onnx").stat().st_size for kind in ("", "_quantized")]
         assert sizes[1] < sizes[0]
 

@@ -100,7 +100,7 @@ def test_no_tower_runs_in_a_step_and_the_steps_are_the_same(
         numbers[cached] = losses(directory), dict(forwards)
     hook.remove()
     (kept, counts), (plain, other) = numbers["true"], numbers["false"]
-    assert kept == pytest.approx(plain, abs=2e-6)
+    assert kept == pytest.approx(plain, abs=1e-5)  # small deviations enlarge the rounding of a batch's embeddings
     assert other["decode"] - counts["decode"] == 8 * STEPS - 24  # 24 photos, each once
     assert other["ChineseCLIPTextModel"] - counts["ChineseCLIPTextModel"] == STEPS
     first, second = (
@@ -143,7 +143,7 @@ def test_the_published_text_tower_gives_the_standardised_features(place: Path) -
     features = texts_of(loaded.model, loaded.processor)
     assert ((features - by_hand) * deviation).abs().max() < 1e-6  # in the units of the encoder's features
     embeddings = nn.functional.normalize(by_hand @ parts(loaded.model).text_projection.weight.T, dim=-1)
-    torch.testing.assert_close(loaded.encode_texts(TEXTS), embeddings.detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(loaded.encode_texts(TEXTS), embeddings.detach(), atol=5e-5, rtol=0)  # by 1 / deviation
 
 
 def test_the_image_projection_learns_if_asked(place: Path) -> None:
