@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,8 @@ from koclip import config
 from koclip.config import CaptionRules, ConfigError, CurateConfig, PictureRules, SourceConfig
 from koclip.curation import report
 from koclip.curation.captions import hangul_share, without_personal_data
-from koclip.curation.pipeline import Unit, Work, curate, on_one_machine
+from koclip.curation.engines import Unit, Work, on_one_machine
+from koclip.curation.pipeline import curate
 from koclip.data.sources import open_source
 
 NUM_ROWS, PLANTED = 200, 10  # rows, and rows of each kind of noise
@@ -133,14 +134,14 @@ def test_workers_and_interruptions_do_not_change_the_bytes(raw, clean, tmp_path)
 
     done: list[Unit] = []
 
-    def dying(title: str, work: Work, units: Sequence[Unit], num_workers: int) -> None:
-        on_one_machine(title, work, units[:2] if title == "write" else units, num_workers)
+    def dying(title: str, work: Work, units: Sequence[Unit], num_workers: int) -> Iterator[int]:
+        yield from on_one_machine(title, work, units[:2] if title == "write" else units, num_workers)
         if title == "write":
             raise KeyboardInterrupt
 
-    def counting(title: str, work: Work, units: Sequence[Unit], num_workers: int) -> None:
+    def counting(title: str, work: Work, units: Sequence[Unit], num_workers: int) -> Iterator[int]:
         before = set((tmp_path / "again.partial").rglob("*.parquet"))
-        on_one_machine(title, work, units, num_workers)
+        yield from on_one_machine(title, work, units, num_workers)
         written = set((tmp_path / "again.partial").rglob("*.parquet")) - before
         done.extend(unit for unit in units if any(path.name.startswith(f"{unit.number:06d}") for path in written))
 
@@ -154,8 +155,8 @@ def test_workers_and_interruptions_do_not_change_the_bytes(raw, clean, tmp_path)
 
 
 def test_other_settings_do_not_continue_an_old_run(raw, tmp_path):
-    def dying(title: str, work: Work, units: Sequence[Unit], num_workers: int) -> None:
-        on_one_machine(title, work, units, num_workers)
+    def dying(title: str, work: Work, units: Sequence[Unit], num_workers: int) -> Iterator[int]:
+        yield from on_one_machine(title, work, units, num_workers)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

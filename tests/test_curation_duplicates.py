@@ -7,7 +7,7 @@ from scipy.fft import dctn
 from test_curation import encoded, picture, reasons_by_row, settings, write_rows
 
 from koclip.config import DuplicateRules
-from koclip.curation.duplicates import cosines, picture_hashes, similar
+from koclip.curation.duplicates import cosines, mirrored, picture_hashes, similar
 from koclip.curation.pictures import SIDE
 from koclip.curation.pipeline import curate
 
@@ -60,7 +60,7 @@ def test_the_hash_has_the_signs_of_the_cosine_transform():
     expected[:, 0] = False
     hashes = picture_hashes(thumbnails, crops=False)
     np.testing.assert_array_equal(np.unpackbits(hashes[:, :1].copy().view(np.uint8), axis=1), expected)
-    np.testing.assert_array_equal(hashes[:, 1], picture_hashes(thumbnails[:, :, ::-1], crops=False)[:, 0])
+    np.testing.assert_array_equal(mirrored(hashes), picture_hashes(thumbnails[:, :, ::-1], crops=False))
     np.testing.assert_allclose(cosines()[0], 1)
 
 
@@ -69,26 +69,30 @@ def test_a_part_of_a_picture_has_the_hash_of_that_part():
     part = np.asarray(Image.fromarray(smooth).crop((0, 0, 608, 608)).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
     whole = np.asarray(Image.fromarray(smooth).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
     own = picture_hashes(whole[None], crops=True)[0]
-    assert own.shape == (38,)
+    assert own.shape == (19,)
     distances = np.bitwise_count(own ^ picture_hashes(part[None], crops=False)[0, 0])
     assert distances[1] <= 1
     assert distances[1] < distances[0]
 
 
-def test_bands_find_the_pairs_of_all_comparisons():
+@pytest.mark.parametrize("max_distance", [0, 1, 5, 7, 16])
+@pytest.mark.parametrize(("num_queries", "num_hashes"), [(1, 1), (40, 300), (400, 50)])
+def test_bands_find_exactly_the_pairs_of_all_comparisons(max_distance, num_queries, num_hashes):
     rng = np.random.default_rng(0)
-    hashes = rng.integers(0, 2**63, (400, 2), np.uint64)
-    for number in range(200, 400):  # copies with up to 6 different bits, in either view
-        for bit in rng.choice(63, number % 7, replace=False):
-            hashes[number] ^= np.uint64(1) << np.uint64(bit)
-        hashes[number, 0] = hashes[number - 200, number % 2]
-        for bit in rng.choice(63, number % 7, replace=False):
-            hashes[number, 0] ^= np.uint64(1) << np.uint64(bit)
-    distances = np.bitwise_count(hashes[:, None, :] ^ hashes[None, :, :1]).min(2)
-    near = (distances <= 6) & ~np.eye(400, dtype=bool)
-    expected = np.unique(np.sort(np.argwhere(near), 1), axis=0)
-    assert len(expected) >= 200
-    np.testing.assert_array_equal(np.unique(np.sort(similar(hashes, 6)[:, :2], 1), axis=0), expected)
+    hashes = rng.integers(0, 2**63, num_hashes, np.uint64) << np.uint64(1)
+    queries = rng.integers(0, 2**63, (num_queries, 3), np.uint64) << np.uint64(1)
+    for number in range(num_queries):  # copies with up to `max_distance` + 1 different bits
+        queries[number, number % 3] = hashes[number % num_hashes]
+        for bit in rng.choice(64, number % (max_distance + 2), replace=False):
+            queries[number, number % 3] ^= np.uint64(1) << np.uint64(bit)
+    hashes, queries = (values & ~np.uint64(1 << 7) for values in (hashes, queries))
+    expected = np.argwhere(np.bitwise_count(queries[:, :, None] ^ hashes) <= max_distance)
+    assert len(expected) >= num_queries // 2
+    np.testing.assert_array_equal(similar(queries, hashes, max_distance), expected)
+
+
+def test_no_hashes_are_similar_to_none():
+    assert similar(np.empty((0, 1), np.uint64), np.empty(0, np.uint64), 7).shape == (0, 3)
 
 
 def test_rows_with_the_same_picture_and_other_captions_stay(tmp_path):

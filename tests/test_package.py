@@ -32,7 +32,7 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
 }
 # Imports inside functions that say themselves what is missing, or are of a launcher that has them.
-GUARDED = {"accelerate", "deepspeed", "faiss", "onnx", "onnxruntime", "onnxscript", "timm", "jsonargparse"}
+GUARDED = {"accelerate", "deepspeed", "faiss", "onnx", "onnxruntime", "onnxscript", "timm", "jsonargparse", "ray"}
 
 
 def requirements(extra: str | None = None) -> set[str]:

@@ -1,6 +1,7 @@
 """Settings of `koclip curate`: the rules for captions and pictures, duplicates, balance, and the whole command."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from koclip.config.checks import all_faults, check, check_least, check_pixels, check_share
 from koclip.config.data import DataConfig, SourceConfig
@@ -125,7 +126,10 @@ class CurateConfig:
         duplicates: Rules for near-duplicates.
         balance: Rules for the number of pairs of each query.
         shard_size: Rows read for each shard. Of a stream, each file becomes a shard.
-        num_workers: Processes that check and write shards. The result does not depend on it.
+        engine: What divides the work: `local` (processes on this machine) or `ray` (a local Ray, or the cluster of the
+            variable RAY_ADDRESS). The result does not depend on it.
+        num_workers: Processes that check and write shards. A Ray cluster uses all its CPUs instead. The result does not
+            depend on it.
     """
 
     sources: list[SourceConfig] = field(default_factory=list)
@@ -135,6 +139,7 @@ class CurateConfig:
     duplicates: DuplicateRules = field(default_factory=DuplicateRules)
     balance: BalanceRules = field(default_factory=BalanceRules)
     shard_size: int = 10_000
+    engine: Literal["local", "ray"] = "local"
     num_workers: int = 1
 
     @all_faults()

@@ -8,6 +8,7 @@ matrices with the same thumbnail. So a picture is compared with other pictures, 
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from koclip.config.curation import CurateConfig
+from koclip.config.curation import CurateConfig, DuplicateRules
 from koclip.curation.batch import KEY, Batch, captions_at, drop, kept_places
 from koclip.curation.captions import text_hash
 from koclip.curation.pictures import PICTURE, PIXELS, SIDE, THUMBNAIL
@@ -30,8 +31,9 @@ NEAR, REPEATED_PAIR = "near-duplicate", "repeated pair"
 _FREQUENCIES = 8
 _PARTS = (0.95, 0.9)  # sides of the parts, as shares of the picture's sides
 _PLACES = 3  # of a part, along each side
-_BANDS, _BITS = 8, 8
-_SMALL = 200_000  # pictures, up to which two bands together are enough to find candidates
+_MIRRORED = np.uint64(0x5555555555555555)  # the bits of the odd horizontal frequencies
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # spreads bits over the highest bits of a product (Knuth 1998, 6.4)
+_LOOKED_UP, _CANDIDATES = 1 << 17, 1 << 20  # hashes at a time: they stay in the cache of the processor
 
 Floats = npt.NDArray[np.float64]
 Hashes = npt.NDArray[np.uint64]
@@ -57,7 +59,7 @@ def _part(start: float, size: float, side: int) -> Floats:
 def coefficients(thumbnails: npt.NDArray[Any], crops: bool) -> Floats:
     """Return the coefficients (N, V, 8, 8) of the views of thumbnails (N, S, S).
 
-    The views are the whole picture, with `crops` its parts, then all mirrored. Without `crops`, V is 2; with them, 38.
+    The views are the whole picture and, with `crops`, its parts. Without `crops`, V is 1; with them, 19.
     """
     sides = [[(0.0, 1.0)]]
     if crops:
@@ -69,9 +71,7 @@ def coefficients(thumbnails: npt.NDArray[Any], crops: bool) -> Floats:
         count = len(group)
         blocks = products.reshape(-1, count, _FREQUENCIES, count, _FREQUENCIES).swapaxes(2, 3)
         hashes.append(blocks.reshape(len(thumbnails), count * count, _FREQUENCIES, _FREQUENCIES))
-    upright = np.concatenate(hashes, 1)
-    mirrored = upright * np.where(np.arange(_FREQUENCIES) % 2, -1, 1)
-    return np.concatenate([upright, mirrored], 1)
+    return np.concatenate(hashes, 1)
 
 
 def picture_hashes(thumbnails: npt.NDArray[np.float32], crops: bool) -> Hashes:
@@ -81,6 +81,11 @@ def picture_hashes(thumbnails: npt.NDArray[np.float32], crops: bool) -> Hashes:
     bits[..., 0] = False  # the mean brightness, always positive
     packed = np.packbits(bits, axis=-1)
     return packed.view(np.uint64)[..., 0]
+
+
+def mirrored(hashes: Hashes) -> Hashes:
+    """Return the hashes of the mirrored pictures: their odd horizontal frequencies have the opposite sign."""
+    return hashes ^ _MIRRORED
 
 
 def add_hashes(batch: Batch, config: CurateConfig) -> Batch:
@@ -141,9 +146,8 @@ def decide_duplicates(facts: Iterable[Pictures], config: CurateConfig) -> Decisi
     )
     pixels = np.concatenate([part.pixels for part in parts])[first]
     hashes = np.concatenate([part.hashes for part in parts])[first]
-    pairs = similar(hashes, config.duplicates.max_distance)
-    pairs = pairs[_alike(np.concatenate([part.small for part in parts])[first], pairs, config.duplicates.crops)]
-    links = coo_matrix((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(len(pictures),) * 2)
+    pairs = _near(hashes, np.concatenate([part.small for part in parts])[first], config.duplicates)
+    links = coo_matrix((np.ones(len(pairs), bool), tuple(pairs.T)), shape=(len(pictures),) * 2)
     groups = connected_components(links, directed=False)[1]
     order = np.lexsort((pictures, -pixels, groups))
     best = order[np.unique(groups[order], return_index=True)[1]][groups]  # of each picture's group
@@ -166,56 +170,133 @@ def drop_duplicates(batch: Batch, decision: Decision, config: CurateConfig) -> B
     return drop(batch, places)
 
 
-def similar(hashes: Hashes, max_distance: int) -> npt.NDArray[np.int64]:
-    """Return pictures i, j and views v (P, 3): hash v of i and the first of j differ in at most `max_distance` bits.
+def _near(hashes: Hashes, small: npt.NDArray[np.uint8], rules: DuplicateRules) -> npt.NDArray[np.int64]:
+    """Return the places of near-duplicates (P, 2), from the hashes (N, V) and small thumbnails of pictures."""
+    base = hashes[:, 0]
+    pairs = similar(hashes, np.concatenate([base, mirrored(base)]), rules.max_distance)
+    views = np.stack([pairs[:, 1], pairs[:, 2] // len(base)], 1)
+    pairs = np.stack([pairs[:, 0], pairs[:, 2] % len(base)], 1)
+    different = pairs[:, 0] != pairs[:, 1]
+    pairs, views = pairs[different], views[different]
+    return pairs[alike(small[pairs[:, 0]], small[pairs[:, 1]], views, rules.crops)]
 
-    Hashes are cut into 8 bands of 8 bits. Candidates agree in two bands (of many pictures, in three). Every pair of at
-    most 6 (5) different bits is a candidate, and most pairs of 7 and 8.
+
+def similar(queries: Hashes, hashes: Hashes, max_distance: int) -> npt.NDArray[np.int64]:
+    """Return places i, v, j (P, 3): `queries[i, v]` and `hashes[j]` differ in at most `max_distance` bits; sorted.
+
+    `queries` is (N, V), `hashes` is (M,). No pair is missed. The bits are dealt out to `max_distance + k` bands.
+    Different bits lie in at most `max_distance` bands, so at least k bands are equal: hashes are compared if they have
+    equal bits in some k bands (Manku et al. 2007, "Detecting Near-Duplicates for Web Crawling", section 3).
     """
-    bands = 2 if len(hashes) <= _SMALL else 3
-    pairs = [np.empty((0, 3), np.int64)]
-    for chosen in itertools.combinations(range(_BANDS), bands):
-        mask = np.uint64(sum(((1 << _BITS) - 1) << _BITS * band for band in chosen))
-        masked = hashes[:, 0] & mask
-        order = np.argsort(masked, kind="stable")
-        for view in range(hashes.shape[1]):
-            for left, right in _matches(masked[order], hashes[:, view] & mask):
-                right = order[right]
-                near = np.bitwise_count(hashes[left, view] ^ hashes[right, 0]) <= max_distance
-                near &= left != right
-                pairs.append(np.stack([left[near], right[near], np.full(near.sum(), view)], 1))
-    return np.unique(np.concatenate(pairs), axis=0)
+    flat = queries.reshape(-1)
+    bands, num_equal = _bands(len(hashes), len(flat), max_distance)
+    table = _Table(hashes)
+    pairs = [np.empty((0, 2), np.int64)]
+    for number, chosen in enumerate(itertools.combinations(range(len(bands)), num_equal)):
+        mask = np.bitwise_or.reduce(bands[list(chosen)])
+        table.fill(mask)
+        for start in range(0, len(flat), _LOOKED_UP):
+            block = flat[start : start + _LOOKED_UP]
+            for left, right in table.matches(block, mask):
+                different = block.take(left) ^ hashes.take(right)
+                near = np.bitwise_count(different) <= max_distance
+                near = np.flatnonzero(near & (different != 0) if number else near)
+                near = near[_first_equal(different[near], bands, num_equal) == mask]  # other bands find the pair again
+                pairs.append(np.stack([left[near] + start, right[near]], 1))
+    query, place = np.concatenate(pairs).T
+    order = np.lexsort((place, query))
+    return np.stack([*np.divmod(query, queries.shape[1]), place], 1)[order]
 
 
-def _alike(small: npt.NDArray[np.uint8], pairs: npt.NDArray[np.int64], crops: bool) -> npt.NDArray[np.bool_]:
-    """Return whether the coefficients of view v of i and of j are correlated, for pairs (P, 3) of `similar`.
+def _bands(num_hashes: int, num_queries: int, max_distance: int) -> tuple[Hashes, int]:
+    """Return the bits of each band as a mask, and the number of equal bands that takes the least work.
 
-    Signs alone agree by chance in a large set; coefficients do not.
+    With more equal bands there are more selections of bands, and fewer candidates in each.
     """
-    alike = np.zeros(len(pairs), bool)
-    for start in range(0, len(pairs), _BLOCK):
-        left, right, view = pairs[start : start + _BLOCK].T
-        first = coefficients(small[left], crops)[np.arange(len(left)), view].reshape(len(left), -1)[:, 1:]
-        second = coefficients(small[right], False)[:, 0].reshape(len(left), -1)[:, 1:]
-        products = (first * second).sum(1)
-        norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-        alike[start : start + _BLOCK] = products >= _MIN_CORRELATION * norms
-    return alike
+    bits = np.delete(np.uint64(1) << np.arange(64, dtype=np.uint64), 7)  # without that of the mean brightness
+
+    def work(num_equal: int) -> float:  # relative to a lookup
+        share = 0.5 ** min(len(bits) * num_equal / (max_distance + num_equal), _Table.size_of(num_hashes))
+        lookups = num_queries * (1 + 2 * share * num_hashes)
+        return math.comb(max_distance + num_equal, num_equal) * (4 * num_hashes + lookups)
+
+    num_equal = min(range(1, 9), key=work)
+    count = max_distance + num_equal
+    return np.array([np.bitwise_or.reduce(bits[band::count]) for band in range(count)]), num_equal
 
 
-def _matches(
-    sorted_keys: Hashes, probes: Hashes, most: int = 4_000_000
-) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Yield (places in `probes`, places in `sorted_keys`) of equal keys, about `most` at a time."""
-    starts = np.searchsorted(sorted_keys, probes, "left")
-    counts = np.searchsorted(sorted_keys, probes, "right") - starts
-    ends = np.cumsum(counts)
-    begin = 0
-    while begin < len(probes):
-        before = ends[begin - 1] if begin else 0
-        stop = max(begin + 1, int(np.searchsorted(ends, before + most, "right")))
-        block = counts[begin:stop]
-        left = np.repeat(np.arange(begin, stop), block)
-        offsets = np.arange(len(left)) - np.repeat(np.cumsum(block) - block, block)
-        yield left, np.repeat(starts[begin:stop], block) + offsets
-        begin = stop
+def _first_equal(different: Hashes, bands: Hashes, num_equal: int) -> Hashes:
+    """Return the bits of the first `num_equal` bands in which two hashes are equal, for their different bits (P,)."""
+    equal = (different[:, None] & bands) == 0  # (P, bands)
+    first = equal & (np.cumsum(equal, 1) <= num_equal)
+    return np.bitwise_or.reduce(np.where(first, bands, np.uint64(0)), 1)
+
+
+class _Table:
+    """A table of buckets: which hashes have some bits in common. Hashes with other bits may share a bucket."""
+
+    def __init__(self, hashes: Hashes) -> None:
+        self._hashes = hashes
+        self._shift = np.uint64(64 - self.size_of(len(hashes)))
+        size = 1 << self.size_of(len(hashes))
+        self._used = np.zeros(size, bool)
+        self._starts, self._counts = np.empty(size, np.uint32), np.empty(size, np.uint32)  # of used buckets
+
+    @staticmethod
+    def size_of(num_hashes: int) -> int:
+        """Return the number of bits of a bucket's number."""
+        return min(24, num_hashes.bit_length() + 3)
+
+    def _buckets(self, hashes: Hashes, mask: np.uint64) -> npt.NDArray[np.int64]:
+        return (((hashes & mask) * _MULTIPLIER) >> self._shift).view(np.int64)  # numpy looks up int64 faster
+
+    def fill(self, mask: np.uint64) -> None:
+        """Put each hash into the bucket of its bits in `mask`."""
+        buckets = self._buckets(self._hashes, mask)
+        entries = np.sort(buckets << 32 | np.arange(len(buckets)))
+        self._places = entries & 0xFFFFFFFF
+        buckets = entries >> 32
+        starts = np.flatnonzero(np.diff(buckets, prepend=-1))
+        self._used[:] = False
+        self._used[buckets[starts]] = True
+        self._starts[buckets[starts]] = starts
+        self._counts[buckets[starts]] = np.diff(starts, append=len(buckets))
+
+    def matches(
+        self, queries: Hashes, mask: np.uint64
+    ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """Yield places (in `queries`, in the hashes) that share a bucket, about `_CANDIDATES` at a time."""
+        buckets = self._buckets(queries, mask)
+        hits = np.flatnonzero(self._used.take(buckets))
+        buckets = buckets.take(hits)
+        starts, counts = (table.take(buckets).astype(np.int64) for table in (self._starts, self._counts))
+        ends = np.cumsum(counts)
+        begin = 0
+        while begin < len(hits):
+            before = ends[begin - 1] if begin else 0
+            stop = max(begin + 1, int(np.searchsorted(ends, before + _CANDIDATES, "right")))
+            block = counts[begin:stop]
+            first = np.repeat(starts[begin:stop] - (ends[begin:stop] - block - before), block)
+            yield np.repeat(hits[begin:stop], block), self._places.take(first + np.arange(len(first)))
+            begin = stop
+
+
+def alike(
+    first: npt.NDArray[np.uint8], second: npt.NDArray[np.uint8], views: npt.NDArray[np.int64], crops: bool
+) -> npt.NDArray[np.bool_]:
+    """Return whether coefficients are correlated: of views v of first thumbnails and of second thumbnails (P, S, S).
+
+    `views` are v and whether the view is mirrored (P, 2). Signs alone agree by chance in a large set; coefficients do
+    not.
+    """
+    result = np.zeros(len(views), bool)
+    signs = np.where(np.arange(_FREQUENCIES) % 2, -1, 1) ** views[:, 1:, None]  # (P, 1, 8)
+    for start in range(0, len(views), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        count = len(views[block])
+        left = coefficients(first[block], crops)[np.arange(count), views[block, 0]] * signs[block]
+        right = coefficients(second[block], False)[:, 0]
+        left, right = left.reshape(count, -1)[:, 1:], right.reshape(count, -1)[:, 1:]
+        norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+        result[block] = (left * right).sum(1) >= _MIN_CORRELATION * norms
+    return result

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 import xxhash
 from PIL import Image
+from tqdm.auto import tqdm
 
 import koclip
 from koclip import storage
@@ -38,6 +39,7 @@ from koclip.curation.batch import (
 )
 from koclip.curation.captions import collect_captions, decide_repeated, drop_repeated, filter_captions
 from koclip.curation.duplicates import HASHES, SMALL, add_hashes, collect_pictures, decide_duplicates, drop_duplicates
+from koclip.curation.engines import ENGINES, Engine, Unit, Work
 from koclip.curation.pictures import PICTURE, PIXELS, filter_pictures
 from koclip.data.formats import MapSource, Row
 from koclip.data.formats.files import stamp, stored_files
@@ -45,19 +47,10 @@ from koclip.data.sources import StreamSource, open_source
 from koclip.data.transforms import read
 
 ROWS = 256  # rows in memory at a time
-_FREE = ("output_dir", "num_workers")  # settings that the result does not depend on
+_FREE = ("output_dir", "engine", "num_workers")  # settings that the result does not depend on
 _COLUMNS = {KEY: pa.string(), REASON: pa.string(), DETAIL: pa.string(), NOTES: pa.list_(pa.string())}
 _COLUMNS |= {PIXELS: pa.int64(), PICTURE: pa.int64(), HASHES: pa.binary(), SMALL: pa.binary()}
 _CAPTIONS = pa.list_(pa.string())
-
-
-class Unit(NamedTuple):
-    """Rows of a source: a range of a map source, or (with `stop` -1) the file number `start` of a stream."""
-
-    number: int
-    source: int
-    start: int
-    stop: int
 
 
 class GlobalStep(NamedTuple):
@@ -70,8 +63,6 @@ class GlobalStep(NamedTuple):
 
 
 Item = TypeVar("Item")
-Work = Callable[[Unit], None]
-Engine = Callable[[str, Work, Sequence[Unit], int], None]  # a title, the work, the units, the number of workers
 
 # To add a step, add a line.
 LOCAL: tuple[Callable[[Batch, CurateConfig], Batch], ...] = (filter_captions, filter_pictures, add_hashes)
@@ -83,24 +74,10 @@ GLOBAL: dict[str, GlobalStep] = {
 }
 
 
-def on_one_machine(title: str, work: Work, units: Sequence[Unit], num_workers: int) -> None:
-    """Do the work for every unit with `datasets.map`, in this process or in several."""
-    table = datasets.Dataset.from_dict({"number": range(len(units))})
-    table.map(
-        partial(_work_on, work=work, units=units),
-        num_proc=min(num_workers, len(units)) if num_workers > 1 else None,
-        desc=title,
-        new_fingerprint=f"curate-{title}",  # `datasets` would hash the function, and nothing is cached
-        load_from_cache_file=False,
-    )
-
-
-def _work_on(record: dict[str, int], work: Work, units: Sequence[Unit]) -> None:
-    work(units[record["number"]])
-
-
-def curate(config: CurateConfig, engine: Engine = on_one_machine) -> dict[str, Any]:
+def curate(config: CurateConfig, engine: Engine | None = None) -> dict[str, Any]:
     """Build the clean set in `config.output_dir`; return the content of report.json.
+
+    `engine` replaces the engine that the settings name.
 
     Raises:
         ConfigError: `output_dir` holds something else, a source cannot be opened, or no row is left.
@@ -112,9 +89,9 @@ def curate(config: CurateConfig, engine: Engine = on_one_machine) -> dict[str, A
     check(free, "output_dir", config.output_dir, "expected a new directory, or one with an earlier result")
     work = Folder(target.with_name(f"{target.name}.partial"), _fingerprint(config))
     units = list(_units(config))
-    engine("check", partial(_check_unit, config=config, folder=work), units, config.num_workers)
+    _on_engine("check", partial(_check_unit, config=config, folder=work), config, engine)
     compared, numbers = _compare(config, work, units)
-    engine("write", partial(_write_unit, config=config, folder=work, compared=compared), units, config.num_workers)
+    _on_engine("write", partial(_write_unit, config=config, folder=work, compared=compared), config, engine)
     with storage.atomic(target) as partial_target:
         partial_target.mkdir()
         for unit in units:
@@ -128,6 +105,16 @@ def curate(config: CurateConfig, engine: Engine = on_one_machine) -> dict[str, A
             raise ConfigError(f"sources: no row is left: {content['rows']['dropped']}; relax the rules")
     shutil.rmtree(work.path)
     return content
+
+
+def _on_engine(title: str, work: Work, config: CurateConfig, engine: Engine | None) -> None:
+    """Do the work for every unit, and show the number of finished rows."""
+    units = list(_units(config))
+    sizes = [unit.stop - unit.start for unit in units if unit.stop >= 0]
+    total = sum(sizes) if len(sizes) == len(units) else None  # of streams it is not known before they are read
+    with tqdm(total=total, desc=title, unit=" rows") as bar:
+        for num_rows in (engine or ENGINES[config.engine])(title, work, units, config.num_workers):
+            bar.update(num_rows)
 
 
 class Folder(NamedTuple):
@@ -214,10 +201,11 @@ def _languages(config: CurateConfig) -> list[str]:
     return sorted({"ko", "en"}.union(*(source.captions for source in config.sources)))
 
 
-def _check_unit(unit: Unit, config: CurateConfig, folder: Folder) -> None:
-    """Take the local steps for a unit, and write its table."""
+def _check_unit(unit: Unit, config: CurateConfig, folder: Folder) -> Iterator[int]:
+    """Take the local steps for a unit, and write its table; yield the number of rows of each block."""
     file = folder.table("checked", unit)
     if file.exists():
+        yield pq.read_metadata(file).num_rows
         return
     pictured = config.sources[unit.source].image is not None
     steps = [step for step in LOCAL if pictured or step not in _OF_PICTURES]
@@ -229,6 +217,7 @@ def _check_unit(unit: Unit, config: CurateConfig, folder: Folder) -> None:
             for step in steps:
                 batch = step(batch, config)
             _append(writer, batch, schema)
+            yield len(rows)
 
 
 @contextmanager
@@ -261,12 +250,13 @@ def _compare(config: CurateConfig, folder: Folder, units: Sequence[Unit]) -> tup
     return before, numbers
 
 
-def _write_unit(unit: Unit, config: CurateConfig, folder: Folder, compared: str) -> None:
-    """Read a unit again, and write its kept rows as a shard."""
+def _write_unit(unit: Unit, config: CurateConfig, folder: Folder, compared: str) -> Iterator[int]:
+    """Read a unit again, and write its kept rows as a shard; yield the number of rows of each block."""
     file = folder.shard(unit, compared)
     batch = folder.load(compared, unit)
     kept = set(kept_places(batch))
     if file.exists() or not kept:
+        yield len(batch[KEY])
         return
     features = {"id": datasets.Value("string")}
     pictured = any(source.image is not None for source in config.sources)
@@ -283,6 +273,7 @@ def _write_unit(unit: Unit, config: CurateConfig, folder: Folder, compared: str)
             if pictured:
                 columns[IMAGE] = [_stored(row, batch, place) for place, row in rows if place in kept]
             writer.write_table(pa.Table.from_pydict(columns, schema=schema))
+            yield len(rows)
 
 
 def _stored(row: Row, batch: Batch, place: int) -> dict[str, Any] | None:
