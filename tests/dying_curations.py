@@ -1,4 +1,4 @@
-"""Runs of `koclip curate` that die at a given moment as of SIGKILL; test_curation_equal starts them in own processes."""
+"""Runs of `koclip curate` that die at a given moment as of SIGKILL; test_curation_equal starts them."""
 
 import itertools
 import os

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,6 +121,7 @@ def test_a_killed_run_continues_and_writes_the_same_bytes(moment, plain, server,
 
 def endless(unit: Unit) -> Iterator[int]:
     while True:
+        time.sleep(0.05)
         yield 1
 
 
