@@ -87,7 +87,7 @@ def add_hashes(batch: Batch, config: CurateConfig) -> Batch:
     """Add the hashes and small thumbnails of the kept rows' pictures."""
     column = [b""] * len(batch[KEY])
     small_column = list(column)
-    places = kept_places(batch) if config.duplicates.enabled else []
+    places = kept_places(batch) if config.duplicates.enabled or config.overlap.sources else []
     if places:
         thumbnails = np.stack([batch[THUMBNAIL][place] for place in places])
         hashes = picture_hashes(thumbnails, config.duplicates.crops)
@@ -132,7 +132,7 @@ def decide_duplicates(facts: Iterable[Pictures], config: CurateConfig) -> Decisi
     Rows with the same stored picture and other captions stay together. Of a group of near-duplicates, the picture with
     the most pixels stays, then the one with the smallest hash: the order of the rows does not matter.
     """
-    parts = [part for part in facts if part.keys]
+    parts = [part for part in facts if part.keys] if config.duplicates.enabled else []
     if not parts:
         return {}
     keys = list(itertools.chain.from_iterable(part.keys for part in parts))
@@ -142,7 +142,7 @@ def decide_duplicates(facts: Iterable[Pictures], config: CurateConfig) -> Decisi
     pixels = np.concatenate([part.pixels for part in parts])[first]
     hashes = np.concatenate([part.hashes for part in parts])[first]
     pairs = similar(hashes, config.duplicates.max_distance)
-    pairs = pairs[_alike(np.concatenate([part.small for part in parts])[first], pairs, config.duplicates.crops)]
+    pairs = pairs[alike(np.concatenate([part.small for part in parts])[first], pairs, config.duplicates.crops)]
     links = coo_matrix((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(len(pictures),) * 2)
     groups = connected_components(links, directed=False)[1]
     order = np.lexsort((pictures, -pixels, groups))
@@ -187,7 +187,7 @@ def similar(hashes: Hashes, max_distance: int) -> npt.NDArray[np.int64]:
     return np.unique(np.concatenate(pairs), axis=0)
 
 
-def _alike(small: npt.NDArray[np.uint8], pairs: npt.NDArray[np.int64], crops: bool) -> npt.NDArray[np.bool_]:
+def alike(small: npt.NDArray[np.uint8], pairs: npt.NDArray[np.int64], crops: bool) -> npt.NDArray[np.bool_]:
     """Return whether the coefficients of view v of i and of j are correlated, for pairs (P, 3) of `similar`.
 
     Signs alone agree by chance in a large set; coefficients do not.
