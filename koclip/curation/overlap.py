@@ -25,9 +25,11 @@ IN_SET = "in evaluation set"
 _ROWS = 256  # of an evaluation set, in memory at a time
 _NO_PICTURES = Pictures(
     [],
-    *(np.empty(0, kind) for kind in (np.int64, np.int64, np.uint64)),
+    np.empty(0, np.int64),
+    np.empty(0, np.int64),
+    np.empty(0, np.uint64),
     np.empty((0, 0), np.uint64),
-    np.empty((0, 16, 16)),
+    np.empty((0, 16, 16), np.uint8),
 )
 
 
@@ -118,13 +120,13 @@ def read_set(source: SourceConfig, config: CurateConfig) -> tuple[Pictures, dict
 def distinct(rows: Pictures) -> Pictures:
     """Return the first row of each stored picture."""
     places = np.sort(np.unique(rows.pictures, return_index=True)[1])
-    return Pictures([rows.keys[place] for place in places], *(column[places] for column in rows[1:]))
+    return Pictures._make([[rows.keys[place] for place in places], *(column[places] for column in rows[1:])])
 
 
 def _joined(parts: Sequence[Pictures]) -> Pictures:
     filled = [part for part in parts if part.keys] or list(parts[:1]) or [_NO_PICTURES]
     keys = [key for part in filled for key in part.keys]
-    return Pictures(keys, *map(np.concatenate, zip(*(part[1:] for part in filled), strict=True)))
+    return Pictures._make([keys, *map(np.concatenate, zip(*(part[1:] for part in filled), strict=True))])
 
 
 def near_pairs(rows: Pictures, others: Pictures, rules: DuplicateRules) -> npt.NDArray[np.int64]:

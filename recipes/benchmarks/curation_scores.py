@@ -31,7 +31,7 @@ from koclip.encoders import load
 from koclip.text.normalize import usable
 
 Scores = npt.NDArray[np.float32]
-_DRAWS = 1_000  # of the bootstrap
+_DRAWS = 200  # of the bootstrap
 
 
 class Measured(NamedTuple):
