@@ -43,7 +43,7 @@ RECIPES = {
     "data": Recipe("download a data set from its public source", "data", config.DataSetConfig, first="name"),
     "trim": Recipe("cut the vocabulary of a text encoder to your texts", "data", config.TrimConfig),
     "plan": Recipe("say what a training run will take, before it starts", "train", config.PlanConfig, first="run"),
-    "curate": Recipe("build a clean set of pairs from raw pairs", "eval", config.CurateConfig),
+    "curate": Recipe("build a clean set of pairs from raw pairs", "curate", config.CurateConfig),
 }
 EXAMPLES = """\
 examples:

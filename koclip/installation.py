@@ -16,6 +16,7 @@ EXTRAS = {
     "eval": _EVAL,
     "train": (*_EVAL, "google.protobuf", "peft", "psutil", "tensorboard", "timm"),
     "publish": _EVAL,
+    "curate": (*_EVAL, "py3langid"),
     "search": (*_DATA, "faiss"),
     "space": (*_EVAL, "faiss", "gradio"),
 }

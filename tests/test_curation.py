@@ -14,7 +14,7 @@ from PIL import Image
 from koclip import config
 from koclip.config import CaptionRules, ConfigError, CurateConfig, PictureRules, SourceConfig
 from koclip.curation import report
-from koclip.curation.captions import hangul_share, without_personal_data
+from koclip.curation.captions import hangul_share, language_probability, without_personal_data
 from koclip.curation.engines import Unit, Work, on_one_machine
 from koclip.curation.pipeline import curate
 from koclip.data.sources import open_source
@@ -238,3 +238,43 @@ def test_the_recipe_prints_a_table(raw, tmp_path, monkeypatch, capsys):
     assert parsed.sources == [source]
     table = report.table(curate(parsed))
     assert [line.split()[-2:] for line in table.splitlines()[:3]] == [["2", "100.0%"], ["1", "50.0%"], ["1", "50.0%"]]
+
+
+def test_the_language_of_a_caption_is_that_of_its_column():
+    sentences = {
+        "ko": "두 아이가 잔디밭에서 공놀이를 하고 있다",
+        "en": "two children play with a ball on the grass",
+        "fr": "deux enfants jouent au ballon sur la pelouse",
+        "de": "zwei Kinder spielen auf dem Rasen mit einem Ball",
+        "ja": "二人の子供が芝生の上でボール遊びをしている",
+        "zh": "两个孩子在草地上玩球",
+    }
+    least = CaptionRules.min_language
+    for spoken, text in sentences.items():
+        passing = {language for language in sentences if language_probability(text, language) >= least}
+        assert passing == {spoken}
+    for short in ("a dog", "two dogs", "red car", "개", "A man", "street sign at night"):
+        assert language_probability(short, "ko" if short == "개" else "en") >= least, short
+
+
+def test_captions_in_another_language_are_dropped_in_each_column(tmp_path):
+    table = {
+        "en": ["a boy rides his bike along the beach", "ein Junge fährt mit dem Fahrrad am Strand entlang"] * 2,
+        "zh": ["一个男孩骑着自行车", "男の子が自転車に乗っています", "一个男孩骑着自行车", "a boy rides his bike"],
+    }
+    pq.write_table(pa.table(table), tmp_path / "raw.parquet")
+    captions = {"en": "en", "zh-Hans": "zh"}
+    source = SourceConfig(path=str(tmp_path / "raw.parquet"), image=None, captions=captions)
+    content = curate(settings(source, tmp_path / "clean"))
+    assert content["captions"] == {"kept": {"en": 2, "zh-Hans": 2}, "dropped": {"other language": 4}}
+    assert content["rows"]["kept"] == 2
+    rules = CaptionRules(min_language=0)
+    assert curate(settings(source, tmp_path / "clean", captions=rules))["rows"]["kept"] == 4
+
+
+def test_a_language_that_cannot_be_checked_is_refused(tmp_path):
+    pq.write_table(pa.table({"caption": ["Sanannguaq"]}), tmp_path / "raw.parquet")
+    source = SourceConfig(path=str(tmp_path / "raw.parquet"), image=None, captions={"kl": "caption"})
+    with pytest.raises(ConfigError, match="min_language"):
+        curate(settings(source, tmp_path / "clean"))
+    assert not (tmp_path / "clean").exists()

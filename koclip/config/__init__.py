@@ -18,7 +18,15 @@ from koclip.config.checks import (
     locate,
     peer,
 )
-from koclip.config.curation import BalanceRules, CaptionRules, CurateConfig, DuplicateRules, PictureRules
+from koclip.config.curation import (
+    BalanceRules,
+    CaptionRules,
+    CurateConfig,
+    DuplicateRules,
+    OverlapRules,
+    PairRules,
+    PictureRules,
+)
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig
 from koclip.config.parsing import dump, parse, run, to_dict
@@ -54,6 +62,8 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "OptimConfig",
+    "OverlapRules",
+    "PairRules",
     "PictureRules",
     "PlanConfig",
     "PretrainConfig",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from koclip.config.checks import all_faults, check, check_least, check_pixels, check_share
+from koclip.config.checks import all_faults, check, check_languages, check_least, check_pixels, check_share
 from koclip.config.data import DataConfig, SourceConfig
 
 
@@ -15,6 +15,8 @@ class CaptionRules:
         min_length: Shortest caption, characters.
         max_length: Longest caption, characters.
         min_hangul: Smallest share of Hangul among the letters of a Korean caption (language `ko`). 0: no check.
+        min_language: Smallest probability that a caption is in the language of its column, by py3langid. It is small,
+            because a short caption may be in several languages. 0: no check.
         html: Drop captions with HTML tags.
         urls: Drop captions with addresses of web pages.
         file_names: Drop captions that are names of files, such as IMG_1234.jpg.
@@ -26,6 +28,7 @@ class CaptionRules:
     min_length: int = 2
     max_length: int = 1_000
     min_hangul: float = 0.5
+    min_language: float = 0.01
     html: bool = True
     urls: bool = True
     file_names: bool = True
@@ -38,6 +41,7 @@ class CaptionRules:
         check_least(self, "captions.", 0, "max_repeats")
         check(self.max_length >= self.min_length, "captions.max_length", self.max_length, "expected min_length or more")
         check_share("captions.min_hangul", self.min_hangul)
+        check_share("captions.min_language", self.min_language)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +92,57 @@ class DuplicateRules:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OverlapRules:
+    """Which rows are dropped because they are in an evaluation set.
+
+    Args:
+        sources: Evaluation sets. Rows whose picture is a near-duplicate of one of their pictures are dropped, by
+            `duplicates.max_distance` and `duplicates.crops`.
+        captions: Also drop rows with a caption of an evaluation set. Letter case and spaces do not count.
+    """
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    captions: bool = False
+
+    @all_faults()
+    def __post_init__(self) -> None:
+        check(
+            bool(self.sources) or not self.captions, "overlap.captions", self.captions, "expected overlap.sources, too"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairRules:
+    """Which rows are dropped because their picture and captions do not fit, by a model.
+
+    The score of a row is the mean of the cosines of its picture and its captions, -1 to 1. Rows without a score stay.
+
+    Args:
+        model: The model that scores: a directory such as a run's `model/`, a Hub id, or another spec of `koclip.load`.
+            Default: no scores. Without `drop_share` and `min_score`, every row stays and gets its score.
+        drop_share: Share of the scored rows that is dropped, those with the lowest scores.
+        min_score: Smallest score.
+        languages: Languages whose captions are scored. Default: all.
+        device: Device of the model; default: a GPU if there is one, else the CPU. A GPU needs `num_workers: 1`.
+    """
+
+    model: str | None = None
+    drop_share: float = 0.0
+    min_score: float | None = None
+    languages: list[str] = field(default_factory=list)
+    device: str | None = None
+
+    @all_faults()
+    def __post_init__(self) -> None:
+        check_share("pairs.drop_share", self.drop_share)
+        least = self.min_score
+        check(least is None or -1 <= least <= 1, "pairs.min_score", least, "expected a cosine, -1 to 1")
+        used = self.model is not None or (not self.drop_share and least is None)
+        check(used, "pairs.model", self.model, "expected a model for pairs.drop_share and pairs.min_score")
+        check_languages("pairs.languages", self.languages)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BalanceRules:
     """How many pairs each query keeps. Queries are frequent words, and frequent pairs of adjacent words.
 
@@ -123,7 +178,9 @@ class CurateConfig:
             result is replaced; another directory that is not empty is refused.
         captions: Rules for captions.
         pictures: Rules for pictures.
+        overlap: Evaluation sets whose pictures and captions are dropped.
         duplicates: Rules for near-duplicates.
+        pairs: Rules for pairs whose picture and captions do not fit.
         balance: Rules for the number of pairs of each query.
         shard_size: Rows read for each shard. Of a stream, each file becomes a shard.
         engine: What divides the work: `local` (processes on this machine) or `ray` (a local Ray, or the cluster of the
@@ -136,7 +193,9 @@ class CurateConfig:
     output_dir: str = "curated"
     captions: CaptionRules = field(default_factory=CaptionRules)
     pictures: PictureRules = field(default_factory=PictureRules)
+    overlap: OverlapRules = field(default_factory=OverlapRules)
     duplicates: DuplicateRules = field(default_factory=DuplicateRules)
+    pairs: PairRules = field(default_factory=PairRules)
     balance: BalanceRules = field(default_factory=BalanceRules)
     shard_size: int = 10_000
     engine: Literal["local", "ray"] = "local"
@@ -147,4 +206,6 @@ class CurateConfig:
         check(bool(self.sources), "sources", self.sources, "list data sets: --sources '[{path: raw.parquet}]'")
         for source in self.sources:
             check(bool(source.captions), "sources[].captions", source.captions, "name at least one caption column")
+        unknown = set(self.pairs.languages).difference(*(source.captions for source in self.sources))
+        check(not unknown, "pairs.languages", sorted(unknown), "expected languages of sources[].captions")
         check_least(self, "", 1, "shard_size", "num_workers")

@@ -24,4 +24,4 @@ when it is complete.
 
 from koclip import installation
 
-installation.require("eval")
+installation.require("curate")

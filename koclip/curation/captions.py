@@ -1,13 +1,16 @@
 """Steps for captions: rules that drop them, personal data that is removed from them, captions that repeat too often."""
 
+import functools
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+from py3langid.langid import MODEL_FILE, LanguageIdentifier
 from xxhash import xxh3_64_intdigest
 
+from koclip.config import check
 from koclip.config.curation import CaptionRules, CurateConfig
 from koclip.curation.batch import Batch, captions_at, edit_captions, kept_places
 
@@ -42,9 +45,37 @@ Rule = Callable[[str, str, CaptionRules], bool]
 
 
 def _is_foreign(caption: str, language: str, rules: CaptionRules) -> bool:
-    if language.split("-")[0] != "ko":
-        return False
-    return hangul_share(caption) < rules.min_hangul
+    primary = language.split("-")[0]
+    if primary == "ko" and hangul_share(caption) < rules.min_hangul:
+        return True
+    return rules.min_language > 0 and language_probability(caption, primary) < rules.min_language
+
+
+@functools.cache
+def _identifier() -> LanguageIdentifier:
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def language_probability(text: str, language: str) -> float:
+    """Return the probability that a text is in a language, among the languages that py3langid knows.
+
+    Lui and Baldwin 2012, "langid.py: An Off-the-shelf Language Identification Tool": https://aclanthology.org/P12-3005
+    """
+    return float(dict(_identifier().rank(text))[language])
+
+
+def check_known_languages(config: CurateConfig) -> None:
+    """Check that py3langid knows the languages of all captions, if their language is to be checked.
+
+    Raises:
+        ConfigError: it does not know a language.
+    """
+    if not config.captions.min_language:
+        return
+    languages = {language.split("-")[0] for source in config.sources for language in source.captions}
+    unknown = sorted(languages - set(_identifier().labels))
+    expected = "py3langid does not know this language: set captions.min_language to 0"
+    check(not unknown, "sources[].captions", unknown, expected)
 
 
 def hangul_share(text: str) -> float:

@@ -92,7 +92,7 @@ def add_hashes(batch: Batch, config: CurateConfig) -> Batch:
     """Add the hashes and small thumbnails of the kept rows' pictures."""
     column = [b""] * len(batch[KEY])
     small_column = list(column)
-    places = kept_places(batch) if config.duplicates.enabled else []
+    places = kept_places(batch) if config.duplicates.enabled or config.overlap.sources else []
     if places:
         thumbnails = np.stack([batch[THUMBNAIL][place] for place in places])
         hashes = picture_hashes(thumbnails, config.duplicates.crops)
@@ -137,7 +137,7 @@ def decide_duplicates(facts: Iterable[Pictures], config: CurateConfig) -> Decisi
     Rows with the same stored picture and other captions stay together. Of a group of near-duplicates, the picture with
     the most pixels stays, then the one with the smallest hash: the order of the rows does not matter.
     """
-    parts = [part for part in facts if part.keys]
+    parts = [part for part in facts if part.keys] if config.duplicates.enabled else []
     if not parts:
         return {}
     keys = list(itertools.chain.from_iterable(part.keys for part in parts))
@@ -146,7 +146,8 @@ def decide_duplicates(facts: Iterable[Pictures], config: CurateConfig) -> Decisi
     )
     pixels = np.concatenate([part.pixels for part in parts])[first]
     hashes = np.concatenate([part.hashes for part in parts])[first]
-    pairs = _near(hashes, np.concatenate([part.small for part in parts])[first], config.duplicates)
+    looks = Looks(hashes, np.concatenate([part.small for part in parts])[first])
+    pairs = similar_pictures(looks, looks, config.duplicates)
     links = coo_matrix((np.ones(len(pairs), bool), tuple(pairs.T)), shape=(len(pictures),) * 2)
     groups = connected_components(links, directed=False)[1]
     order = np.lexsort((pictures, -pixels, groups))
@@ -170,15 +171,26 @@ def drop_duplicates(batch: Batch, decision: Decision, config: CurateConfig) -> B
     return drop(batch, places)
 
 
-def _near(hashes: Hashes, small: npt.NDArray[np.uint8], rules: DuplicateRules) -> npt.NDArray[np.int64]:
-    """Return the places of near-duplicates (P, 2), from the hashes (N, V) and small thumbnails of pictures."""
-    base = hashes[:, 0]
-    pairs = similar(hashes, np.concatenate([base, mirrored(base)]), rules.max_distance)
-    views = np.stack([pairs[:, 1], pairs[:, 2] // len(base)], 1)
-    pairs = np.stack([pairs[:, 0], pairs[:, 2] % len(base)], 1)
-    different = pairs[:, 0] != pairs[:, 1]
-    pairs, views = pairs[different], views[different]
-    return pairs[alike(small[pairs[:, 0]], small[pairs[:, 1]], views, rules.crops)]
+class Looks(NamedTuple):
+    """How pictures look."""
+
+    hashes: Hashes  # (N, V), the first of the whole picture
+    small: npt.NDArray[np.uint8]  # (N, 16, 16)
+
+
+def similar_pictures(first: Looks, second: Looks, rules: DuplicateRules) -> npt.NDArray[np.int64]:
+    """Return the places (P, 2) of near-duplicates: a view of a first picture looks like a second picture.
+
+    A picture is no near-duplicate of itself, if `first` is `second`. A pair may occur several times.
+    """
+    base = second.hashes[:, 0]
+    matches = similar(first.hashes, np.concatenate([base, mirrored(base)]), rules.max_distance)
+    views = np.stack([matches[:, 1], matches[:, 2] // len(base)], 1)
+    pairs = np.stack([matches[:, 0], matches[:, 2] % len(base)], 1)
+    if first is second:
+        different = pairs[:, 0] != pairs[:, 1]
+        pairs, views = pairs[different], views[different]
+    return pairs[alike(first.small[pairs[:, 0]], second.small[pairs[:, 1]], views, rules.crops)]
 
 
 def similar(queries: Hashes, hashes: Hashes, max_distance: int) -> npt.NDArray[np.int64]:

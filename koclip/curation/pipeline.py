@@ -37,10 +37,18 @@ from koclip.curation.batch import (
     caption_column,
     kept_places,
 )
-from koclip.curation.captions import collect_captions, decide_repeated, drop_repeated, filter_captions
+from koclip.curation.captions import (
+    check_known_languages,
+    collect_captions,
+    decide_repeated,
+    drop_repeated,
+    filter_captions,
+)
 from koclip.curation.duplicates import HASHES, SMALL, add_hashes, collect_pictures, decide_duplicates, drop_duplicates
 from koclip.curation.engines import ENGINES, Engine, Unit, Work
+from koclip.curation.overlap import collect_overlap, decide_overlap, drop_overlap
 from koclip.curation.pictures import PICTURE, PIXELS, filter_pictures
+from koclip.curation.scores import SCORE, add_scores, collect_scores, decide_threshold, drop_low_scores, scorer
 from koclip.data.formats import MapSource, Row
 from koclip.data.formats.files import stamp, stored_files
 from koclip.data.sources import StreamSource, open_source
@@ -49,7 +57,7 @@ from koclip.data.transforms import read
 ROWS = 256  # rows in memory at a time
 _FREE = ("output_dir", "engine", "num_workers")  # settings that the result does not depend on
 _COLUMNS = {KEY: pa.string(), REASON: pa.string(), DETAIL: pa.string(), NOTES: pa.list_(pa.string())}
-_COLUMNS |= {PIXELS: pa.int64(), PICTURE: pa.int64(), HASHES: pa.binary(), SMALL: pa.binary()}
+_COLUMNS |= {PIXELS: pa.int64(), PICTURE: pa.int64(), HASHES: pa.binary(), SMALL: pa.binary(), SCORE: pa.float32()}
 _CAPTIONS = pa.list_(pa.string())
 
 
@@ -65,11 +73,13 @@ class GlobalStep(NamedTuple):
 Item = TypeVar("Item")
 
 # To add a step, add a line.
-LOCAL: tuple[Callable[[Batch, CurateConfig], Batch], ...] = (filter_captions, filter_pictures, add_hashes)
-_OF_PICTURES = (filter_pictures, add_hashes)  # left out for sources without pictures
+LOCAL: tuple[Callable[[Batch, CurateConfig], Batch], ...] = (filter_captions, filter_pictures, add_hashes, add_scores)
+_OF_PICTURES = (filter_pictures, add_hashes, add_scores)  # left out for sources without pictures
 GLOBAL: dict[str, GlobalStep] = {
     "repeated": GlobalStep(collect_captions, decide_repeated, drop_repeated),
+    "overlap": GlobalStep(collect_overlap, decide_overlap, drop_overlap, lambda decision: decision.numbers),
     "duplicates": GlobalStep(collect_pictures, decide_duplicates, drop_duplicates),
+    "scores": GlobalStep(collect_scores, decide_threshold, drop_low_scores, lambda decision: decision.numbers),
     "balance": GlobalStep(collect_queries, decide_balance, drop_unbalanced, lambda decision: decision.numbers),
 }
 
@@ -85,6 +95,7 @@ def curate(config: CurateConfig, engine: Engine | None = None) -> dict[str, Any]
     """
     _opened.cache_clear()  # the files may have changed since an earlier call
     target = Path(config.output_dir)
+    check_known_languages(config)
     free = not target.exists() or not any(target.iterdir()) or (target / report.FILE).is_file()
     check(free, "output_dir", config.output_dir, "expected a new directory, or one with an earlier result")
     work = Folder(target.with_name(f"{target.name}.partial"), _fingerprint(config))
@@ -141,8 +152,10 @@ class Folder(NamedTuple):
 def _fingerprint(config: CurateConfig) -> str:
     """Return a hash of what the tables depend on: the settings, koclip's version and the files of the sources."""
     settings = {name: value for name, value in to_dict(config).items() if name not in _FREE}
-    files = [[str(file), stamp(file)] for source in config.sources for file in stored_files(source)]
-    return xxhash.xxh3_64_hexdigest(json.dumps([settings, koclip.__version__, files], sort_keys=True).encode())
+    sources = [*config.sources, *config.overlap.sources]
+    files = [[str(file), stamp(file)] for source in sources for file in stored_files(source)]
+    facts = [settings, koclip.__version__, files, scorer(config)]
+    return xxhash.xxh3_64_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
 
 def _units(config: CurateConfig) -> Iterator[Unit]:
@@ -234,6 +247,7 @@ def _append(writer: pq.ParquetWriter, batch: Batch, schema: pa.Schema) -> None:
     writer.write_table(pa.Table.from_pydict(columns, schema=schema))
 
 
+@_single_thread()
 def _compare(config: CurateConfig, folder: Folder, units: Sequence[Unit]) -> tuple[str, dict[str, Any]]:
     """Take the global steps over the tables of all units; return the name of the last stage, and numbers by step."""
     before, numbers = "checked", {}
@@ -264,12 +278,15 @@ def _write_unit(unit: Unit, config: CurateConfig, folder: Folder, compared: str)
         features[IMAGE] = datasets.Image()
     captions = [caption_column(language) for language in _languages(config)]
     features |= {name: datasets.List(datasets.Value("string")) for name in captions}
+    copied = captions
+    if config.pairs.model:
+        features[SCORE], copied = datasets.Value("float32"), [*captions, SCORE]
     schema = datasets.Features(features).arrow_schema
     with _writer(file, schema) as writer:
         for rows in _blocks(enumerate(_rows(config, unit))):
             places = [place for place, _ in rows if place in kept]
             columns: Batch = {"id": [batch[KEY][place] for place in places]}
-            columns |= {name: [batch[name][place] for place in places] for name in captions}
+            columns |= {name: [batch[name][place] for place in places] for name in copied}
             if pictured:
                 columns[IMAGE] = [_stored(row, batch, place) for place, row in rows if place in kept]
             writer.write_table(pa.Table.from_pydict(columns, schema=schema))

@@ -75,6 +75,10 @@ def table(content: Mapping[str, Any]) -> str:
     for when in ("before", "after"):
         balance = content.get("balance", {}).get(when, {})
         lines += [f"{f'{when} balance: {name}'.replace('_', ' '):40} {value:>12,}" for name, value in balance.items()]
+    counts = {f"{name}: pictures compared": numbers["pictures"] for name, numbers in content.get("overlap", {}).items()}
+    if scores := content.get("scores"):
+        counts |= {"rows with a score": scores["scored"], "rows without a score": scores["without_score"]}
+    lines += [f"{name:40} {count:>12,}" for name, count in counts.items()]
     return "\n".join(lines)
 
 
