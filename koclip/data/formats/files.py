@@ -243,7 +243,8 @@ def _folder_format(path: str) -> str:
     folder = locate(path)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return "save_to_disk"
-    if next(folder.glob("*_stats.json"), None):
+    names = [file.name.removesuffix("_stats.json") for file in folder.glob("*_stats.json")]
+    if any((folder / f"{name}.parquet").is_file() for name in names):
         return "img2dataset"
     tables: dict[str, str] = {}
     for file in walk(folder):
