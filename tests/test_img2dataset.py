@@ -33,7 +33,7 @@ SHARDS, ROWS = 3, 4  # rows of a shard
 NAMES = ["caption_en", "license", "caption", "url", "key", "status", "error_message", "width", "height"]
 SCHEMA = pa.schema([(name, pa.int32() if name in ("width", "height") else pa.string()) for name in NAMES])
 EXPECTED = [
-    (f"사진 {shard}-{row}", f"photo {shard}-{row}", encoded(picture(10 * shard + row)))
+    (f"공원에서 노는 강아지 {shard}-{row}마리", f"photo {shard}-{row}", encoded(picture(10 * shard + row)))
     for shard in range(SHARDS)
     for row in range(ROWS)
     if (shard, row) not in ERRORS
@@ -46,7 +46,7 @@ def rows_of(shard: int) -> list[dict[str, Any]]:
     for row in range(ROWS):
         status, error = ERRORS.get((shard, row), ("success", None))
         texts = {
-            "caption": f"사진 {shard}-{row}",
+            "caption": f"공원에서 노는 강아지 {shard}-{row}마리",
             "caption_en": f"photo {shard}-{row}",
             "license": ("by", "cc0")[row % 2],
         }
