@@ -109,18 +109,9 @@ def test_entities_as_in_open_clips_tokenizer() -> None:
         assert normalize(text) == open_clip.tokenizer.basic_clean(text)
 
 
-IMAGES = [{"id": 7, "file_name": "a.jpg"}, {"id": 3, "file_name": "나.jpg"}]
-ANNOTATIONS = [{"image_id": 3, "id": 1, "caption": "새"}, {"image_id": 7, "id": 2, "caption": "개"}]
-ANNOTATIONS += [{"image_id": 3, "id": 3, "caption": "참새"}]
 EXPECTED = {"a.jpg": ["개"], "나.jpg": ["새", "참새"]}
-KARPATHY = [
-    {"filename": name, "filepath": "val", "split": "test", "sentences": [{"raw": text, "tokens": []} for text in texts]}
-    for name, texts in EXPECTED.items()
-]
 ROWS = [{"image": name, "captions": captions} for name, captions in EXPECTED.items()]
 LAYOUTS: dict[str, tuple[Any, str]] = {
-    "coco": ({"info": {}, "licenses": [], "images": IMAGES, "annotations": ANNOTATIONS}, "COCO"),
-    "karpathy": ({"images": KARPATHY, "dataset": "coco"}, "Karpathy"),
     "rows under a key": ({"version": "1", "data": ROWS}, "its rows in 'data'"),
     "captions by name": (EXPECTED, "captions by the name of the image"),
     "a list per column": ({name: [row[name] for row in ROWS] for name in ROWS[0]}, "one list per column"),
@@ -155,47 +146,35 @@ def test_other_layouts_are_refused_with_the_lines_that_convert_them(
     assert layout in str(caught.value)
     (path,) = convert(caught.value, tmp_path)
     rows = all_rows(open_source(source(path, streaming=streaming)))
-    folder = tmp_path / "val" if name == "karpathy" else tmp_path
-    assert {str(row.image): row.captions["ko"] for row in rows} == {str(folder / n): t for n, t in EXPECTED.items()}
+    assert {row.image: row.captions["ko"] for row in rows} == {tmp_path / n: t for n, t in EXPECTED.items()}
 
 
-@pytest.mark.parametrize("indent", [None, 2])
-def test_one_file_per_picture(tmp_path, indent) -> None:
-    """Over several lines they are refused, on one line each is a row; with COCO's keys they are COCO's."""
-    for name, captions in EXPECTED.items():
-        (tmp_path / "labels").mkdir(exist_ok=True)
-        record = {"image": {"file_name": name}, "annotation": {"caption": [{"korean": text} for text in captions]}}
-        text = json.dumps(record, ensure_ascii=False, indent=indent)
-        (tmp_path / "labels" / f"{name[0]}.json").write_text(text, encoding="utf-8")
-    columns = {"image": "image.file_name", "captions": {"ko": "annotation.caption.korean"}}
-    config = source(tmp_path / "labels" / "*.json", **columns)
-    if indent:
-        with pytest.raises(SourceError, match="AI-Hub") as caught:
-            open_source(config)
-        (path,) = convert(caught.value, tmp_path)
-        config = source(path, **columns)
-    assert {row.image.name: row.captions["ko"] for row in all_rows(open_source(config))} == EXPECTED
+# Layouts that a format of their own reads, and that format.
+FORMATS: dict[str, Any] = {
+    "coco": {"images": [{"id": 3, "file_name": "a.jpg"}], "annotations": [{"image_id": 3, "caption": "개"}]},
+    "karpathy": {"images": [{"filename": "a.jpg", "split": "train", "sentences": [{"raw": "개"}]}]},
+    "json_per_image": {"image": {"file_name": "a.jpg"}, "annotation": {"caption": [{"korean": "개"}]}},
+}
+COLUMNS = {"json_per_image": {"image": "image.file_name", "captions": {"ko": "annotation.caption.korean"}}}
 
 
-def test_cocos_keys_in_one_file_per_picture(tmp_path) -> None:
-    for image in IMAGES:
-        own = [row for row in ANNOTATIONS if row["image_id"] == image["id"]]
-        text = json.dumps({"images": [image], "annotations": own}, ensure_ascii=False)
-        (tmp_path / f"{image['id']}.json").write_text(text, encoding="utf-8")
-    with pytest.raises(SourceError, match="COCO") as caught:
-        open_source(source(tmp_path / "*.json", image="images.file_name", captions={"ko": "annotations.caption"}))
-    (path,) = convert(caught.value, tmp_path)
-    rows = all_rows(open_source(source(path)))
-    assert {row.image.name: row.captions["ko"] for row in rows} == EXPECTED
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_layout_with_a_format_of_its_own_names_it(tmp_path, name) -> None:
+    (tmp_path / "a.jpg").touch()
+    (tmp_path / "rows.json").write_text(json.dumps(FORMATS[name], ensure_ascii=False, indent=2), encoding="utf-8")
+    config = source(tmp_path / "rows.json", **COLUMNS.get(name, {}))
+    with pytest.raises(SourceError, match=f"format: {name}"):
+        open_source(config)
+    assert read(SourceConfig(**{**vars(config), "format": name})) == [["개"]]
 
 
 def test_the_lines_work_where_the_command_runs(tmp_path, monkeypatch) -> None:
     """A relative path stays one in the lines that are told."""
     monkeypatch.chdir(tmp_path)
-    Path("coco").mkdir()
-    Path("coco/captions.json").write_text(json.dumps(LAYOUTS["coco"][0]), encoding="utf-8")
+    Path("rows").mkdir()
+    Path("rows/captions.json").write_text(json.dumps(EXPECTED), encoding="utf-8")
     with pytest.raises(SourceError) as caught:
-        open_source(source(Path("coco/captions.json")))
+        open_source(source(Path("rows/captions.json")))
     assert [path.name for path in convert(caught.value, tmp_path)] == ["captions.jsonl"]
 
 

@@ -27,16 +27,22 @@ class SourceConfig:
         path: `scenes` (built in), a local file, folder or glob, or a Hub data set id such as `owner/name`. The name of
             an existing file is never read as a glob.
         format: How to read it: `scenes`, `hub`, `parquet`, `arrow`, `json`, `csv`, `image_folder`, `webdataset`,
-            `annotations`, `save_to_disk`, `pictures`, or another with a file in koclip/data/formats/. `auto` decides
-            by the file name, in any letter case, with or without `.gz`, `.bz2` or `.xz`; a folder is read as an image
-            folder, or as a data set that `datasets` saved with `save_to_disk`. For a folder of other files, name the
-            format: `parquet` reads all its Parquet files as one split, `hub` lets `datasets` find the splits.
+            `annotations`, `coco`, `karpathy`, `flickr`, `json_per_image`, `img2dataset`, `save_to_disk`, `pictures`, or
+            another with a file in koclip/data/formats/. `auto` decides by the file name, in any letter case, with or
+            without `.gz`, `.bz2` or `.xz`; a folder is read as an image folder, or as what `datasets` saved with
+            `save_to_disk` or img2dataset wrote. For a folder of other files, name the format: `parquet` reads all its
+            Parquet files as one split, `hub` lets `datasets` find the splits.
             `annotations`: files of `[{"file_path": ..., "captions": [...]}]`, the format of KoCLIP and COCO.
+            `coco`: captions_*.json. `karpathy`: dataset_*.json. `flickr`: Flickr8k.token.txt, results_20130124.token,
+            captions.txt. These three have the column `captions`. `json_per_image`: a JSON file for each picture, as in
+            sets of AI-Hub; the pictures are below `image_root`, and `*` in a caption column takes all matching fields.
+            `img2dataset`: its output folder, with the columns of the list of URLs.
             `pictures`: every picture of a folder, without captions. In CSV, fields may be quoted; in `.tsv`, a quote
             is text.
         name: Short name in logs and metric names. Default: the last part of the path.
         split: Split to read, or a slice of it such as `train[:1000]`. In an image folder, `datasets` finds the splits
-            by the names of folders and files; `all` reads every picture.
+            by the names of folders and files; `all` reads every picture. In `karpathy`, the split of a picture; in
+            `flickr`, a list next to the file, such as Flickr_8k.testImages.txt.
         subset: Configuration of a Hub data set that has several.
         revision: Git revision of a Hub data set. Default: its main branch.
         streaming: Read rows as they arrive instead of first preparing the whole data set on disk. WebDataset shards

@@ -4,16 +4,16 @@ import itertools
 import math
 import random
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from koclip import installation
-from koclip.config import SourceConfig, locate
+from koclip.config import SourceConfig
 from koclip.data.formats import MapSource, Row, RowCaptions, Skip, Source, Table, dig, formats
-from koclip.data.formats.files import SourceError, file_format, find, is_remote
+from koclip.data.formats.files import SourceError, file_format, find, is_remote, picture_path
 from koclip.data.formats.tables import KEYS, UNREADABLE, open_table, reason
 from koclip.data.transforms import ImageError, digest_of, image_id, read
 from koclip.text.normalize import clean_captions
@@ -101,7 +101,7 @@ class StreamSource:
         self.config = config
         self._stream = stream
         self._classes = _class_names(stream, config)
-        self.left_out: Sequence[Skip] = ()
+        self.left_out: Iterable[Skip] = ()
         self._shards = shards if len(shards) == self.num_shards else list(map(str, range(self.num_shards)))
 
     @property
@@ -192,7 +192,14 @@ def open_source(config: SourceConfig, seed: int = 0) -> MapSource | StreamSource
             "encoding; remove this setting"
         )
     config = own.columns(config) if own.columns else config
-    table = open_table(config, kind, seed)
+    source = _source(open_table(config, kind, seed), config, kind)
+    if own.left_out:
+        source.left_out = own.left_out(config)
+    return source
+
+
+def _source(table: Table | MapSource, config: SourceConfig, kind: str) -> MapSource | StreamSource:
+    """Return a table as a source, with the rows that `config` selects."""
     selected = {"where": config.where, "image_range": config.image_range}
     if isinstance(table, MapSource):
         if unused := [f"data.sources[].{name}" for name, value in selected.items() if value]:
@@ -302,8 +309,7 @@ def _image(value: Any, config: SourceConfig) -> bytes | Path | None:
         return value
     if not isinstance(value, str) or not value:
         return None
-    root = Path(config.image_root) if config.image_root else Path(config.path).parent
-    return locate(root / value)
+    return picture_path(config, value)
 
 
 def _records(columns: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:

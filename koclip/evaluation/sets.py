@@ -206,6 +206,7 @@ def _read_part(config: EvalSetConfig, part: str, source: SourceConfig, limit: Pi
         else:
             rows.append(row)
             equal.append(row)
+    skipped += [] if cut else opened.left_out  # of a cut source, nobody knows which belong to the rows read
     num_rows = len(rows) + len(skipped)
     if not config.classes:
         rows = [merged(equal) for equal in by_image.values() if equal]

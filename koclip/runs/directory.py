@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from koclip import distributed, storage
 from koclip.config import ConfigError, DataConfig, dump
 from koclip.data.batches import Batch, Position
-from koclip.data.sources import Skip, open_source
+from koclip.data.sources import MapSource, Skip, StreamSource, open_source
 from koclip.data.survey import BLOCK, Survey, join, look
 from koclip.storage import environment
 from koclip.training import Event
@@ -98,6 +99,15 @@ class RunDirectory:
         if new:
             storage.append_lines(self.path / "skipped.jsonl", [skip._asdict() for skip in new.values()])
 
+    def list_left_out(self, source: MapSource | StreamSource) -> None:
+        """List what is in a source but is not a row, such as failed downloads; the first process prints how many."""
+        if distributed.rank() != 0 or not (left_out := list(source.left_out)):
+            return
+        self.list_skipped(left_out)
+        counts = Counter(skip.reason.partition(": ")[0] for skip in left_out)
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
+        tqdm.write(f"{source.config.short_name}: {len(left_out):,} entries have no row (skipped.jsonl): {reasons}")
+
     def list_everyones_skipped(self, skipped: list[Skip]) -> None:
         """Append the samples that any process has skipped to skipped.jsonl, each once. Call it on every process."""
         gathered = [skip for part in distributed.gather_objects(skipped) for skip in part]
@@ -167,10 +177,12 @@ class Samples:
         )
 
 
-def survey_sources(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Survey]:
+def survey_sources(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, directory: RunDirectory | None = None
+) -> list[Survey]:
     """Read the captions of every source once: their lengths in tokens, and facts that identify the data.
 
-    Call it on every process. Each process reads its share of the rows.
+    `directory` lists what the sources leave out. Call it on every process. Each process reads its share of the rows.
 
     Raises:
         SourceError: a source cannot be opened.
@@ -179,6 +191,8 @@ def survey_sources(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> li
     rank, world_size = distributed.rank(), distributed.world_size()
     for source_config in config.sources:
         source = open_source(source_config, config.seed)
+        if directory is not None:
+            directory.list_left_out(source)
         blocks = look(source, config, tokenizer, rank, world_size)
         # The bar appears after five seconds.
         options: dict[str, Any] = {"unit": " rows", "unit_scale": BLOCK * world_size, "delay": 5, "disable": rank > 0}

@@ -120,7 +120,7 @@ class Session:
                 tokenizers.create(config, training_captions(self.config.data), encoder).save_pretrained(partial)
         distributed.barrier()
         tokenizer = tokenizers.load(str(directory), config.max_tokens, encoder, probes=())  # `create` has checked it
-        surveys = survey_sources(self.config.data, tokenizer)
+        surveys = survey_sources(self.config.data, tokenizer, self.directory)
         self._data = [survey.facts for survey in surveys]
         self._lengths = [survey.lengths for survey in surveys]
         if self._facts is not None:

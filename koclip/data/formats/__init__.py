@@ -8,7 +8,7 @@ import functools
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -68,7 +68,7 @@ class MapSource(ABC):
     config: SourceConfig
     group = 1
     stored = True  # False: rows are generated, and cannot change
-    left_out: Sequence[Skip] = ()  # files of the source that are not rows
+    left_out: Iterable[Skip] = ()  # what is in the source, but is not a row
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -103,6 +103,7 @@ class Format(NamedTuple):
     suffixes: tuple[str, ...] = ()  # `format: auto` detects the format by them
     encoded: bool = False  # its text may have any encoding: `data.sources[].encoding`
     columns: Callable[[SourceConfig], SourceConfig] | None = None  # sets the names of columns that are always the same
+    left_out: Callable[[SourceConfig], Iterable[Skip]] | None = None  # what is in a source, but is not a row
 
 
 @functools.cache

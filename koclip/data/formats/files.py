@@ -239,10 +239,13 @@ def file_format(config: SourceConfig) -> str:
 
 
 def _folder_format(path: str) -> str:
-    """Return the format of a folder of pictures, or of one saved by `datasets`; others raise a SourceError."""
+    """Return the format of a folder of pictures, or of one that `datasets` or img2dataset wrote; else a SourceError."""
     folder = locate(path)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return "save_to_disk"
+    names = [file.name.removesuffix("_stats.json") for file in folder.glob("*_stats.json")]
+    if any((folder / f"{name}.parquet").is_file() for name in names):
+        return "img2dataset"
     tables: dict[str, str] = {}
     for file in walk(folder):
         suffix = suffix_of(file.name)
@@ -271,6 +274,11 @@ def find(path: str, kind: str | None = None) -> list[str]:
         anchor = Path(path).anchor
         files = list(_matches(Path(anchor), Path(path).parts[bool(anchor) :]))
     return sorted({str(file.absolute()) for file in files}, key=_in_order)
+
+
+def picture_path(config: SourceConfig, name: str) -> Path:
+    """Return the path of a picture that a source names; relative names start at `image_root`, or next to `path`."""
+    return locate((Path(config.image_root) if config.image_root else Path(config.path).parent) / name)
 
 
 def stored_files(config: SourceConfig) -> list[Path]:

@@ -109,7 +109,8 @@ def _images_encoded(feature: Any) -> Any:
     return datasets.Image(decode=False) if isinstance(feature, datasets.Image) else feature
 
 
-def _file_table(kind: str, config: SourceConfig, seed: int) -> Table:
+def file_table(kind: str, config: SourceConfig, seed: int) -> Table:
+    """Open Parquet or Arrow files; `kind` is the name of the format."""
     options: dict[str, Any] = {"split": config.split, "streaming": config.streaming}
     files = files_of(config, kind)
     if not is_remote(config.path):
@@ -187,7 +188,7 @@ def _filled(feature: Any, other: Any) -> Any:
 
 FORMATS = {
     "hub": Format(_hub_table),
-    "parquet": Format(partial(_file_table, "parquet"), (".parquet",)),
-    "arrow": Format(partial(_file_table, "arrow"), (".arrow",)),
+    "parquet": Format(partial(file_table, "parquet"), (".parquet",)),
+    "arrow": Format(partial(file_table, "arrow"), (".arrow",)),
     "save_to_disk": Format(_saved_table),
 }

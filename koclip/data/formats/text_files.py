@@ -295,10 +295,13 @@ def _layout(data: Mapping[str, Any], task: Task) -> tuple[str, str] | None:
 
 
 def _other_layout(layout: tuple[str, str], file: str, task: Task) -> FileError:
-    """Return the error for files with a layout that is not read, with Python that converts them to JSON Lines."""
+    """Return the error for files with another layout: the settings that read it, or Python that converts them."""
     name, key = layout
     layouts = yaml.safe_load(resources.files("koclip").joinpath("assets/json_layouts.yaml").read_text(encoding="utf-8"))
-    what, rows = (layouts[name][part].replace("KEY", repr(key)) for part in ("what", "rows"))
+    what = layouts[name]["what"].replace("KEY", repr(key))
+    if settings := layouts[name].get("settings"):
+        return FileError(f"{file} is {what}; set {settings}")
+    rows = layouts[name]["rows"].replace("KEY", repr(key))
     first, several = Path(task.files[0]), len(task.files) > 1
     code = layouts["script"].format(
         rows=textwrap.indent(rows, "    "),
