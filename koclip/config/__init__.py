@@ -18,7 +18,15 @@ from koclip.config.checks import (
     locate,
     peer,
 )
-from koclip.config.curation import BalanceRules, CaptionRules, CurateConfig, DuplicateRules, PictureRules
+from koclip.config.curation import (
+    BalanceRules,
+    CaptionRules,
+    CardRules,
+    CurateConfig,
+    DuplicateRules,
+    PictureRules,
+    ReportRules,
+)
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig
 from koclip.config.parsing import dump, parse, run, to_dict
@@ -41,6 +49,7 @@ __all__ = [
     "AlignMethodConfig",
     "BalanceRules",
     "CaptionRules",
+    "CardRules",
     "ConfigError",
     "CurateConfig",
     "DataConfig",
@@ -59,6 +68,7 @@ __all__ = [
     "PretrainConfig",
     "PublishConfig",
     "RatingsConfig",
+    "ReportRules",
     "RunError",
     "SourceConfig",
     "Stage",
