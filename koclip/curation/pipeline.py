@@ -21,7 +21,7 @@ from PIL import Image
 
 import koclip
 from koclip import storage
-from koclip.config import ConfigError, RunError, SourceConfig, check, dump, to_dict
+from koclip.config import RunError, SourceConfig, check, dump, to_dict
 from koclip.config.curation import CurateConfig
 from koclip.curation import card, report
 from koclip.curation.balance import collect_queries, decide_balance, drop_unbalanced
@@ -125,8 +125,6 @@ def curate(config: CurateConfig, engine: Engine = on_one_machine) -> dict[str, A
                 shard.rename(partial_target / shard.name)
         content = report.write(partial_target, config, Rows(config, work, units, compared), _left_out(config), numbers)
         dump(config, partial_target / "config.yaml")
-        if not content["rows"]["kept"]:
-            raise ConfigError(f"sources: no row is left: {content['rows']['dropped']}; relax the rules")
     shutil.rmtree(work.path)
     return content
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from koclip import storage
+from koclip.config import check
 from koclip.config.curation import CurateConfig
 from koclip.curation import card, charts, page
 from koclip.curation.batch import (
@@ -80,6 +81,9 @@ def write(
     """Write all files of the result that are not shards into a folder; return the content of report.json.
 
     `left_out` are lines of dropped.jsonl for files that are not rows; `numbers` are those of the global steps.
+
+    Raises:
+        ConfigError: no row is left.
     """
     counts = _Counts()
     examples: page.Examples = {}
@@ -89,6 +93,8 @@ def write(
         page.add_examples(examples, batch)
         storage.append_lines(folder / DROPPED, _lines(batch))
     content = _content(counts, config) | {"not_rows": len(left_out)} | dict(numbers)
+    dropped = content["rows"]["dropped"]
+    check(content["rows"]["kept"] > 0, "sources", dropped, "no row is left, these are the reasons; relax the rules")
     storage.replace_text(folder / FILE, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
     with korean_style():
         for name, figure in charts.all_of(content, counts.before, counts.after):
