@@ -17,13 +17,13 @@ from koclip import config
 from koclip.config import ConfigError, PublishConfig
 from koclip.evaluation.results import records_of
 from koclip.evaluation.tasks import SPECS
+from koclip.licences import read_data_card
 from koclip.metrics import Metric
 from koclip.models.stock import LAYOUTS
 from koclip.publishing import card_inputs
 from koclip.publishing.card import render, write_card
 from koclip.publishing.card_inputs import gather
 from koclip.publishing.checks import CARD, LICENCE
-from koclip.publishing.licences import read_data_card
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).with_name("golden_card.md")

@@ -191,7 +191,7 @@ def test_repeated_captions_are_dropped_and_others_of_the_row_stay(tmp_path):
     rules = CaptionRules(max_repeats=3)
     content = curate(settings(source, tmp_path / "clean", captions=rules, shard_size=3))
     assert content["rows"] == {"read": 8, "kept": 4, "dropped": {"repeated caption": 4}}
-    assert content["captions"] == {"kept": {"ko": 4}, "dropped": {"repeated caption": 4}}
+    assert content["captions"] == {"read": {"ko": 8}, "kept": {"ko": 4}, "dropped": {"repeated caption": 4}}
     rules = CaptionRules(max_repeats=4)
     assert curate(settings(source, tmp_path / "clean", captions=rules))["rows"]["kept"] == 8
 

@@ -14,7 +14,7 @@ from huggingface_hub import DatasetCardData
 from huggingface_hub.utils import validate_repo_id
 
 from koclip.data.formats import scenes
-from koclip.publishing.licences import read_data_card
+from koclip.licences import read_data_card
 
 ROOT = Path(__file__).parents[1]
 CARDS = sorted(path for path in (ROOT / "data_cards").glob("*.md") if path.name != "README.md")

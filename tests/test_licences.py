@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from koclip.config import ConfigError
-from koclip.publishing.licences import ALLOWS, Part, Source, conclude, model_parts, read_data_card, read_parts
+from koclip.licences import ALLOWS, Part, Source, conclude, read_data_card, read_parts, stated_parts
 from koclip.storage import read_table
 
 IDS = {id_: (terms, hub) for id_, terms, hub in read_table("licences.tsv")}
@@ -90,11 +90,11 @@ def test_the_strictest_part_decides(parts, licence):
     ],
 )
 def test_the_licence_of_a_models_weights(stated, licence):
-    assert conclusion(model_parts(stated, "the Hub"))[0] == licence
+    assert conclusion(stated_parts(stated, "the Hub"))[0] == licence
 
 
 def test_an_id_that_nothing_is_known_of_is_shown():
-    assert [part.licence for part in model_parts(["llama4", "my-licence"], "the Hub")] == [
+    assert [part.licence for part in stated_parts(["llama4", "my-licence"], "the Hub")] == [
         "llama4",
         "other (“my-licence”)",
     ]

@@ -21,11 +21,13 @@ from koclip.config.checks import (
 from koclip.config.curation import (
     BalanceRules,
     CaptionRules,
+    CardRules,
     CurateConfig,
     DuplicateRules,
     OverlapRules,
     PairRules,
     PictureRules,
+    ReportRules,
 )
 from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig
@@ -49,6 +51,7 @@ __all__ = [
     "AlignMethodConfig",
     "BalanceRules",
     "CaptionRules",
+    "CardRules",
     "ConfigError",
     "CurateConfig",
     "DataConfig",
@@ -69,6 +72,7 @@ __all__ = [
     "PretrainConfig",
     "PublishConfig",
     "RatingsConfig",
+    "ReportRules",
     "RunError",
     "SourceConfig",
     "Stage",

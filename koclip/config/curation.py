@@ -168,20 +168,56 @@ class BalanceRules:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportRules:
+    """What report.html shows.
+
+    Args:
+        thumbnails: Small pictures beside the examples of dropped rows: `none`, `blurred` (16 pixels, enlarged: people
+            cannot be recognised) or `clear`. The pictures of the examples are read again; of a stream, their files up
+            to the picture.
+    """
+
+    thumbnails: Literal["none", "blurred", "clear"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardRules:
+    """What the data card of the result, README.md, says about the sources.
+
+    Args:
+        title: Name of the result. Default: the names of the sources.
+        data_cards: Directory of the data cards of your own sources. Those of koclip are read after it.
+        licenses: Licences of sources without a data card, by source name: an id of SPDX or of the Hub, or `unstated`.
+            With any other text, the card shows the text and the licence of the result is `other`.
+        origins: Where sources without a data card come from, by source name: who made them, and where they are.
+        license: Licence of the result if its sources allow any, as the Hub spells it.
+    """
+
+    title: str | None = None
+    data_cards: str | None = None
+    licenses: dict[str, str] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    license: str = "cc-by-4.0"
+
+
+@dataclass(frozen=True, kw_only=True)
 class CurateConfig:
     """Build a clean set of pairs from raw pairs.
 
     Args:
         sources: Data sets of raw pairs. Only their images, captions and keys are copied.
-        output_dir: Directory of the result: Parquet shards, `dropped.jsonl`, `report.json` and `waterfall.png`. It
-            appears when everything is complete. If the command is interrupted, run it again: it continues. An earlier
-            result is replaced; another directory that is not empty is refused.
+        output_dir: Directory of the result: Parquet shards, `dropped.jsonl`, the report (`report.html`, `report.json`,
+            pictures) and its data card `README.md`. It appears when everything is complete. If the command is
+            interrupted, run it again: it continues. An earlier result is replaced; another directory that is not empty
+            is refused.
         captions: Rules for captions.
         pictures: Rules for pictures.
         overlap: Evaluation sets whose pictures and captions are dropped.
         duplicates: Rules for near-duplicates.
         pairs: Rules for pairs whose picture and captions do not fit.
         balance: Rules for the number of pairs of each query.
+        report: What report.html shows.
+        card: What the data card says about the sources.
         shard_size: Rows read for each shard. Of a stream, each file becomes a shard.
         engine: What divides the work: `local` (processes on this machine) or `ray` (a local Ray, or the cluster of the
             variable RAY_ADDRESS). The result does not depend on it.
@@ -197,6 +233,8 @@ class CurateConfig:
     duplicates: DuplicateRules = field(default_factory=DuplicateRules)
     pairs: PairRules = field(default_factory=PairRules)
     balance: BalanceRules = field(default_factory=BalanceRules)
+    report: ReportRules = field(default_factory=ReportRules)
+    card: CardRules = field(default_factory=CardRules)
     shard_size: int = 10_000
     engine: Literal["local", "ray"] = "local"
     num_workers: int = 1
@@ -209,3 +247,7 @@ class CurateConfig:
         unknown = set(self.pairs.languages).difference(*(source.captions for source in self.sources))
         check(not unknown, "pairs.languages", sorted(unknown), "expected languages of sources[].captions")
         check_least(self, "", 1, "shard_size", "num_workers")
+        names = sorted({source.short_name for source in self.sources})
+        for key in ("licenses", "origins"):
+            unknown = sorted(set(getattr(self.card, key)) - set(names))
+            check(not unknown, f"card.{key}", unknown, f"expected names of the sources: {names}")

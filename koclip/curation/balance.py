@@ -23,6 +23,7 @@ from koclip.text.korean.particles import drop_particles
 
 OVER, UNMATCHED = "query is full", "no query"
 _LISTED = 100  # queries whose share is reported
+_POINTS = 100  # of a curve, at most
 
 
 class Balanced(NamedTuple):
@@ -137,12 +138,17 @@ def _owners(part: Queries, known: Hashes) -> npt.NDArray[np.int64]:
 
 
 def _shares(owners: npt.NDArray[np.int64], num_queries: int) -> dict[str, Any]:
-    """Return the number of pairs, of those without a query, the largest query, and the share of the 100 largest."""
+    """Return the number of pairs, of those without a query, the largest query, and the share of the 100 largest.
+
+    `curve` has [rank, pairs] of some queries, the largest first, for a picture with logarithmic axes.
+    """
     counts = np.bincount(owners, minlength=num_queries + 1)
     largest = np.sort(counts[:num_queries])[::-1]
+    ranks = np.unique(np.geomspace(1, max(1, num_queries), _POINTS).round().astype(np.int64))[:num_queries]
     return {
         "pairs": len(owners),
         "without_query": int(counts[num_queries]),
         "largest_query": int(largest[0]) if num_queries else 0,
         f"share_of_{_LISTED}_largest": round(float(largest[:_LISTED].sum()) / max(1, len(owners)), 6),
+        "curve": [[rank, int(largest[rank - 1])] for rank in ranks.tolist()],
     }

@@ -1,14 +1,31 @@
 """Batches: columns of rows, and how a step drops rows and edits captions."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from koclip.data.formats import Row
 
 Batch = dict[str, list[Any]]
 KEY, IMAGE, REASON, DETAIL, NOTES = "key", "image", "reason", "detail", "notes"
+LOST = "lost"  # column: for each note, the caption before it
 _CAPTIONS = "captions_"
 NO_CAPTION = "no caption"
+
+
+class Rows(Protocol):
+    """The rows after the last step."""
+
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        """Yield all rows in order, in batches without pictures; with the number of their source."""
+        ...
+
+    def batches_with(self, keys: set[str]) -> Iterator[Batch]:
+        """Yield the batches that have one of these keys."""
+        ...
+
+    def pictures(self, keys: set[str]) -> Iterator[Row]:
+        """Yield the rows of these keys as they are in their sources."""
+        ...
 
 
 def caption_column(language: str) -> str:
@@ -30,7 +47,7 @@ def batch_of(rows: Iterable[Row], languages: Sequence[str]) -> Batch:
     batch: Batch = {KEY: [row.key for row in rows], IMAGE: [row.image for row in rows]}
     batch |= {caption_column(name): [row.captions.get(name, []) for row in rows] for name in languages}
     empty = {name: [""] * len(rows) for name in (REASON, DETAIL)}
-    batch |= {**empty, NOTES: [[] for _ in rows]}
+    batch |= {**empty, NOTES: [[] for _ in rows], LOST: [[] for _ in rows]}
     missing = [not any(row.captions.values()) for row in rows]
     return drop(batch, {place: (NO_CAPTION, "") for place, is_missing in enumerate(missing) if is_missing})
 
@@ -63,10 +80,11 @@ def edit_captions(batch: Batch, edit: Callable[[str, str], tuple[str, list[str]]
     last the reason why it is dropped. A row without captions is dropped, for the reason of its first dropped caption.
     """
     columns = [caption_column(language) for language in languages_of(batch)]
-    changed: Batch = {**batch, NOTES: list(batch[NOTES])} | {name: list(batch[name]) for name in columns}
+    changed: Batch = batch | {name: list(batch[name]) for name in (NOTES, LOST, *columns)}
     reasons = {}
     for place in kept_places(batch):
         notes: list[str] = []
+        lost: list[str] = []
         dropped: list[str] = []
         for language, position, caption in captions_at(batch, place):
             edited, remarks = edit(caption, language)
@@ -76,8 +94,10 @@ def edit_captions(batch: Batch, edit: Callable[[str, str], tuple[str, list[str]]
             captions[position] = edited
             changed[caption_column(language)][place] = captions
             notes += [f"{language}/{position}: {remark}" for remark in remarks]
+            lost += [caption] * len(remarks)
             dropped += [] if edited else remarks[-1:]
         changed[NOTES][place] = [*batch[NOTES][place], *notes]
+        changed[LOST][place] = [*batch[LOST][place], *lost]
         if dropped and not any(any(changed[name][place]) for name in columns):
             reasons[place] = (dropped[0], "")
     return drop(changed, reasons)

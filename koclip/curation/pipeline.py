@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 import koclip
 from koclip import storage
-from koclip.config import ConfigError, RunError, SourceConfig, check, dump, to_dict
+from koclip.config import RunError, SourceConfig, check, dump, to_dict
 from koclip.config.curation import CurateConfig
 from koclip.curation import report
 from koclip.curation.balance import collect_queries, decide_balance, drop_unbalanced
@@ -30,6 +30,7 @@ from koclip.curation.batch import (
     DETAIL,
     IMAGE,
     KEY,
+    LOST,
     NOTES,
     REASON,
     Batch,
@@ -48,6 +49,7 @@ from koclip.curation.duplicates import HASHES, SMALL, add_hashes, collect_pictur
 from koclip.curation.engines import ENGINES, Engine, Unit, Work
 from koclip.curation.overlap import collect_overlap, decide_overlap, drop_overlap
 from koclip.curation.pictures import PICTURE, PIXELS, filter_pictures
+from koclip.curation.report import card
 from koclip.curation.scores import SCORE, add_scores, collect_scores, decide_threshold, drop_low_scores, scorer
 from koclip.data.formats import MapSource, Row
 from koclip.data.formats.files import stamp, stored_files
@@ -55,10 +57,10 @@ from koclip.data.sources import StreamSource, open_source
 from koclip.data.transforms import read
 
 ROWS = 256  # rows in memory at a time
-_FREE = ("output_dir", "engine", "num_workers")  # settings that the result does not depend on
-_COLUMNS = {KEY: pa.string(), REASON: pa.string(), DETAIL: pa.string(), NOTES: pa.list_(pa.string())}
-_COLUMNS |= {PIXELS: pa.int64(), PICTURE: pa.int64(), HASHES: pa.binary(), SMALL: pa.binary(), SCORE: pa.float32()}
+_FREE = ("output_dir", "engine", "num_workers", "report", "card")  # settings that the shards do not depend on
 _CAPTIONS = pa.list_(pa.string())
+_COLUMNS = {KEY: pa.string(), REASON: pa.string(), DETAIL: pa.string(), NOTES: _CAPTIONS, LOST: _CAPTIONS}
+_COLUMNS |= {PIXELS: pa.int64(), PICTURE: pa.int64(), HASHES: pa.binary(), SMALL: pa.binary(), SCORE: pa.float32()}
 
 
 class GlobalStep(NamedTuple):
@@ -98,6 +100,7 @@ def curate(config: CurateConfig, engine: Engine | None = None) -> dict[str, Any]
     check_known_languages(config)
     free = not target.exists() or not any(target.iterdir()) or (target / report.FILE).is_file()
     check(free, "output_dir", config.output_dir, "expected a new directory, or one with an earlier result")
+    card.origins(config)  # faults are named before the work
     work = Folder(target.with_name(f"{target.name}.partial"), _fingerprint(config))
     units = list(_units(config))
     _on_engine("check", partial(_check_unit, config=config, folder=work), config, engine)
@@ -109,11 +112,8 @@ def curate(config: CurateConfig, engine: Engine | None = None) -> dict[str, Any]
             shard = work.shard(unit, compared)
             if shard.exists():
                 shard.rename(partial_target / shard.name)
-        tables = (batch for unit in units for batch in [work.load(compared, unit)])
-        content = report.write(partial_target, tables, _left_out(config), numbers)
+        content = report.write(partial_target, config, Rows(config, work, units, compared), _left_out(config), numbers)
         dump(config, partial_target / "config.yaml")
-        if not content["rows"]["kept"]:
-            raise ConfigError(f"sources: no row is left: {content['rows']['dropped']}; relax the rules")
     shutil.rmtree(work.path)
     return content
 
@@ -147,6 +147,43 @@ class Folder(NamedTuple):
         """Return the path of a unit's shard; its name contains a hash of the unit's table, thus of its content."""
         content = xxhash.xxh3_64_hexdigest(self.table(stage, unit).read_bytes())
         return self.path / "shards" / f"{unit.number:06d}-{content}.parquet"
+
+
+class Rows(NamedTuple):
+    """The rows after a stage: see `koclip.curation.batch.Rows`."""
+
+    config: CurateConfig
+    folder: Folder
+    units: Sequence[Unit]
+    stage: str
+
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        """Yield the number of the source and the table of each unit."""
+        for unit in self.units:
+            yield unit.source, self.folder.load(self.stage, unit)
+
+    def batches_with(self, keys: set[str]) -> Iterator[Batch]:
+        """Yield the tables of the units that have one of these keys."""
+        for unit, _ in self._places(keys):
+            yield self.folder.load(self.stage, unit)
+
+    def pictures(self, keys: set[str]) -> Iterator[Row]:
+        """Read the rows of these keys again; of a stream's file, all rows up to the last of them."""
+        for unit, places in self._places(keys):
+            source = _source(self.config, unit.source)
+            if isinstance(source, StreamSource):
+                for place, row in enumerate(islice(source.rows_of_shard(unit.start), places[-1] + 1)):
+                    if place in places:
+                        yield row
+            else:
+                yield from source.rows([unit.start + place for place in places])
+
+    def _places(self, keys: set[str]) -> Iterator[tuple[Unit, list[int]]]:
+        """Yield the units that have one of these keys, with the places of the rows."""
+        for unit in self.units:
+            own = pq.read_table(self.folder.table(self.stage, unit), columns=[KEY])[KEY].to_pylist()
+            if places := [place for place, key in enumerate(own) if key in keys]:
+                yield unit, places
 
 
 def _fingerprint(config: CurateConfig) -> str:

@@ -17,12 +17,12 @@ from koclip.evaluation.report.table import NOTE, Cell, Line, sections
 from koclip.evaluation.results import IMAGES, MAIN
 from koclip.evaluation.run import notes
 from koclip.evaluation.tasks import SPECS
+from koclip.licences import ALLOWS, Licence, chain_rows, conclude, terms
 from koclip.publishing.card_inputs import Facts
 from koclip.publishing.checks import ADAPTER, CARD, LICENCE
 from koclip.publishing.formats import int8
 from koclip.publishing.formats.onnx import EXACT, FOLDER, INT8, SIDES
 from koclip.publishing.formats.sentence_transformers import MODULES
-from koclip.publishing.licences import ALLOWS, Licence, conclude
 
 _MARK = "<!-- Made by koclip"
 _ENGLISH = {"ko": "Korean", "en": "English", "ja": "Japanese", "zh": "Chinese"}
@@ -97,7 +97,7 @@ def render(cfg: PublishConfig, facts: Facts, year: int | None = None) -> ModelCa
         "groups": groups,
         "measured": _measured(facts),
         "allows": list(ALLOWS.values()),
-        "chain": list(_chain(facts)),
+        "chain": list(chain_rows(facts.chain)),
     }
     missing = [key for key, value in fields.items() if value in (None, "", [])]
     check(not missing, "the card", missing, "expected a value for each of these fields: complete their inputs")
@@ -265,21 +265,10 @@ def _software(environment: dict[str, Any]) -> str:
     return ", ".join([*versions, f"Python {environment['python']}", *([f"commit {commit[:12]}"] if commit else [])])
 
 
-def _chain(facts: Facts) -> Iterator[list[str]]:
-    """Yield for every part its source, role, name and licence, the answers to `ALLOWS`, and who states them."""
-    for source in facts.chain:
-        for part in source.parts:
-            yield [source.name, source.role, part.part, part.licence, *part.answers, part.source]
-
-
 def _terms(cfg: PublishConfig, facts: Facts, licence: Licence) -> str:
-    lines = []
-    for name, role, part, terms, *answers, stated in _chain(facts):
-        allowed = ", ".join(f"{what}: {answer}" for what, answer in zip(ALLOWS.values(), answers, strict=True))
-        lines.append(f"- {name} ({role}), {part}: {terms}. {allowed}. Stated: {stated}")
     return (
         f"# {licence.name}\n\n{cfg.repo_id} is not under a common licence: {licence.why}.\n\nIts towers and training "
-        "data have these terms. The strictest of them apply to the model:\n\n" + "\n".join(lines) + "\n"
+        f"data have these terms. The strictest of them apply to the model:\n\n{terms(chain_rows(facts.chain))}\n"
     )
 
 

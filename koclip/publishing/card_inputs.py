@@ -1,6 +1,5 @@
 """Read the inputs of a model's card: the run's configuration, environment and metrics, the towers, the data cards."""
 
-import itertools
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +16,10 @@ from koclip.config import ConfigError, PublishConfig, SourceConfig, all_faults, 
 from koclip.encoders import load
 from koclip.evaluation.results import Record, records_of
 from koclip.evaluation.tasks import SPECS
+from koclip.licences import UNSTATED, DataCard, Part, Source, find_data_card, read_data_card, stated_parts
 from koclip.metrics import Metric
 from koclip.models import open_clip
 from koclip.models.pretrained import is_hub_id, read_processor
-from koclip.publishing.licences import UNSTATED, DataCard, Part, Source, front_matter, model_parts, read_data_card
 from koclip.text.normalize import normalize
 from koclip.text.prefix import prefix_of
 
@@ -211,21 +210,12 @@ def _measured_path(described: Mapping[str, Any]) -> str | None:
 
 
 def _find_card(name: str, path: str | None, cards: Sequence[Path]) -> Path:
-    """Return the data card of that name; else the card that lists the file; else, of a file in data/<name>, that card.
-
-    Earlier directories of `cards` go first. `koclip data` builds data/<name>. A user's folder that only has the name of
-    a data set is not that data set: its licences would be wrong.
-    """
-    named = [directory / f"{name}.md" for directory in cards]
-    others = (card for directory in cards for card in sorted(directory.glob("*.md")) if path is not None)
-    listing = (card for card in others if path in (front_matter(card)[0].get("files") or {}))
-    folder = Path(path or "").parent
-    built = [directory / f"{folder.name}.md" for directory in cards if folder.parent.name == "data"]
-    places = itertools.chain(filter(Path.is_file, named), listing, filter(Path.is_file, built))
-    file = next(places, named[0])
+    """Return the data card of a data set, as `find_data_card`; it must exist."""
+    file = find_data_card(name, path, cards) or cards[0] / f"{name}.md"
     write = "write it, as data_cards/README.md of koclip says, and name its directory: --data_cards"
     also = f", nor one that lists {path}" if path else ""
-    check(file.is_file(), f"the data card of {name}", str(file), f"no such file{also}; {write}")
+    expected = f"no such file{also}; {write}"
+    check(file.is_file(), f"the data card of {name}", str(file), expected)
     return file
 
 
@@ -277,7 +267,7 @@ def _tower(
 def _parts(hub_id: str, licenses: Mapping[str, str]) -> tuple[Part, ...]:
     """Return the terms of a Hub model: those in `licenses`, else those of its card."""
     if hub_id in licenses:
-        return model_parts(licenses[hub_id], "the publisher of this model")
+        return stated_parts(licenses[hub_id], "the publisher of this model")
     try:
         info = HfApi().model_info(hub_id)
     except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled) as error:
@@ -290,7 +280,7 @@ def _parts(hub_id: str, licenses: Mapping[str, str]) -> tuple[Part, ...]:
     words = " ".join(str(card.get(key)) for key in ("license_name", "license_link") if card.get(key))
     stated = card.get("license") or UNSTATED
     several = [str(licence) for licence in (stated if isinstance(stated, list) else [stated])]
-    return model_parts(several, f"huggingface.co/{hub_id}", words)
+    return stated_parts(several, f"huggingface.co/{hub_id}", words)
 
 
 def _languages(config: Mapping[str, Any]) -> list[str]:

@@ -3,8 +3,6 @@
 `report.html` needs no other file: it contains its pictures.
 """
 
-import base64
-import io
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
-from PIL import Image
 from tqdm.auto import tqdm
 
 from koclip import storage
@@ -27,6 +23,7 @@ from koclip.evaluation.forgetting import HEADING, compare
 from koclip.evaluation.report import forgotten
 from koclip.evaluation.report.charts import charts, korean_style, save
 from koclip.evaluation.report.grids import confusion, queries
+from koclip.evaluation.report.page import content, render
 from koclip.evaluation.report.table import NOTE, Line, Section, Templates, markdown, print_tables, sections
 from koclip.evaluation.results import Measured, Record, records_of, write_results
 from koclip.evaluation.run import described, evaluate, evaluate_source, labels_of, notes, warnings_of
@@ -221,7 +218,6 @@ def training_figure(log: Path, final: Mapping[str, Metric]) -> Figure:
     return figure
 
 
-_QUALITY = 85  # of pictures, 0 to 100
 _KINDS = {
     "forgotten": HEADING,
     "recall": "Recall",
@@ -254,29 +250,29 @@ def _write_page(
     warnings: Sequence[str],
 ) -> None:
     configuration, skipped = run / "config.yaml", storage.read_lines(run / "skipped.jsonl")
-    loader = PackageLoader("koclip", "assets")
-    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = jinja.get_template("report.html").render(
-        labels={model.name: model.label for model in models},
-        summary=[(section.name, [line for line in section.main if line.spec.summary]) for section in sections],
-        sections=sections,
-        pictures={section.name: _pictures(section.name, models) for section in sections},
-        notes={section.name: _notes(section.name, models) for section in sections},
-        training=[(own.label, "loss over steps", _content(own.training)) for own in models if own.training],
-        warnings=warnings,
-        environment=environment,
-        command=shlex.join(environment["command"]),
-        configuration=configuration.read_text(encoding="utf-8") if configuration.is_file() else "",
-        skipped=[{name: sample.get(name, "") for name in ("key", "reason", "source")} for sample in skipped[:_LISTED]],
-        num_skipped=len(skipped),
-        note=NOTE,
-        forgotten=[own for own in models if own.compared],
-        forgotten_heading=HEADING,
-        forgotten_columns=("", *forgotten.COLUMNS[3:]),
-        forgotten_note=forgotten.NOTE,
-        best=_best,
-    )
-    storage.replace_text(run / "report.html", text)
+    fields = {
+        "labels": {model.name: model.label for model in models},
+        "summary": [(section.name, [line for line in section.main if line.spec.summary]) for section in sections],
+        "sections": sections,
+        "pictures": {section.name: _pictures(section.name, models) for section in sections},
+        "notes": {section.name: _notes(section.name, models) for section in sections},
+        "training": [(own.label, "loss over steps", content(own.training)) for own in models if own.training],
+        "warnings": warnings,
+        "environment": environment,
+        "command": shlex.join(environment["command"]),
+        "configuration": configuration.read_text(encoding="utf-8") if configuration.is_file() else "",
+        "skipped": [
+            {name: sample.get(name, "") for name in ("key", "reason", "source")} for sample in skipped[:_LISTED]
+        ],
+        "num_skipped": len(skipped),
+        "note": NOTE,
+        "forgotten": [own for own in models if own.compared],
+        "forgotten_heading": HEADING,
+        "forgotten_columns": ("", *forgotten.COLUMNS[3:]),
+        "forgotten_note": forgotten.NOTE,
+        "best": _best,
+    }
+    storage.replace_text(run / "report.html", render("report.html", fields))
 
 
 def _notes(name: str, models: Sequence[PageModel]) -> list[str]:
@@ -302,14 +298,6 @@ def _pictures(dataset: str, models: Sequence[PageModel]) -> dict[str, list[tuple
         for name, file in model.pictures.get(dataset, {}).items():
             kind = name.partition("-")[0]
             title = _KINDS.get(kind, kind)
-            picture = (model.label, f"{title}: {dataset}, {model.label}", _content(file))
+            picture = (model.label, f"{title}: {dataset}, {model.label}", content(file))
             pictures.setdefault(title, []).append(picture)
     return {title: own for title, own in pictures.items() if own}
-
-
-def _content(file: Path) -> str:
-    """Return a picture as WebP in base64; a page with photos is then a tenth as large."""
-    buffer = io.BytesIO()
-    with Image.open(file) as image:
-        image.convert("RGB").save(buffer, "WEBP", quality=_QUALITY)
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,13 +1,15 @@
-"""Read data cards with their licences, and conclude a model's licence from those of its sources.
+"""Read data cards with their licences, and conclude the licence of a model or a data set from those of its sources.
 
 A data card describes a data set, its source and the terms of each part. It is a Markdown file with YAML front matter;
-data_cards/README.md describes the keys. A model's licence is the strictest of its towers and its training data. Only
-fields decide: a licence's id in `assets/licences.tsv`, and the fields of a data card. No sentence is interpreted.
+data_cards/README.md describes the keys. A model's licence is the strictest of its towers and its training data; that of
+a curated data set is the strictest of its sources. Only fields decide: a licence's id in `assets/licences.tsv`, and the
+fields of a data card. No sentence is interpreted.
 """
 
 import difflib
+import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -82,7 +84,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """A tower or a data set that the model's licence depends on, with the terms of its parts."""
+    """A tower or a data set that a licence depends on, with the terms of its parts."""
 
     role: str
     name: str
@@ -91,7 +93,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Licence:
-    """The licence in the model's metadata, with the reason; `name` is set if `id` is `other`."""
+    """The licence in the metadata of a model or a data set, with the reason; `name` is set if `id` is `other`."""
 
     id: str
     name: str | None
@@ -161,8 +163,10 @@ def _part(values: Mapping[str, Any]) -> Part:
     return Part(part, id_, source, words, *(None if answer == UNSTATED else answer for answer in answers))
 
 
-def model_parts(stated: str | Sequence[str] | None, source: str, words: str = "") -> tuple[Part, ...]:
-    """Return the terms of a model's weights.
+def stated_parts(
+    stated: str | Sequence[str] | None, source: str, words: str = "", part: str = "weights"
+) -> tuple[Part, ...]:
+    """Return the terms of a part, by default of a model's weights.
 
     `stated` is an id, several ids that all apply, words, or None; `source` states it. `words` are the terms of `other`.
     """
@@ -171,17 +175,17 @@ def model_parts(stated: str | Sequence[str] | None, source: str, words: str = ""
     for licence in several:
         id_ = NONE if _id(licence) in ("", UNSTATED) else _id(licence)
         own = {} if id_ in (*_known(), NONE) else {"words": words if words and id_ == OTHER else licence}
-        parts.append(_part({"part": "weights", "source": source, "id": OTHER if own else id_, **own}))
+        parts.append(_part({"part": part, "source": source, "id": OTHER if own else id_, **own}))
     return tuple(parts)
 
 
-def conclude(sources: Sequence[Source], wish: str) -> Licence:
-    """Return the licence of a model with these towers and training data; `wish` if they leave the choice.
+def conclude(sources: Sequence[Source], wish: str, key: str = "license") -> Licence:
+    """Return the licence of a model or a data set with these sources; `wish`, set by `key`, if they leave the choice.
 
     Raises:
         ConfigError: `wish` is not an id of the Hub.
     """
-    check(wish in _hub(), "license", wish, "expected an id of huggingface.co/docs/hub/repositories-licenses")
+    check(wish in _hub(), key, wish, "expected an id of huggingface.co/docs/hub/repositories-licenses")
     rules = (
         (_NON_COMMERCIAL, lambda part: part.commercial is False),
         (_NONE_STATED, lambda part: part.id == NONE),
@@ -201,6 +205,22 @@ def conclude(sources: Sequence[Source], wish: str) -> Licence:
     if id_ in _hub():
         return Licence(id_, None, f"{_names(bound)} must be passed on under that licence")
     return Licence(OTHER, id_, f"{_names(bound)} must be passed on under {id_}")
+
+
+def chain_rows(sources: Sequence[Source]) -> Iterator[list[str]]:
+    """Yield for every part its source, role, name and licence, the answers to `ALLOWS`, and who states them."""
+    for source in sources:
+        for part in source.parts:
+            yield [source.name, source.role, part.part, part.licence, *part.answers, part.source]
+
+
+def terms(rows: Iterable[Sequence[str]]) -> str:
+    """Return the rows of `chain_rows` as a list in Markdown."""
+    lines = []
+    for name, role, part, licence, *answers, stated in rows:
+        allowed = ", ".join(f"{what}: {answer}" for what, answer in zip(ALLOWS.values(), answers, strict=True))
+        lines.append(f"- {name} ({role}), {part}: {licence}. {allowed}. Stated: {stated}")
+    return "\n".join(lines)
 
 
 def _is_text(value: Any) -> bool:
@@ -277,6 +297,20 @@ def read_data_card(file: Path) -> DataCard:
         limits=paragraphs["Limits"],
         harms=paragraphs["Harms"],
     )
+
+
+def find_data_card(name: str, path: str | None, cards: Sequence[Path]) -> Path | None:
+    """Return the data card of that name; else the card that lists the file; else, of a file in data/<name>, that card.
+
+    Earlier directories of `cards` go first. `koclip data` builds data/<name>. A user's folder that only has the name of
+    a data set is not that data set: its licences would be wrong.
+    """
+    named = [directory / f"{name}.md" for directory in cards]
+    others = (card for directory in cards for card in sorted(directory.glob("*.md")) if path is not None)
+    listing = (card for card in others if path in (front_matter(card)[0].get("files") or {}))
+    folder = Path(path or "").parent
+    built = [directory / f"{folder.name}.md" for directory in cards if folder.parent.name == "data"]
+    return next(itertools.chain(filter(Path.is_file, named), listing, filter(Path.is_file, built)), None)
 
 
 def front_matter(file: Path) -> tuple[dict[str, Any], str]:
