@@ -13,7 +13,6 @@ import numpy as np
 from koclip import storage
 from koclip.config import check
 from koclip.config.curation import CurateConfig
-from koclip.curation import card, charts, page
 from koclip.curation.batch import (
     DETAIL,
     KEY,
@@ -29,6 +28,7 @@ from koclip.curation.batch import (
 from koclip.curation.captions import PERSONAL
 from koclip.curation.duplicates import NEAR
 from koclip.curation.pictures import PICTURE
+from koclip.curation.report import card, charts, page
 from koclip.evaluation.report.charts import korean_style, save
 
 FILE, DROPPED = "report.json", "dropped.jsonl"

@@ -14,10 +14,10 @@ from PIL import Image
 import koclip
 from koclip import storage
 from koclip.config.curation import CurateConfig
-from koclip.curation import charts
 from koclip.curation.batch import DETAIL, KEY, LOST, NOTES, REASON, Batch, Rows, captions_at
 from koclip.curation.captions import PERSONAL, text_hash, without_personal_data
 from koclip.curation.duplicates import NEAR, REPEATED_PAIR
+from koclip.curation.report import charts
 from koclip.data.transforms import ImageError, decode
 from koclip.evaluation.report.page import content as embedded
 from koclip.evaluation.report.page import render

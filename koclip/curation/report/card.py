@@ -11,7 +11,7 @@ import koclip
 from koclip import installation, storage
 from koclip.config import SourceConfig, check
 from koclip.config.curation import CurateConfig
-from koclip.curation import charts
+from koclip.curation.report import charts
 from koclip.data.formats.files import file_format
 from koclip.evaluation.report.table import escaped
 from koclip.licences import (
