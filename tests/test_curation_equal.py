@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -26,7 +27,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SourceConfig]
     table = planted(folder / "raw.parquet")[0]
     rows = list(open_source(table).iter_rows())
     for shard in range(3):
-        samples = [{"png": row.image, "txt": row.captions["ko"][0].encode()} for row in rows[70 * shard :][:70]]
+        samples: Any = [{"png": row.image, "txt": row.captions["ko"][0].encode()} for row in rows[70 * shard :][:70]]
         write_tar(folder / f"{shard}.tar", samples, first=70 * shard)
     tars = SourceConfig(path=f"{folder}/*.tar", name="raw", image=["png"], captions={"ko": "txt"})
     return {"table": table, "tars": tars}

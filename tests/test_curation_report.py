@@ -129,7 +129,7 @@ def test_twenty_examples_of_each_reason_are_shown_those_with_the_smallest_hashes
 
 
 def test_examples_do_not_depend_on_batches():
-    batch = {
+    batch: dict[str, list[Any]] = {
         "key": [f"k{number}" for number in range(100)],
         "reason": ["HTML" if number % 2 else "" for number in range(100)],
         "detail": [""] * 100,

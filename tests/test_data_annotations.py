@@ -3,7 +3,7 @@
 import json
 import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -30,7 +30,7 @@ EXPECTED = {
 }
 
 
-def write_pictures(folder: Path, names: Any = NAMES, form: str = "NFC") -> None:
+def write_pictures(folder: Path, names: Any = NAMES, form: Literal["NFC", "NFD"] = "NFC") -> None:
     for number, name in enumerate(names):
         path = folder / unicodedata.normalize(form, name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def changed(source: SourceConfig, **options: Any) -> SourceConfig:
 
 def read(source: SourceConfig) -> dict[str, list[str]]:
     """Return the captions by the name of the picture."""
-    rows = list(open_source(source).iter_rows())
+    rows: list[Any] = list(open_source(source).iter_rows())
     assert len({row.key for row in rows}) == len(rows)
     return {unicodedata.normalize("NFC", Path(row.image).name): row.captions.get("ko", []) for row in rows if row.image}
 
@@ -128,8 +128,8 @@ def test_every_layout_gives_the_same_rows(tmp_path, write, form, streaming):
         source = changed(source, image_root=f"{source.image_root}/TS")
     assert isinstance(open_source(source), StreamSource) == streaming
     assert read(source) == EXPECTED
-    rows = list(open_source(source).iter_rows())
-    assert all(Path(row.image).is_file() for row in rows)
+    images: list[Any] = [row.image for row in open_source(source).iter_rows()]
+    assert all(Path(image).is_file() for image in images)
 
 
 @pytest.mark.parametrize("write", WRITERS)

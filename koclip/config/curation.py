@@ -244,8 +244,8 @@ class CurateConfig:
         check(bool(self.sources), "sources", self.sources, "list data sets: --sources '[{path: raw.parquet}]'")
         for source in self.sources:
             check(bool(source.captions), "sources[].captions", source.captions, "name at least one caption column")
-        unknown = set(self.pairs.languages).difference(*(source.captions for source in self.sources))
-        check(not unknown, "pairs.languages", sorted(unknown), "expected languages of sources[].captions")
+        unknown = sorted(set(self.pairs.languages).difference(*(source.captions for source in self.sources)))
+        check(not unknown, "pairs.languages", unknown, "expected languages of sources[].captions")
         check_least(self, "", 1, "shard_size", "num_workers")
         names = sorted({source.short_name for source in self.sources})
         for key in ("licenses", "origins"):

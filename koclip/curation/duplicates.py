@@ -230,7 +230,7 @@ def _bands(num_hashes: int, num_queries: int, max_distance: int) -> tuple[Hashes
     def work(num_equal: int) -> float:  # relative to a lookup
         share = 0.5 ** min(len(bits) * num_equal / (max_distance + num_equal), _Table.size_of(num_hashes))
         lookups = num_queries * (1 + 2 * share * num_hashes)
-        return math.comb(max_distance + num_equal, num_equal) * (4 * num_hashes + lookups)
+        return float(math.comb(max_distance + num_equal, num_equal) * (4 * num_hashes + lookups))
 
     num_equal = min(range(1, 9), key=work)
     count = max_distance + num_equal
@@ -241,7 +241,8 @@ def _first_equal(different: Hashes, bands: Hashes, num_equal: int) -> Hashes:
     """Return the bits of the first `num_equal` bands in which two hashes are equal, for their different bits (P,)."""
     equal = (different[:, None] & bands) == 0  # (P, bands)
     first = equal & (np.cumsum(equal, 1) <= num_equal)
-    return np.bitwise_or.reduce(np.where(first, bands, np.uint64(0)), 1)
+    bits: Hashes = np.bitwise_or.reduce(np.where(first, bands, np.uint64(0)), 1)
+    return bits
 
 
 class _Table:

@@ -95,23 +95,24 @@ def on_ray(title: str, work: Work, units: Sequence[Unit], num_workers: int) -> I
         import ray
     except ImportError as error:
         raise ConfigError(f"engine: ray is not installed ({error}): pip install 'koclip[ray]'") from error
-    if not ray.is_initialized():
+    cluster: Any = ray  # it has types for a part of its functions
+    if not cluster.is_initialized():
         local = {"address": "local", "num_cpus": num_workers, "object_store_memory": _MEMORY}
-        ray.init(**({} if os.environ.get("RAY_ADDRESS") else local | {"include_dashboard": False}), log_to_driver=False)
-    task = ray.remote(num_returns="streaming", max_retries=3)(_in_folder).options(name=title)
-    waiting, running = iter(units), list[Any]()
-    limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # tasks at a time: some run, some wait
-    while running or len(running) < limit:
-        running += [task.remote(work, unit, Path.cwd()) for unit in islice(waiting, limit - len(running))]
-        if not running:
-            return
-        ready, running = ray.wait(running)
+        local |= {"include_dashboard": False}
+        cluster.init(log_to_driver=False, **({} if os.environ.get("RAY_ADDRESS") else local))
+    task = cluster.remote(num_returns="streaming", max_retries=3)(_in_folder).options(name=title)
+    waiting = iter(units)
+    limit = 2 * max(1, int(cluster.cluster_resources().get("CPU", 1)))  # tasks at a time: some run, some wait
+    running = [task.remote(work, unit, Path.cwd()) for unit in islice(waiting, limit)]
+    while running:
+        ready, running = cluster.wait(running)
         for blocks in ready:
             try:
-                num_rows = ray.get(next(blocks))
+                num_rows = cluster.get(next(blocks))
             except StopIteration:
+                running += [task.remote(work, unit, Path.cwd()) for unit in islice(waiting, 1)]
                 continue
-            except ray.exceptions.RayTaskError as error:
+            except cluster.exceptions.RayTaskError as error:
                 raise error.cause from error
             running.append(blocks)
             yield num_rows

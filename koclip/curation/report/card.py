@@ -111,7 +111,7 @@ def render(content: Mapping[str, Any], config: CurateConfig) -> DatasetCard:
     """Return the card with its metadata."""
     template = (files("koclip") / "assets" / "data_card.md").read_text(encoding="utf-8")
     names = list(dict.fromkeys(source["name"] for source in content["sources"]))
-    fields = {
+    fields: dict[str, Any] = {
         "title": escaped(config.card.title or f"Pairs of {', '.join(names)}"),
         "names": escaped(", ".join(names)),
         "content": content,

@@ -116,7 +116,7 @@ def write(folder: Path, content: Mapping[str, Any], examples: Examples, rows: Ro
 def _kept(examples: Iterable[Example], rows: Rows) -> dict[str, Example]:
     """Return by key the rows that stay for near-duplicates and repeated pairs."""
     keys = {example.detail for example in examples if example.reason in _PAIRED}
-    kept = {}
+    kept: dict[str, Example] = {}
     for batch in rows.batches_with(keys) if keys else ():
         kept |= {key: _example(batch, place) for place, key in enumerate(batch[KEY]) if key in keys}
     return kept
