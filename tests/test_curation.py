@@ -266,7 +266,11 @@ def test_captions_in_another_language_are_dropped_in_each_column(tmp_path):
     captions = {"en": "en", "zh-Hans": "zh"}
     source = SourceConfig(path=str(tmp_path / "raw.parquet"), image=None, captions=captions)
     content = curate(settings(source, tmp_path / "clean"))
-    assert content["captions"] == {"kept": {"en": 2, "zh-Hans": 2}, "dropped": {"other language": 4}}
+    assert content["captions"] == {
+        "read": {"en": 4, "zh-Hans": 4},
+        "kept": {"en": 2, "zh-Hans": 2},
+        "dropped": {"other language": 4},
+    }
     assert content["rows"]["kept"] == 2
     rules = CaptionRules(min_language=0)
     assert curate(settings(source, tmp_path / "clean", captions=rules))["rows"]["kept"] == 4

@@ -49,11 +49,17 @@ def test_two_processes_write_the_bytes_of_one(plain, tmp_path):
 # Slow: Ray takes up to a minute to start.
 @pytest.mark.slow
 def test_ray_writes_the_bytes_of_one_process(sources, tmp_path, tmp_path_factory, monkeypatch):
-    ray = pytest.importorskip("ray", reason="ray is not installed")
+    import ray
+
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray writes a token into the home directory
     monkeypatch.chdir(tmp_path)  # relative paths are those of this process
     temporary = Path("/tmp") / f"ray-{os.getpid()}"  # the path of a socket has at most 107 bytes
-    options = {"address": "local", "num_cpus": 2, "include_dashboard": False, "object_store_memory": 100 * 2**20}
+    options: dict[str, Any] = {
+        "address": "local",
+        "num_cpus": 2,
+        "include_dashboard": False,
+        "object_store_memory": 100 * 2**20,
+    }
     ray.init(**options, log_to_driver=False, _temp_dir=str(temporary))
     try:
         for name, source in sources.items():

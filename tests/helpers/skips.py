@@ -13,7 +13,6 @@ SKIPS = {
     "huggingface.co cannot be reached": 2,
     "KOCLIP_NODE_MODULES": 2,
     "KOCLIP_TOWERS": 4,
-    "ray is not installed": 1,
     "there is a GPU": 1,
     "this file system takes UTF-8 names only": 1,
 }
