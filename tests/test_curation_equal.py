@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,10 +68,12 @@ def test_ray_writes_the_bytes_of_one_process(sources, tmp_path, tmp_path_factory
             curate(settings(source, Path(name)))
             curate(settings(source, Path(f"{name}_ray"), engine="ray"))
             assert contents(tmp_path / name) == contents(tmp_path / f"{name}_ray")
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes do not see this folder
         with pytest.raises(ConfigError, match="unit 1"):
             list(on_ray("check", failing, units(3), 2))
     finally:
         ray.shutdown()
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def units(count: int) -> list[Unit]:
