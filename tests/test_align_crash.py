@@ -6,7 +6,6 @@ Everything random is turned on: dropout, word dropout, random views; and an aver
 
 import json
 import multiprocessing
-import os
 import socket
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from align_runs import arguments, write_encoder, write_pairs, write_source
 from dying_alignments import Moment, Place, run
+from helpers.fork_server import fork_server
 from helpers.tokenizer_families import FAMILIES
 from sources_on_disk import write_tar
 from transformers import AutoTokenizer
@@ -92,14 +92,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server() -> multiprocessing.context.ForkServerContext:
-    """Return a way to start processes that have loaded all libraries and done nothing yet."""
-    context = multiprocessing.get_context("forkserver")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        context.set_forkserver_preload(["dying_alignments"])
-        context.Process(target=os.getpid).start()
-    return context
+    return fork_server("dying_alignments")
 
 
 class Runs:

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 from dying_curations import MOMENTS, run
+from helpers.fork_server import fork_server
 from sources_on_disk import write_tar
 from test_curation import contents, planted, settings
 
@@ -103,14 +104,7 @@ def test_engines_count_the_rows_of_all_units(num_workers, count):
 
 @pytest.fixture(scope="module")
 def server() -> multiprocessing.context.ForkServerContext:
-    """Return a way to start processes that have loaded all libraries and done nothing yet."""
-    context = multiprocessing.get_context("forkserver")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        context.set_forkserver_preload(["dying_curations"])
-        context.Process(target=os.getpid).start()
-    return context
+    return fork_server("dying_curations")
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

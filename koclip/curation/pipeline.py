@@ -103,9 +103,9 @@ def curate(config: CurateConfig, engine: Engine | None = None) -> dict[str, Any]
     card.origins(config)  # faults are named before the work
     work = Folder(target.with_name(f"{target.name}.partial"), _fingerprint(config))
     units = list(_units(config))
-    _on_engine("check", partial(_check_unit, config=config, folder=work), config, engine)
+    _on_engine("check", partial(_check_unit, config=config, folder=work), units, config, engine)
     compared, numbers = _compare(config, work, units)
-    _on_engine("write", partial(_write_unit, config=config, folder=work, compared=compared), config, engine)
+    _on_engine("write", partial(_write_unit, config=config, folder=work, compared=compared), units, config, engine)
     with storage.atomic(target) as partial_target:
         partial_target.mkdir()
         for unit in units:
@@ -118,9 +118,8 @@ def curate(config: CurateConfig, engine: Engine | None = None) -> dict[str, Any]
     return content
 
 
-def _on_engine(title: str, work: Work, config: CurateConfig, engine: Engine | None) -> None:
+def _on_engine(title: str, work: Work, units: Sequence[Unit], config: CurateConfig, engine: Engine | None) -> None:
     """Do the work for every unit, and show the number of finished rows."""
-    units = list(_units(config))
     sizes = [unit.stop - unit.start for unit in units if unit.stop >= 0]
     total = sum(sizes) if len(sizes) == len(units) else None  # of streams it is not known before they are read
     with tqdm(total=total, desc=title, unit=" rows") as bar:
