@@ -6,6 +6,8 @@ LOWEST := .venv-lowest
 # Every library of `dependencies` and of the extra `all` does its work in one of these.
 LOWEST_TESTS := $(addprefix tests/test_,adapters.py evaluate.py models.py onnx.py peers.py publish.py recipes.py search.py)
 PIP := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
+# Neighbours stay in one process, which then makes what a file's tests share only once.
+PYTEST := -m pytest -n 2 --dist worksteal
 
 help:  ## Say what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -14,16 +16,16 @@ quickstart: $(VENV)/.installed  ## Install into .venv and train a small Korean-E
 	$(VENV)/bin/koclip pretrain --output_dir runs/quickstart --resume auto
 
 test: $(VENV)/.installed-dev  ## Install what tests need and run them (pass more with ARGS="-m slow")
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --durations=10 $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python $(PYTEST) --durations=20 $(ARGS)
 
 slow: $(VENV)/.installed-dev  ## Run the tests that take minutes, and those of the Hub where it can be reached (at most one hour with `lowest`)
-	OMP_NUM_THREADS=1 timeout --kill-after=30 40m $(VENV)/bin/python -m pytest -n 2 --durations=10 -m slow
+	OMP_NUM_THREADS=1 timeout --kill-after=30 40m $(VENV)/bin/python $(PYTEST) --durations=20 -m slow
 	OMP_NUM_THREADS=1 timeout --kill-after=30 2m $(VENV)/bin/python -m pytest -m hub
 	timeout --kill-after=30 18m $(MAKE) lowest
 
 # torch and torchvision stay at the tested pair: other pairs may not match (constraints.txt).
 lowest: $(LOWEST)/.installed  ## Run tests with the lowest versions that pyproject.toml allows
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 $(LOWEST_TESTS)
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python $(PYTEST) $(LOWEST_TESTS)
 
 check: $(VENV)/.installed-dev  ## Lint, format and type-check
 	$(VENV)/bin/ruff check .

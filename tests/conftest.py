@@ -4,8 +4,6 @@ import io
 import json
 import os
 import socket
-import subprocess
-import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -92,20 +90,6 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def torchrun() -> Callable[..., None]:
-    """Return a function that runs a script in `count` processes on the CPU, one thread each, and waits for them."""
-
-    def run(script: str, *args: str, count: int) -> None:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        options: dict[str, Any] = {"env": environment, "capture_output": True, "text": True, "timeout": 540}
-        ran = subprocess.run([*launch, script, *args], check=False, **options)
-        assert ran.returncode == 0, ran.stderr[-5000:]
-
-    return run
 
 
 @pytest.fixture(scope="session")

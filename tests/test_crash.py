@@ -9,15 +9,14 @@ import io
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import pytest
+from helpers import warm_python
+from helpers.warm_python import Program, start_in_processes, wait
 from PIL import Image
 from sources_on_disk import write_tar
 
@@ -65,9 +64,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-def start(kind: Kind, sources: dict[str, str], run: Path, seed: int) -> subprocess.Popen[str]:
-    """Launch or resume a run, in a process group of its own."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if kind.processes > 1 else []
+def start(kind: Kind, sources: dict[str, str], run: Path, seed: int) -> list[Program]:
+    """Launch or resume a run."""
     random_things = ["--model.patch_dropout", "0.3", "--data.word_dropout", "0.2", "--train.ema_decay", "0.9"]
     options = {
         "data.sources": sources[kind.source],
@@ -90,21 +88,16 @@ def start(kind: Kind, sources: dict[str, str], run: Path, seed: int) -> subproce
         "output_dir": str(run),
     }
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    log = (run.parent / f"{run.name}.log").open("a")
-    return subprocess.Popen(
-        [sys.executable, *launch, str(RECIPE), *words, *random_things],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        cwd=run.parent,
-        start_new_session=True,
-        text=True,
-    )
+    with (run.parent / f"{run.name}.log").open("a") as log:
+        command = [str(RECIPE), *words, *random_things]
+        if kind.processes > 1:
+            return start_in_processes(command, kind.processes, log, run.parent)
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        return [warm_python.start(command, environment, run.parent, (0, log, log))]
 
 
-def finish(process: subprocess.Popen[str], run: Path) -> bytes:
-    assert process.wait(timeout=300) == 0, (run.parent / f"{run.name}.log").read_text()[-3000:]
+def finish(processes: list[Program], run: Path) -> bytes:
+    assert set(wait(processes, timeout=300)) == {0}, (run.parent / f"{run.name}.log").read_text()[-3000:]
     return (run / "model" / "model.safetensors").read_bytes()
 
 
@@ -115,19 +108,20 @@ def trained(run: Path) -> int:
     return 0
 
 
-def kill_while_training(process: subprocess.Popen[str], run: Path, rng: random.Random) -> None:
-    """Kill the whole group at once: either between two random steps or while a checkpoint is being written."""
+def kill_while_training(processes: list[Program], run: Path, rng: random.Random) -> None:
+    """Kill all processes: either between two random steps or while a checkpoint is being written."""
     wanted, during_save = trained(run) + rng.randrange(1, NUM_STEPS // 3), rng.random() < 0.5
     give_up = time.time() + 240
-    while process.poll() is None and time.time() < give_up:
+    while processes[0].poll() is None and time.time() < give_up:
         saving = not during_save or next((run / "checkpoints").glob("writing-*"), None) is not None
         if trained(run) >= wanted and saving:
             break
         time.sleep(0.001)
     time.sleep(rng.random() * 0.02)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(timeout=60)
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait(timeout=60)
 
 
 _undisturbed: dict[tuple[Kind, int], bytes] = {}

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import dirty
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import two_dirty
 from align_runs import write_source
+from helpers.warm_python import run_in_processes
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 
@@ -31,12 +31,12 @@ from koclip.text.normalize import usable
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, torchrun: Callable[..., None]) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return where runs of one process, of one in pieces, and of two are."""
     folder = tmp_path_factory.mktemp("dirty")
     two_dirty.write(folder)
     for count in (1, 2):
-        torchrun(two_dirty.__file__, str(folder), count=count)
+        run_in_processes([two_dirty.__file__, str(folder)], count)
     return folder
 
 

@@ -1,13 +1,13 @@
 """Two processes do what one does: losses, gradients, checkpoints, sharded weights; launched once for all tests."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import two_processes
+from helpers.warm_python import run_in_processes
 from torch import Tensor
 
 import koclip
@@ -21,9 +21,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(folder: Path, torchrun: Callable[..., None]) -> dict[str, Any]:
+def two(folder: Path) -> dict[str, Any]:
     """Return what two gloo processes found."""
-    torchrun(two_processes.__file__, str(folder), count=2)
+    run_in_processes([two_processes.__file__, str(folder)], 2)
     results: dict[str, Any] = torch.load(folder / "results.pt", weights_only=False)
     assert results["world_size"] == 2
     return results

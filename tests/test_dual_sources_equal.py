@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from align_runs import align, arguments
 from dual_sources import FULL, SOURCES, loss_of, named, write_sources
+from helpers.warm_python import run_in_processes
 from safetensors.torch import load_file
 
 from koclip.training import loop
@@ -63,10 +63,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind: str, place: Path, tmp_path
 
 
 @pytest.fixture(scope="module")
-def launches(place: Path, torchrun: Callable[..., None]) -> Path:
+def launches(place: Path) -> Path:
     """Return where the runs of one process and of two are."""
     for count in (1, 2):
-        torchrun(dual_sources.__file__, str(place), count=count)
+        run_in_processes([dual_sources.__file__, str(place)], count)
     return place / "runs"
 
 

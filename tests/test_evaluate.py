@@ -4,13 +4,13 @@ import dataclasses
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from fake_encoder import CLASSES, write_colours
+from helpers.warm_python import run_in_processes
 from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 
 import koclip
@@ -122,11 +122,9 @@ def test_a_run_directory_is_complete(alone: Path) -> None:
     assert len(list((alone / "pictures").glob("*.png"))) >= 6
 
 
-def test_two_processes_give_the_same_results_to_the_last_digit(
-    folder: Path, alone: Path, torchrun: Callable[..., None]
-) -> None:
+def test_two_processes_give_the_same_results_to_the_last_digit(folder: Path, alone: Path) -> None:
     args = ["--config", str(folder / "suite.yaml"), "--model", str(folder / "run0" / "model")]
-    torchrun(str(RECIPE), *args, *places(folder, "two"), count=2)
+    run_in_processes([str(RECIPE), *args, *places(folder, "two")], 2)
     alone_text, two_text = ((folder / name / "results.json").read_text(encoding="utf-8") for name in ("alone", "two"))
     by_one_process, by_two_processes = json.loads(alone_text), json.loads(two_text)
     for results in (by_one_process, by_two_processes):

@@ -7,19 +7,19 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import warm_python
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from transformers import CLIPImageProcessor, CLIPSegConfig, CLIPSegModel, CLIPSegProcessor
 
 ROOT = Path(__file__).parents[1]
+WITHOUT_KOCLIP = ("torch._dynamo", "transformers.models.clip.modeling_clip", "accelerate", "datasets", "peft", "timm")
 COLOURS = {"빨강": (220, 30, 30), "초록": (30, 180, 60), "파랑": (40, 60, 220), "노랑": (230, 210, 40)}
 
 DATA_CARD = """---
@@ -107,15 +107,8 @@ def run(project: Path, recipe: str, *args: str, code: int = 0) -> str:
 
 def python(project: Path, *args: str, code: int = 0) -> str:
     """Run Python in the copy."""
-    done = subprocess.run(
-        [sys.executable, *args],
-        cwd=project,
-        env={"PYTHONPATH": str(project), "PATH": "/usr/bin:/bin", "ACCELERATE_USE_CPU": "true", "COLUMNS": "160"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    environment = {"PYTHONPATH": str(project), "PATH": "/usr/bin:/bin", "ACCELERATE_USE_CPU": "true", "COLUMNS": "160"}
+    done = warm_python.run(args, cwd=project, env=environment, libraries=WITHOUT_KOCLIP)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -1,12 +1,11 @@
 """Losses: against tables worked by hand, a stock model, and a naive double loop."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import warm_python
 from tiny import random_embeddings, tiny_batch, tiny_dual_encoder
 from torch import Tensor
 
@@ -141,7 +140,7 @@ def test_gradients_reach_both_towers_the_scale_and_the_bias(name: str) -> None:
 
 def test_an_unknown_loss_is_refused_before_any_data_is_read() -> None:
     recipe = Path(__file__).parents[1] / "recipes" / "pretrain.py"
-    words = [sys.executable, str(recipe), "--loss.name", "infonse", "--data.sources", "[{path: missing.parquet}]"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+    words = [str(recipe), "--loss.name", "infonse", "--data.sources", "[{path: missing.parquet}]"]
+    done = warm_python.run(words)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("koclip pretrain: error: loss.name: got 'infonse'")

@@ -1,14 +1,16 @@
 """ONNX graphs compute the model's embeddings, for any number of pictures and any length of text."""
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnxruntime
 import pytest
 import torch
 import transformers
-from peer_models import WIDTH, clip, draw, joint, joint_processor, saved
+from peer_models import KINDS, WIDTH, clip, draw, joint, joint_processor, saved
 from tiny import tiny_config, tiny_dual_encoder, tiny_tokenizer
 
 import koclip
@@ -27,15 +29,35 @@ def published(folder: Path) -> Path:
     return folder / "model"
 
 
+class Exported(NamedTuple):
+    """A model in `folder / "model"`, with its graphs in `folder / "onnx"`."""
+
+    folder: Path
+    parities: dict[str, onnx.Parity]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """Return a function that exports a model of a kind, once."""
+
+    @functools.cache
+    def export_once(kind: str) -> Exported:
+        folder = tmp_path_factory.mktemp("exported")
+        directory = folder / "model"
+        directory = saved(kind, directory) if kind in KINDS else ends_a_text(kind, directory)
+        return Exported(folder, export(directory, folder))
+
+    return export_once
+
+
 @pytest.mark.parametrize("kind", ["CLIP", "ChineseCLIP", "joint ViT", "joint timm"])
-def test_graphs_equal_the_model(kind: str, tmp_path: Path) -> None:
-    model_dir = saved(kind, tmp_path / "model")
-    parities = export(model_dir, tmp_path)
+def test_graphs_equal_the_model(kind: str, exported: Callable[[str], Exported]) -> None:
+    folder, parities = exported(kind)
     assert sorted(parities) == ["text_model.onnx", "vision_model.onnx"]
     assert max(parity.largest for parity in parities.values()) <= MOST
-    encoder = koclip.load(model_dir, "cpu")
+    encoder = koclip.load(folder / "model", "cpu")
     model, processor = encoder.model, encoder.processor
-    sessions = {name: onnxruntime.InferenceSession(str(tmp_path / "onnx" / name)) for name in parities}
+    sessions = {name: onnxruntime.InferenceSession(str(folder / "onnx" / name)) for name in parities}
     for texts in (["별"], ["빨간 원 위의 파란 별", "a", ""], ["아주 " * 40]):
         encoded = tokenizers.encode(processor.tokenizer, texts, padding=True, return_tensors="np")
         inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
@@ -67,18 +89,17 @@ def ends_a_text(kind: str, directory: Path) -> Path:
     return directory
 
 
-KNOWN = ("CLIP", "ChineseCLIP", "joint CLIP")  # of peer_models
 LONG = ["고양이가 창가에 앉아 있다 " * 20, "a red circle above a blue star " * 20, "빨간 자전거 한 대 " * 20]
 SHORT = ["별", "빨간 원 위의 파란 별", "a cat"]
 
 
 @pytest.mark.parametrize("kind", ["CLIP", "legacy CLIP", "joint, CLIP's text tower", "ChineseCLIP", "joint CLIP"])
-def test_ids_as_clients_send_them_are_texts_as_the_tokenizer_cuts_them(kind: str, tmp_path: Path) -> None:
+def test_ids_as_clients_send_them_are_texts_as_the_tokenizer_cuts_them(
+    kind: str, exported: Callable[[str], Exported]
+) -> None:
     """transformers.js cuts the end token off texts that are too long, and others pad on the left."""
-    directory = tmp_path / "model"
-    directory = ends_a_text(kind, directory) if kind not in KNOWN else saved(kind, directory)
-    export(directory, tmp_path)
-    encoder = koclip.load(directory, "cpu")
+    folder, _ = exported(kind)
+    encoder = koclip.load(folder / "model", "cpu")
     processor = encoder.processor
     tokenizer, longest = processor.tokenizer, 40
     expected = encoder.encode_texts(LONG + SHORT)
@@ -86,7 +107,7 @@ def test_ids_as_clients_send_them_are_texts_as_the_tokenizer_cuts_them(kind: str
     assert cosines.fill_diagonal_(0).max() < 0.999  # different texts
     whole = [tokenizer(text, verbose=False)["input_ids"] for text in LONG + SHORT]
     assert all(len(ids) > longest for ids in whole[:3])
-    opened = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "text_model.onnx"))
+    opened = onnxruntime.InferenceSession(str(folder / "onnx" / "text_model.onnx"))
     for rows in (whole, [ids[:longest] for ids in whole]):
         for side in ("left", "right"):
             for width in (None, 64):
@@ -113,14 +134,19 @@ def test_the_probes_notice_a_graph_of_the_stock_pooling(tmp_path: Path, monkeypa
         export(ends_a_text("CLIP", tmp_path / "model"), tmp_path)
 
 
-def test_eight_bits_and_what_they_cost(tmp_path: Path) -> None:
-    model_dir = published(tmp_path)
-    parities = export(model_dir, tmp_path, int8=True)
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Return a tiny CLIP with its graphs, those of 8 bits too."""
+    folder = tmp_path_factory.mktemp("small")
+    return Exported(folder, export(published(folder), folder, int8=True))
+
+
+def test_eight_bits_and_what_they_cost(small: Exported) -> None:
     for name in ("vision_model", "text_model"):
-        exact, small = parities[f"{name}.onnx"], parities[f"{name}_quantized.onnx"]
-        assert exact.largest < small.largest < 0.1  # signed weights: 0.25 on a CPU without VNNI
-        assert 0.99 < small.cosine < 1 - 1e-7
-        sizes = [(tmp_path / "onnx" / f"{name}{kind}.onnx").stat().st_size for kind in ("", "_quantized")]
+        exact, quantized = small.parities[f"{name}.onnx"], small.parities[f"{name}_quantized.onnx"]
+        assert exact.largest < quantized.largest < 0.1  # signed weights: 0.25 on a CPU without VNNI
+        assert 0.99 < quantized.cosine < 1 - 1e-7
+        sizes = [(small.folder / "onnx" / f"{name}{kind}.onnx").stat().st_size for kind in ("", "_quantized")]
         assert sizes[1] < sizes[0]
 
 
@@ -141,15 +167,15 @@ def test_graphs_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: pyt
         export(published(tmp_path), tmp_path, int8=True)
 
 
-def test_nothing_else_is_written(tmp_path: Path) -> None:
+def test_nothing_else_is_written(small: Exported) -> None:
     """No path of this machine in a graph, and one file each."""
     import sys
 
-    export(published(tmp_path), tmp_path, int8=True)
     names = [f"{side}{kind}.onnx" for side in ("text_model", "vision_model") for kind in ("", "_quantized")]
-    assert sorted(file.name for file in (tmp_path / "onnx").iterdir()) == names
-    for file in (tmp_path / "onnx").iterdir():
-        for path in (str(tmp_path), koclip.__file__, sys.prefix, "site-packages", "0x7"):
+    files = list((small.folder / "onnx").iterdir())
+    assert sorted(file.name for file in files) == names
+    for file in files:
+        for path in (str(small.folder), koclip.__file__, sys.prefix, "site-packages", "0x7"):
             assert path.encode() not in file.read_bytes()
 
 

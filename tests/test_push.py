@@ -5,8 +5,6 @@ import os
 import shutil
 import socket
 import ssl
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import requests
+from helpers import warm_python
 from hf_xet import XetAuthenticationError, XetObjectNotFoundError
 from hub_repos import Fault
 from hub_server import HubServer
@@ -27,6 +26,7 @@ from koclip.publishing.push import _grants
 TOKEN, READER = "hf_" + "writes" * 6, "hf_" + "reads" * 7
 CARD = "---\nlicense: apache-2.0\nlanguage:\n- ko\n---\n# A model\n"
 WORKER = Path(__file__).with_name("push_worker.py")
+LIBRARIES = ["koclip.publishing.push"]  # of the worker
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +48,18 @@ class Worker:
         environment |= {"HF_HUB_DISABLE_XET": "1"} if way == "lfs" else {}
         self.errors = (home / f"{time.monotonic_ns()}.err").open("w+", encoding="utf-8")
         self.said: list[str] = []
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
-        self.process = subprocess.Popen([sys.executable, str(WORKER)], env=environment, text=True, **pipes)
+        jobs, answers = os.pipe(), os.pipe()
+        streams = jobs[0], answers[1], self.errors
+        self.process = warm_python.start([str(WORKER)], environment, streams=streams, libraries=LIBRARIES)
+        os.close(jobs[0])
+        os.close(answers[1])
+        self.jobs, self.answers = os.fdopen(jobs[1], "w"), os.fdopen(answers[0])
 
     def push(self, directory: Path, repo_id: str, **options: object) -> dict[str, Any]:
         """Return the worker's answer; nothing if it was killed."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"directory": str(directory), "repo_id": repo_id, **options}) + "\n")
-        self.process.stdin.flush()
-        self.said.append(self.process.stdout.readline())
+        self.jobs.write(json.dumps({"directory": str(directory), "repo_id": repo_id, **options}) + "\n")
+        self.jobs.flush()
+        self.said.append(self.answers.readline())
         if not self.said[-1]:
             self.process.wait()
             return {}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from fake_encoder import CLASSES, write_colours
+from helpers import warm_python
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -290,8 +291,8 @@ def test_too_much_dirt_stops_the_run_with_the_list(dirty):
 
 def test_a_missing_column_is_one_line_and_exit_code_2(dirty):
     source = f"[{{path: {dirty / 'pairs.jsonl'}, image: photo, captions: {{ko: ko}}}}]"
-    command = [sys.executable, str(RECIPE), *SMALL, "--data.sources", source, "--output_dir", str(dirty / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=dirty)
+    command = [str(RECIPE), *SMALL, "--data.sources", source, "--output_dir", str(dirty / "run")]
+    done = warm_python.run(command, cwd=dirty)
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert "photo" in last

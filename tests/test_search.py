@@ -3,9 +3,7 @@
 import io
 import json
 import os
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fake_encoder import COLOURS, ColourEncoder
+from helpers import warm_python
 from PIL import Image
 
 from koclip import storage
@@ -313,12 +312,12 @@ build.build(IndexConfig(model="colours", images=sys.argv[1], batch_size=3), Slow
 def test_a_killed_build_goes_on_and_gives_the_same_bytes(folder, tmp_path, small):
     build.build(config(folder), ColourEncoder(), tmp_path / "whole")
     target = tmp_path / "killed"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder), str(target), "0.3"], env=environment)
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    process = warm_python.start(["-c", KILLED, str(folder), str(target), "0.3"], environment)
     end = time.monotonic() + 120
     while not (target / "shard-000001.safetensors").exists() and time.monotonic() < end:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert len(list(target.glob("shard-*"))) < 4
     build.build(config(folder), ColourEncoder(), target)
@@ -453,9 +452,7 @@ RECIPE = TESTS.parent / "recipes" / "index.py"
 
 
 def run(*args: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, str(RECIPE), *args]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return warm_python.run([str(RECIPE), *args], env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
 
 
 def test_the_recipe_makes_an_index_and_names_what_it_left_out(folder, tmp_path):

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from accelerate.state import AcceleratorState
+from helpers.warm_python import run_in_processes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sources_on_disk import all_rows
@@ -103,10 +104,10 @@ def write_tar(path: Path, image: bytes) -> None:
             tar.addfile(info, io.BytesIO(data))
 
 
-def test_two_processes_list_what_one_does(tmp_path, encoded, torchrun) -> None:
+def test_two_processes_list_what_one_does(tmp_path, encoded) -> None:
     source = table(tmp_path / "rows.parquet", encoded, broken=4)
     alone = pretrain(source, output=tmp_path / "one")
-    torchrun(str(RECIPE), *args(source, output=tmp_path / "two", batch_size=2), count=2)
+    run_in_processes([str(RECIPE), *args(source, output=tmp_path / "two", batch_size=2)], 2)
     both = listed(tmp_path / "two")
     check(both, 4, source)
     assert sorted(line["key"] for line in both) == sorted(line["key"] for line in alone)

@@ -6,7 +6,6 @@ import http.server
 import io
 import json
 import random
-import sys
 import threading
 import time
 import urllib.error
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from helpers import warm_python
 from PIL import Image
 from space_server import HOSTILE, ROOT, Space, running
 from test_space import bomb, encoded, picture
@@ -60,6 +60,8 @@ def call(space: Space, name: str, data: list[object]) -> str:
 
 
 JSON = {"Content-Type": "application/json"}
+APP = ROOT / "space" / "app.py"
+LIBRARIES = ("gradio", *warm_python.LIBRARIES)
 
 
 def test_every_call_answers_by_name(client, photo):
@@ -165,7 +167,7 @@ def test_no_file_of_the_server_can_be_read(space):
     inside = [
         space.folder / "secret.txt",
         space.folder / "index" / "embeddings.json",
-        ROOT / "space" / "app.py",
+        APP,
         "/etc/passwd",
     ]
     inside += [
@@ -278,29 +280,19 @@ def test_markup_stays_text(client, photo):
 
 
 def test_without_a_model_it_says_how_to_make_one(tmp_path):
-    import os
-    import subprocess
-
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for args, message in (([], "error: model"), (["--model", "nowhere/at-all"], "cannot be loaded")):
-        command = [sys.executable, str(ROOT / "space" / "app.py"), *args]
-        ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        ran = warm_python.run([str(APP), *args], cwd=tmp_path, libraries=LIBRARIES)
         assert ran.returncode == 2
         assert message in ran.stderr
         assert "Traceback" not in ran.stderr
 
 
 def test_an_index_of_another_model_is_refused(space, tmp_path):
-    import os
-    import subprocess
-
     from align_runs import write_source
 
     write_source(tmp_path / "other", text_layers=2)
-    command = [sys.executable, str(ROOT / "space" / "app.py"), "--model", str(tmp_path / "other")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command += ["--index", str(space.folder / "index")]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [str(APP), "--model", str(tmp_path / "other"), "--index", str(space.folder / "index")]
+    ran = warm_python.run(command, libraries=LIBRARIES)
     assert ran.returncode == 2
     assert "error: index: " in ran.stderr
 
