@@ -12,7 +12,7 @@ from koclip.curation.duplicates import NEAR
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
 
-import curation_scale  # noqa: E402
+import curation_scale
 
 pytestmark = pytest.mark.usefixtures("as_before")
 
@@ -46,7 +46,7 @@ def test_planted_near_duplicates_are_found_and_queries_are_balanced(monkeypatch:
     assert all(abs(places[table[DETAIL][place]] - place) <= 3 for place in near)  # of a row nearby, also in a chain
     assert "query is full" in table[REASON]
     assert result["kept"] == table[REASON].count("")
-    assert 0 < result["seconds"]
+    assert result["seconds"] > 0
     assert 100e6 < result["memory"] < 20e9
 
 
@@ -56,6 +56,5 @@ def test_the_table_is_printed_for_each_number_of_rows(monkeypatch: pytest.Monkey
     curation_scale.main(["--rows", "100", "20000"])
     printed = capsys.readouterr().out
     assert "100 rows: 12.0 s (1200.00 s per 10,000 rows)" in printed
-    assert (
-        "20,000 rows: 12.0 s (6.00 s per 10,000 rows)\n  memory 1.50 GB, of a worker 0.50 GB; 90 rows kept" in printed
-    )
+    assert "20,000 rows: 12.0 s (6.00 s per 10,000 rows)" in printed
+    assert "memory 1.50 GB, of a worker 0.50 GB; 90 rows kept" in printed
