@@ -145,24 +145,28 @@ def decide_duplicates(facts: Iterable[Pictures], config: CurateConfig) -> Decisi
         np.concatenate([part.pictures for part in parts]), return_index=True, return_inverse=True
     )
     pixels = np.concatenate([part.pixels for part in parts])[first]
-    hashes = np.concatenate([part.hashes for part in parts])[first]
-    looks = Looks(hashes, np.concatenate([part.small for part in parts])[first])
+    captions = np.concatenate([part.captions for part in parts])
+    looks = _looks(parts, node, len(pictures))
     pairs = similar_pictures(looks, looks, config.duplicates)
     links = coo_matrix((np.ones(len(pairs), bool), tuple(pairs.T)), shape=(len(pictures),) * 2)
     groups = connected_components(links, directed=False)[1]
     order = np.lexsort((pictures, -pixels, groups))
     best = order[np.unique(groups[order], return_index=True)[1]][groups]  # of each picture's group
-    decision: Decision = {}
-    pairs_seen: dict[tuple[int, int], str] = {}
-    captions = np.concatenate([part.captions for part in parts])
-    for key, number, caption in zip(keys, node.tolist(), captions.tolist(), strict=True):
-        if best[number] != number:
-            decision[key] = (NEAR, keys[first[best[number]]])
-        elif (number, caption) in pairs_seen:
-            decision[key] = (REPEATED_PAIR, pairs_seen[number, caption])
-        else:
-            pairs_seen[number, caption] = key
-    return decision
+    near = best[node] != node
+    earlier = _earliest(node, captions)
+    repeated = ~near & (earlier != np.arange(len(keys)))
+    decision = {keys[row]: (NEAR, keys[first[best[node[row]]]]) for row in np.flatnonzero(near)}
+    return decision | {keys[row]: (REPEATED_PAIR, keys[earlier[row]]) for row in np.flatnonzero(repeated)}
+
+
+def _earliest(pictures: npt.NDArray[np.int64], captions: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """Return for each row the first row with the same picture and captions."""
+    order = np.lexsort((captions, pictures))  # stable: of equal pairs, the first row comes first
+    other = (np.diff(pictures[order]) != 0) | (np.diff(captions[order]) != 0)
+    starts = np.flatnonzero(np.append(True, other))
+    result = np.empty_like(order)
+    result[order] = np.repeat(order[starts], np.diff(starts, append=len(order)))
+    return result
 
 
 def drop_duplicates(batch: Batch, decision: Decision, config: CurateConfig) -> Batch:
@@ -176,6 +180,22 @@ class Looks(NamedTuple):
 
     hashes: Hashes  # (N, V), the first of the whole picture
     small: npt.NDArray[np.uint8]  # (N, 16, 16)
+
+
+def _looks(parts: list[Pictures], numbers: npt.NDArray[np.int64], count: int) -> Looks:
+    """Return the looks of `count` pictures, from rows whose pictures have these numbers.
+
+    Takes the parts out of the list, so that the looks of millions of pictures are not in memory twice.
+    """
+    hashes = np.empty((count, *parts[0].hashes.shape[1:]), np.uint64)
+    small = np.empty((count, *parts[0].small.shape[1:]), np.uint8)
+    stop = len(numbers)
+    while parts:
+        part = parts.pop()
+        own = numbers[stop - len(part.keys) : stop]
+        hashes[own], small[own] = part.hashes, part.small  # rows with the same picture have the same look
+        stop -= len(part.keys)
+    return Looks(hashes, small)
 
 
 def similar_pictures(first: Looks, second: Looks, rules: DuplicateRules) -> npt.NDArray[np.int64]:
