@@ -27,6 +27,7 @@ def test_it_is_kept_without_outputs():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_it_runs_and_finds_what_it_is_asked_for(tmp_path, monkeypatch):
     import nbformat
     from nbclient import NotebookClient
@@ -40,4 +41,4 @@ def test_it_runs_and_finds_what_it_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel of this Python
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell(CHECK))
-    NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
