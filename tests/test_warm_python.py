@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import warm_python
@@ -33,7 +34,7 @@ FACTS = "import os, sys; print(sys.argv, os.getcwd(), os.environ.get('A'), __nam
 def test_a_program_answers_as_in_a_new_python(command: list[str], tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(FACTS)
     environment = {**os.environ, "A": "a value"}
-    options = {"cwd": tmp_path, "env": environment}
+    options: dict[str, Any] = {"cwd": tmp_path, "env": environment}
     warm = warm_python.run(command, libraries=LIBRARIES, **options)
     plain = subprocess.run(
         [sys.executable, *command], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **options
