@@ -20,7 +20,7 @@ test: $(VENV)/.installed-dev  ## Install what tests need and run them (pass more
 
 # `make docs` runs the notebook.
 slow: $(VENV)/.installed-dev  ## Run the tests that take minutes, and those of the Hub where it can be reached (at most one hour with `lowest`)
-	OMP_NUM_THREADS=1 timeout --kill-after=30 40m $(VENV)/bin/python $(PYTEST) --durations=20 -m slow --ignore tests/test_notebook.py
+	OMP_NUM_THREADS=1 timeout --kill-after=30 37m $(VENV)/bin/python $(PYTEST) --ignore tests/test_notebook.py --durations=20 -m slow
 	OMP_NUM_THREADS=1 timeout --kill-after=30 5m $(VENV)/bin/python -m pytest -m hub
 	timeout --kill-after=30 18m $(MAKE) lowest
 
