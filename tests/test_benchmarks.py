@@ -22,6 +22,7 @@ BENCHMARKS = Path(__file__).parents[1] / "recipes" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # as Python does for the script that it runs
 
 import clip_shapes  # noqa: E402
+import curation_scale  # noqa: E402
 import decode_speed  # noqa: E402
 import gpu  # noqa: E402
 import grad_cache  # noqa: E402
@@ -39,7 +40,10 @@ pytestmark = pytest.mark.usefixtures("as_before")
 
 @pytest.mark.parametrize(
     "benchmark",
-    [train_speed, decode_speed, parity_open_clip, gpu, grad_cache, loss_memory, text_batches, text_memory],
+    [
+        *(train_speed, decode_speed, parity_open_clip, gpu, grad_cache, loss_memory, text_batches, text_memory),
+        curation_scale,
+    ],
     ids=lambda module: module.__name__,
 )
 def test_the_command_in_a_benchmarks_first_lines_parses(benchmark):

@@ -22,13 +22,6 @@ def own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "LOCAL", pipeline.LOCAL)  # the benchmark replaces them
 
 
-def test_the_commands_in_the_first_lines_parse() -> None:
-    commands = [line.split("  #")[0].split() for line in curation_scale.__doc__.splitlines() if "python " in line]
-    assert len(commands) == 2
-    for words in commands:
-        curation_scale.parser().parse_args(words[2:])
-
-
 def test_planted_near_duplicates_are_found_and_queries_are_balanced(monkeypatch: pytest.MonkeyPatch) -> None:
     tables = []
     write = pipeline._write_unit
@@ -50,7 +43,7 @@ def test_planted_near_duplicates_are_found_and_queries_are_balanced(monkeypatch:
     assert 100e6 < result["memory"] < 20e9
 
 
-def test_the_table_is_printed_for_each_number_of_rows(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_each_number_of_rows_is_printed(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     numbers = {"seconds": 12.0, "memory": 1.5e9, "worker_memory": 5e8, "kept": 90.0}
     monkeypatch.setattr(curation_scale, "run_worker", lambda *_: numbers)
     curation_scale.main(["--rows", "100", "20000"])

@@ -42,7 +42,7 @@ _SHARE = 0.05  # of near-duplicates
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Measure each number of rows, and print a table."""
+    """Measure each number of rows, and print the results."""
     options = parser().parse_args(words)
     if options.worker:
         print(json.dumps(measure(options.rows[0], options.workers, options.max_per_query)))
