@@ -16,7 +16,7 @@ from koclip.config import CaptionRules, ConfigError, CurateConfig, PictureRules,
 from koclip.curation import report
 from koclip.curation.captions import hangul_share, language_probability, without_personal_data
 from koclip.curation.engines import Unit, Work, on_one_machine
-from koclip.curation.pipeline import curate
+from koclip.curation.pipeline import GLOBAL, curate
 from koclip.data.sources import open_source
 
 NUM_ROWS, PLANTED = 200, 10  # rows, and rows of each kind of noise
@@ -255,6 +255,9 @@ def test_the_language_of_a_caption_is_that_of_its_column():
         assert passing == {spoken}
     for short in ("a dog", "two dogs", "red car", "개", "A man", "street sign at night"):
         assert language_probability(short, "ko" if short == "개" else "en") >= least, short
+    for hangul in ("개", "빨간 자동차", sentences["ko"], "ㅋㅋㅋ", "강아지 3마리!"):  # kept without asking py3langid
+        assert hangul_share(hangul) == 1
+        assert language_probability(hangul, "ko") >= least, hangul
 
 
 def test_captions_in_another_language_are_dropped_in_each_column(tmp_path):
@@ -282,3 +285,14 @@ def test_a_language_that_cannot_be_checked_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="min_language"):
         curate(settings(source, tmp_path / "clean"))
     assert not (tmp_path / "clean").exists()
+
+
+def test_comparisons_that_are_not_asked_for_read_no_table(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("not asked for")
+
+    for name in ("repeated", "overlap", "scores", "balance"):
+        monkeypatch.setitem(GLOBAL, name, GLOBAL[name]._replace(collect=refuse, apply=refuse))
+    source = write_rows(tmp_path / "raw.parquet", ["노는 강아지"] * 2, [encoded(picture(1))] * 2)
+    content = curate(settings(source, tmp_path / "clean", captions=CaptionRules(max_repeats=0)))
+    assert content["rows"] == {"read": 2, "kept": 1, "dropped": {"repeated pair": 1}}

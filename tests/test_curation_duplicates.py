@@ -7,6 +7,7 @@ from scipy.fft import dctn
 from test_curation import encoded, picture, reasons_by_row, settings, write_rows
 
 from koclip.config import DuplicateRules
+from koclip.curation import duplicates
 from koclip.curation.duplicates import cosines, mirrored, picture_hashes, similar
 from koclip.curation.pictures import SIDE
 from koclip.curation.pipeline import curate
@@ -77,7 +78,7 @@ def test_a_part_of_a_picture_has_the_hash_of_that_part():
 
 @pytest.mark.parametrize("max_distance", [0, 1, 5, 7, 16])
 @pytest.mark.parametrize(("num_queries", "num_hashes"), [(1, 1), (40, 300), (400, 50)])
-def test_bands_find_exactly_the_pairs_of_all_comparisons(max_distance, num_queries, num_hashes):
+def test_bands_find_exactly_the_pairs_of_all_comparisons(max_distance, num_queries, num_hashes, monkeypatch):
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**63, num_hashes, np.uint64) << np.uint64(1)
     queries = rng.integers(0, 2**63, (num_queries, 3), np.uint64) << np.uint64(1)
@@ -89,6 +90,8 @@ def test_bands_find_exactly_the_pairs_of_all_comparisons(max_distance, num_queri
     expected = np.argwhere(np.bitwise_count(queries[:, :, None] ^ hashes) <= max_distance)
     assert len(expected) >= num_queries // 2
     np.testing.assert_array_equal(similar(queries, hashes, max_distance), expected)
+    monkeypatch.setattr(duplicates, "_LOOKED_UP", 64)  # many blocks
+    np.testing.assert_array_equal(similar(queries, hashes, max_distance, num_threads=3), expected)
 
 
 def test_no_hashes_are_similar_to_none():

@@ -80,10 +80,10 @@ def test_small_pictures_of_a_set_and_rows_with_one_stored_picture_are_compared(t
 def test_the_sets_can_be_compared_outside_the_pipeline(tmp_path):
     config = settings(raw_pairs(tmp_path), tmp_path / "clean", overlap=OverlapRules(sources=[evaluation_set(tmp_path)]))
     rows, known = (read_set(source, config)[0] for source in (*config.sources, *config.overlap.sources))
-    assert near_pairs(rows, known, config.duplicates).tolist() == [[number, number] for number in range(5)]
-    assert near_pairs(known, rows, config.duplicates).tolist() == [[number, number] for number in range(5)]
+    assert near_pairs(rows, known, config).tolist() == [[number, number] for number in range(5)]
+    assert near_pairs(known, rows, config).tolist() == [[number, number] for number in range(5)]
     empty = read_set(SourceConfig(path=known_captions(tmp_path), image=None, captions={"ko": "caption"}), config)[0]
-    assert near_pairs(rows, empty, config.duplicates).shape == (0, 2)
+    assert near_pairs(rows, empty, config).shape == (0, 2)
 
 
 def known_captions(folder: Path) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import unicodedata
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -131,7 +132,7 @@ class SourceConfig:
         """The columns that may hold the image."""
         return [self.image] if isinstance(self.image, str) else self.image or []
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Prefix of the keys of its rows: the short name, and a hash of the settings that select rows and cells."""
         read = (self.path, self.subset, self.split, self.revision, self.image, self.image_root)

@@ -56,8 +56,8 @@ class Queries(NamedTuple):
 
 
 def collect_queries(batch: Batch, config: CurateConfig) -> Queries:
-    """Return the facts of the kept rows; none without balance."""
-    places = kept_places(batch) if config.balance.max_per_query else []
+    """Return the facts of the kept rows."""
+    places = kept_places(batch)
     contents: list[int] = []
     counts: list[int] = []
     queries: list[int] = []

@@ -46,8 +46,12 @@ Rule = Callable[[str, str, CaptionRules], bool]
 
 def _is_foreign(caption: str, language: str, rules: CaptionRules) -> bool:
     primary = language.split("-")[0]
-    if primary == "ko" and hangul_share(caption) < rules.min_hangul:
-        return True
+    if primary == "ko":
+        share = hangul_share(caption)
+        if share < rules.min_hangul:
+            return True
+        if share == 1:
+            return False  # py3langid knows no other language that is written in Hangul
     return rules.min_language > 0 and language_probability(caption, primary) < rules.min_language
 
 
@@ -139,9 +143,8 @@ def collect_captions(batch: Batch, config: CurateConfig) -> Hashes:
 
 def decide_repeated(facts: Iterable[Hashes], config: CurateConfig) -> frozenset[int]:
     """Return the hashes of captions that more than `captions.max_repeats` rows have."""
-    limit = config.captions.max_repeats
     hashes, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *facts]), return_counts=True)
-    return frozenset(hashes[counts > limit].tolist()) if limit else frozenset()
+    return frozenset(hashes[counts > config.captions.max_repeats].tolist())
 
 
 def drop_repeated(batch: Batch, repeated: frozenset[int], config: CurateConfig) -> Batch:

@@ -10,14 +10,17 @@ matrices with the same thumbnail. So a picture is compared with other pictures, 
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
+from tqdm.auto import tqdm
 
-from koclip.config.curation import CurateConfig, DuplicateRules
+from koclip.config.curation import CurateConfig
 from koclip.curation.batch import KEY, Batch, captions_at, drop, kept_places
 from koclip.curation.captions import text_hash
 from koclip.curation.pictures import PICTURE, PIXELS, SIDE, THUMBNAIL
@@ -33,10 +36,12 @@ _PARTS = (0.95, 0.9)  # sides of the parts, as shares of the picture's sides
 _PLACES = 3  # of a part, along each side
 _MIRRORED = np.uint64(0x5555555555555555)  # the bits of the odd horizontal frequencies
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # spreads bits over the highest bits of a product (Knuth 1998, 6.4)
+_PATIENCE = 5  # seconds before a bar is shown
 _LOOKED_UP, _CANDIDATES = 1 << 17, 1 << 20  # hashes at a time: they stay in the cache of the processor
 
 Floats = npt.NDArray[np.float64]
 Hashes = npt.NDArray[np.uint64]
+Integers = npt.NDArray[np.int64]
 
 
 def cosines(side: int = SIDE) -> Floats:
@@ -107,8 +112,8 @@ class Pictures(NamedTuple):
     """The facts of some rows, for `decide_duplicates`."""
 
     keys: list[str]
-    pictures: npt.NDArray[np.int64]
-    pixels: npt.NDArray[np.int64]
+    pictures: Integers
+    pixels: Integers
     captions: npt.NDArray[np.uint64]
     hashes: Hashes  # (N, V)
     small: npt.NDArray[np.uint8]  # (N, 16, 16)
@@ -137,7 +142,7 @@ def decide_duplicates(facts: Iterable[Pictures], config: CurateConfig) -> Decisi
     Rows with the same stored picture and other captions stay together. Of a group of near-duplicates, the picture with
     the most pixels stays, then the one with the smallest hash: the order of the rows does not matter.
     """
-    parts = [part for part in facts if part.keys] if config.duplicates.enabled else []
+    parts = [part for part in facts if part.keys]
     if not parts:
         return {}
     keys = list(itertools.chain.from_iterable(part.keys for part in parts))
@@ -147,7 +152,7 @@ def decide_duplicates(facts: Iterable[Pictures], config: CurateConfig) -> Decisi
     pixels = np.concatenate([part.pixels for part in parts])[first]
     captions = np.concatenate([part.captions for part in parts])
     looks = _looks(parts, node, len(pictures))
-    pairs = similar_pictures(looks, looks, config.duplicates)
+    pairs = similar_pictures(looks, looks, config)
     links = coo_matrix((np.ones(len(pairs), bool), tuple(pairs.T)), shape=(len(pictures),) * 2)
     groups = connected_components(links, directed=False)[1]
     order = np.lexsort((pictures, -pixels, groups))
@@ -159,7 +164,7 @@ def decide_duplicates(facts: Iterable[Pictures], config: CurateConfig) -> Decisi
     return decision | {keys[row]: (REPEATED_PAIR, keys[earlier[row]]) for row in np.flatnonzero(repeated)}
 
 
-def _earliest(pictures: npt.NDArray[np.int64], captions: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+def _earliest(pictures: Integers, captions: npt.NDArray[np.uint64]) -> Integers:
     """Return for each row the first row with the same picture and captions."""
     order = np.lexsort((captions, pictures))  # stable: of equal pairs, the first row comes first
     other = (np.diff(pictures[order]) != 0) | (np.diff(captions[order]) != 0)
@@ -182,7 +187,7 @@ class Looks(NamedTuple):
     small: npt.NDArray[np.uint8]  # (N, 16, 16)
 
 
-def _looks(parts: list[Pictures], numbers: npt.NDArray[np.int64], count: int) -> Looks:
+def _looks(parts: list[Pictures], numbers: Integers, count: int) -> Looks:
     """Return the looks of `count` pictures, from rows whose pictures have these numbers.
 
     Takes the parts out of the list, so that the looks of millions of pictures are not in memory twice.
@@ -198,13 +203,14 @@ def _looks(parts: list[Pictures], numbers: npt.NDArray[np.int64], count: int) ->
     return Looks(hashes, small)
 
 
-def similar_pictures(first: Looks, second: Looks, rules: DuplicateRules) -> npt.NDArray[np.int64]:
+def similar_pictures(first: Looks, second: Looks, config: CurateConfig) -> Integers:
     """Return the places (P, 2) of near-duplicates: a view of a first picture looks like a second picture.
 
     A picture is no near-duplicate of itself, if `first` is `second`. A pair may occur several times.
     """
-    base = second.hashes[:, 0]
-    matches = similar(first.hashes, np.concatenate([base, mirrored(base)]), rules.max_distance)
+    base, rules = second.hashes[:, 0], config.duplicates
+    both = np.concatenate([base, mirrored(base)])
+    matches = similar(first.hashes, both, rules.max_distance, config.num_workers)
     views = np.stack([matches[:, 1], matches[:, 2] // len(base)], 1)
     pairs = np.stack([matches[:, 0], matches[:, 2] % len(base)], 1)
     if first is second:
@@ -213,7 +219,7 @@ def similar_pictures(first: Looks, second: Looks, rules: DuplicateRules) -> npt.
     return pairs[alike(first.small[pairs[:, 0]], second.small[pairs[:, 1]], views, rules.crops)]
 
 
-def similar(queries: Hashes, hashes: Hashes, max_distance: int) -> npt.NDArray[np.int64]:
+def similar(queries: Hashes, hashes: Hashes, max_distance: int, num_threads: int = 1) -> Integers:
     """Return places i, v, j (P, 3): `queries[i, v]` and `hashes[j]` differ in at most `max_distance` bits; sorted.
 
     `queries` is (N, V), `hashes` is (M,). No pair is missed. The bits are dealt out to `max_distance + k` bands.
@@ -222,19 +228,14 @@ def similar(queries: Hashes, hashes: Hashes, max_distance: int) -> npt.NDArray[n
     """
     flat = queries.reshape(-1)
     bands, num_equal = _bands(len(hashes), len(flat), max_distance)
-    table = _Table(hashes)
+    search = _Search(flat, _Table(hashes), bands, num_equal, max_distance)
     pairs = [np.empty((0, 2), np.int64)]
-    for number, chosen in enumerate(itertools.combinations(range(len(bands)), num_equal)):
-        mask = np.bitwise_or.reduce(bands[list(chosen)])
-        table.fill(mask)
-        for start in range(0, len(flat), _LOOKED_UP):
-            block = flat[start : start + _LOOKED_UP]
-            for left, right in table.matches(block, mask):
-                different = block.take(left) ^ hashes.take(right)
-                near = np.bitwise_count(different) <= max_distance
-                near = np.flatnonzero(near & (different != 0) if number else near)
-                near = near[_first_equal(different[near], bands, num_equal) == mask]  # other bands find the pair again
-                pairs.append(np.stack([left[near] + start, right[near]], 1))
+    selections = list(itertools.combinations(range(len(bands)), num_equal))
+    with ThreadPoolExecutor(num_threads) as pool:  # numpy's functions run beside those of other threads
+        for chosen in tqdm(selections, "compare hashes", unit=" selections", leave=False, delay=_PATIENCE):
+            mask = np.bitwise_or.reduce(bands[list(chosen)])
+            search.table.fill(mask)
+            pairs += pool.map(partial(search.near, mask), range(0, len(flat), _LOOKED_UP))
     query, place = np.concatenate(pairs).T
     order = np.lexsort((place, query))
     return np.stack([*np.divmod(query, queries.shape[1]), place], 1)[order]
@@ -257,65 +258,97 @@ def _bands(num_hashes: int, num_queries: int, max_distance: int) -> tuple[Hashes
     return np.array([np.bitwise_or.reduce(bits[band::count]) for band in range(count)]), num_equal
 
 
-def _first_equal(different: Hashes, bands: Hashes, num_equal: int) -> Hashes:
-    """Return the bits of the first `num_equal` bands in which two hashes are equal, for their different bits (P,)."""
-    equal = (different[:, None] & bands) == 0  # (P, bands)
-    first = equal & (np.cumsum(equal, 1) <= num_equal)
-    bits: Hashes = np.bitwise_or.reduce(np.where(first, bands, np.uint64(0)), 1)
-    return bits
+class _Search(NamedTuple):
+    """Queries (N * V,), a table of hashes, the bits of the bands, the number of equal bands, the largest distance."""
+
+    queries: Hashes
+    table: "_Table"
+    bands: Hashes
+    num_equal: int
+    max_distance: int
+
+    def near(self, mask: np.uint64, start: int) -> Integers:
+        """Return the places (P, 2) of near queries and hashes, for a block of queries with equal bits in `mask`.
+
+        Of several selections of bands that find a pair, the first returns it.
+        """
+        block = self.queries[start : start + _LOOKED_UP]
+        pairs = [np.empty((0, 2), np.int64)]
+        for query, place in self.table.candidates(block, mask):
+            different = block.take(query) ^ self.table.hashes.take(place)
+            close = np.bitwise_count(different) <= self.max_distance
+            if mask != self._first_equal(np.zeros(1, np.uint64)):
+                close &= different != 0  # the first selection finds equal hashes
+            near = np.flatnonzero(close)
+            near = near[self._first_equal(different[near]) == mask]
+            pairs.append(np.stack([query[near] + start, place[near]], 1))
+        return np.concatenate(pairs)
+
+    def _first_equal(self, different: Hashes) -> Hashes:
+        """Return the bits of the first equal bands of two hashes, for their different bits (P,)."""
+        equal = (different[:, None] & self.bands) == 0  # (P, bands)
+        first = equal & (np.cumsum(equal, 1) <= self.num_equal)
+        bits: Hashes = np.bitwise_or.reduce(np.where(first, self.bands, np.uint64(0)), 1)
+        return bits
 
 
 class _Table:
     """A table of buckets: which hashes have some bits in common. Hashes with other bits may share a bucket."""
 
     def __init__(self, hashes: Hashes) -> None:
-        self._hashes = hashes
+        self.hashes = hashes
         self._shift = np.uint64(64 - self.size_of(len(hashes)))
         size = 1 << self.size_of(len(hashes))
-        self._used = np.zeros(size, bool)
-        self._starts, self._counts = np.empty(size, np.uint32), np.empty(size, np.uint32)  # of used buckets
+        self._kinds = np.zeros(size, np.uint8)  # 0: an empty bucket, 1: a bucket of one hash, 2: of several
+        self._firsts = np.empty(size, np.uint32)  # of used buckets: the place of the hash, or where `_several` starts
+        self._counts = np.empty(size, np.uint32)  # of buckets with several hashes
 
     @staticmethod
     def size_of(num_hashes: int) -> int:
         """Return the number of bits of a bucket's number."""
         return min(24, num_hashes.bit_length() + 3)
 
-    def _buckets(self, hashes: Hashes, mask: np.uint64) -> npt.NDArray[np.int64]:
+    def _buckets(self, hashes: Hashes, mask: np.uint64) -> Integers:
         return (((hashes & mask) * _MULTIPLIER) >> self._shift).view(np.int64)  # numpy looks up int64 faster
 
     def fill(self, mask: np.uint64) -> None:
         """Put each hash into the bucket of its bits in `mask`."""
-        buckets = self._buckets(self._hashes, mask)
-        entries = np.sort(buckets << 32 | np.arange(len(buckets)))
-        self._places = entries & 0xFFFFFFFF
-        buckets = entries >> 32
+        buckets = self._buckets(self.hashes, mask)
+        places = np.arange(len(buckets))
+        self._kinds[:] = 0
+        self._kinds[buckets] = 1
+        self._firsts[buckets] = places
+        self._kinds[buckets[self._firsts.take(buckets) != places]] = 2  # a later hash was written over this one
+        places = np.flatnonzero(self._kinds.take(buckets) == 2)
+        places = places[np.argsort(buckets.take(places), kind="stable")]
+        self._several = places
+        buckets = buckets.take(places)
         starts = np.flatnonzero(np.diff(buckets, prepend=-1))
-        self._used[:] = False
-        self._used[buckets[starts]] = True
-        self._starts[buckets[starts]] = starts
+        self._firsts[buckets[starts]] = starts
         self._counts[buckets[starts]] = np.diff(starts, append=len(buckets))
 
-    def matches(
-        self, queries: Hashes, mask: np.uint64
-    ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        """Yield places (in `queries`, in the hashes) that share a bucket, about `_CANDIDATES` at a time."""
+    def candidates(self, queries: Hashes, mask: np.uint64) -> Iterator[tuple[Integers, Integers]]:
+        """Yield places in `queries` and in the hashes that share a bucket, about `_CANDIDATES` at a time."""
         buckets = self._buckets(queries, mask)
-        hits = np.flatnonzero(self._used.take(buckets))
-        buckets = buckets.take(hits)
-        starts, counts = (table.take(buckets).astype(np.int64) for table in (self._starts, self._counts))
+        kinds = self._kinds.take(buckets)
+        single = np.flatnonzero(kinds == 1)
+        yield single, self._firsts.take(buckets.take(single)).astype(np.int64)
+        several = np.flatnonzero(kinds == 2)
+        buckets = buckets.take(several)
+        starts, counts = (table.take(buckets).astype(np.int64) for table in (self._firsts, self._counts))
         ends = np.cumsum(counts)
         begin = 0
-        while begin < len(hits):
+        while begin < len(several):
             before = ends[begin - 1] if begin else 0
             stop = max(begin + 1, int(np.searchsorted(ends, before + _CANDIDATES, "right")))
             block = counts[begin:stop]
             first = np.repeat(starts[begin:stop] - (ends[begin:stop] - block - before), block)
-            yield np.repeat(hits[begin:stop], block), self._places.take(first + np.arange(len(first)))
+            yield np.repeat(several[begin:stop], block), self._several.take(first + np.arange(len(first)))
             begin = stop
 
 
 def alike(
-    first: npt.NDArray[np.uint8], second: npt.NDArray[np.uint8], views: npt.NDArray[np.int64], crops: bool
+    first: npt.NDArray[np.uint8], second: npt.NDArray[np.uint8], views: Integers, crops: bool
 ) -> npt.NDArray[np.bool_]:
     """Return whether coefficients are correlated: of views v of first thumbnails and of second thumbnails (P, S, S).
 

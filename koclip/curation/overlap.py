@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from koclip.config import CurateConfig, DuplicateRules, SourceConfig
+from koclip.config import CurateConfig, SourceConfig
 from koclip.curation.batch import KEY, REASON, Batch, batch_of, captions_at, drop, kept_places
 from koclip.curation.captions import text_hash
 from koclip.curation.duplicates import Looks, Pictures, add_hashes, collect_pictures, similar_pictures
@@ -52,10 +52,8 @@ def caption_hash(caption: str) -> int:
     return text_hash(normalize(normalize(caption).casefold()))
 
 
-def collect_overlap(batch: Batch, config: CurateConfig) -> Facts | None:
-    """Return the facts of the kept rows; None without evaluation sets."""
-    if not config.overlap.sources:
-        return None
+def collect_overlap(batch: Batch, config: CurateConfig) -> Facts:
+    """Return the facts of the kept rows."""
     captions = []
     if config.overlap.captions:
         places = ((place, caption) for place in kept_places(batch) for _, _, caption in captions_at(batch, place))
@@ -63,11 +61,9 @@ def collect_overlap(batch: Batch, config: CurateConfig) -> Facts | None:
     return Facts(collect_pictures(batch, config), captions)
 
 
-def decide_overlap(facts: Iterable[Facts | None], config: CurateConfig) -> Overlap:
+def decide_overlap(facts: Iterable[Facts], config: CurateConfig) -> Overlap:
     """Return the rows that are in an evaluation set. The detail names what is equal, and the row of the set."""
-    if not config.overlap.sources:
-        return Overlap({}, {})
-    parts = [part for part in facts if part]
+    parts = list(facts)
     rows = _joined([part.pictures for part in parts])
     pictures = distinct(rows)
     captions = [pair for part in parts for pair in part.captions]
@@ -76,7 +72,7 @@ def decide_overlap(facts: Iterable[Facts | None], config: CurateConfig) -> Overl
     for source in config.overlap.sources:
         known, hashes, left_out = read_set(source, config)
         own = {key: f"caption of {hashes[number]}" for key, number in captions if number in hashes}
-        pairs = near_pairs(pictures, known, config.duplicates)[::-1]  # of several pictures of the set, name the first
+        pairs = near_pairs(pictures, known, config)[::-1]  # of several pictures of the set, name the first
         twins = {int(pictures.pictures[place]): known.keys[other] for place, other in pairs.tolist()}
         identified = zip(rows.keys, rows.pictures.tolist(), strict=True)
         own |= {key: f"picture of {twins[picture]}" for key, picture in identified if picture in twins}
@@ -129,11 +125,11 @@ def _joined(parts: Sequence[Pictures]) -> Pictures:
     return Pictures._make([keys, *map(np.concatenate, zip(*(part[1:] for part in filled), strict=True))])
 
 
-def near_pairs(rows: Pictures, others: Pictures, rules: DuplicateRules) -> npt.NDArray[np.int64]:
+def near_pairs(rows: Pictures, others: Pictures, config: CurateConfig) -> npt.NDArray[np.int64]:
     """Return the places (P, 2) of near-duplicate pictures in `rows` and in `others`, in ascending order."""
     if not rows.keys or not others.keys:
         return np.empty((0, 2), np.int64)
     looks, other_looks = (Looks(part.hashes, part.small) for part in (rows, others))
-    pairs = similar_pictures(looks, other_looks, rules)
-    reverse = similar_pictures(other_looks, looks, rules)[:, ::-1]
+    pairs = similar_pictures(looks, other_looks, config)
+    reverse = similar_pictures(other_looks, looks, config)[:, ::-1]
     return np.unique(np.concatenate([pairs, reverse]), axis=0)

@@ -57,19 +57,23 @@ from koclip.data.sources import StreamSource, open_source
 from koclip.data.transforms import read
 
 ROWS = 256  # rows in memory at a time
+CHECKED = "checked"  # the first stage
 _FREE = ("output_dir", "engine", "num_workers", "report", "card")  # settings that the shards do not depend on
 _CAPTIONS = pa.list_(pa.string())
 _COLUMNS = {KEY: pa.string(), REASON: pa.string(), DETAIL: pa.string(), NOTES: _CAPTIONS, LOST: _CAPTIONS}
 _COLUMNS |= {PIXELS: pa.int64(), PICTURE: pa.int64(), HASHES: pa.binary(), SMALL: pa.binary(), SCORE: pa.float32()}
+_LOOKS = (HASHES, SMALL)  # large columns: they stay in the tables of the first stage
 
 
 class GlobalStep(NamedTuple):
     """A step that compares rows: see `koclip.curation`."""
 
+    used: Callable[[CurateConfig], bool]
     collect: Callable[[Batch, CurateConfig], Any]
     decide: Callable[[Iterator[Any], CurateConfig], Any]
     apply: Callable[[Batch, Any, CurateConfig], Batch]
     numbers: Callable[[Any], dict[str, Any]] = lambda decision: {}  # of a decision, for the report
+    reads: tuple[str, ...] = ()  # columns of `_LOOKS` that `collect` reads
 
 
 Item = TypeVar("Item")
@@ -78,11 +82,38 @@ Item = TypeVar("Item")
 LOCAL: tuple[Callable[[Batch, CurateConfig], Batch], ...] = (filter_captions, filter_pictures, add_hashes, add_scores)
 _OF_PICTURES = (filter_pictures, add_hashes, add_scores)  # left out for sources without pictures
 GLOBAL: dict[str, GlobalStep] = {
-    "repeated": GlobalStep(collect_captions, decide_repeated, drop_repeated),
-    "overlap": GlobalStep(collect_overlap, decide_overlap, drop_overlap, lambda decision: decision.numbers),
-    "duplicates": GlobalStep(collect_pictures, decide_duplicates, drop_duplicates),
-    "scores": GlobalStep(collect_scores, decide_threshold, drop_low_scores, lambda decision: decision.numbers),
-    "balance": GlobalStep(collect_queries, decide_balance, drop_unbalanced, lambda decision: decision.numbers),
+    "repeated": GlobalStep(
+        lambda config: config.captions.max_repeats > 0, collect_captions, decide_repeated, drop_repeated
+    ),
+    "overlap": GlobalStep(
+        lambda config: bool(config.overlap.sources),
+        collect_overlap,
+        decide_overlap,
+        drop_overlap,
+        lambda decision: decision.numbers,
+        _LOOKS,
+    ),
+    "duplicates": GlobalStep(
+        lambda config: config.duplicates.enabled,
+        collect_pictures,
+        decide_duplicates,
+        drop_duplicates,
+        reads=_LOOKS,
+    ),
+    "scores": GlobalStep(
+        lambda config: config.pairs.model is not None,
+        collect_scores,
+        decide_threshold,
+        drop_low_scores,
+        lambda decision: decision.numbers,
+    ),
+    "balance": GlobalStep(
+        lambda config: config.balance.max_per_query > 0,
+        collect_queries,
+        decide_balance,
+        drop_unbalanced,
+        lambda decision: decision.numbers,
+    ),
 }
 
 
@@ -137,9 +168,12 @@ class Folder(NamedTuple):
         """Return the path of a unit's table after a stage."""
         return self.path / stage / f"{unit.number:06d}-{self.fingerprint}.parquet"
 
-    def load(self, stage: str, unit: Unit) -> Batch:
-        """Return a unit's table after a stage."""
-        columns: Batch = pq.read_table(self.table(stage, unit)).to_pydict()
+    def load(self, stage: str, unit: Unit, looks: Sequence[str] = ()) -> Batch:
+        """Return a unit's table after a stage; of the columns of `_LOOKS`, those that are named."""
+        names = [name for name in pq.read_schema(self.table(stage, unit)).names if name not in _LOOKS]
+        columns: Batch = pq.read_table(self.table(stage, unit), columns=names).to_pydict()
+        if looks:
+            columns |= pq.read_table(self.table(CHECKED, unit), columns=list(looks)).to_pydict()
         return columns
 
     def shard(self, unit: Unit, stage: str) -> Path:
@@ -252,7 +286,7 @@ def _languages(config: CurateConfig) -> list[str]:
 
 def _check_unit(unit: Unit, config: CurateConfig, folder: Folder) -> Iterator[int]:
     """Take the local steps for a unit, and write its table; yield the number of rows of each block."""
-    file = folder.table("checked", unit)
+    file = folder.table(CHECKED, unit)
     if file.exists():
         yield pq.read_metadata(file).num_rows
         return
@@ -286,16 +320,19 @@ def _append(writer: pq.ParquetWriter, batch: Batch, schema: pa.Schema) -> None:
 @_single_thread()
 def _compare(config: CurateConfig, folder: Folder, units: Sequence[Unit]) -> tuple[str, dict[str, Any]]:
     """Take the global steps over the tables of all units; return the name of the last stage, and numbers by step."""
-    before, numbers = "checked", {}
+    before, numbers = CHECKED, {}
     for name, step in GLOBAL.items():
-        decision = step.decide((step.collect(folder.load(before, unit), config) for unit in units), config)
+        if not step.used(config):
+            continue
+        tables = (folder.load(before, unit, step.reads) for unit in tqdm(units, f"compare: {name}", unit=" tables"))
+        decision = step.decide((step.collect(table, config) for table in tables), config)
         if step_numbers := step.numbers(decision):
             numbers[name] = step_numbers
-        for unit in units:
-            schema = pq.read_schema(folder.table(before, unit))
+        for unit in tqdm(units, f"mark: {name}", unit=" tables"):
+            fields = [field for field in pq.read_schema(folder.table(before, unit)) if field.name not in _LOOKS]
             batch = step.apply(folder.load(before, unit), decision, config)
-            with _writer(folder.table(name, unit), schema) as writer:
-                _append(writer, batch, schema)
+            with _writer(folder.table(name, unit), pa.schema(fields)) as writer:
+                _append(writer, batch, pa.schema(fields))
         before = name
     return before, numbers
 

@@ -98,9 +98,9 @@ class Threshold(NamedTuple):
 
 
 def collect_scores(batch: Batch, config: CurateConfig) -> npt.NDArray[np.float32]:
-    """Return the scores of the kept rows; not a number for rows without a score. Empty without a model."""
-    places = kept_places(batch) if config.pairs.model else []
-    return np.array([np.nan if batch[SCORE][place] is None else batch[SCORE][place] for place in places], np.float32)
+    """Return the scores of the kept rows; not a number for rows without a score."""
+    scores = (batch[SCORE][place] for place in kept_places(batch))
+    return np.array([np.nan if score is None else score for score in scores], np.float32)
 
 
 def decide_threshold(facts: Iterable[npt.NDArray[np.float32]], config: CurateConfig) -> Threshold:
@@ -114,8 +114,6 @@ def decide_threshold(facts: Iterable[npt.NDArray[np.float32]], config: CurateCon
     least = -np.inf if rules.min_score is None else rules.min_score
     if rules.drop_share and len(scores):
         least = max(least, float(scores[int(rules.drop_share * len(scores))]))
-    if rules.model is None:
-        return Threshold(least, {})
     quantiles = {f"{share:g}": float(scores[int(share * len(scores))]) for share in _QUANTILES} if len(scores) else {}
     numbers = {"model": rules.model, "scored": len(scores), "without_score": len(collected) - len(scores)}
     return Threshold(least, numbers | {"threshold": None if np.isinf(least) else least, "quantiles": quantiles})

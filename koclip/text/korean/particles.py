@@ -269,6 +269,8 @@ def _bare(word: str, following: str) -> str:
 
 def split(word: str, following: str = "") -> tuple[str, str]:
     """Return the noun in `word` and its last particle, or `word` and "" if it has none that `drop_particles` drops."""
+    if not word.endswith(_DROPPED):
+        return word, ""
     for last in _DROPPED:
         stem = word.removesuffix(last)
         if stem and stem != word and _is_particle(stem, last, following):
