@@ -142,16 +142,22 @@ def decide_duplicates(facts: Iterable[Pictures], config: CurateConfig) -> Decisi
     Rows with the same stored picture and other captions stay together. Of a group of near-duplicates, the picture with
     the most pixels stays, then the one with the smallest hash: the order of the rows does not matter.
     """
-    parts = [part for part in facts if part.keys]
-    if not parts:
+    keys: list[str] = []
+    parts: list[tuple[Integers, Integers, Hashes]] = []
+    looks = Looks(np.empty((0, 0), np.uint64), np.empty((0, _SMALL_SIDE, _SMALL_SIDE), np.uint8))
+    for part in (part for part in facts if part.keys):
+        keys += part.keys
+        parts.append((part.pictures, part.pixels, part.captions))
+        _append(looks.hashes, part.hashes)
+        _append(looks.small, part.small)
+    if not keys:
         return {}
-    keys = list(itertools.chain.from_iterable(part.keys for part in parts))
-    pictures, first, node = np.unique(
-        np.concatenate([part.pictures for part in parts]), return_index=True, return_inverse=True
-    )
-    pixels = np.concatenate([part.pixels for part in parts])[first]
-    captions = np.concatenate([part.captions for part in parts])
-    looks = _looks(parts, node, len(pictures))
+    columns = zip(*parts, strict=True)
+    pictures, pixels, captions = (np.concatenate(list(column)) for column in columns)
+    first, node = _distinct(pictures)
+    pictures, pixels = pictures[first], pixels[first]
+    for column in looks:
+        _select(column, first)
     pairs = similar_pictures(looks, looks, config)
     links = coo_matrix((np.ones(len(pairs), bool), tuple(pairs.T)), shape=(len(pictures),) * 2)
     groups = connected_components(links, directed=False)[1]
@@ -187,20 +193,27 @@ class Looks(NamedTuple):
     small: npt.NDArray[np.uint8]  # (N, 16, 16)
 
 
-def _looks(parts: list[Pictures], numbers: Integers, count: int) -> Looks:
-    """Return the looks of `count` pictures, from rows whose pictures have these numbers.
+def _append(column: npt.NDArray[Any], rows: npt.NDArray[Any]) -> None:
+    """Append rows to an array in place: the looks of millions of pictures are not in memory twice."""
+    column.resize((len(column) + len(rows), *rows.shape[1:]), refcheck=False)
+    column[len(column) - len(rows) :] = rows
 
-    Takes the parts out of the list, so that the looks of millions of pictures are not in memory twice.
-    """
-    hashes = np.empty((count, *parts[0].hashes.shape[1:]), np.uint64)
-    small = np.empty((count, *parts[0].small.shape[1:]), np.uint8)
-    stop = len(numbers)
-    while parts:
-        part = parts.pop()
-        own = numbers[stop - len(part.keys) : stop]
-        hashes[own], small[own] = part.hashes, part.small  # rows with the same picture have the same look
-        stop -= len(part.keys)
-    return Looks(hashes, small)
+
+def _select(column: npt.NDArray[Any], places: Integers) -> None:
+    """Keep the rows at these places, which ascend, in place."""
+    for start in range(0, len(places), _BLOCK):
+        block = places[start : start + _BLOCK]
+        column[start : start + len(block)] = column[block]
+    column.resize((len(places), *column.shape[1:]), refcheck=False)
+
+
+def _distinct(values: Integers) -> tuple[Integers, Integers]:
+    """Return the first place of each different value, in ascending order, and which of these values each row has."""
+    _, first, number = np.unique(values, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return first[order], rank[number]
 
 
 def similar_pictures(first: Looks, second: Looks, config: CurateConfig) -> Integers:
