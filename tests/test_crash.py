@@ -64,32 +64,38 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-def start(kind: Kind, sources: dict[str, str], run: Path, seed: int) -> list[Program]:
-    """Launch or resume a run."""
-    random_things = ["--model.patch_dropout", "0.3", "--data.word_dropout", "0.2", "--train.ema_decay", "0.9"]
+def words(kind: Kind, sources: dict[str, str], run: Path, seed: int) -> list[str]:
+    """Return the options of a run, which is resumed if it exists."""
     options = {
         "data.sources": sources[kind.source],
         "data.shuffle_buffer": 16,
         "data.num_workers": seed % 2,
+        "data.word_dropout": 0.2,
         "train.num_steps": NUM_STEPS,
         "train.save_every": SAVE_EVERY,
         "train.batch_size": 8 // kind.processes,
         "train.num_threads": 1,
         "train.tracker": "none",
         "train.log_every": 1,
+        "train.ema_decay": 0.9,
         "optim.warmup_steps": 3,
         "tokenizer.vocab_size": 560,
         "model.image_size": 24,
         "model.image_width": 32,
         "model.text_width": 32,
         "model.image_layers": 1,
+        "model.patch_dropout": 0.3,
         "eval.sets": "[{source: {scenes_part: test, scenes_size: 4}}]",
         "resume": "auto",
         "output_dir": str(run),
     }
-    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
+def start(kind: Kind, sources: dict[str, str], run: Path, seed: int) -> list[Program]:
+    """Launch or resume a run."""
+    command = [str(RECIPE), *words(kind, sources, run, seed)]
     with (run.parent / f"{run.name}.log").open("a") as log:
-        command = [str(RECIPE), *words, *random_things]
         if kind.processes > 1:
             return start_in_processes(command, kind.processes, log, run.parent)
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

@@ -73,10 +73,16 @@ def test_layers_that_fsdp2_wraps_exist(preset: str) -> None:
     assert set(wrapped) <= {type(module).__name__ for module in model.modules()}
 
 
-def test_slurm_script_starts_what_is_there() -> None:
-    script = RECIPES / "accelerate" / "two_nodes.slurm"
-    subprocess.run(["bash", "-n", str(script)], check=True)
-    text = script.read_text(encoding="utf-8")
+def script_of(name: str) -> str:
+    """Return what a file makes each machine run."""
+    text = (RECIPES / "accelerate" / name).read_text(encoding="utf-8")
+    return str(yaml.safe_load(text)["run"]) if name.endswith(".yml") else text
+
+
+@pytest.mark.parametrize("name", ["two_nodes.slurm", "two_nodes.sky.yml"])
+def test_scripts_for_two_nodes_start_what_is_there(name: str) -> None:
+    text = script_of(name)
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
     for path in ("accelerate/two_nodes.yaml", "pretrain.py", "configs/pretrain/vit_l14_webdataset.yaml"):
         assert f"recipes/{path}" in text
         assert (RECIPES / path).exists()
@@ -84,6 +90,16 @@ def test_slurm_script_starts_what_is_there() -> None:
     config = parse(PretrainConfig, words)
     assert config.train.num_processes == launch("two_nodes").num_processes
     assert config.train.num_processes * config.train.batch_size == 32_768
+    assert config.resume == "auto"
+
+
+def test_the_file_for_skypilot_asks_for_the_machines_of_the_launch_configuration() -> None:
+    task = yaml.safe_load((RECIPES / "accelerate" / "two_nodes.sky.yml").read_text(encoding="utf-8"))
+    gpus = int(task["resources"]["accelerators"].split(":")[1])
+    config = launch("two_nodes")
+    assert (task["num_nodes"], task["num_nodes"] * gpus) == (config.num_machines, config.num_processes)
+    subprocess.run(["bash", "-n"], input=task["setup"], text=True, check=True)
+    assert "'.[train]'" in task["setup"]
 
 
 @pytest.mark.parametrize(("name", "expected"), LABS.items())
