@@ -2,6 +2,7 @@
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from PIL import Image
 from test_curation import contents, encoded, picture, settings, write_rows
 from test_curation_overlap import dropped
 
-from koclip.config import ConfigError, CurateConfig, DuplicateRules, PairRules, SourceConfig
-from koclip.curation import scores
+from koclip.config import ConfigError, CurateConfig, DuplicateRules, OverlapRules, PairRules, SourceConfig
+from koclip.curation import duplicates, scores
+from koclip.curation.duplicates import close_embeddings
 from koclip.curation.pipeline import curate
 from koclip.curation.scores import decide_threshold, pair_scores
 from koclip.encoders import load
@@ -89,6 +91,47 @@ def test_without_a_threshold_every_row_stays_with_its_score(tmp_path):
     assert content["scores"]["threshold"] is None
 
 
+@pytest.mark.usefixtures("colours")
+def test_pictures_with_close_embeddings_are_near_duplicates(tmp_path):
+    source, _ = planted(tmp_path)
+    rules = DuplicateRules(max_distance=0, crops=False, min_cosine=0.999)
+    evaluation = write_rows(tmp_path / "test.parquet", ["시험 그림"], [encoded(picture(99))])
+    content = curate(
+        settings(
+            source,
+            tmp_path / "clean",
+            duplicates=rules,
+            pairs=PairRules(model="colours"),
+            overlap=OverlapRules(sources=[evaluation]),
+        )
+    )
+    assert content["rows"]["dropped"] == {"near-duplicate": 36}  # a picture of each of four colours stays
+    assert content["clusters"]["sizes"] == {"10": 4}
+    without = settings(
+        source, tmp_path / "other", duplicates=replace(rules, min_cosine=None), pairs=PairRules(model="colours")
+    )
+    assert curate(without)["rows"]["dropped"] == {}
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 50])
+def test_tiles_of_embeddings_give_the_pairs_of_all_cosines(count, monkeypatch):
+    monkeypatch.setattr(duplicates, "_TILE", 8)
+    embeddings = np.random.default_rng(0).normal(size=(count, 5)).astype(np.float32)
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    expected = np.argwhere(np.triu(embeddings @ embeddings.T >= 0.6, 1))
+    assert len(expected) > 20 or count < 50
+    assert sorted(close_embeddings(embeddings, 0.6).tolist()) == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("rules", "model"),
+    [({"min_cosine": 1.5}, "any"), ({"min_cosine": 0.9}, None), ({"enabled": False, "min_cosine": 0.9}, "any")],
+)
+def test_a_cosine_of_near_duplicates_that_nothing_uses_is_refused(rules, model):
+    with pytest.raises(ConfigError, match=r"duplicates\.min_cosine"):
+        CurateConfig(sources=[SourceConfig()], duplicates=DuplicateRules(**rules), pairs=PairRules(model=model))
+
+
 def test_the_score_is_the_mean_cosine_of_the_captions():
     encoder = ColourEncoder()
     images = [coloured(COLOURS[name], row) for row, name in enumerate(NAMES)]
@@ -97,7 +140,8 @@ def test_the_score_is_the_mean_cosine_of_the_captions():
         float((encoder.encode_texts(texts) @ encoder.encode_images([image])[0]).mean())
         for image, texts in zip(images, captions, strict=True)
     ]
-    np.testing.assert_allclose(pair_scores(encoder, images, captions), expected, atol=1e-6)
+    embeddings = encoder.encode_images(images).numpy()
+    np.testing.assert_allclose(pair_scores(encoder, embeddings, captions), expected, atol=1e-6)
 
 
 @given(st.lists(st.lists(st.sampled_from(np.linspace(-1, 1, 9).tolist()), max_size=8), max_size=6), st.data())

@@ -79,16 +79,22 @@ class DuplicateRules:
         max_distance: Largest number of different bits between the hashes (63 bits) of near-duplicates.
         crops: Also find pictures that are cropped by up to a tenth of each side. Compares 38 instead of 2 hashes for
             each picture.
+        min_cosine: Pictures whose embeddings by `pairs.model` have at least this cosine are near-duplicates, too. Each
+            picture is compared with every other: for sets of up to some 100,000 pictures. Default: hashes alone.
     """
 
     enabled: bool = True
     max_distance: int = 7
     crops: bool = True
+    min_cosine: float | None = None
 
     @all_faults()
     def __post_init__(self) -> None:
         distance = self.max_distance
         check(0 <= distance <= 16, "duplicates.max_distance", distance, "expected 0 to 16 of 63 bits")
+        least = self.min_cosine
+        check(least is None or -1 <= least <= 1, "duplicates.min_cosine", least, "expected a cosine, -1 to 1")
+        check(self.enabled or least is None, "duplicates.min_cosine", least, "expected duplicates.enabled, too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +252,9 @@ class CurateConfig:
             check(bool(source.captions), "sources[].captions", source.captions, "name at least one caption column")
         unknown = sorted(set(self.pairs.languages).difference(*(source.captions for source in self.sources)))
         check(not unknown, "pairs.languages", unknown, "expected languages of sources[].captions")
+        least = self.duplicates.min_cosine
+        embedded = self.pairs.model is not None or least is None
+        check(embedded, "duplicates.min_cosine", least, "expected pairs.model, whose embeddings are compared")
         check_least(self, "", 1, "shard_size", "num_workers")
         names = sorted({source.short_name for source in self.sources})
         for key in ("licenses", "origins"):

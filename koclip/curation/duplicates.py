@@ -24,12 +24,14 @@ from koclip.config.curation import CurateConfig
 from koclip.curation.batch import KEY, Batch, captions_at, drop, kept_places
 from koclip.curation.captions import text_hash
 from koclip.curation.pictures import PICTURE, PIXELS, SIDE, THUMBNAIL
+from koclip.curation.scores import EMBEDDING
 
 HASHES = "hashes"  # column: the hashes of a picture as bytes; the first is the hash of the whole picture
 SMALL = "small"  # column: a small thumbnail, (16, 16) uint8, as bytes
 _SMALL_SIDE = 16
 _MIN_CORRELATION = 0.9  # of the coefficients of near-duplicates
 _BLOCK = 4_096  # candidates that are compared at a time
+_TILE = 4_096  # embeddings that are compared with as many at a time
 NEAR, REPEATED_PAIR = "near-duplicate", "repeated pair"
 _FREQUENCIES = 8
 _PARTS = (0.95, 0.9)  # sides of the parts, as shares of the picture's sides
@@ -117,6 +119,7 @@ class Pictures(NamedTuple):
     captions: npt.NDArray[np.uint64]
     hashes: Hashes  # (N, V)
     small: npt.NDArray[np.uint8]  # (N, 16, 16)
+    embeddings: npt.NDArray[np.float32]  # (N, D); D is 0 if they are not compared
 
 
 def collect_pictures(batch: Batch, config: CurateConfig) -> Pictures:
@@ -130,7 +133,14 @@ def collect_pictures(batch: Batch, config: CurateConfig) -> Pictures:
         np.array([text_hash(repr(list(captions_at(batch, place)))) for place in places], np.uint64),
         hashes.reshape(len(places), -1) if places else np.empty((0, 0), np.uint64),
         np.frombuffer(b"".join(batch[SMALL][place] for place in places), np.uint8).reshape(-1, *(_SMALL_SIDE,) * 2),
+        _embeddings(batch, places, config),
     )
+
+
+def _embeddings(batch: Batch, places: list[int], config: CurateConfig) -> npt.NDArray[np.float32]:
+    if config.duplicates.min_cosine is None or EMBEDDING not in batch or not places:
+        return np.empty((len(places), 0), np.float32)
+    return np.frombuffer(b"".join(batch[EMBEDDING][place] for place in places), np.float32).reshape(len(places), -1)
 
 
 Decision = dict[str, tuple[str, str]]
@@ -145,20 +155,24 @@ def decide_duplicates(facts: Iterable[Pictures], config: CurateConfig) -> Decisi
     keys: list[str] = []
     parts: list[tuple[Integers, Integers, Hashes]] = []
     looks = Looks(np.empty((0, 0), np.uint64), np.empty((0, _SMALL_SIDE, _SMALL_SIDE), np.uint8))
+    embeddings = np.empty((0, 0), np.float32)
     for part in (part for part in facts if part.keys):
         keys += part.keys
         parts.append((part.pictures, part.pixels, part.captions))
         _append(looks.hashes, part.hashes)
         _append(looks.small, part.small)
+        _append(embeddings, part.embeddings)
     if not keys:
         return {}
     columns = zip(*parts, strict=True)
     pictures, pixels, captions = (np.concatenate(list(column)) for column in columns)
     first, node = _distinct(pictures)
     pictures, pixels = pictures[first], pixels[first]
-    for column in looks:
+    for column in (*looks, embeddings):
         _select(column, first)
     pairs = similar_pictures(looks, looks, config)
+    if config.duplicates.min_cosine is not None:
+        pairs = np.concatenate([pairs, close_embeddings(embeddings, config.duplicates.min_cosine)])
     links = coo_matrix((np.ones(len(pairs), bool), tuple(pairs.T)), shape=(len(pictures),) * 2)
     groups = connected_components(links, directed=False)[1]
     order = np.lexsort((pictures, -pixels, groups))
@@ -230,6 +244,17 @@ def similar_pictures(first: Looks, second: Looks, config: CurateConfig) -> Integ
         different = pairs[:, 0] != pairs[:, 1]
         pairs, views = pairs[different], views[different]
     return pairs[alike(first.small[pairs[:, 0]], second.small[pairs[:, 1]], views, rules.crops)]
+
+
+def close_embeddings(embeddings: npt.NDArray[np.float32], min_cosine: float) -> Integers:
+    """Return the places (P, 2) of embeddings (N, D), of length 1, that have at least this cosine; the first is less."""
+    pairs = [np.empty((0, 2), np.int64)]
+    tiles = [(row, column) for row in range(0, len(embeddings), _TILE) for column in range(row, len(embeddings), _TILE)]
+    for row, column in tqdm(tiles, "compare embeddings", unit=" tiles", leave=False, delay=_PATIENCE):
+        cosines = embeddings[row : row + _TILE] @ embeddings[column : column + _TILE].T
+        close = np.add(np.argwhere(cosines >= min_cosine), [row, column])
+        pairs.append(close[close[:, 0] < close[:, 1]])
+    return np.concatenate(pairs)
 
 
 def similar(queries: Hashes, hashes: Hashes, max_distance: int, num_threads: int = 1) -> Integers:

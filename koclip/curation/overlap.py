@@ -30,6 +30,7 @@ _NO_PICTURES = Pictures(
     np.empty(0, np.uint64),
     np.empty((0, 0), np.uint64),
     np.empty((0, 16, 16), np.uint8),
+    np.empty((0, 0), np.float32),
 )
 
 

@@ -50,7 +50,15 @@ from koclip.curation.engines import ENGINES, Engine, Unit, Work
 from koclip.curation.overlap import collect_overlap, decide_overlap, drop_overlap
 from koclip.curation.pictures import PICTURE, PIXELS, filter_pictures
 from koclip.curation.report import card
-from koclip.curation.scores import SCORE, add_scores, collect_scores, decide_threshold, drop_low_scores, scorer
+from koclip.curation.scores import (
+    EMBEDDING,
+    SCORE,
+    add_scores,
+    collect_scores,
+    decide_threshold,
+    drop_low_scores,
+    scorer,
+)
 from koclip.data.formats import MapSource, Row
 from koclip.data.formats.files import stamp, stored_files
 from koclip.data.sources import StreamSource, open_source
@@ -62,7 +70,8 @@ _FREE = ("output_dir", "engine", "num_workers", "report", "card")  # settings th
 _CAPTIONS = pa.list_(pa.string())
 _COLUMNS = {KEY: pa.string(), REASON: pa.string(), DETAIL: pa.string(), NOTES: _CAPTIONS, LOST: _CAPTIONS}
 _COLUMNS |= {PIXELS: pa.int64(), PICTURE: pa.int64(), HASHES: pa.binary(), SMALL: pa.binary(), SCORE: pa.float32()}
-_LOOKS = (HASHES, SMALL)  # large columns: they stay in the tables of the first stage
+_COLUMNS |= {EMBEDDING: pa.binary()}
+_LOOKS = (HASHES, SMALL, EMBEDDING)  # large columns: they stay in the tables of the first stage
 
 
 class GlobalStep(NamedTuple):
@@ -91,7 +100,7 @@ GLOBAL: dict[str, GlobalStep] = {
         decide_overlap,
         drop_overlap,
         lambda decision: decision.numbers,
-        _LOOKS,
+        (HASHES, SMALL),
     ),
     "duplicates": GlobalStep(
         lambda config: config.duplicates.enabled,

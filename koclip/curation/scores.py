@@ -20,6 +20,7 @@ from koclip.data.transforms import decode, read
 from koclip.encoders import Encoder, load, usable
 
 SCORE = "score"  # column: the mean cosine, -1 to 1; None for rows without a score
+EMBEDDING = "embedding"  # column: the picture's embedding, (D,) float32, as bytes; only for `duplicates.min_cosine`
 LOW = "low score"
 _BATCH = 32  # pictures that are decoded and embedded at a time
 _QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9)
@@ -51,30 +52,35 @@ def scorer(config: CurateConfig) -> str:
 
 
 def add_scores(batch: Batch, config: CurateConfig) -> Batch:
-    """Add the score of each kept row that has captions in `pairs.languages`.
+    """Add the score of each kept row that has captions in `pairs.languages`, and the embeddings if they are compared.
 
     Batches of pictures and texts depend on the rows of the batch alone, so the scores do not depend on the workers.
     """
+    rules, compared = config.pairs, config.duplicates.min_cosine is not None
     scores: list[float | None] = [None] * len(batch[REASON])
-    rules = config.pairs
+    embeddings = [b""] * len(scores)
     texts = {place: _captions(batch, place, rules.languages) for place in kept_places(batch)} if rules.model else {}
-    scored = [place for place, captions in texts.items() if captions]
-    for start in range(0, len(scored), _BATCH):
-        places = scored[start : start + _BATCH]
-        values = pair_scores(
-            _encoder(str(rules.model), rules.device),
-            [_picture(batch[IMAGE][place], config) for place in places],
-            [texts[place] for place in places],
-        )
-        for place, value in zip(places, values.tolist(), strict=True):
-            scores[place] = value
-    return batch | {SCORE: scores}
+    embedded = [place for place, captions in texts.items() if captions or compared]
+    for start in range(0, len(embedded), _BATCH):
+        encoder, places = _encoder(str(rules.model), rules.device), embedded[start : start + _BATCH]
+        images = encoder.encode_images([_picture(batch[IMAGE][place], config) for place in places]).numpy()
+        scored = [number for number, place in enumerate(places) if texts[place]]
+        values = pair_scores(encoder, images[scored], [texts[places[number]] for number in scored])
+        for number, value in zip(scored, values.tolist(), strict=True):
+            scores[places[number]] = value
+        if compared:
+            for place, image in zip(places, images, strict=True):
+                embeddings[place] = image.astype(np.float32).tobytes()
+    return batch | {SCORE: scores, EMBEDDING: embeddings}
 
 
-def pair_scores(encoder: Encoder, pictures: list[Any], captions: list[list[str]]) -> npt.NDArray[np.float32]:
-    """Return the mean cosine (N,) of each of N pictures and its captions (one or more each)."""
+def pair_scores(
+    encoder: Encoder, images: npt.NDArray[np.floating[Any]], captions: list[list[str]]
+) -> npt.NDArray[np.float32]:
+    """Return the mean cosine (N,) of each of N image embeddings (N, D) and its captions (one or more each)."""
+    if not captions:
+        return np.empty(0, np.float32)
     counts = [len(texts) for texts in captions]
-    images = encoder.encode_images(pictures).numpy()  # (N, D)
     texts = encoder.encode_texts([text for row in captions for text in row]).numpy()  # (M, D)
     rows = np.repeat(np.arange(len(counts)), counts)
     cosines = (images[rows].astype(np.float64) * texts).sum(1)

@@ -59,9 +59,10 @@ def main(words: Sequence[str] | None = None) -> None:
     ]
     captions, wrong = exchanged([usable(row.captions["ko"]) for row in rows], args.share, args.seed)
     encoder = load(args.model)
+    images = encoder.encode_images(pictures).numpy()
     print(f"{args.model}: {len(rows)} rows, {wrong.sum()} with the captions of another row")
     for name, count in (("first caption", 1), ("all captions", None)):
-        result = measure(pair_scores(encoder, pictures, [texts[:count] for texts in captions]), wrong)
+        result = measure(pair_scores(encoder, images, [texts[:count] for texts in captions]), wrong)
         print(f"{name}: AUC {result.auc:.4f} ({result.low:.4f}-{result.high:.4f}); dropped {wrong.sum()} rows with the")
         print(f"  lowest scores: {result.dropped:.1%} of them are wrong pairs")
 
