@@ -19,10 +19,9 @@ from test_curation import contents, encoded, picture, settings, write_rows
 from test_curation_overlap import dropped
 
 from koclip.config import ConfigError, CurateConfig, DuplicateRules, OverlapRules, PairRules, SourceConfig
-from koclip.curation import duplicates, scores
-from koclip.curation.duplicates import close_embeddings
+from koclip.curation import scores
 from koclip.curation.pipeline import curate
-from koclip.curation.scores import decide_threshold, pair_scores
+from koclip.curation.scores import close_embeddings, decide_threshold, pair_scores
 from koclip.encoders import load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
@@ -115,7 +114,7 @@ def test_pictures_with_close_embeddings_are_near_duplicates(tmp_path):
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 50])
 def test_tiles_of_embeddings_give_the_pairs_of_all_cosines(count, monkeypatch):
-    monkeypatch.setattr(duplicates, "_TILE", 8)
+    monkeypatch.setattr(scores, "_TILE", 8)
     embeddings = np.random.default_rng(0).normal(size=(count, 5)).astype(np.float32)
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
     expected = np.argwhere(np.triu(embeddings @ embeddings.T >= 0.6, 1))

@@ -24,14 +24,13 @@ from koclip.config.curation import CurateConfig
 from koclip.curation.batch import KEY, Batch, captions_at, drop, kept_places
 from koclip.curation.captions import text_hash
 from koclip.curation.pictures import PICTURE, PIXELS, SIDE, THUMBNAIL
-from koclip.curation.scores import EMBEDDING
+from koclip.curation.scores import EMBEDDING, close_embeddings
 
 HASHES = "hashes"  # column: the hashes of a picture as bytes; the first is the hash of the whole picture
 SMALL = "small"  # column: a small thumbnail, (16, 16) uint8, as bytes
 _SMALL_SIDE = 16
 _MIN_CORRELATION = 0.9  # of the coefficients of near-duplicates
 _BLOCK = 4_096  # candidates that are compared at a time
-_TILE = 4_096  # embeddings that are compared with as many at a time
 NEAR, REPEATED_PAIR = "near-duplicate", "repeated pair"
 _FREQUENCIES = 8
 _PARTS = (0.95, 0.9)  # sides of the parts, as shares of the picture's sides
@@ -244,17 +243,6 @@ def similar_pictures(first: Looks, second: Looks, config: CurateConfig) -> Integ
         different = pairs[:, 0] != pairs[:, 1]
         pairs, views = pairs[different], views[different]
     return pairs[alike(first.small[pairs[:, 0]], second.small[pairs[:, 1]], views, rules.crops)]
-
-
-def close_embeddings(embeddings: npt.NDArray[np.float32], min_cosine: float) -> Integers:
-    """Return the places (P, 2) of embeddings (N, D), of length 1, that have at least this cosine; the first is less."""
-    pairs = [np.empty((0, 2), np.int64)]
-    tiles = [(row, column) for row in range(0, len(embeddings), _TILE) for column in range(row, len(embeddings), _TILE)]
-    for row, column in tqdm(tiles, "compare embeddings", unit=" tiles", leave=False, delay=_PATIENCE):
-        cosines = embeddings[row : row + _TILE] @ embeddings[column : column + _TILE].T
-        close = np.add(np.argwhere(cosines >= min_cosine), [row, column])
-        pairs.append(close[close[:, 0] < close[:, 1]])
-    return np.concatenate(pairs)
 
 
 def similar(queries: Hashes, hashes: Hashes, max_distance: int, num_threads: int = 1) -> Integers:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from torchvision.transforms.v2.functional import to_pil_image
+from tqdm.auto import tqdm
 
 from koclip.config import CurateConfig, check
 from koclip.curation.batch import IMAGE, REASON, Batch, captions_at, drop, kept_places
@@ -22,6 +23,8 @@ from koclip.encoders import Encoder, load, usable
 SCORE = "score"  # column: the mean cosine, -1 to 1; None for rows without a score
 EMBEDDING = "embedding"  # column: the picture's embedding, (D,) float32, as bytes; only for `duplicates.min_cosine`
 LOW = "low score"
+_TILE = 4_096  # embeddings that are compared with as many at a time
+_PATIENCE = 5  # seconds before a bar is shown
 _BATCH = 32  # pictures that are decoded and embedded at a time
 _QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9)
 
@@ -85,6 +88,17 @@ def pair_scores(
     rows = np.repeat(np.arange(len(counts)), counts)
     cosines = (images[rows].astype(np.float64) * texts).sum(1)
     return (np.bincount(rows, cosines) / counts).astype(np.float32)
+
+
+def close_embeddings(embeddings: npt.NDArray[np.float32], min_cosine: float) -> npt.NDArray[np.int64]:
+    """Return the places (P, 2) of embeddings (N, D), of length 1, that have at least this cosine; the first is less."""
+    pairs = [np.empty((0, 2), np.int64)]
+    tiles = [(row, column) for row in range(0, len(embeddings), _TILE) for column in range(row, len(embeddings), _TILE)]
+    for row, column in tqdm(tiles, "compare embeddings", unit=" tiles", leave=False, delay=_PATIENCE):
+        cosines = embeddings[row : row + _TILE] @ embeddings[column : column + _TILE].T
+        close = np.add(np.argwhere(cosines >= min_cosine), [row, column])
+        pairs.append(close[close[:, 0] < close[:, 1]])
+    return np.concatenate(pairs)
 
 
 def _captions(batch: Batch, place: int, languages: list[str]) -> list[str]:
