@@ -1,13 +1,17 @@
-"""Runs of `koclip curate` that die at a given moment as of SIGKILL; test_curation_equal starts them."""
+"""A program: `koclip curate` dies at a moment as of SIGKILL. test_curation_equal starts it.
+
+python dying_curations.py MOMENT --config FILE
+"""
 
 import itertools
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 from koclip import storage
-from koclip.config import CurateConfig
+from koclip.config import CurateConfig, parse
 from koclip.curation import pipeline, report
 
 # The function whose call kills the process, the number of that call, and whether the call is done before.
@@ -37,3 +41,7 @@ def run(config: CurateConfig, moment: str) -> None:
 
     setattr(room, name, dying)
     pipeline.curate(config)
+
+
+if __name__ == "__main__":
+    run(parse(CurateConfig, sys.argv[2:]), sys.argv[1])

@@ -5,16 +5,14 @@ Everything random is turned on: dropout, word dropout, random views; and an aver
 """
 
 import json
-import multiprocessing
-import socket
 from pathlib import Path
 
+import dying_alignments
 import pyarrow.parquet as pq
 import pytest
 from align_runs import arguments, write_encoder, write_pairs, write_source
-from dying_alignments import Moment, Place, run
-from helpers.fork_server import fork_server
 from helpers.tokenizer_families import FAMILIES
+from helpers.warm_python import start_in_processes, wait
 from sources_on_disk import write_tar
 from transformers import AutoTokenizer
 
@@ -90,18 +88,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def server() -> multiprocessing.context.ForkServerContext:
-    return fork_server("dying_alignments")
-
-
 class Runs:
     """Runs of one method over one kind of source in a number of processes."""
 
-    def __init__(
-        self, server: multiprocessing.context.ForkServerContext, place: Path, method: str, kind: str, processes: int
-    ) -> None:
-        self._server, self._place, self._processes = server, place, processes
+    def __init__(self, place: Path, method: str, kind: str, processes: int) -> None:
+        self._place, self._processes = place, processes
         encoder = "same" if method == "lora" else str(place / "bert")
         options = {
             "model.text_encoder": encoder,
@@ -121,24 +112,12 @@ class Runs:
         words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
         self._args = arguments(place / "source", place / "pairs.parquet", *words, *METHODS[method])
 
-    def start(self, folder: Path, moment: Moment | None = None) -> int | None:
+    def start(self, folder: Path, moment: str = "end") -> int | None:
         """Run in as many processes as asked for until the moment; kill what is left; return how the first ended."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        log, args = folder.with_suffix(".log"), [*self._args, "--output_dir", str(folder)]
-        started = [
-            self._server.Process(target=run, args=(log, args, moment, Place(rank, self._processes, port)))
-            for rank in range(self._processes)
-        ]
-        for process in started:
-            process.start()
-        started[0].join(timeout=240)
-        for process in started[1:]:
-            process.join(timeout=0 if moment else 60)
-            process.kill()
-            process.join()
-        return started[0].exitcode
+        command = [dying_alignments.__file__, moment, *self._args, "--output_dir", str(folder)]
+        with folder.with_suffix(".log").open("a") as log:
+            programs = start_in_processes(command, self._processes, log)
+        return wait(programs, timeout=240)[0]
 
     def finish(self, folder: Path) -> tuple[bytes, list[tuple[int, float]]]:
         """Run to the end; return the model's bytes, and the loss of every step."""
@@ -160,16 +139,15 @@ def test_killed_and_resumed_equals_undisturbed(
     moments: str,
     kind: str,
     processes: int,
-    server: multiprocessing.context.ForkServerContext,
     place: Path,
     tmp_path: Path,
 ) -> None:
-    runs = Runs(server, place, method, kind, processes)
+    runs = Runs(place, method, kind, processes)
     reference = (method, kind, processes)
     if reference not in _undisturbed:
         _undisturbed[reference] = runs.finish(tmp_path / "undisturbed")
-    for what, call in (moment.split("-") for moment in moments.split()):
-        ended = runs.start(tmp_path / "killed", Moment(what, int(call)))
+    for moment in moments.split():
+        ended = runs.start(tmp_path / "killed", moment)
         assert ended == -9, (tmp_path / "killed.log").read_text()[-3000:]
         assert not (tmp_path / "killed" / "model").exists()
     weights, losses = runs.finish(tmp_path / "killed")

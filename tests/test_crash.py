@@ -7,7 +7,6 @@ in a row. `test_crash_points` dies in every file operation of a save.
 import contextlib
 import io
 import json
-import os
 import random
 import time
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import NamedTuple
 
 import datasets
 import pytest
-from helpers import warm_python
 from helpers.warm_python import Program, start_in_processes, wait
 from PIL import Image
 from sources_on_disk import write_tar
@@ -96,10 +94,7 @@ def start(kind: Kind, sources: dict[str, str], run: Path, seed: int) -> list[Pro
     """Launch or resume a run."""
     command = [str(RECIPE), *words(kind, sources, run, seed)]
     with (run.parent / f"{run.name}.log").open("a") as log:
-        if kind.processes > 1:
-            return start_in_processes(command, kind.processes, log, run.parent)
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        return [warm_python.start(command, environment, run.parent, (0, log, log))]
+        return start_in_processes(command, kind.processes, log, run.parent)
 
 
 def finish(processes: list[Program], run: Path) -> bytes:

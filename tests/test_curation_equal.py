@@ -1,6 +1,5 @@
 """`koclip curate` writes equal bytes with every engine, of every kind of source, and after it was killed."""
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -10,14 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dying_curations
 import psutil
 import pytest
-from dying_curations import MOMENTS, run
-from helpers.fork_server import fork_server
+from dying_curations import MOMENTS
+from helpers import warm_python
 from sources_on_disk import write_tar
 from test_curation import contents, planted, settings
 
-from koclip.config import ConfigError, SourceConfig
+from koclip.config import ConfigError, SourceConfig, dump
 from koclip.curation.engines import Unit, on_one_machine, on_ray
 from koclip.curation.pipeline import curate
 from koclip.data.sources import open_source
@@ -102,19 +102,14 @@ def test_engines_count_the_rows_of_all_units(num_workers, count):
     assert sum(on_one_machine("check", blocks, units(count), num_workers)) == sum(sum(range(n)) for n in range(count))
 
 
-@pytest.fixture(scope="module")
-def server() -> multiprocessing.context.ForkServerContext:
-    return fork_server("dying_curations")
-
-
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_run_continues_and_writes_the_same_bytes(moment, plain, server, tmp_path):
+def test_a_killed_run_continues_and_writes_the_same_bytes(moment, plain, tmp_path):
     source, expected = plain
     config = settings(source, tmp_path / "clean")
-    process = server.Process(target=run, args=(config, moment))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    dump(config, tmp_path / "config.yaml")
+    ended = warm_python.run([dying_curations.__file__, moment, "--config", str(tmp_path / "config.yaml")])
+    (tmp_path / "config.yaml").unlink()
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
     if moment == "after the rename":
         assert contents(tmp_path / "clean") == expected
     else:
@@ -131,19 +126,19 @@ def endless(unit: Unit) -> Iterator[int]:
 
 
 def start_two(marker: Path) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # a server's process would start others by the server
     for _ in on_one_machine("check", endless, units(2), 2):
         marker.write_text(" ".join(str(child.pid) for child in psutil.Process().children()), encoding="utf-8")
 
 
-def test_processes_end_with_a_killed_parent(server, tmp_path):
-    process = server.Process(target=start_two, args=(tmp_path / "children",))
-    process.start()
+def test_processes_end_with_a_killed_parent(tmp_path):
+    code = "import pathlib, sys, test_curation_equal as t; t.start_two(pathlib.Path(sys.argv[1]))"
+    program = warm_python.start(["-c", code, str(tmp_path / "children")], cwd=Path(__file__).parent)
     while not (tmp_path / "children").is_file() or not (tmp_path / "children").read_text(encoding="utf-8"):
-        process.join(0.1)
+        time.sleep(0.1)
+        assert program.poll() is None
     numbers = [int(number) for number in (tmp_path / "children").read_text(encoding="utf-8").split()]
     children = [psutil.Process(number) for number in numbers]
     assert len(children) == 2
-    process.kill()
-    process.join()
+    os.kill(program.pid, signal.SIGKILL)
+    assert program.wait(timeout=60) == -signal.SIGKILL
     assert psutil.wait_procs(children, timeout=60)[1] == []
