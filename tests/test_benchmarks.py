@@ -23,6 +23,7 @@ sys.path.insert(0, str(BENCHMARKS))  # as Python does for the script that it run
 
 import clip_shapes  # noqa: E402
 import curation_scale  # noqa: E402
+import curation_training  # noqa: E402
 import decode_speed  # noqa: E402
 import gpu  # noqa: E402
 import grad_cache  # noqa: E402
@@ -42,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("as_before")
     "benchmark",
     [
         *(train_speed, decode_speed, parity_open_clip, gpu, grad_cache, loss_memory, text_batches, text_memory),
-        curation_scale,
+        *(curation_scale, curation_training),
     ],
     ids=lambda module: module.__name__,
 )

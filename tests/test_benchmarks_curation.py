@@ -1,18 +1,24 @@
 """The benchmarks of `koclip curate` run, at tiny sizes."""
 
+import json
 import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from test_curation import encoded, picture, write_rows
 
+from koclip import config
 from koclip.curation import pipeline
 from koclip.curation.batch import DETAIL, KEY, REASON
 from koclip.curation.duplicates import NEAR
+from koclip.curation.scores import LOW
+from koclip.metrics import Metric
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
 
 import curation_scale
+import curation_training
 
 pytestmark = pytest.mark.usefixtures("as_before")
 
@@ -51,3 +57,55 @@ def test_each_number_of_rows_is_printed(monkeypatch: pytest.MonkeyPatch, capsys)
     assert "100 rows: 12.0 s (1200.00 s per 10,000 rows)" in printed
     assert "20,000 rows: 12.0 s (6.00 s per 10,000 rows)" in printed
     assert "memory 1.50 GB, of a worker 0.50 GB; 90 rows kept" in printed
+
+
+def test_training_on_cleaned_pairs_is_compared_with_training_on_noisy_pairs(tmp_path, monkeypatch, capsys) -> None:
+    """From the files of runs, which are replaced here by written numbers."""
+    commands = []
+
+    def start_once(run: Path, recipe: str, *words: str) -> None:
+        commands.append(recipe)
+        command = ["--output_dir", str(run), *words]
+        if recipe == "curate.py":
+            source = config.parse(config.CurateConfig, command).sources[0]
+            wrong = pq.read_table(source.path)["wrong"].to_pylist()
+            keys = [f"{source.key}/{row}" for row in range(len(wrong)) if wrong[row] or row == wrong.index(False)]
+            lines = [json.dumps({"key": key, "reason": LOW}) for key in keys]
+            run.mkdir(parents=True)
+            (run / "dropped.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        elif recipe == "align.py":
+            assert config.parse(config.AlignConfig, command).data.sources[0].path.endswith(".parquet")
+        else:
+            for model in config.parse(config.EvaluateConfig, command).models:
+                name = Path(model).parent.name
+                shares = {"": 0.42, "source_": 0.4, "gain_": 0.02}
+                metrics = {
+                    f"flickr8k_ko/ko/{prefix}text_to_image/recall@10": Metric(share, (share - 0.01, share + 0.01), 9)
+                    for prefix, share in shares.items()
+                }
+                (run / name).mkdir(parents=True)
+                written = {"metrics": {key: metric.to_dict() for key, metric in metrics.items()}}
+                (run / name / "results.json").write_text(json.dumps(written), encoding="utf-8")
+
+    monkeypatch.setattr(curation_training, "start_once", start_once)
+    pairs = write_rows(tmp_path / "train.parquet", [f"{row}번 그림" for row in range(10)], [encoded(picture(1))] * 10)
+    column = next(iter(pairs.captions.values()))
+    table = pq.read_table(pairs.path)
+    pq.write_table(
+        table.rename_columns(["captions_ko" if name == column else name for name in table.column_names]), pairs.path
+    )
+    options = ["--data", pairs.path, "--split", "train[2:10]", "--share", "0.5", "--seeds", "0", "1"]
+    curation_training.main([*options, "--output_dir", str(tmp_path / "runs")])
+    assert commands == ["curate.py", *(["align.py"] * 3 + ["evaluate.py"]) * 2]
+    printed = capsys.readouterr().out
+    assert "8 rows, 4 wrong; 5 dropped for their score, 4 of them wrong" in printed
+    assert printed.count("42.0 (41.0 to 43.0)") == 4
+    assert printed.count("40.0 (39.0 to 41.0)") == 2
+    assert printed.count("+2.0 (+1.0 to +3.0)") == 4
+    right = pq.read_table(tmp_path / "runs" / "right.parquet").to_pylist()
+    assert len(right) == 4
+    noisy = pq.read_table(tmp_path / "runs" / "noisy.parquet").to_pylist()
+    originals = [[f"{row}번 그림"] for row in range(2, 10)]
+    assert [row["wrong"] for row in noisy] == [
+        row["captions_ko"] != text for row, text in zip(noisy, originals, strict=True)
+    ]

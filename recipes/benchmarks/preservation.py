@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import yaml
 from matplotlib.figure import Figure
-from recipe_runs import RECIPES, number, start
+from recipe_runs import RECIPES, line, number, start
 from rich.console import Console
 from rich.table import Table
 
@@ -80,7 +80,7 @@ def compare(runs: dict[float, Path], seed: int, args: argparse.Namespace) -> lis
     labels = {weight: run.name if len(others) > 1 else "" for weight, run in others.items()}
     if not all((folder / label / "results.json").exists() for label in labels.values()):
         models = [str(run / "model") for run in others.values()]
-        sets = yaml.safe_dump(config["eval"]["sets"], default_flow_style=True, width=1_000_000)
+        sets = line(config["eval"]["sets"])
         start("evaluate.py", "--source", str(base / "model"), "--models", *models, "--sets", sets,
               "--output_dir", str(folder), "--cache_dir", str(Path(args.output_dir) / "embeddings"))  # fmt: skip
     nothing = Metric(0.0, (0.0, 0.0), 0)

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from koclip.metrics import Metric
 
 RECIPES = Path(__file__).parents[1]
@@ -50,6 +52,11 @@ def start_once(run: Path, recipe: str, *words: str) -> Cost:
 def cost_of(run: Path) -> Cost:
     """Return the cost of a run that `start_once` has started."""
     return Cost(**json.loads((run / COST).read_text(encoding="utf-8")))
+
+
+def line(value: Any) -> str:
+    """Return a value as an option of a recipe."""
+    return str(yaml.safe_dump(value, default_flow_style=True, width=1_000_000, allow_unicode=True)).strip()
 
 
 def results_of(run: Path) -> dict[str, Any]:

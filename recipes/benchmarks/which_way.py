@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from matplotlib.figure import Figure
-from recipe_runs import COST, RECIPES, cost_of, number, start_once
+from recipe_runs import COST, RECIPES, cost_of, line, number, start_once
 from rich.console import Console
 from rich.table import Table
 
@@ -173,7 +173,7 @@ def run(cell: Cell, args: argparse.Namespace) -> None:
         captioned = _source(cell, "val") | {"captions": {"ko": "captions_ko"}}
         sets = [{"source": {name: captioned[name] for name in ("path", "name", "captions")}}]
         cache = str(Path(args.output_dir) / "embeddings")
-        start_once(folder / "results", "evaluate.py", "--model", str(folder / "model"), "--sets", _line(sets),
+        start_once(folder / "results", "evaluate.py", "--model", str(folder / "model"), "--sets", line(sets),
                    "--cache_dir", cache)  # fmt: skip
 
 
@@ -257,7 +257,7 @@ def _words(cell: Cell, args: argparse.Namespace, steps: int, options: dict[str, 
     """Return the recipe and its options."""
     words = {
         "config": str(RECIPES / "configs" / f"{cell.way.config}.yaml"),
-        "data.sources": _line([_source(cell)]),
+        "data.sources": line([_source(cell)]),
         "eval.sets": "[]",
         "train.num_steps": str(steps),
         "train.precision": args.precision,
@@ -284,10 +284,6 @@ def _source(cell: Cell, split: str = "train") -> dict[str, Any]:
 def _config(way: Way) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load((RECIPES / "configs" / f"{way.config}.yaml").read_text(encoding="utf-8"))
     return config
-
-
-def _line(value: Any) -> str:
-    return str(yaml.safe_dump(value, default_flow_style=True, width=1_000_000, allow_unicode=True)).strip()
 
 
 if __name__ == "__main__":
