@@ -24,7 +24,7 @@ from koclip.config.curation import CurateConfig
 from koclip.curation.batch import KEY, Batch, captions_at, drop, kept_places
 from koclip.curation.captions import text_hash
 from koclip.curation.pictures import PICTURE, PIXELS, SIDE, THUMBNAIL
-from koclip.curation.scores import EMBEDDING, close_embeddings
+from koclip.curation.scores import EMBEDDING, PATIENCE, close_embeddings
 
 HASHES = "hashes"  # column: the hashes of a picture as bytes; the first is the hash of the whole picture
 SMALL = "small"  # column: a small thumbnail, (16, 16) uint8, as bytes
@@ -37,7 +37,6 @@ _PARTS = (0.95, 0.9)  # sides of the parts, as shares of the picture's sides
 _PLACES = 3  # of a part, along each side
 _MIRRORED = np.uint64(0x5555555555555555)  # the bits of the odd horizontal frequencies
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # spreads bits over the highest bits of a product (Knuth 1998, 6.4)
-_PATIENCE = 5  # seconds before a bar is shown
 _LOOKED_UP, _CANDIDATES = 1 << 17, 1 << 20  # hashes at a time: they stay in the cache of the processor
 
 Floats = npt.NDArray[np.float64]
@@ -258,7 +257,7 @@ def similar(queries: Hashes, hashes: Hashes, max_distance: int, num_threads: int
     pairs = [np.empty((0, 2), np.int64)]
     selections = list(itertools.combinations(range(len(bands)), num_equal))
     with ThreadPoolExecutor(num_threads) as pool:  # numpy's functions run beside those of other threads
-        for chosen in tqdm(selections, "compare hashes", unit=" selections", leave=False, delay=_PATIENCE):
+        for chosen in tqdm(selections, "compare hashes", unit=" selections", leave=False, delay=PATIENCE):
             mask = np.bitwise_or.reduce(bands[list(chosen)])
             search.table.fill(mask)
             pairs += pool.map(partial(search.near, mask), range(0, len(flat), _LOOKED_UP))

@@ -333,11 +333,11 @@ def _compare(config: CurateConfig, folder: Folder, units: Sequence[Unit]) -> tup
     for name, step in GLOBAL.items():
         if not step.used(config):
             continue
-        tables = (folder.load(before, unit, step.reads) for unit in tqdm(units, f"compare: {name}", unit=" tables"))
-        decision = step.decide((step.collect(table, config) for table in tables), config)
+        bar = tqdm(units, f"compare: {name}", unit=" tables", leave=False)
+        decision = step.decide((step.collect(folder.load(before, unit, step.reads), config) for unit in bar), config)
         if step_numbers := step.numbers(decision):
             numbers[name] = step_numbers
-        for unit in tqdm(units, f"mark: {name}", unit=" tables"):
+        for unit in tqdm(units, f"mark: {name}", unit=" tables", leave=False):
             fields = [field for field in pq.read_schema(folder.table(before, unit)) if field.name not in _LOOKS]
             batch = step.apply(folder.load(before, unit), decision, config)
             with _writer(folder.table(name, unit), pa.schema(fields)) as writer:

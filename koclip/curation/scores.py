@@ -24,7 +24,7 @@ SCORE = "score"  # column: the mean cosine, -1 to 1; None for rows without a sco
 EMBEDDING = "embedding"  # column: the picture's embedding, (D,) float32, as bytes; only for `duplicates.min_cosine`
 LOW = "low score"
 _TILE = 4_096  # embeddings that are compared with as many at a time
-_PATIENCE = 5  # seconds before a bar is shown
+PATIENCE = 5  # seconds before a bar is shown
 _BATCH = 32  # pictures that are decoded and embedded at a time
 _QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9)
 
@@ -94,7 +94,7 @@ def close_embeddings(embeddings: npt.NDArray[np.float32], min_cosine: float) -> 
     """Return the places (P, 2) of embeddings (N, D), of length 1, that have at least this cosine; the first is less."""
     pairs = [np.empty((0, 2), np.int64)]
     tiles = [(row, column) for row in range(0, len(embeddings), _TILE) for column in range(row, len(embeddings), _TILE)]
-    for row, column in tqdm(tiles, "compare embeddings", unit=" tiles", leave=False, delay=_PATIENCE):
+    for row, column in tqdm(tiles, "compare embeddings", unit=" tiles", leave=False, delay=PATIENCE):
         cosines = embeddings[row : row + _TILE] @ embeddings[column : column + _TILE].T
         close = np.add(np.argwhere(cosines >= min_cosine), [row, column])
         pairs.append(close[close[:, 0] < close[:, 1]])
