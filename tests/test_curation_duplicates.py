@@ -94,6 +94,14 @@ def test_bands_find_exactly_the_pairs_of_all_comparisons(max_distance, num_queri
     np.testing.assert_array_equal(similar(queries, hashes, max_distance, num_threads=3), expected)
 
 
+@pytest.mark.parametrize("copies", [254, 255, 256, 700])
+def test_many_equal_hashes_are_all_found(copies):
+    hashes = np.full(copies, 0x123456789ABCDE00, np.uint64)
+    queries = np.array([[0x123456789ABCDE00], [0x123456789ABCDE01], [0x0EDCBA9876543200]], np.uint64)
+    expected = [[query, 0, place] for query in (0, 1) for place in range(copies)]
+    assert similar(queries, hashes, 3).tolist() == expected
+
+
 def test_no_hashes_are_similar_to_none():
     assert similar(np.empty((0, 1), np.uint64), np.empty(0, np.uint64), 7).shape == (0, 3)
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
@@ -37,6 +38,7 @@ _PARTS = (0.95, 0.9)  # sides of the parts, as shares of the picture's sides
 _PLACES = 3  # of a part, along each side
 _MIRRORED = np.uint64(0x5555555555555555)  # the bits of the odd horizontal frequencies
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # spreads bits over the highest bits of a product (Knuth 1998, 6.4)
+_MANY = 255  # the largest number of a byte
 _LOOKED_UP, _CANDIDATES = 1 << 17, 1 << 20  # hashes at a time: they stay in the cache of the processor
 
 Floats = npt.NDArray[np.float64]
@@ -150,20 +152,21 @@ def decide_duplicates(facts: Iterable[Pictures], config: CurateConfig) -> Decisi
     Rows with the same stored picture and other captions stay together. Of a group of near-duplicates, the picture with
     the most pixels stays, then the one with the smallest hash: the order of the rows does not matter.
     """
-    keys: list[str] = []
+    lists: list[pa.StringArray] = []  # a third of the memory of Python's strings
     parts: list[tuple[Integers, Integers, Hashes]] = []
     looks = Looks(np.empty((0, 0), np.uint64), np.empty((0, _SMALL_SIDE, _SMALL_SIDE), np.uint8))
     embeddings = np.empty((0, 0), np.float32)
     for part in (part for part in facts if part.keys):
-        keys += part.keys
+        lists.append(pa.array(part.keys))
         parts.append((part.pictures, part.pixels, part.captions))
         _append(looks.hashes, part.hashes)
         _append(looks.small, part.small)
         _append(embeddings, part.embeddings)
-    if not keys:
+    if not parts:
         return {}
-    columns = zip(*parts, strict=True)
-    pictures, pixels, captions = (np.concatenate(list(column)) for column in columns)
+    keys = pa.chunked_array(lists)
+    pictures, pixels, captions = map(np.concatenate, zip(*parts, strict=True))
+    parts.clear()
     first, node = _distinct(pictures)
     pictures, pixels = pictures[first], pixels[first]
     for column in (*looks, embeddings):
@@ -178,8 +181,11 @@ def decide_duplicates(facts: Iterable[Pictures], config: CurateConfig) -> Decisi
     near = best[node] != node
     earlier = _earliest(node, captions)
     repeated = ~near & (earlier != np.arange(len(keys)))
-    decision = {keys[row]: (NEAR, keys[first[best[node[row]]]]) for row in np.flatnonzero(near)}
-    return decision | {keys[row]: (REPEATED_PAIR, keys[earlier[row]]) for row in np.flatnonzero(repeated)}
+    decision: Decision = {}
+    for reason, rows, others in ((NEAR, near, first[best[node]]), (REPEATED_PAIR, repeated, earlier)):
+        dropped, stays = (keys.take(places[rows]).to_pylist() for places in (np.arange(len(keys)), others))
+        decision |= {key: (reason, other) for key, other in zip(dropped, stays, strict=True)}
+    return decision
 
 
 def _earliest(pictures: Integers, captions: npt.NDArray[np.uint64]) -> Integers:
@@ -324,9 +330,8 @@ class _Table:
         self.hashes = hashes
         self._shift = np.uint64(64 - self.size_of(len(hashes)))
         size = 1 << self.size_of(len(hashes))
-        self._kinds = np.zeros(size, np.uint8)  # 0: an empty bucket, 1: a bucket of one hash, 2: of several
-        self._firsts = np.empty(size, np.uint32)  # of used buckets: the place of the hash, or where `_several` starts
-        self._counts = np.empty(size, np.uint32)  # of buckets with several hashes
+        self._counts = np.zeros(size, np.uint8)  # of the hashes in each bucket; 255 stands for as many or more
+        self._starts = np.empty(size, np.uint32)  # of used buckets, in `_places`
 
     @staticmethod
     def size_of(num_hashes: int) -> int:
@@ -334,41 +339,43 @@ class _Table:
         return min(24, num_hashes.bit_length() + 3)
 
     def _buckets(self, hashes: Hashes, mask: np.uint64) -> Integers:
-        return (((hashes & mask) * _MULTIPLIER) >> self._shift).view(np.int64)  # numpy looks up int64 faster
+        buckets = (hashes & mask) * _MULTIPLIER
+        buckets >>= self._shift
+        return buckets.view(np.int64)  # numpy looks up int64 faster
 
     def fill(self, mask: np.uint64) -> None:
         """Put each hash into the bucket of its bits in `mask`."""
-        buckets = self._buckets(self.hashes, mask)
-        places = np.arange(len(buckets))
-        self._kinds[:] = 0
-        self._kinds[buckets] = 1
-        self._firsts[buckets] = places
-        self._kinds[buckets[self._firsts.take(buckets) != places]] = 2  # a later hash was written over this one
-        places = np.flatnonzero(self._kinds.take(buckets) == 2)
-        places = places[np.argsort(buckets.take(places), kind="stable")]
-        self._several = places
-        buckets = buckets.take(places)
-        starts = np.flatnonzero(np.diff(buckets, prepend=-1))
-        self._firsts[buckets[starts]] = starts
-        self._counts[buckets[starts]] = np.diff(starts, append=len(buckets))
+        entries = self._buckets(self.hashes, mask)
+        entries <<= 32
+        entries |= np.arange(len(entries))
+        entries.sort()
+        self._places = (entries & 0xFFFFFFFF).astype(np.uint32)
+        entries >>= 32
+        starts = np.flatnonzero(np.diff(entries, prepend=-1))
+        used, counts = entries.take(starts), np.diff(starts, append=len(entries))
+        self._counts[:] = 0
+        self._counts[used] = np.minimum(counts, _MANY)
+        self._starts[used] = starts
+        many = np.flatnonzero(counts >= _MANY)
+        self._full, self._exact = used[many], counts[many]  # the full buckets, in ascending order, and their counts
 
     def candidates(self, queries: Hashes, mask: np.uint64) -> Iterator[tuple[Integers, Integers]]:
         """Yield places in `queries` and in the hashes that share a bucket, about `_CANDIDATES` at a time."""
         buckets = self._buckets(queries, mask)
-        kinds = self._kinds.take(buckets)
-        single = np.flatnonzero(kinds == 1)
-        yield single, self._firsts.take(buckets.take(single)).astype(np.int64)
-        several = np.flatnonzero(kinds == 2)
-        buckets = buckets.take(several)
-        starts, counts = (table.take(buckets).astype(np.int64) for table in (self._firsts, self._counts))
+        counts = self._counts.take(buckets)
+        hits = np.flatnonzero(counts)
+        buckets, counts = buckets.take(hits), counts.take(hits).astype(np.int64)
+        many = np.flatnonzero(counts == _MANY)
+        counts[many] = self._exact.take(np.searchsorted(self._full, buckets.take(many)))
+        starts = self._starts.take(buckets).astype(np.int64)
         ends = np.cumsum(counts)
         begin = 0
-        while begin < len(several):
+        while begin < len(hits):
             before = ends[begin - 1] if begin else 0
             stop = max(begin + 1, int(np.searchsorted(ends, before + _CANDIDATES, "right")))
             block = counts[begin:stop]
             first = np.repeat(starts[begin:stop] - (ends[begin:stop] - block - before), block)
-            yield np.repeat(several[begin:stop], block), self._several.take(first + np.arange(len(first)))
+            yield np.repeat(hits[begin:stop], block), self._places.take(first + np.arange(len(first))).astype(np.int64)
             begin = stop
 
 
