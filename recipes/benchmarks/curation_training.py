@@ -8,9 +8,8 @@ python recipes/benchmarks/curation_training.py --scorer runs/scorer/model
 
 The pairs are 4,000 photos that the scorer has not seen, with their Korean captions. 30 % of them exchange their
 captions with each other. `koclip curate` drops the 30 % with the lowest scores. align/real_projection is trained on the
-noisy pairs, on the cleaned pairs, and on the right pairs alone, which are the best that a scorer could leave. All runs
-have the same number of steps. The models are compared with that of the noisy pairs, query by query, on 1,000 other
-photos, by recipes/evaluate.py. Runs that exist are not repeated.
+noisy pairs and on the cleaned pairs, with the same number of steps. The models are compared query by query, on 1,000
+other photos, by recipes/evaluate.py. Runs that exist are not repeated.
 """
 
 import argparse
@@ -38,30 +37,25 @@ from koclip.metrics import Metric
 from koclip.text.normalize import usable
 
 RECALL = "text_to_image/recall@10"
-NOISY, CLEANED, RIGHT = "noisy", "cleaned", "right"
+NOISY, CLEANED = "noisy", "cleaned"
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Clean the pairs, train on each set with each seed, and print the comparisons."""
     args = parser().parse_args(words)
     folder = Path(args.output_dir)
-    paths = {NOISY: folder / "noisy.parquet", RIGHT: folder / "right.parquet", CLEANED: clean(folder, args)}
+    paths = {NOISY: folder / "noisy.parquet", CLEANED: clean(folder, args)}
     print_dropped(folder)
     table = Table(title="Korean text to image, R@10, %, and the gain over the noisy pairs, points. 95 % intervals")
     for heading in ("pairs", "seed", "R@10", "gain"):
         table.add_column(heading, justify="right")
-    gains: dict[str, list[float]] = {CLEANED: [], RIGHT: []}
+    gains = []
     for seed in args.seeds:
-        runs = {name: train(name, path, seed, args) for name, path in paths.items()}
-        compared = compare(runs, seed, args)
-        table.add_row(NOISY, str(seed), shown(number(compared / runs[CLEANED].name, f"ko/source_{RECALL}")), "")
-        for name, values in gains.items():
-            results = compared / runs[name].name
-            gain = number(results, f"ko/gain_{RECALL}")
-            values.append(gain.value)
-            table.add_row(name, str(seed), shown(number(results, f"ko/{RECALL}")), shown(gain, "+"))
-    for name, values in gains.items():
-        table.add_row(name, "mean", "", f"{100 * statistics.fmean(values):+.1f}")
+        compared = compare({name: train(name, path, seed, args) for name, path in paths.items()}, seed, args)
+        gains.append(number(compared, f"ko/gain_{RECALL}"))
+        table.add_row(NOISY, str(seed), shown(number(compared, f"ko/source_{RECALL}")), "")
+        table.add_row(CLEANED, str(seed), shown(number(compared, f"ko/{RECALL}")), shown(gains[-1], "+"))
+    table.add_row(CLEANED, "mean", "", f"{100 * statistics.fmean(gain.value for gain in gains):+.1f}")
     Console(width=100).print(table)
 
 
@@ -83,16 +77,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def clean(folder: Path, args: argparse.Namespace) -> Path:
-    """Write the noisy pairs and the right pairs, and curate the noisy pairs; return the files of the result."""
+    """Write the noisy pairs, and curate them; return the files of the result."""
     if not (folder / "noisy.parquet").exists():
         source = SourceConfig(path=args.data, split=args.split, captions={"ko": "captions_ko"})
         rows = list(open_source(source).iter_rows())
         captions, wrong = exchanged([usable(row.captions["ko"]) for row in rows], args.share, seed=0)
         images = [{"bytes": read(row.image), "path": row.key.rpartition("/")[2]} for row in rows]
         pairs = pa.table({"image": images, "captions_ko": captions, "wrong": wrong})
-        for name, table in (("right", pairs.filter(pa.array(~wrong))), ("noisy", pairs)):
-            with storage.atomic(folder / f"{name}.parquet") as partial:
-                pq.write_table(table, partial)
+        with storage.atomic(folder / "noisy.parquet") as partial:
+            pq.write_table(pairs, partial)
     start_once(folder / "cleaned", "curate.py", "--sources", line([pairs_in(folder / "noisy.parquet")]),
                "--pairs.model", args.scorer, "--pairs.drop_share", str(args.share))  # fmt: skip
     return folder / "cleaned" / "*.parquet"
@@ -122,12 +115,11 @@ def train(name: str, path: Path, seed: int, args: argparse.Namespace) -> Path:
 
 
 def compare(runs: dict[str, Path], seed: int, args: argparse.Namespace) -> Path:
-    """Evaluate the runs of a seed, and compare them with that of the noisy pairs; return the directory."""
+    """Evaluate the runs of a seed, and compare them query by query; return the directory."""
     folder = Path(args.output_dir) / f"compared-{seed}"
     sets = [{"source": pairs_in(Path(args.data).with_name("val.parquet"))}]
-    models = [str(run / "model") for name, run in runs.items() if name != NOISY]
-    start_once(folder, "evaluate.py", "--source", str(runs[NOISY] / "model"), "--models", *models, "--sets", line(sets),
-               "--cache_dir", str(Path(args.output_dir) / "embeddings"))  # fmt: skip
+    start_once(folder, "evaluate.py", "--source", str(runs[NOISY] / "model"), "--model", str(runs[CLEANED] / "model"),
+               "--sets", line(sets), "--cache_dir", str(Path(args.output_dir) / "embeddings"))  # fmt: skip
     return folder
 
 
