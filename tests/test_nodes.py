@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers.warm_python import free_port
 from test_crash import NUM_STEPS, RECIPE, Kind, finish, sources, start, trained, words
 
 __all__ = ["sources"]  # a fixture
@@ -31,8 +31,7 @@ def documented(rank: int, port: int) -> list[str]:
 
 def launch(run: Path, options: list[str]) -> list["subprocess.Popen[bytes]"]:
     """Start both nodes."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     nodes = []
     for rank in (0, 1):

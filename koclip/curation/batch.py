@@ -8,6 +8,7 @@ from koclip.data.formats import Row
 Batch = dict[str, list[Any]]
 KEY, IMAGE, REASON, DETAIL, NOTES = "key", "image", "reason", "detail", "notes"
 LOST = "lost"  # column: for each note, the caption before it
+PATIENCE = 5  # seconds before the bar of a comparison is shown
 _CAPTIONS = "captions_"
 NO_CAPTION = "no caption"
 

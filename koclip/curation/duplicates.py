@@ -22,10 +22,10 @@ from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
 from koclip.config.curation import CurateConfig
-from koclip.curation.batch import KEY, Batch, captions_at, drop, kept_places
+from koclip.curation.batch import KEY, PATIENCE, Batch, captions_at, drop, kept_places
 from koclip.curation.captions import text_hash
 from koclip.curation.pictures import PICTURE, PIXELS, SIDE, THUMBNAIL
-from koclip.curation.scores import EMBEDDING, PATIENCE, close_embeddings
+from koclip.curation.scores import EMBEDDING, close_embeddings
 
 HASHES = "hashes"  # column: the hashes of a picture as bytes; the first is the hash of the whole picture
 SMALL = "small"  # column: a small thumbnail, (16, 16) uint8, as bytes
@@ -167,7 +167,7 @@ def decide_duplicates(facts: Iterable[Pictures], config: CurateConfig) -> Decisi
     keys = pa.chunked_array(lists)
     pictures, pixels, captions = map(np.concatenate, zip(*parts, strict=True))
     parts.clear()
-    first, node = _distinct(pictures)
+    first, node = first_places(pictures)
     pictures, pixels = pictures[first], pixels[first]
     for column in (*looks, embeddings):
         _select(column, first)
@@ -225,7 +225,7 @@ def _select(column: npt.NDArray[Any], places: Integers) -> None:
     column.resize((len(places), *column.shape[1:]), refcheck=False)
 
 
-def _distinct(values: Integers) -> tuple[Integers, Integers]:
+def first_places(values: Integers) -> tuple[Integers, Integers]:
     """Return the first place of each different value, in ascending order, and which of these values each row has."""
     _, first, number = np.unique(values, return_index=True, return_inverse=True)
     order = np.argsort(first)

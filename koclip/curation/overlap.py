@@ -16,7 +16,7 @@ import numpy.typing as npt
 from koclip.config import CurateConfig, SourceConfig
 from koclip.curation.batch import KEY, REASON, Batch, batch_of, captions_at, drop, kept_places
 from koclip.curation.captions import text_hash
-from koclip.curation.duplicates import Looks, Pictures, add_hashes, collect_pictures, similar_pictures
+from koclip.curation.duplicates import Looks, Pictures, add_hashes, collect_pictures, first_places, similar_pictures
 from koclip.curation.pictures import filter_pictures
 from koclip.data.sources import open_source
 from koclip.text.normalize import normalize
@@ -116,7 +116,7 @@ def read_set(source: SourceConfig, config: CurateConfig) -> tuple[Pictures, dict
 
 def distinct(rows: Pictures) -> Pictures:
     """Return the first row of each stored picture."""
-    places = np.sort(np.unique(rows.pictures, return_index=True)[1])
+    places, _ = first_places(rows.pictures)
     return Pictures._make([[rows.keys[place] for place in places], *(column[places] for column in rows[1:])])
 
 

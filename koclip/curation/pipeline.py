@@ -103,11 +103,7 @@ GLOBAL: dict[str, GlobalStep] = {
         (HASHES, SMALL),
     ),
     "duplicates": GlobalStep(
-        lambda config: config.duplicates.enabled,
-        collect_pictures,
-        decide_duplicates,
-        drop_duplicates,
-        reads=_LOOKS,
+        lambda config: config.duplicates.enabled, collect_pictures, decide_duplicates, drop_duplicates, reads=_LOOKS
     ),
     "scores": GlobalStep(
         lambda config: config.pairs.model is not None,
@@ -293,6 +289,12 @@ def _languages(config: CurateConfig) -> list[str]:
     return sorted({"ko", "en"}.union(*(source.captions for source in config.sources)))
 
 
+def _schema(config: CurateConfig, without: Sequence[str] = ()) -> pa.Schema:
+    """Return the columns of a table, without some of them."""
+    columns = _COLUMNS | {caption_column(language): _CAPTIONS for language in _languages(config)}
+    return pa.schema({name: kind for name, kind in columns.items() if name not in without})
+
+
 def _check_unit(unit: Unit, config: CurateConfig, folder: Folder) -> Iterator[int]:
     """Take the local steps for a unit, and write its table; yield the number of rows of each block."""
     file = folder.table(CHECKED, unit)
@@ -301,8 +303,7 @@ def _check_unit(unit: Unit, config: CurateConfig, folder: Folder) -> Iterator[in
         return
     pictured = config.sources[unit.source].image is not None
     steps = [step for step in LOCAL if pictured or step not in _OF_PICTURES]
-    languages = _languages(config)
-    schema = pa.schema(_COLUMNS | {caption_column(language): _CAPTIONS for language in languages})
+    languages, schema = _languages(config), _schema(config)
     with _single_thread(), _writer(file, schema) as writer:
         for rows in _blocks(_rows(config, unit)):
             batch = batch_of(rows, languages)
@@ -329,7 +330,7 @@ def _append(writer: pq.ParquetWriter, batch: Batch, schema: pa.Schema) -> None:
 @_single_thread()
 def _compare(config: CurateConfig, folder: Folder, units: Sequence[Unit]) -> tuple[str, dict[str, Any]]:
     """Take the global steps over the tables of all units; return the name of the last stage, and numbers by step."""
-    before, numbers = CHECKED, {}
+    before, numbers, schema = CHECKED, {}, _schema(config, _LOOKS)
     for name, step in GLOBAL.items():
         if not step.used(config):
             continue
@@ -338,10 +339,9 @@ def _compare(config: CurateConfig, folder: Folder, units: Sequence[Unit]) -> tup
         if step_numbers := step.numbers(decision):
             numbers[name] = step_numbers
         for unit in tqdm(units, f"mark: {name}", unit=" tables", leave=False):
-            fields = [field for field in pq.read_schema(folder.table(before, unit)) if field.name not in _LOOKS]
             batch = step.apply(folder.load(before, unit), decision, config)
-            with _writer(folder.table(name, unit), pa.schema(fields)) as writer:
-                _append(writer, batch, pa.schema(fields))
+            with _writer(folder.table(name, unit), schema) as writer:
+                _append(writer, batch, schema)
         before = name
     return before, numbers
 

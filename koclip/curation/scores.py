@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from tqdm.auto import tqdm
 
 from koclip.config import CurateConfig, check
-from koclip.curation.batch import IMAGE, REASON, Batch, captions_at, drop, kept_places
+from koclip.curation.batch import IMAGE, PATIENCE, REASON, Batch, captions_at, drop, kept_places
 from koclip.data.survey import single_threaded
 from koclip.data.transforms import decode, read
 from koclip.encoders import Encoder, load, usable
@@ -24,7 +24,6 @@ SCORE = "score"  # column: the mean cosine, -1 to 1; None for rows without a sco
 EMBEDDING = "embedding"  # column: the picture's embedding, (D,) float32, as bytes; only for `duplicates.min_cosine`
 LOW = "low score"
 _TILE = 4_096  # embeddings that are compared with as many at a time
-PATIENCE = 5  # seconds before a bar is shown
 _BATCH = 32  # pictures that are decoded and embedded at a time
 _QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9)
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import yaml
 from matplotlib.figure import Figure
-from recipe_runs import RECIPES, number, results_of, start_once
+from recipe_runs import RECIPES, number, results_of, shown, start_once
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -174,9 +174,8 @@ def print_table(outcomes: Sequence[Outcome]) -> None:
     for heading in ("text encoder", "image tower", "steps", "Korean", "English", "chance"):
         table.add_column(heading)
     for run, korean, english, chance in outcomes:
-        numbers = (f"{100 * metric.value:.1f} ({100 * metric.ci95[0]:.1f} to {100 * metric.ci95[1]:.1f})"
-                   for metric in (korean, english))  # fmt: skip
-        table.add_row(run.text, run.image, f"{run.steps:,}", *numbers, f"{100 * chance:.1f}")
+        numbers = shown(korean), shown(english), f"{100 * chance:.1f}"
+        table.add_row(run.text, run.image, f"{run.steps:,}", *numbers)
     Console(width=100).print(table)
 
 

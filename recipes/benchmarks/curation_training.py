@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from curation_scores import exchanged
 from pairs import FLICKR8K_KO
-from recipe_runs import RECIPES, line, number, start_once
+from recipe_runs import RECIPES, line, number, shown, start_once
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +33,6 @@ from koclip.curation.report import DROPPED
 from koclip.curation.scores import LOW
 from koclip.data.sources import open_source
 from koclip.data.transforms import read
-from koclip.metrics import Metric
 from koclip.text.normalize import usable
 
 RECALL = "text_to_image/recall@10"
@@ -126,12 +125,6 @@ def compare(runs: dict[str, Path], seed: int, args: argparse.Namespace) -> Path:
 def pairs_in(path: Path) -> dict[str, Any]:
     """Return the settings of a table of pairs."""
     return {"path": str(path), "name": "flickr8k_ko", "captions": {"ko": "captions_ko"}}
-
-
-def shown(metric: Metric, sign: str = "") -> str:
-    """Return a share in percent, with its interval."""
-    low, high = metric.ci95
-    return f"{100 * metric.value:{sign}.1f} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import yaml
 from matplotlib.figure import Figure
-from recipe_runs import RECIPES, line, number, start
+from recipe_runs import RECIPES, line, number, shown, start
 from rich.console import Console
 from rich.table import Table
 
@@ -112,9 +112,7 @@ def print_table(points: Sequence[Point], metric: str) -> None:
         table.add_column(heading, justify="right")
     for weight, (korean, english) in means(points).items():
         for point in (point for point in points if point.weight == weight):
-            own = (f"{100 * part.value:{sign}.1f} ({100 * part.ci95[0]:{sign}.1f} to {100 * part.ci95[1]:{sign}.1f})"
-                   for part, sign in ((point.korean, "+"), (point.english, "")))  # fmt: skip
-            table.add_row(f"{weight:g}", str(point.seed), *own)
+            table.add_row(f"{weight:g}", str(point.seed), shown(point.korean, "+"), shown(point.english))
         table.add_row(f"{weight:g}", "mean", f"{100 * korean:+.1f}", f"{100 * english:.1f}", end_section=True)
     Console(width=100).print(table)
 

@@ -59,6 +59,12 @@ def line(value: Any) -> str:
     return str(yaml.safe_dump(value, default_flow_style=True, width=1_000_000, allow_unicode=True)).strip()
 
 
+def shown(metric: Metric, sign: str = "") -> str:
+    """Return a share in percent, with its interval; `sign` is "+" for differences."""
+    low, high = metric.ci95
+    return f"{100 * metric.value:{sign}.1f} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
+
+
 def results_of(run: Path) -> dict[str, Any]:
     """Return the content of a run's results.json."""
     results: dict[str, Any] = json.loads((run / "results.json").read_text(encoding="utf-8"))

@@ -114,15 +114,19 @@ def run(command: Sequence[str], timeout: float = 540, **options: Any) -> "subpro
     return subprocess.CompletedProcess(list(command), status, *texts)
 
 
+def free_port() -> int:
+    """Return a port of this machine that no program listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
 def start_in_processes(command: Sequence[str], count: int, log: IO[Any], cwd: Path | None = None) -> list[Program]:
     """Start a program in `count` processes on the CPU, one thread each.
 
     Several find each other as those of torchrun do; a single process is started as without torchrun.
     """
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     common = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     meeting |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     ranks = [meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)] if count > 1 else [{}]
     with Path(os.devnull).open() as nothing:
