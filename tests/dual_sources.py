@@ -9,8 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from align_runs import align, arguments, write_pairs
+from helpers.process_group import joined
 from open_clip_checkpoints import write
 from peer_models import saved
 
@@ -61,7 +61,5 @@ def train_all(place: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.distributed.init_process_group("gloo")
-    train_all(Path(sys.argv[1]))
-    distributed.barrier()
-    torch.distributed.destroy_process_group()
+    with joined():
+        train_all(Path(sys.argv[1]))

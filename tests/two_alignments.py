@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from align_runs import align, arguments, write_encoder, write_pairs, write_source
+from helpers.process_group import joined
 from helpers.tokenizer_families import FAMILIES
 from transformers import AutoTokenizer
 
@@ -101,10 +101,8 @@ def counted() -> Iterator[list[str]]:
 
 
 def main(folder: Path) -> None:
-    torch.distributed.init_process_group("gloo")
-    run_all(folder)
-    distributed.barrier()
-    torch.distributed.destroy_process_group()
+    with joined():
+        run_all(folder)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import dirty
-import torch
 from align_runs import ENGLISH, KOREAN, align, arguments, write_source
+from helpers.process_group import joined
 from test_recipes import pretrain
 
 from koclip import config, distributed
@@ -56,13 +56,11 @@ def write(folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    torch.distributed.init_process_group("gloo")
-    count = distributed.world_size()
-    for run in RUNS.values():
-        for way in ("1", "pieces") if count == 1 else ("2",):
-            run(folder, way)
-            distributed.barrier()
-    torch.distributed.destroy_process_group()
+    with joined():
+        for run in RUNS.values():
+            for way in ("1", "pieces") if distributed.world_size() == 1 else ("2",):
+                run(folder, way)
+                distributed.barrier()
 
 
 if __name__ == "__main__":
