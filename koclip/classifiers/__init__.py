@@ -1,1 +1,1 @@
-"""From embeddings to decisions: classifiers from a few labelled pictures, calibration, and thresholds for "none of these"."""
+"""From embeddings to decisions: a few labelled pictures, calibration, and thresholds for "none of these"."""
