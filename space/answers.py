@@ -17,7 +17,7 @@ from texts import RefusedError
 
 from koclip.encoders import Encoder, NoPatchesError
 from koclip.evaluation.tasks.zero_shot import ensemble
-from koclip.search import ImageIndex
+from koclip.search import ImageIndex, SearchResult
 from koclip.text.classes import fill, load_templates
 from koclip.text.korean.hangul import is_syllable
 
@@ -95,9 +95,17 @@ class Answers:
         read = [text for many in prompts for text in many]
         return Classified({names[place]: float(scores[place]) for place in order}, read)
 
-    def search(self, query: str, page: float) -> tuple[list[Hit], int]:
-        """Return a page of the images that are most similar to a text, and the rank of its first image, from 0."""
-        return self._page(self._texts([guard.read_text(query)]), page)
+    def search(self, query: str, page: float, alpha: float = 0) -> tuple[list[Hit], int]:
+        """Return a page of the images that are most similar to a text, and the rank of its first image, from 0.
+
+        With `alpha`, only images that match (`koclip.search.ImageIndex.matches`): the first page may be empty.
+        """
+        text = guard.read_text(query)
+        promises = self.index.promises
+        if alpha and alpha not in promises.get(language_of(text), []):
+            available = (f"{language} {', '.join(f'{own:g}' for own in promises[language])}" for language in promises)
+            raise RefusedError("bad_matches", limit="; ".join(available) or "-")
+        return self._page(self._texts([text]), page, alpha, language_of(text))
 
     def similar(self, image: Image.Image) -> list[Hit]:
         """Return the first page of the images that are most similar to an image."""
@@ -178,13 +186,19 @@ class Answers:
                 parts.append(encode(inputs[start : start + batch]))
         return torch.cat(parts)
 
-    def _page(self, queries: torch.Tensor, page: float) -> tuple[list[Hit], int]:
+    def _page(self, queries: torch.Tensor, page: float, alpha: float = 0, language: str = "") -> tuple[list[Hit], int]:
         last = min(MAX_PAGE, -(-len(self.index) // PER_PAGE))
         if page not in range(1, last + 1):  # a page that is not a number is not in it either
             raise RefusedError("bad_page", limit=last)
         first = (int(page) - 1) * PER_PAGE
-        results = self.index.search(queries, first + PER_PAGE)
-        pairs = zip(results.places[0, first:].tolist(), results.scores[0, first:].tolist(), strict=True)
+        count = first + PER_PAGE
+        if alpha:
+            (results,) = self.index.matches(queries, count, alpha, language)
+        else:
+            results = SearchResult(*(part[0] for part in self.index.search(queries, count)))
+        if first and len(results.places) <= first:
+            raise RefusedError("bad_page", limit=max(1, -(-len(results.places) // PER_PAGE)))
+        pairs = zip(results.places[first:].tolist(), results.scores[first:].tolist(), strict=True)
         return [self._hit(place, score) for place, score in pairs], first
 
     def _hit(self, place: int, score: float) -> Hit:
@@ -220,8 +234,12 @@ def prompt(template: object, label: str) -> str:
 
 def templates_for(label: str) -> list[str]:
     """Return the built-in templates for photos: the Korean ones if the label contains Hangul, else the English ones."""
-    language = "ko" if any(is_syllable(character) for character in label) else "en"
-    return load_templates(language)["photo"]
+    return load_templates(language_of(label))["photo"]
+
+
+def language_of(text: str) -> str:
+    """Return `ko` if the text contains Hangul, else `en`."""
+    return "ko" if any(is_syllable(character) for character in text) else "en"
 
 
 def seen(image: Image.Image, view: tuple[float, float] | None) -> tuple[int, int, int, int]:

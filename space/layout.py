@@ -6,7 +6,19 @@ from typing import Any
 import gradio as gr
 from answers import WAYS, Answers
 from guard import MAX_LABEL, MAX_LABELS
-from pieces import Texts, add_examples, answering, captioned, gallery_box, headers, opened, picture_box, text_box, ways
+from pieces import (
+    Texts,
+    add_examples,
+    answering,
+    captioned,
+    gallery_box,
+    headers,
+    matches_box,
+    opened,
+    picture_box,
+    text_box,
+    ways,
+)
 from texts import LANGUAGES, say
 
 from koclip.text.classes import load_templates
@@ -117,6 +129,7 @@ def _search_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: li
         query = text_box(texts, "query", "query_hint", scale=5, info=False)
         button = gr.Button(say("search", "ko"), variant="primary", scale=1, min_width=110)
         texts(button, value="search")
+    matches = matches_box(texts, answers.index.promises)
     examples_here = gr.Column()
     status = gr.Markdown()
     gallery = gallery_box(texts, "found")
@@ -127,29 +140,35 @@ def _search_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: li
         forward = texts(gr.Button(say("next", "ko"), size="sm", min_width=80), value="next")
 
     @answering
-    def search(query: str, page: float, language: str) -> tuple[list[Any], str, float]:
+    def search(query: str, page: float, language: str, matches: float = 0) -> tuple[list[Any], str, float]:
         """Find the images that are most similar to a text: 12 images on a page. The first page is 1.
 
-        Returns the images with caption and cosine similarity, a line about them, and the page.
+        With `matches`, such as 0.1, only images that match: at most this share of the queries that nothing matches
+        shows something. Returns the images with caption and cosine similarity, a line about them, and the page.
         """
-        hits, first = answers.search(query, page)
+        hits, first = answers.search(query, page, matches)
         last, total = first + len(hits), len(answers.index)
-        return captioned(hits), say("status", language, first=first + 1, last=last, total=total), page
+        line = say("status", language, first=first + 1, last=last, total=total) if hits else say("no_match", language)
+        return captioned(hits), line, page
 
-    inputs, outputs = [query, page, language], [gallery, status, page]
+    inputs, outputs = [query, page, language, matches], [gallery, status, page]
+
+    def first_page(query: str, language: str, matches: float) -> Any:
+        return search(query, 1, language, matches)
 
     def moved(step: int) -> Callable[..., Any]:
-        return lambda query, page, language: search(query, max(1, (page or 1) + step), language)
+        return lambda query, page, *others: search(query, max(1, (page or 1) + step), *others)
 
     hidden: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model"}
     button.click(search, inputs, outputs, api_name="search", concurrency_id="model")
-    query.submit(lambda query, language: search(query, 1, language), [query, language], outputs, **hidden)
+    query.submit(first_page, [query, language, matches], outputs, **hidden)
     page.submit(search, inputs, outputs, **hidden)
     back.click(moved(-1), inputs, outputs, **hidden)
     forward.click(moved(1), inputs, outputs, **hidden)
-    query.change(lambda: 1, None, page, api_visibility="private", show_progress="hidden")
+    for box in (query, matches):
+        box.change(lambda: 1, None, page, api_visibility="private", show_progress="hidden")
     with examples_here:
-        add_examples(texts, examples, [query], [query, language], outputs, lambda query, code: search(query, 1, code))
+        add_examples(texts, examples, [query], [query, language, matches], outputs, first_page)
 
 
 def _caption_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: list[list[Any]]) -> None:
@@ -194,7 +213,7 @@ def _heatmap_tab(answers: Answers, texts: Texts, language: gr.Radio, examples: l
             image = picture_box(texts, "image")
             query = text_box(texts, "heat_query", "query_hint", info=False)
             way = gr.Radio(ways("ko"), value=WAYS[0], elem_id="way", label=say("way", "ko"), info=say("way_hint", "ko"))
-            texts(way, label="way", info="way_hint")
+            texts(way, ways, label="way", info="way_hint")
             button = texts(gr.Button(say("heatmap", "ko"), variant="primary"), value="heatmap")
         with gr.Column(min_width=300):
             shown = gr.Image(label=say("heat_result", "ko"), interactive=False, format="webp", height=360, buttons=[])

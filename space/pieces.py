@@ -1,6 +1,7 @@
 """Components of the Space: safe image uploads, texts in two languages, examples, short errors."""
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from texts import RefusedError, say
 
 Component = TypeVar("Component")
+Choices = Callable[[str], list[tuple[str, Any]]]
 SHOWN = 256  # pixels of the longer side of an image in a gallery
 _log = logging.getLogger("koclip.space")
 
@@ -56,10 +58,16 @@ class Texts:
 
     def __init__(self) -> None:
         self._keys: list[tuple[Any, dict[str, str]]] = []
+        self._choices: dict[int, Choices] = {}  # by the id of the component
 
-    def __call__(self, component: Component, **keys: str) -> Component:
-        """Register a component with the keys of its texts (property -> key in `texts`); return the component."""
+    def __call__(self, component: Component, choices: Choices | None = None, /, **keys: str) -> Component:
+        """Register a component with the keys of its texts (property -> key in `texts`); return the component.
+
+        `choices` returns those of a radio in a language.
+        """
         self._keys.append((component, keys))
+        if choices:
+            self._choices[id(component)] = choices
         return component
 
     @property
@@ -80,14 +88,14 @@ class Texts:
             said: dict[str, Any] = {name: say(key, language) for name, key in keys.items()}
             updates.append(gr.update(**said))
         for update, component in zip(updates, self.components, strict=True):
-            if component.elem_id == "way":
-                update["choices"] = ways(language)
+            if choices := self._choices.get(id(component)):
+                update["choices"] = choices(language)
             elif isinstance(component, gr.Dataframe):
                 update["value"] = {"headers": headers(language), "data": next(remaining)}
         return updates
 
 
-def ways(language: str) -> list[tuple[str, str]]:
+def ways(language: str) -> list[tuple[str, Any]]:
     """Return the methods of a heat map as (label, value) pairs of a radio."""
     return [(say(f"way_{way}", language), way) for way in WAYS]
 
@@ -116,6 +124,27 @@ def gallery_box(texts: Texts, key: str) -> gr.Gallery:
         label=say(key, "ko"), columns=4, height="auto", object_fit="contain", buttons=[], elem_classes="gallery"
     )
     return texts(gallery, label=key)
+
+
+def matches_box(texts: Texts, promises: dict[str, list[float]]) -> gr.Radio:
+    """Return the choice of the share of queries without a match that may show something; 0 shows all images.
+
+    `promises` are those of the index (`koclip.search.ImageIndex`). Without any, the choice is not visible.
+    """
+    alphas = sorted({alpha for own in promises.values() for alpha in own})
+
+    def choices(language: str) -> list[tuple[str, Any]]:
+        return [(say("matches_off", language), 0), *((f"{100 * alpha:g} %", alpha) for alpha in alphas)]
+
+    box = gr.Radio(
+        choices("ko"),
+        value=0,
+        label=say("matches", "ko"),
+        info=say("matches_hint", "ko"),
+        visible=bool(alphas),
+        elem_id="matches",
+    )
+    return texts(box, choices, label="matches", info="matches_hint")
 
 
 def text_box(texts: Texts, key: str, hint: str, most: int = MAX_TEXT, info: bool = True, **options: Any) -> gr.Textbox:
@@ -174,11 +203,12 @@ def captioned(hits: list[Hit]) -> list[Any]:
 
 
 def answering(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function: its errors become short messages. Its last argument is the language."""
+    """Wrap a function: its errors become short messages in its argument `language`."""
+    place = list(inspect.signature(fn).parameters).index("language")
 
     @functools.wraps(fn)
     def answered(*args: Any) -> Any:
-        language = args[-1]
+        language = args[place]
         try:
             return fn(*args)
         except RefusedError as error:

@@ -42,6 +42,13 @@ _TEXTS = {
         "이미지 {total:,}장 중 {first:,}–{last:,}번째, 유사도가 높은 순서입니다.",
         "Images {first:,}–{last:,} of {total:,}, the most similar first.",
     ),
+    "matches": ("맞는 그림만 보기", "Only real matches"),
+    "matches_hint": (
+        "맞는 그림이 없는 검색어 가운데 그래도 그림을 보이는 것의 비율을 이만큼으로 막습니다.",
+        "Of the queries that nothing matches, at most this share still shows something.",
+    ),
+    "matches_off": ("끄기", "Off"),
+    "no_match": ("맞는 그림이 없습니다.", "No picture matches."),
     "captions": ("캡션", "Captions"),
     "captions_hint": (
         "한 줄에 하나씩 적어 주세요. 비워 두면 검색 대상 이미지의 캡션에서 고릅니다.",
@@ -102,6 +109,10 @@ _TEXTS = {
         "A template must contain {slot}, and no other braces.",
     ),
     "bad_way": ("방법은 {limit} 중 하나여야 합니다.", "The method must be one of {limit}."),
+    "bad_matches": (
+        "맞는 그림만 보기는 이 검색어에 쓸 수 없습니다. 쓸 수 있는 것: {limit}.",
+        "Only real matches cannot be shown for this query. Available: {limit}.",
+    ),
     "bad_page": ("쪽은 1에서 {limit}까지 고를 수 있습니다.", "Please choose a page from 1 to {limit}."),
     "no_patches": (
         "이 모델은 이미지를 패치로 나누지 않아 이 방법을 쓸 수 없습니다.",

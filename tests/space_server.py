@@ -14,12 +14,15 @@ from typing import NamedTuple
 from align_runs import write_source
 from PIL import Image
 
-from koclip.config import IndexConfig
+from koclip.config import IndexConfig, SourceConfig
 from koclip.encoders import load
 from koclip.search.build import build
+from koclip.search.calibrate import calibrate
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = "<img src=x onerror=window.hacked=1><script>window.hacked=1<\\script>"  # a file name has no slash
+
+QUERIES = [f"{number}번째 검색어" for number in range(20)]  # without a match; they calibrate the index
 
 
 class Space(NamedTuple):
@@ -40,8 +43,14 @@ def running(folder: Path) -> Iterator[Space]:
     for number in range(30):
         name = f"{number:02d} {HOSTILE}.png" if number < 2 else f"{number:02d}번 사진.png"
         Image.new("RGB", (60, 40), (8 * number, 255 - 8 * number, 60)).save(folder / "photos" / name)
-    config = IndexConfig(model="tiny", images=str(folder / "photos"))
-    build(config, load(str(folder / "runs" / "tiny" / "model"), "cpu"), folder / "index")
+    (folder / "queries.csv").write_text(
+        "ko,en\n" + "\n".join(f"{query},{query}" for query in QUERIES), encoding="utf-8"
+    )
+    queries = SourceConfig(path=str(folder / "queries.csv"), image=None, captions={"ko": "ko", "en": "en"})
+    config = IndexConfig(model="tiny", images=str(folder / "photos"), calibration=queries)
+    encoder = load(str(folder / "runs" / "tiny" / "model"), "cpu")
+    build(config, encoder, folder / "index")
+    calibrate(config, encoder, folder / "index")
     with serving(folder, ROOT / "space" / "app.py", "--index", "index", "--device", "cpu") as space:
         yield space
 

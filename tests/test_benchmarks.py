@@ -28,6 +28,7 @@ import decode_speed  # noqa: E402
 import gpu  # noqa: E402
 import grad_cache  # noqa: E402
 import loss_memory  # noqa: E402
+import no_match  # noqa: E402
 import open_clip_weights  # noqa: E402
 import pairs  # noqa: E402
 import parity_open_clip  # noqa: E402
@@ -43,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("as_before")
     "benchmark",
     [
         *(train_speed, decode_speed, parity_open_clip, gpu, grad_cache, loss_memory, text_batches, text_memory),
-        *(curation_scale, curation_training),
+        *(curation_scale, curation_training, no_match),
     ],
     ids=lambda module: module.__name__,
 )

@@ -95,6 +95,42 @@ def test_search_pages_go_on_where_the_last_ended(app):
     assert app.similar(picture(COLOURS["초록"]))[0].score == pytest.approx(1, abs=1e-3)
 
 
+@pytest.fixture
+def calibrated(app) -> answers.Answers:
+    """Return the answers with thresholds for Korean: 0.1 lets only near pictures through, 0.2 every picture."""
+    thresholds = {"0.05": None, "0.1": 0.999, "0.2": -1.0}
+    app.index.facts["calibration"] = {"languages": {"ko": {"images": 9, "thresholds": thresholds}}}
+    return app
+
+
+def test_only_matches_are_shown(calibrated):
+    plain = calibrated.search("파랑", 1)[0]
+    matching, first = calibrated.search("파랑", 1, 0.1)
+    assert first == 0
+    assert [hit.caption for hit in matching] == [hit.caption for hit in plain if hit.score > 0.999]
+    assert calibrated.search("파랑", 2, 0.2)[0][0].caption == calibrated.search("파랑", 2)[0][0].caption
+    assert calibrated.search("없는 말", 1, 0.1) == ([], 0)
+    assert len(calibrated.search("없는 말", 1)[0]) == 12
+
+
+@pytest.mark.parametrize(
+    ("query", "page", "alpha", "key"),
+    [
+        ("파랑", 1, 0.05, "bad_matches"),  # too few queries
+        ("파랑", 1, 0.3, "bad_matches"),
+        ("파랑", 1, "0.1", "bad_matches"),
+        ("파랑", 1, [0.1], "bad_matches"),
+        ("blue", 1, 0.1, "bad_matches"),  # not calibrated for English
+        ("없는 말", 2, 0.1, "bad_page"),
+        ("파랑", 4, 0.2, "bad_page"),
+    ],
+)
+def test_a_promise_that_the_index_does_not_give_is_refused(calibrated, query, page, alpha, key):
+    with pytest.raises(texts.RefusedError) as refused:
+        calibrated.search(query, page, alpha)
+    assert refused.value.key == key
+
+
 def test_captions_are_those_that_are_given(app):
     scores = app.captions(picture(COLOURS["파랑"]), "빨강이다\n파랑이다\n\n 노랑이다 ")
     assert next(iter(scores)) == "파랑이다"

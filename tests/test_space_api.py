@@ -17,9 +17,12 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from helpers import warm_python
 from PIL import Image
-from space_server import HOSTILE, ROOT, Space, running
+from space_server import HOSTILE, QUERIES, ROOT, Space, running
 from test_space import bomb, encoded, picture
 from texts import say
+
+from koclip.encoders import load
+from koclip.search import open_index
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,20 @@ def test_every_call_answers_by_name(client, photo):
         shown, status = client.predict(handle_file(photo), "빨간 별", way, "ko", api_name="/heatmap")
         assert shown["path"].endswith(".webp")
         assert status
+
+
+def test_a_query_that_nothing_matches_shows_nothing(client, space):
+    """Of the queries that calibrated the index, the least similar to any image is surely not above the threshold."""
+    index = open_index(space.folder / "index")
+    encoder = load(str(space.folder / "runs" / "tiny" / "model"), "cpu")
+    scores = index.search(encoder.encode_texts(QUERIES), 1).scores[:, 0]
+    query = QUERIES[int(scores.argmin())]
+    for language in ("ko", "en"):
+        gallery, status, page = client.predict(query, 1, language, 0.05, api_name="/search")
+        assert (gallery, status, page) == ([], say("no_match", language), 1)
+    assert len(client.predict(query, 1, "ko", 0, api_name="/search")[0]) == 12
+    with pytest.raises(AppError, match=r"0\.01"):
+        client.predict(query, 1, "en", 0.01, api_name="/search")
 
 
 def test_every_label_is_answered(client, photo):

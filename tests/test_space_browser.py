@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 from playwright import sync_api as playwright
-from space_server import HOSTILE, running
+from space_server import HOSTILE, QUERIES, running
 from test_space import picture
 from texts import _TEXTS, say
+
+from koclip.encoders import load
+from koclip.search import open_index
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TABS = ("classify", "search", "caption", "heatmap")
@@ -128,6 +131,24 @@ def test_every_word_changes_its_language_and_back(visit):
     page.get_by_role("heading", name=say("title", "ko")).wait_for()
     go_to(page, "classify", "ko")
     page.get_by_role("button", name=say("classify", "ko"), exact=True).wait_for()
+
+
+@pytest.mark.parametrize(("language", "size"), [("ko", "desktop"), ("en", "phone")])
+def test_only_real_matches_can_be_asked_for(visit, space, language, size):
+    index, encoder = open_index(space.folder / "index"), load(str(space.folder / "runs" / "tiny" / "model"), "cpu")
+    query = QUERIES[int(index.search(encoder.encode_texts(QUERIES), 1).scores[:, 0].argmin())]
+    page = visit(size, language=language)
+    go_to(page, "search", language)
+    page.get_by_label(say("query", language)).filter(visible=True).fill(query)
+    page.get_by_label("5 %", exact=True).check()
+    page.get_by_role("button", name=say("search", language), exact=True).click()
+    page.get_by_text(say("no_match", language)).wait_for()
+    assert page.locator(".gallery:visible .grid-container img").count() == 0
+    shoot(page, f"{language}-{size}-no-match")
+    page.get_by_label(say("matches_off", language), exact=True).check()
+    page.get_by_role("button", name=say("search", language), exact=True).click()
+    page.locator(".gallery:visible .grid-container img").nth(11).wait_for()
+    shoot(page, f"{language}-{size}-all")
 
 
 @pytest.mark.parametrize("language", ["ko", "en"])

@@ -37,11 +37,11 @@ from koclip.config.recipes import (
     AlignConfig,
     DataSetConfig,
     EvaluateConfig,
-    IndexConfig,
     PretrainConfig,
     PublishConfig,
     TrimConfig,
 )
+from koclip.config.search import IndexConfig
 from koclip.config.training import AdapterConfig, LossConfig, ModelConfig, OptimConfig, SwapConfig, TrainConfig
 
 __all__ = [

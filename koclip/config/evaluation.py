@@ -8,7 +8,7 @@ from koclip.config.data import SourceConfig
 
 LABELLED = ("linear_probe", "few_shot")  # tasks that need classes
 CLASS_TASKS = ("zero_shot", "shift")  # tasks that read the names of classes
-CAPTIONED = ("retrieval", "languages", "stress")  # tasks that read captions
+CAPTIONED = ("retrieval", "languages", "no_match", "stress")  # tasks that read captions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +18,12 @@ class EvalSetConfig:
     Args:
         source: The data set: its images and captions, or their classes (`label`).
         tasks: `retrieval`: rank images for captions, and captions for images. `languages`: compare the same captions in
-            two languages. `stress`: retrieval with Korean captions that are rewritten in 14 ways. `zero_shot`: classify
-            images by the names of the classes. `shift`: zero-shot accuracy on the `shifted` sets and under
-            `corruptions`, compared with the original set. `linear_probe` and `few_shot`: fit a logistic regression on
-            image features. `multiple_choice`: choose the text that fits the image; runs on data with questions, such
-            as `scenes`.
+            two languages. `no_match`: how many captions show something above a threshold although their image was
+            removed, and how many show their image when it is there; half of the images calibrates the threshold.
+            `stress`: retrieval with Korean captions that are rewritten in 14 ways. `zero_shot`: classify images by the
+            names of the classes. `shift`: zero-shot accuracy on the `shifted` sets and under `corruptions`, compared
+            with the original set. `linear_probe` and `few_shot`: fit a logistic regression on image features.
+            `multiple_choice`: choose the text that fits the image; runs on data with questions, such as `scenes`.
         gallery: Further sources. Their captions join the candidates of `retrieval`; their images do not.
         classes: Names of the classes: `cifar10`, `cifar100`, `stl10`, `tiny_imagenet` or your YAML file
             (koclip/text/classes.py). Each row is then an image. Default: the caption of an image is the name of its
@@ -81,6 +82,7 @@ class EvalSetConfig:
         for task, fits, wanted in (
             ("retrieval", bool(captions), "captions"),
             ("languages", len(captions) >= 2, "captions in 2 languages or more"),
+            ("no_match", bool(captions), "captions"),
             ("stress", "ko" in captions, "captions in ko"),
         ):
             check(fits or task not in self.tasks, f"eval.sets[].tasks: {task}", captions, f"expected {wanted}")

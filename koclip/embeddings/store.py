@@ -277,9 +277,14 @@ class Shards:
         return digests[order], order, np.cumsum([0, *(shard.num_items for shard in self._shards)])
 
     @property
+    def embedded(self) -> npt.NDArray[np.bytes_]:
+        """The digests (n,) of the items with an embedding, in order."""
+        return np.concatenate([np.empty(0, "S16"), *(shard.embedded for shard in self._shards)])
+
+    @property
     def digests(self) -> npt.NDArray[np.bytes_]:
-        """The hashes of the items with an embedding, sorted."""
-        return np.sort(np.concatenate([np.empty(0, "S16"), *(shard.embedded for shard in self._shards)]))
+        """The digests of the items with an embedding, sorted."""
+        return np.sort(self.embedded)
 
     def verify(self) -> None:
         """Compare the checksum of every shard, the first time; this reads the files.

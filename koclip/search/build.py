@@ -104,12 +104,22 @@ def build(config: IndexConfig, encoder: Encoder, directory: Path) -> tuple[int, 
         build_approximate(shards.rows, shards.width, approximate)
     names, approximate_name = [path.name for path in paths], approximate.name if approximate.exists() else None
     finished = {**facts, "num_images": len(shards), "shards": names, "approximate": approximate_name}
+    finished["calibration"] = _kept_calibration(store, shards)
     store.write_facts(finished)  # the new index replaces the old index here
     for path in [*directory.glob("shard-*"), *directory.glob("approximate-*"), *directory.glob("writing-*")]:
         if path.name not in (*names, approximate_name):
             path.unlink()
     left_out = [Skip(key, reason, collection.name) for key, reason in shards.left_out]
     return len(shards), [*left_out, *collection.source.left_out]
+
+
+def _kept_calibration(store: Store, shards: Shards) -> dict[str, Any] | None:
+    """Return the calibration of the index (`koclip.search.calibrate`) if it is one of these embeddings."""
+    calibration: dict[str, Any] | None = (store.facts() or {}).get("calibration")
+    if calibration is None or calibration["embeddings"] == shards.checksum:
+        return calibration
+    tqdm.write("the images of the index have changed: its thresholds are removed, until it is calibrated again")
+    return None
 
 
 def _embed(config: IndexConfig, encoder: Encoder, collection: Collection, store: Store) -> tuple[list[Path], bool]:

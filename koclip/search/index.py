@@ -18,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from koclip import storage
+from koclip.classifiers.conformal import TooFewScoresError
 from koclip.config import ConfigError, check
 from koclip.embeddings.store import FACTS, Entry, Shards, Store
 
@@ -152,9 +153,64 @@ class ImageIndex:
         """Whether `search` is approximate."""
         return self._approximate is not None
 
+    @property
+    def checksum(self) -> str:
+        """A hash of the embeddings."""
+        return self._shards.checksum
+
+    @property
+    def digests(self) -> list[bytes]:
+        """The hash of each image's content (N,), 16 bytes."""
+        return [digest.ljust(16, b"\0") for digest in self._shards.embedded.tolist()]
+
     def entry(self, place: int) -> Entry:
         """Return the record and the thumbnail of an image."""
         return self._shards.entry(place)
+
+    @property
+    def promises(self) -> dict[str, list[float]]:
+        """By language, the shares `alpha` for which the index has a threshold; {} without calibration."""
+        languages = (self.facts.get("calibration") or {}).get("languages", {})
+        return {
+            language: [float(alpha) for alpha, threshold in own["thresholds"].items() if threshold is not None]
+            for language, own in languages.items()
+        }
+
+    def threshold(self, alpha: float, language: str) -> float:
+        """Return the score above which a query shows something with a chance of at most `alpha`, if it has no match.
+
+        Args:
+            alpha: One of those that the index was calibrated for.
+            language: The language of the query.
+
+        Raises:
+            TooFewScoresError: the calibration set is too small for this alpha.
+            ConfigError: the index is not calibrated, or not for this language or alpha.
+        """
+        calibration = self.facts.get("calibration") or {}
+        again = "run `koclip index` again with --calibration.path <captions>, which embeds no image again"
+        check(bool(calibration), "index, calibration", None, again)
+        languages = calibration["languages"]
+        check(language in languages, "language", language, f"expected one of {list(languages)}, or {again}")
+        thresholds, name = languages[language]["thresholds"], f"{alpha:g}"
+        check(name in thresholds, "alpha", alpha, f"expected one of {list(thresholds)}, or {again}, --alphas [{name}]")
+        if thresholds[name] is None:
+            raise TooFewScoresError(alpha, languages[language]["images"], language)
+        return float(thresholds[name])
+
+    def matches(self, queries: torch.Tensor, k: int, alpha: float, language: str) -> list[SearchResult]:
+        """Return for each query (Q, D) the nearest images that are a match: at most k, and there may be none.
+
+        A match scores above `threshold(alpha, language)`. Scores and places are (m,), m <= k.
+
+        Raises:
+            ConfigError: those of `threshold`, or the queries do not fit.
+        """
+        threshold, results = self.threshold(alpha, language), self.search(queries, k)
+        return [
+            SearchResult(scores[scores > threshold], places[scores > threshold])
+            for scores, places in zip(results.scores, results.places, strict=True)
+        ]
 
     def search(self, queries: torch.Tensor, k: int) -> SearchResult:
         """Return the k nearest images, or all if there are fewer, of unit-norm queries (Q, D) float32.

@@ -2,13 +2,14 @@
 
 from koclip.evaluation.forgetting import specs_of
 from koclip.evaluation.results import Spec, Task
-from koclip.evaluation.tasks import multiple_choice, probe, ratings, retrieval, zero_shot
+from koclip.evaluation.tasks import multiple_choice, no_match, probe, ratings, retrieval, zero_shot
 
 # Their numbers are shown in this order.
 TASKS: tuple[Task, ...] = (
     retrieval.RETRIEVAL,
     zero_shot.ZERO_SHOT,
     retrieval.LANGUAGES,
+    no_match.TASK,
     probe.LINEAR_PROBE,
     ratings.TASK,
     zero_shot.SHIFT,
