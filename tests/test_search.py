@@ -458,9 +458,13 @@ def run(*args: str) -> "subprocess.CompletedProcess[str]":
 def test_the_recipe_makes_an_index_and_names_what_it_left_out(folder, tmp_path):
     from align_runs import write_source
 
-    model = write_source(tmp_path / "model")
-    for _ in range(2):  # the second embeds nothing, and lists the same
-        process = run("--model", str(model), "--images", str(folder), "--output_dir", str(tmp_path / "index"))
+    model, queries = write_source(tmp_path / "model"), tmp_path / "queries.csv"
+    queries.write_text("query\n" + "\n".join(f"검색어 {number}" for number in range(9)), encoding="utf-8")
+    set_of_queries = ["--calibration.path", str(queries), "--calibration.image", "null"]
+    for calibration in ([], [*set_of_queries, "--calibration.captions", "{ko: query}"]):
+        # The second run embeds no image, and lists the same.
+        options = ["--model", str(model), "--images", str(folder), "--output_dir", str(tmp_path / "index")]
+        process = run(*options, *calibration)
         assert process.returncode == 0, process.stderr
         assert "30 images" in process.stdout
         assert "2 skipped" in process.stdout
@@ -468,7 +472,11 @@ def test_the_recipe_makes_an_index_and_names_what_it_left_out(folder, tmp_path):
         assert (notes["source"], notes["key"]) == (str(folder), "notes.txt")
         assert (left["source"], left["key"]) == (str(folder), "나/broken.jpg")
         assert "not an image" in left["reason"]
-    assert len(open_index(tmp_path / "index")) == 30
+    index = open_index(tmp_path / "index")
+    assert len(index) == 30
+    assert index.promises == {"ko": [0.1, 0.2]}
+    assert f"{index.threshold(0.1, 'ko'):.4f}" in process.stdout
+    assert "got 0.05" in process.stdout  # nine queries are too few for it
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Calibration of an index: thresholds by hand, whose image is left out, nothing is embedded again, and errors."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,7 +37,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def table(path: Path, rows: list[tuple[Path | None, list[str], list[str]]]) -> SourceConfig:
+def table(path: Path, rows: Sequence[tuple[Path | None, list[str], list[str]]]) -> SourceConfig:
     """Write a calibration set of (image, Korean captions, English captions)."""
     records = [
         {"image": image.read_bytes() if image else None, "captions_ko": korean, "captions_en": english}
