@@ -291,12 +291,15 @@ def texts_in_batches(
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, and restore each module's own mode afterwards."""
+def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
+    """Put every module in evaluation mode, and restore each module's own mode afterwards.
+
+    `gradients`: whether autograd records what is computed.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(not gradients):
             yield
     finally:
         for module in training:

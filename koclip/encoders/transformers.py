@@ -1,6 +1,7 @@
 """Dual encoders of transformers: CLIP, ChineseCLIP, AltCLIP, SigLIP, SigLIP 2, MetaCLIP 2, VisionTextDualEncoder."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from koclip.data.transforms import to_rgb
 from koclip.encoders.base import Encoder, NoPatchesError, evaluating, fingerprint, tokenizer_rules, unknown_share
 from koclip.models.pretrained import read, read_processor, refuse
 from koclip.models.stock import LAYOUTS, bias_of, layout_of, longest_text
+from koclip.text.normalize import normalize
+from koclip.text.prefix import prefix_of
 from koclip.text.tokenizers import LEGACY_EOS_ID
 
 DUAL_ENCODERS = (*(layout.model_class for layout in LAYOUTS), Siglip2Model)
 SIGLIP_TOKENS = 64  # SigLIP and SigLIP 2 were trained on texts padded to this length, without a mask
+_ANY_TEXT = "a"
 _NO_LIMIT = 10**9  # tokens; `model_max_length` is 10^30 in a tokenizer without a limit
 
 FORM = "a directory, a Hub id"
@@ -55,6 +59,64 @@ class TransformersEncoder(Encoder):
         with evaluating(self.model):
             return patch_embeddings(self.model, pixels["pixel_values"])[0]
 
+    def token_vectors(self, text: str) -> torch.Tensor:
+        """Return the token embeddings (M, E) of a text without special tokens, in float32, on the model's device.
+
+        The tokenizer's prefix, if it has one, is not among them: `texts_behind` keeps it.
+        """
+        start, end = self._ends
+        ids = self._tokens([normalize(text)])["input_ids"][0]
+        if self._is_siglip:  # padded
+            ids = ids[: len(self.processor.tokenizer(self._cased([text])[0])["input_ids"])]
+        with torch.no_grad():
+            return self._embedding(ids[start : len(ids) - end]).float()
+
+    def texts_behind(self, context: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
+        """Return unit-norm embeddings (B, D) of texts that begin with M vectors instead of words, in one batch.
+
+        `context` (M, E) takes the places before each text's first token, after a start token and a prefix. Gradients
+        reach the context if autograd records it. Zhou et al. 2022 (CoOp).
+
+        Raises:
+            ConfigError: the text tower has too few positions for the context.
+        """
+        (start, _), count = self._ends, len(context)
+        longest = SIGLIP_TOKENS if self._is_siglip else longest_text(self.processor.tokenizer, self.model.text_model)
+        places = longest - sum(self._ends) - 1
+        check(count <= places, "context, tokens", count, f"expected at most {places}, the places of {self.name}")
+        inputs = self._tokens([f" {normalize(text)}" for text in texts], reserved=count)  # a space: they follow words
+        inputs = {name: _widened(values, start, count) for name, values in inputs.items()}
+
+        def replace(_: nn.Module, __: Any, embedded: torch.Tensor) -> torch.Tensor:
+            learned = context.to(embedded).expand(len(embedded), -1, -1)
+            return torch.cat([embedded[:, :start], learned, embedded[:, start + count :]], dim=1)
+
+        handle = self._embedding.register_forward_hook(replace)
+        try:
+            return F.normalize(self.model.get_text_features(**inputs).pooler_output, dim=-1)
+        finally:
+            handle.remove()
+
+    @property
+    def token_deviation(self) -> float:
+        """The standard deviation of the values of all token embeddings: how large a step of `context` is."""
+        return float(self._embedding.weight.detach().std())
+
+    @property
+    def _embedding(self) -> nn.Embedding:
+        embedding: nn.Embedding = self.model.text_model.get_input_embeddings()
+        return embedding
+
+    @cached_property
+    def _ends(self) -> tuple[int, int]:
+        """The numbers of tokens that the tokenizer puts before every text (special tokens, a prefix) and after it."""
+        tokenizer = self.processor.tokenizer
+        special = tokenizer(_ANY_TEXT, return_special_tokens_mask=True)["special_tokens_mask"]
+        first, last = special.index(0), special[::-1].index(0)
+        prefix = prefix_of(tokenizer) if hasattr(tokenizer, "backend_tokenizer") else ""
+        lengths = [len(tokenizer(text)["input_ids"]) for text in (_ANY_TEXT, prefix + _ANY_TEXT)]
+        return first + lengths[1] - lengths[0], last
+
     def unknown_share(self, texts: Sequence[str]) -> float:
         """Return the share of tokens that are the tokenizer's unknown token, 0 to 1."""
         return unknown_share(self.processor.tokenizer, self._cased(texts))
@@ -77,18 +139,23 @@ class TransformersEncoder(Encoder):
         return features
 
     def _embed_texts(self, texts: list[str]) -> torch.Tensor:
-        """Texts for SigLIP are in lower case and padded to 64 tokens."""
+        features: torch.Tensor = self.model.get_text_features(**self._tokens(texts)).pooler_output
+        return features
+
+    def _tokens(self, texts: Sequence[str], reserved: int = 0) -> dict[str, torch.Tensor]:
+        """Return the model's inputs, (B, L) each; texts are cut so that `reserved` more tokens have a place.
+
+        Texts for SigLIP are in lower case and padded to 64 tokens.
+        """
         tokenizer = self.processor.tokenizer
         if self._is_siglip:
-            options = {"padding": "max_length", "truncation": True, "max_length": SIGLIP_TOKENS}
+            options = {"padding": "max_length", "truncation": True, "max_length": SIGLIP_TOKENS - reserved}
             encoded = tokenizer(self._cased(texts), return_tensors="pt", **options)
             names = ["input_ids"]
         else:
-            encoded = encode(tokenizer, texts, self.model.text_model)
+            encoded = encode(tokenizer, texts, self.model.text_model, reserved)
             names = ["input_ids", "attention_mask"]
-        inputs = {name: encoded[name].to(self.model.device) for name in names}
-        features: torch.Tensor = self.model.get_text_features(**inputs).pooler_output
-        return features
+        return {name: encoded[name].to(self.model.device) for name in names}
 
     def _image_features(self, images: list[Image.Image]) -> torch.Tensor:
         features: torch.Tensor = self.model.vision_model(**self._pixels(images)).pooler_output
@@ -122,11 +189,19 @@ def open_spec(spec: str, device: torch.device) -> TransformersEncoder:
     return TransformersEncoder(model.to(device), processor, spec)
 
 
-def encode(tokenizer: Any, texts: Sequence[str], text_tower: nn.Module) -> Any:
-    """Tokenize texts, padded to the longest, cut to the limit of the tokenizer and of the tower's positions."""
-    longest = longest_text(tokenizer, text_tower)
+def encode(tokenizer: Any, texts: Sequence[str], text_tower: nn.Module, reserved: int = 0) -> Any:
+    """Tokenize texts, padded to the longest, cut to the limit of the tokenizer and of the tower's positions.
+
+    `reserved` is a number of tokens of that limit to leave free.
+    """
+    longest = longest_text(tokenizer, text_tower) - reserved
     cut = {"truncation": True, "max_length": longest} if longest < _NO_LIMIT else {}
     return tokenizer(list(texts), padding=True, return_attention_mask=True, return_tensors="pt", **cut)
+
+
+def _widened(values: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """Repeat a column of token ids or of a mask (B, L), so that `count` more tokens have a place from `start` on."""
+    return torch.cat([values[:, :start], values[:, start, None].expand(-1, count), values[:, start:]], dim=1)
 
 
 def patch_embeddings(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
