@@ -21,6 +21,7 @@ Numbers = npt.NDArray[np.float64]
 KS = (1, 5, 10)
 _RESAMPLES = 1_000
 _DRAWN_AT_ONCE = 1_000_000  # numbers that the bootstrap draws at a time; 8 MB
+_BINS = 15  # of the calibration error
 _CHUNK = 16_000_000  # similarities in memory at a time; 64 MB
 
 
@@ -182,6 +183,27 @@ def mean_per_class(hits: torch.Tensor, labels: torch.Tensor) -> Metric:
 
     interval = _bootstrap(len(numbers), per_class)
     return Metric(per_class(np.ones(len(numbers))), interval, len(numbers))
+
+
+def calibration_error(confidences: torch.Tensor, hits: torch.Tensor) -> Metric:
+    """Return the expected calibration error, 0 to 1, with its bootstrap interval.
+
+    It is the mean distance between confidence and share of hits in 15 equal steps of the confidence, weighted by the
+    number of queries (Guo et al. 2017). Even a calibrated model has an error above 0: with few queries more.
+
+    Args:
+        confidences: (Q,) Probabilities of the answers.
+        hits: (Q,) Whether the answers are right.
+    """
+    _check_lengths(len(confidences), len(hits), "hits")
+    numbers = confidences.double().numpy()
+    gaps = hits.double().numpy() - numbers
+    places = np.minimum((numbers * _BINS).astype(np.int64), _BINS - 1)
+
+    def distance(weights: Numbers) -> float:
+        return float(np.abs(np.bincount(places, weights * gaps, minlength=_BINS)).sum() / weights.sum())
+
+    return Metric(distance(np.ones(len(gaps))), _bootstrap(len(gaps), distance), len(gaps))
 
 
 def agreement(scores: torch.Tensor, ratings: torch.Tensor, variant: str = "c") -> Metric:

@@ -4,6 +4,7 @@ A recipe's configuration is a dataclass that lists the sections it uses. `parse(
 and `--section.key value` overrides. A mistake ends the program with one line on stderr.
 """
 
+from koclip.config.adaptation import AdaptConfig
 from koclip.config.alignment import METHODS, AlignMethodConfig, DistillConfig, Stage
 from koclip.config.checks import (
     ConfigError,
@@ -46,6 +47,7 @@ from koclip.config.training import AdapterConfig, LossConfig, ModelConfig, Optim
 
 __all__ = [
     "METHODS",
+    "AdaptConfig",
     "AdapterConfig",
     "AlignConfig",
     "AlignMethodConfig",

@@ -79,7 +79,7 @@ class TableSource(MapSource):
 
 
 def _without_pictures(table: datasets.Dataset, config: SourceConfig) -> datasets.Dataset:
-    """Return a table with the captions, the keys and the paths of pictures, but without the pictures."""
+    """Return a table with the captions, the labels, the keys and the paths of pictures, but without the pictures."""
     paths = []
     for image in config.images:
         if isinstance(table.features.get(image), datasets.Image):
@@ -87,7 +87,8 @@ def _without_pictures(table: datasets.Dataset, config: SourceConfig) -> datasets
             paths.append(f"{image}{_PATH}")
         elif table.features.get(image) == datasets.Value("string"):
             paths.append(image)
-    columns = [name for name in table.column_names if any(_under(name, own) for own in config.captions.values())]
+    wanted = [*config.captions.values(), *([config.label] if config.label else [])]
+    columns = [name for name in table.column_names if any(_under(name, own) for own in wanted)]
     return table.select_columns(list(dict.fromkeys([*columns, *paths, *(table.features.keys() & KEYS)])))
 
 
@@ -151,7 +152,8 @@ class StreamSource:
         return self._rows_of(self._stream, shard)
 
     def _without_images(self) -> datasets.IterableDataset:
-        wanted = [*self.config.captions.values(), *_deciding(self.config), *KEYS]
+        labels = [self.config.label] if self.config.label else []
+        wanted = [*self.config.captions.values(), *labels, *_deciding(self.config), *KEYS]
         names = [name for name in self._stream.column_names or [] if any(_under(name, column) for column in wanted)]
         return self._stream.select_columns(names) if names else self._stream
 
