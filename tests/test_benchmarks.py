@@ -25,6 +25,7 @@ import clip_shapes  # noqa: E402
 import curation_scale  # noqa: E402
 import curation_training  # noqa: E402
 import decode_speed  # noqa: E402
+import few_shot  # noqa: E402
 import gpu  # noqa: E402
 import grad_cache  # noqa: E402
 import loss_memory  # noqa: E402
@@ -44,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("as_before")
     "benchmark",
     [
         *(train_speed, decode_speed, parity_open_clip, gpu, grad_cache, loss_memory, text_batches, text_memory),
-        *(curation_scale, curation_training, no_match),
+        *(curation_scale, curation_training, few_shot, no_match),
     ],
     ids=lambda module: module.__name__,
 )
