@@ -70,7 +70,7 @@ def test_a_folder_per_class_becomes_a_classifier(adapted):
     assert opened.labels == list(COLOURS)
     files = sorted(test.rglob("*.png"))
     predictions = opened.predict(files)
-    answers = [max(each.probabilities, key=each.probabilities.get) for each in predictions]
+    answers = [max(each.probabilities, key=each.probabilities.__getitem__) for each in predictions]
     right = sum(answer == file.parent.name for answer, file in zip(answers, files, strict=True))
     left_out = result.left_out.get("test", 0)
     assert abs(right / len(files) - result.chosen.accuracy.value) <= left_out / len(files) + 1e-9
@@ -104,7 +104,7 @@ def test_the_threshold_of_the_directory_refuses(adapted):
     assert (refused.label, refused.names["ko"]) == (None, "해당 없음")
     lenient = {**facts, "none": None}
     kept = directories.Classifier(opened.head, lenient, opened.encoder).predict(files[:1])[0]
-    assert kept.label == max(kept.probabilities, key=kept.probabilities.get)
+    assert kept.label == max(kept.probabilities, key=kept.probabilities.__getitem__)
 
 
 def test_the_same_command_gives_the_same_classifier(tmp_path):

@@ -93,6 +93,7 @@ def test_tip_adapter_f_is_the_authors():
         optimizer.step()
         scheduler.step()
     head = tip_adapter_f(texts, shots, alpha, beta)
+    assert head.cache is not None
     torch.testing.assert_close(head.cache.images, adapter.weight.detach())
     assert not torch.equal(head.cache.images, shots.images)
 
@@ -111,7 +112,7 @@ def test_when_the_names_tell_all_zero_shot_is_kept():
     perfect = Shots(F.normalize(texts[shots.labels], dim=1), shots.labels)
     zero = selection.fit(selection.method("zero_shot"), texts, perfect)
     fits = [selection.fit(selection.method(name), texts, perfect) for name in ("linear", "tip_adapter")]
-    assert all(fitted.held_out.hits.all() for fitted in fits)
+    assert all(fitted.held_out is not None and fitted.held_out.hits.all() for fitted in fits)
     assert selection.choose([zero, *fits]).method == "zero_shot"
 
 
@@ -153,6 +154,7 @@ def test_cross_validation_fits_on_no_image_that_it_holds():
     spied = selection.Method("linear", plain.settings, plain.rule, fit)
     result = selection.fit(spied, texts, shots)
     assert result.held_out is not None
+    assert result.held_out.rows is not None
     assert [len(images) for images in fitted_on] == [16, 16, 20, 20, 24]  # 4 folds of 6 images per class, then all
     start = 0
     for images in fitted_on[:-1]:

@@ -83,7 +83,12 @@ def test_a_step_sees_the_drawn_classes_only(clip, monkeypatch):
     monkeypatch.setattr("koclip.classifiers.coop._CLASSES", 2)
     seen = []
     embed = clip.texts_behind
-    monkeypatch.setattr(clip, "texts_behind", lambda context, texts: seen.append(list(texts)) or embed(context, texts))
+
+    def spy(context: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        seen.append(list(texts))
+        return embed(context, texts)
+
+    monkeypatch.setattr(clip, "texts_behind", spy)
     coop(Prompts(clip, NAMES, WORDS), shots_of(clip), [6])
     assert [len(texts) for texts in seen[:-1]] == [2] * 6
     assert len({tuple(texts) for texts in seen[:-1]}) > 1

@@ -18,9 +18,9 @@ _FEWEST = 20  # held-out images
 
 
 class Bin(NamedTuple):
-    """A bar of the reliability diagram: images, their mean confidence, and the share of right answers."""
+    """A bar of the reliability diagram: the number of images, their mean confidence, and the share of right answers."""
 
-    count: int
+    images: int
     confidence: float
     accuracy: float
 

@@ -87,7 +87,7 @@ def tip_adapter_f(texts: torch.Tensor, shots: Shots, alpha: float, beta: float) 
         head = tip_adapter(texts, Shots(keys, shots.labels), alpha, beta)
         loss = F.cross_entropy(head.logits(shots.images), shots.labels)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
     return tip_adapter(texts, Shots(keys.detach(), shots.labels), alpha, beta)
@@ -114,9 +114,9 @@ def linear(texts: torch.Tensor, shots: Shots, variance: float) -> Head:
         optimizer.zero_grad()
         loss = F.cross_entropy(fixed + centred @ change.T, shots.labels, reduction="sum")
         loss = (loss + change.square().sum() / (2 * variance)) / len(shots.labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     learned = change.detach()
     return Head(texts + learned, -(learned @ mean))

@@ -69,7 +69,8 @@ class TransformersEncoder(Encoder):
         if self._is_siglip:  # padded
             ids = ids[: len(self.processor.tokenizer(self._cased([text])[0])["input_ids"])]
         with torch.no_grad():
-            return self._embedding(ids[start : len(ids) - end]).float()
+            vectors: torch.Tensor = self._embedding(ids[start : len(ids) - end])
+        return vectors.float()
 
     def texts_behind(self, context: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
         """Return unit-norm embeddings (B, D) of texts that begin with M vectors instead of words, in one batch.
