@@ -1,6 +1,7 @@
 """Captions as their files have them: lists that became text, HTML entities, and JSON of other layouts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def test_a_layout_with_a_format_of_its_own_names_it(tmp_path, name) -> None:
     config = source(tmp_path / "rows.json", **COLUMNS.get(name, {}))
     with pytest.raises(SourceError, match=f"format: {name}"):
         open_source(config)
-    assert read(SourceConfig(**{**vars(config), "format": name})) == [["개"]]
+    assert read(replace(config, format=name)) == [["개"]]
 
 
 def test_the_lines_work_where_the_command_runs(tmp_path, monkeypatch) -> None:

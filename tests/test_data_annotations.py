@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,7 +108,7 @@ WRITERS = [coco, karpathy, token_file, caption_file, json_per_image]
 
 
 def changed(source: SourceConfig, **options: Any) -> SourceConfig:
-    return SourceConfig(**{**vars(source), **options})
+    return replace(source, **options)
 
 
 def read(source: SourceConfig) -> dict[str, list[str]]:

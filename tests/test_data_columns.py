@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -96,7 +97,7 @@ def test_a_format_that_cannot_select_rows_refuses_to(setting) -> None:
 @pytest.mark.parametrize("write", [parquet, parquet_of_bytes, nested_parquet, csv_file, webdataset, image_folder, hub])
 @pytest.mark.parametrize("wrong", [{"image": "picture"}, {"captions": {"ko": "caption"}}, {"where": {"kind": ["x"]}}])
 def test_a_missing_column_is_named_with_those_that_exist(write, wrong, tmp_path, records) -> None:
-    config = SourceConfig(**{**vars(write(tmp_path, records)), **wrong})
+    config = replace(write(tmp_path, records), **wrong)
     with pytest.raises(SourceError, match=r"column \['(picture|caption|kind)'\].*\[.*\]") as caught:
         open_source(config)
     assert "\n" not in str(caught.value)

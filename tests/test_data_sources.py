@@ -1,5 +1,7 @@
 """koclip.data.sources and tables: every kind of source gives the same rows."""
 
+from dataclasses import replace
+
 import datasets
 import pytest
 from sources_on_disk import (
@@ -32,7 +34,7 @@ from koclip.data.transforms import decode
 @pytest.mark.parametrize("write", WRITERS)
 def test_every_kind_of_source_gives_the_same_rows(write, streaming, tmp_path, records) -> None:
     config = write(tmp_path, records)
-    config = SourceConfig(**{**vars(config), "streaming": streaming})
+    config = replace(config, streaming=streaming)
     source = open_source(config)
     assert isinstance(source, StreamSource) == (streaming or write is webdataset)
     expected = EXPECTED

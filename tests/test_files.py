@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -190,9 +191,9 @@ def packed(path: Path, name: str) -> str:
 )
 def test_the_format_is_told_in_any_letter_case_and_packed(tmp_path, records, write, file, name, streaming) -> None:
     source = write(tmp_path, records)
-    first = SourceConfig(**{**vars(source), "path": str(tmp_path / file)})
+    first = replace(source, path=str(tmp_path / file))
     expected = [(colour(row), row.captions) for row in all_rows(open_source(first))]
-    moved = SourceConfig(**{**vars(source), "path": packed(tmp_path / file, name), "streaming": streaming})
+    moved = replace(source, path=packed(tmp_path / file, name), streaming=streaming)
     assert [(colour(row), row.captions) for row in all_rows(open_source(moved))] == expected
     assert len(expected) >= 1
 
@@ -204,7 +205,7 @@ def test_a_packed_file_that_breaks_off_is_refused(tmp_path, records, write, stre
     source = write(tmp_path, records)
     path = Path(packed(Path(source.path), f"{Path(source.path).name}.gz"))
     path.write_bytes(path.read_bytes()[:-100])
-    config = SourceConfig(**{**vars(source), "path": str(path), "streaming": streaming})
+    config = replace(source, path=str(path), streaming=streaming)
     with pytest.raises(SourceError, match="rows"):
         all_rows(open_source(config))
 
@@ -228,12 +229,12 @@ def test_a_folder_of_tables_says_what_to_write(tmp_path, records, write) -> None
         shutil.move(file, folder / file.name)
     if (tmp_path / "pictures").exists():
         shutil.move(tmp_path / "pictures", tmp_path.parent / f"{tmp_path.name}-pictures")
-    config = SourceConfig(**{**vars(source), "path": str(folder)})
+    config = replace(source, path=str(folder))
     suffix = next(folder.iterdir()).suffix
     with pytest.raises(SourceError, match=rf"tables/\*\{suffix}, .*format: (\w+) "):
         open_source(config)
-    whole = SourceConfig(**{**vars(source), "path": str(folder / f"*{suffix}")})
-    named = SourceConfig(**{**vars(config), "format": open_format(suffix)})
+    whole = replace(source, path=str(folder / f"*{suffix}"))
+    named = replace(config, format=open_format(suffix))
     assert [row.captions for row in all_rows(open_source(named))] == [
         row.captions for row in all_rows(open_source(whole))
     ]
@@ -370,11 +371,11 @@ def test_image_may_name_several_columns(tmp_path, records, write) -> None:
     source = write(tmp_path, records)
     if source.format == "annotations":
         return
-    listed = SourceConfig(**{**vars(source), "image": ["nowhere", source.image, "other"]})
+    listed = replace(source, image=["nowhere", source.image, "other"])
     expected = [colour(row) for row in all_rows(open_source(source))]
     assert [colour(row) for row in all_rows(open_source(listed))] == expected
     with pytest.raises(SourceError, match=r"no column \['nowhere', 'other'\]"):
-        open_source(SourceConfig(**{**vars(source), "image": ["nowhere", "other"]}))
+        open_source(replace(source, image=["nowhere", "other"]))
 
 
 @pytest.mark.parametrize("streaming", [False, True])

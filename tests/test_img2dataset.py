@@ -5,6 +5,7 @@ The files are as img2dataset 1.47 wrote them from a list with the columns url, c
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_downloaded_pairs_are_rows_and_failures_are_listed(tmp_path, kind, suffi
 @pytest.mark.parametrize("kind", KINDS)
 def test_columns_of_the_list_select_rows_in_every_layout(tmp_path, kind):
     source = write(tmp_path / "raw", kind)
-    chosen = SourceConfig(**{**vars(source), "where": {"license": ["cc0"]}})
+    chosen = replace(source, where={"license": ["cc0"]})
     assert contents(chosen) == [row for row in EXPECTED if int(row[1][-1]) % 2]
 
 
@@ -120,7 +121,7 @@ def test_columns_of_the_list_select_rows_in_every_layout(tmp_path, kind):
 )
 def test_files_may_be_named_by_a_pattern(tmp_path, kind, pattern):
     source = write(tmp_path / "raw", kind)
-    named = SourceConfig(**{**vars(source), "path": str(tmp_path / "raw" / pattern), "format": "img2dataset"})
+    named = replace(source, path=str(tmp_path / "raw" / pattern), format="img2dataset")
     assert contents(named) == EXPECTED
     assert len(list(open_source(named).left_out)) == len(ERRORS)
 

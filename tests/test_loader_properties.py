@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -200,7 +201,7 @@ def test_uneven_pieces_of_a_stream_make_up_its_batches(micro, tokenizer, tars) -
 @pytest.mark.parametrize("streaming", [False, True])
 def test_broken_rows_do_not_change_how_a_run_resumes(streaming, num_workers, tokenizer, flawed) -> None:
     """At any step; a stream is not read with two workers: it is one file."""
-    source = type(flawed)(**{**vars(flawed), "streaming": streaming})
+    source = replace(flawed, streaming=streaming)
     data = config(source, num_workers=0 if streaming else num_workers, crop_scale=(0.5, 1.0))
     alone = batches(data, tokenizer, 14, BatchPart(10))
     for step in (1, 5, 9):

@@ -1,6 +1,7 @@
 """koclip.data.loader: streamed sources split among readers, and unusable rows in the middle of the good ones."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from loading import assert_equal, batches, config
@@ -76,7 +77,7 @@ def test_resuming_a_stream_reads_no_finished_epoch_again(tars, monkeypatch) -> N
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_unusable_rows_are_replaced_and_listed(streaming, tokenizer, flawed) -> None:
-    source = SourceConfig(**{**vars(flawed), "streaming": streaming})
+    source = replace(flawed, streaming=streaming)
     drawn = batches(config(source), tokenizer, 30, BatchPart(10))
     assert all(len(batch.keys) == len(batch.pixel_values) == len(batch.input_ids) == 10 for batch in drawn)
     assert all(batch.num_drawn == 10 + len(batch.skipped) for batch in drawn)

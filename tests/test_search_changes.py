@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,7 @@ def test_pictures_in_a_table_are_told_apart_by_their_content(tmp_path, monkeypat
 @pytest.mark.parametrize("streaming", [False, True])
 def test_another_caption_is_kept(streaming, tmp_path, monkeypatch):
     photos, target = folder(tmp_path), tmp_path / "index"
-    source = SourceConfig(**{**vars(table(photos, "csv")), "streaming": streaming})
+    source = replace(table(photos, "csv"), streaming=streaming)
     build.build(config(photos, source=source), ColourEncoder(), target)
     path = Path(source.path)
     path.write_text(path.read_text(encoding="utf-8").replace("사진 6", "그림 6"), encoding="utf-8")  # of the same size

@@ -12,6 +12,7 @@ import random
 import tarfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -319,7 +320,7 @@ def test_a_text_that_cannot_be_read_is_named(tmp_path, data) -> None:
 
 def test_a_part_of_a_split_cannot_be_streamed(tars) -> None:
     with pytest.raises(SourceError, match=r"train\[:5\]"):
-        open_source(SourceConfig(**{**vars(tars), "split": "train[:5]"}))
+        open_source(replace(tars, split="train[:5]"))
 
 
 def test_workers_read_shards(tars, tokenizer) -> None:
