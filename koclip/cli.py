@@ -37,7 +37,9 @@ RECIPES = {
     "evaluate": Recipe(
         "measure models in Korean and English: results, charts, a report", "eval", config.EvaluateConfig, launched=True
     ),
-    "publish": Recipe("check a trained model, write its card, push both to the Hub", "publish", config.PublishConfig),
+    "publish": Recipe(
+        "check a trained model or a curated set, write its card, push both to the Hub", "publish", config.PublishConfig
+    ),
     "adapt": Recipe("build a classifier from a few labelled images per class", "eval", config.AdaptConfig),
     "index": Recipe("make a collection of images searchable", "search", config.IndexConfig),
     "space": Recipe("show a model in the browser", "space", None),

@@ -15,7 +15,7 @@ EXTRAS = {
     "data": _DATA,
     "eval": _EVAL,
     "train": (*_EVAL, "google.protobuf", "peft", "psutil", "tensorboard", "timm"),
-    "publish": _EVAL,
+    "publish": (*_EVAL, "py3langid"),
     "curate": (*_EVAL, "py3langid"),
     "search": (*_DATA, "faiss"),
     "space": (*_EVAL, "faiss", "gradio"),

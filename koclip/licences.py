@@ -22,6 +22,7 @@ from koclip.config import ConfigError, check
 from koclip.storage import read_table
 
 OTHER, NONE, UNSTATED = "other", "none", "unstated"
+NOT_STATED = "no licence stated"  # how `Part.licence` begins with the id `none`
 # Uses that a licence allows or not: the key in a data card, and the words in a table.
 ALLOWS = {"commercial": "commercial use", "redistribution": "passing on", "share_alike": "share-alike"}
 _PART_KEYS = {"part", "id", "source", "words", *ALLOWS}
@@ -73,7 +74,7 @@ class Part:
     @property
     def licence(self) -> str:
         """The id, with the quoted terms if the id does not say them."""
-        name = "no licence stated" if self.id == NONE else self.id
+        name = NOT_STATED if self.id == NONE else self.id
         return f"{name} (“{self.words}”)" if self.words else name
 
     @property

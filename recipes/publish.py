@@ -1,15 +1,18 @@
-"""Check a trained model, write its card from its measured numbers, and push both to the Hub in one commit.
+"""Check a trained model or a curated data set, write its card from its numbers, and push both in one commit.
 
 python recipes/publish.py --model runs/mine/model --repo_id org/name --dry_run   # card and pre-flight; pushes nothing
 python recipes/publish.py --model runs/mine/model --repo_id org/name --tag v1.0
 python recipes/publish.py --model runs/mine/model --repo_id org/name --space org/name   # and its Space
+python recipes/publish.py --data curated --repo_id org/name --dry_run            # a set of koclip curate
 python recipes/publish.py --help                                                 # every key and its default
 """
 
+import tempfile
 from pathlib import Path
 
 from koclip import config, installation
 from koclip.data.transforms import PixelLimit
+from koclip.publishing import data_set
 from koclip.publishing.card import write_card
 from koclip.publishing.card_inputs import gather
 from koclip.publishing.checks import CARD, name_base, publishable
@@ -20,6 +23,9 @@ from koclip.publishing.push import Pushed, Repository, check_base, check_rights,
 
 def main(cfg: config.PublishConfig) -> None:
     """Run the recipe: rights, formats, card, pre-flight, push."""
+    if cfg.data:
+        publish_data(cfg)
+        return
     directory = Path(cfg.model)
     publishable(directory)  # fail without a model before asking for a token
     targets = {"repo_id": cfg.repo_id} | ({"space": cfg.space} if cfg.space else {})
@@ -51,6 +57,24 @@ def main(cfg: config.PublishConfig) -> None:
     if cfg.space:
         app, shown = installation.files("space"), Repository(cfg.space, "space", cfg.private)
         print_push(push_space(app, shown, cfg.repo_id, cfg.message))
+
+
+def publish_data(cfg: config.PublishConfig) -> None:
+    """Publish a set of `koclip curate`: rights, card and report, pre-flight, push."""
+    data = data_set.read(Path(cfg.data), cfg.licenses, cfg.data_cards)
+    if not cfg.dry_run:
+        check_rights(cfg.repo_id)
+    with tempfile.TemporaryDirectory() as folder:
+        files = data_set.stage(data, Path(folder), cfg.repo_id)
+        checks = data_set.check_data(data, Path(folder), files, cfg.repo_id)
+        print_checks(checks)
+        refuse(checks, "data")
+        if cfg.dry_run:
+            print(data_set.listing(Path(folder), files))
+            print(f"Nothing was pushed or written; without --dry_run these files go to {cfg.repo_id}")
+            return
+        repo = Repository(cfg.repo_id, "dataset", cfg.private)
+        print_push(push(Path(folder), files, repo, cfg.message, cfg.tag), cfg.tag)
 
 
 def print_push(pushed: Pushed, tag: str | None = None) -> None:

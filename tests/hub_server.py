@@ -1,6 +1,6 @@
 """A Hub on localhost that speaks what the installed huggingface_hub client calls, with faults on demand.
 
-It holds repositories of models and Spaces in memory: commits, tags, small files by git's hash, large ones by sha256.
+It holds models, data sets and Spaces in memory: commits, tags, small files by git's hash, large ones by sha256.
 Clients find it by HF_ENDPOINT; large files come by Xet, or by LFS from those that have HF_HUB_DISABLE_XET=1.
 """
 
@@ -39,7 +39,7 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.tokens = tokens
         self.orgs = {"org": "admin", "readers": "read"}
-        self.repos: dict[str, Repo] = {}  # by name; those of Spaces by spaces/name
+        self.repos: dict[str, Repo] = {}  # by name; others by spaces/name, datasets/name
         self.large: dict[str, bytes] = {}
         self.xorbs: dict[str, list[bytes]] = {}
         self.faults: list[Fault] = []
@@ -67,7 +67,7 @@ class HubServer(ThreadingHTTPServer):
         """Say nothing of connections that a killed client left."""
 
 
-REPO = r"(?P<repo>(?:spaces/)?[^/]+/[^/]+)"
+REPO = r"(?P<repo>(?:spaces/|datasets/)?[^/]+/[^/]+)"
 API = rf"/api/(?:models/)?{REPO}"
 ROUTES: list[tuple[str, str, str]] = [  # method, pattern, name of the handler's method
     ("GET", r"/api/whoami-v2", "whoami"),
@@ -137,6 +137,8 @@ class Handler(XetRequests):
             if asked.get("sdk") not in ("gradio", "docker", "static"):
                 raise RefusedError(400, '"sdk" must be one of gradio, docker, static')
             name = f"spaces/{name}"
+        elif asked.get("type") == "dataset":
+            name = f"datasets/{name}"
         url = {"url": f"{self.server.url}/{name}"}
         if name in self.server.repos:
             self.answer(409, {"error": "You already created this repo", **url})

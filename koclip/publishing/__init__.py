@@ -1,4 +1,4 @@
-"""From a trained model to a Hub repository: pre-flight, card, push. Nothing else writes to the Hub."""
+"""From a trained model or a curated set to a Hub repository: pre-flight, card, push. Nothing else writes there."""
 
 from koclip import installation
 

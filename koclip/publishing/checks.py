@@ -37,7 +37,7 @@ _ROOTS = (
     r"shared?|data(?:sets?)?|work|workspaces?|projects?|opt|usr|etc|srv|dev/shm|export|scratch|private|content|kaggle"
 )
 # A slash after a letter, a dot or a slash belongs to a URL or a relative path; a `?` before `s:\s` to a pattern.
-_PATH = re.compile(
+PRIVATE_PATH = re.compile(
     rf"(?:(?<![\w./~-])/(?:{_ROOTS})\d*/|(?<![\w./:~-])~/|(?<![\w./?-])[A-Za-z]:[\\/](?=\w)|\bfile:/)[^\s\"'`)\]]*"
 )
 _TOKEN = re.compile(rb"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{16,}")
@@ -61,6 +61,7 @@ def publishable(directory: Path, adapter: bool = True) -> list[str]:
         ConfigError: the directory has no config.json.
     """
     expected = "expected a directory with a config.json, as a training recipe writes runs/<run>/model"
+    expected += "; a set of koclip curate is published with --data" * any(directory.glob("*.parquet"))
     check((directory / "config.json").is_file(), "model", str(directory), expected)
     paths = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
     visible = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
@@ -107,18 +108,18 @@ def check_files(directory: Path, repo_id: str | None = None, adapter: bool = Tru
         "weights are fp32": (_types(directory, files), "save the model again in fp32, as safetensors"),
         "tokenizer.json: no padding set": (_state(directory, files), "set padding and truncation to null in it"),
         "no private paths or names": (
-            _traces(directory, files, repo_id),
+            private_traces(directory, files, repo_id),
             "replace the path by a Hub id, or delete the entry",
         ),
         "no token": (
-            _tokens(directory, files),
+            access_tokens(directory, files),
             "delete it from the file, and revoke it at hf.co/settings/tokens",
         ),
         "adapter's base can be found": (
             _base(directory) if adapter else [],
             "publish its base and give its id, --clip org/base; or use --adapter false: the merged model needs no base",
         ),
-        "licence is stated": (_licence(directory, files), "write the card with koclip publish"),
+        "licence is stated": (licence_faults(directory, files), "write the card with koclip publish"),
     }
     return [Check(name, problems, fix) for name, (problems, fix) in problems_and_fixes.items()]
 
@@ -166,7 +167,8 @@ def _state(directory: Path, files: list[str]) -> list[str]:
     ]
 
 
-def _traces(directory: Path, files: list[str], repo_id: str | None) -> list[str]:
+def private_traces(directory: Path, files: list[str], repo_id: str | None) -> list[str]:
+    """Return the files with a path of this machine or the user's name; not if `repo_id` has that name."""
     user = getpass.getuser()
     is_a_name = user not in _WORDS and len(user) > 2 and user not in (repo_id or "")
     as_word = re.compile(rf"(?<![\w-]){re.escape(user)}(?![\w-])")
@@ -174,7 +176,7 @@ def _traces(directory: Path, files: list[str], repo_id: str | None) -> list[str]
     folders = [str(path) for path in (directory.resolve(), Path.home(), Path.cwd()) if len(path.parts) > 1]
     problems = []
     for name, text in _texts(directory, files):
-        match = _PATH.search(text)
+        match = PRIVATE_PATH.search(text)
         absolute = match[0] if match else next((folder for folder in folders if folder in text), None)
         relative = "/" in text and len(text) < 200 and " " not in text and Path(text).exists()
         if absolute or relative:
@@ -184,7 +186,7 @@ def _traces(directory: Path, files: list[str], repo_id: str | None) -> list[str]
     return list(dict.fromkeys(problems))
 
 
-def _tokens(directory: Path, files: list[str]) -> list[str]:
+def access_tokens(directory: Path, files: list[str]) -> list[str]:
     """Search the bytes of all files except weights, and the texts in JSON and in the metadata of weights."""
     own = (get_token() or "").encode()
     read = [(name, (directory / name).read_bytes()) for name in files if Path(name).suffix not in _WEIGHTS]
@@ -209,7 +211,8 @@ def _base(directory: Path) -> list[str]:
     return []
 
 
-def _licence(directory: Path, files: list[str]) -> list[str]:
+def licence_faults(directory: Path, files: list[str]) -> list[str]:
+    """Return what the card's front matter lacks of the licence."""
     if CARD not in files:
         return [f"{CARD} is missing"]
     data = ModelCard.load(directory / CARD, ignore_metadata_errors=True).data

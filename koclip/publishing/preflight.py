@@ -59,12 +59,12 @@ def print_checks(checks: Sequence[Check]) -> None:
     console().print(table)
 
 
-def refuse(checks: Sequence[Check]) -> None:
-    """Raise a `ConfigError` with the failed checks, if any."""
+def refuse(checks: Sequence[Check], key: str = "model") -> None:
+    """Raise a `ConfigError` with the failed checks, if any; `key` is the configuration key of what was checked."""
     failed = [check for check in checks if check.problems]
     if failed:
         problems = "; ".join(f"{check.name}: {check.problems[0]} ({check.fix})" for check in failed)
-        raise ConfigError(f"model: {len(failed)} of {len(checks)} checks failed, so nothing was pushed. {problems}")
+        raise ConfigError(f"{key}: {len(failed)} of {len(checks)} checks failed, so nothing was pushed. {problems}")
 
 
 def _load_checks(directory: Path, folder: Path) -> list[Check]:

@@ -1,4 +1,4 @@
-"""Push a model's directory, and a Space that shows the model, to the Hub, in one atomic commit.
+"""Push a model's directory, a Space that shows it, or a data set to the Hub, in one atomic commit.
 
 A push can be repeated at any time. It compares the repository with the directory, sends the files that differ and
 compares again. Files that were uploaded before a connection broke are not uploaded twice. The token is that of
@@ -36,20 +36,21 @@ _WAIT = 1.0  # seconds before the second try; doubles with each try
 # HTTP statuses after which another try may work. 409 and 412: there is a new commit since the files were compared.
 _TEMPORARY = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 # Files that loaders or koclip's card read. They are deleted on the Hub if the directory lacks them.
-_MANAGED = (
+_OF_MODELS = (
     *("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack"),
     *("config.json", "generation_config.json", "*processor_config.json", "tokenizer*.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.*", "merges.txt", "*.model", "adapter_*", LICENCE),
     *(router.FILE, *(f"{folder}/*" for folder in router.FOLDERS)),
 )
+_MANAGED: dict[str, tuple[str, ...]] = {"model": _OF_MODELS, "dataset": ("*.parquet", LICENCE), "space": ()}
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A model or a Space on the Hub. `private` is for a new repository only."""
+    """A model, a data set or a Space on the Hub. `private` is for a new repository only."""
 
     repo_id: str
-    kind: Literal["model", "space"] = "model"
+    kind: Literal["model", "dataset", "space"] = "model"
     private: bool = False
 
     @property
@@ -180,10 +181,11 @@ def _changes(directory: Path, files: Sequence[str], repo: Repository, revision: 
 def _is_managed(name: str, repo: Repository) -> bool:
     """Return whether a push deletes a file of that name if the directory lacks it."""
     path = Path(name)
-    is_managed = name in {f"{onnx.FOLDER}/{file}" for file in onnx.FILES} or (
-        path.parent.as_posix() in (".", ADAPTER) and any(fnmatch.fnmatchcase(path.name, kind) for kind in _MANAGED)
-    )
-    return repo.kind == "model" and is_managed
+    if repo.kind == "model" and name in {f"{onnx.FOLDER}/{file}" for file in onnx.FILES}:
+        return True
+    folders = (".", ADAPTER) if repo.kind == "model" else (".",)
+    matches = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _MANAGED[repo.kind])
+    return path.parent.as_posix() in folders and matches
 
 
 def _is_new_tag(repo: Repository, tag: str, directory: Path, files: Sequence[str]) -> bool:

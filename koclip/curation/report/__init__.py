@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+import koclip
 from koclip import storage
 from koclip.config import check
 from koclip.config.curation import CurateConfig
@@ -107,6 +108,7 @@ def write(
 def _content(counts: _Counts, config: CurateConfig) -> dict[str, Any]:
     captions = {"read": _totals(counts.before), "kept": _totals(counts.after), "dropped": _ordered(counts.captions)}
     return {
+        "koclip": koclip.__version__,
         "rows": {"read": counts.read.total(), "kept": counts.kept.total(), "dropped": _ordered(counts.rows)},
         "captions": captions,
         "lengths": {

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
-import koclip
 from koclip import installation, storage
 from koclip.config import SourceConfig, check
 from koclip.config.curation import CurateConfig
@@ -95,9 +94,12 @@ def facts(config: CurateConfig, read: Mapping[int, int], kept: Mapping[int, int]
     }
 
 
-def write(folder: Path, content: Mapping[str, Any], config: CurateConfig) -> None:
-    """Write README.md, and LICENSE.md if the licence is not a common one. `content` is that of report.json."""
-    storage.replace_text(folder / FILE, str(render(content, config)))
+def write(folder: Path, content: Mapping[str, Any], config: CurateConfig, hub_id: str | None = None) -> None:
+    """Write README.md, and LICENSE.md if the licence is not a common one. `content` is that of report.json.
+
+    With `hub_id`, the card describes the data set of that id on the Hub, which has no dropped rows.
+    """
+    storage.replace_text(folder / FILE, str(render(content, config, hub_id)))
     licence = content["licence"]
     if licence["name"]:
         text = (
@@ -107,8 +109,8 @@ def write(folder: Path, content: Mapping[str, Any], config: CurateConfig) -> Non
         storage.replace_text(folder / LICENCE, text)
 
 
-def render(content: Mapping[str, Any], config: CurateConfig) -> DatasetCard:
-    """Return the card with its metadata."""
+def render(content: Mapping[str, Any], config: CurateConfig, hub_id: str | None = None) -> DatasetCard:
+    """Return the card with its metadata, of a directory or (with `hub_id`) of a data set on the Hub."""
     template = (files("koclip") / "assets" / "data_card.md").read_text(encoding="utf-8")
     names = list(dict.fromkeys(source["name"] for source in content["sources"]))
     fields: dict[str, Any] = {
@@ -124,17 +126,18 @@ def render(content: Mapping[str, Any], config: CurateConfig) -> DatasetCard:
         "pictured": any(source.image is not None for source in config.sources),
         "compared": config.duplicates.enabled,
         "cleaned": config.captions.personal_data,
-        "source": _source(content, config),
+        "source": _source(content, config, hub_id or "'*.parquet'"),
+        "hub_id": hub_id,
         "pictures": {"waterfall": charts.WATERFALL, "lengths": charts.LENGTHS, "balance": charts.QUERIES},
-        "version": koclip.__version__,
+        "version": content["koclip"],
     }
     card: DatasetCard = DatasetCard.from_template(_metadata(content, config), template_str=template, **fields)
     return card
 
 
-def _source(content: Mapping[str, Any], config: CurateConfig) -> str:
-    """Return the result as a source of koclip, in one line of YAML."""
-    options = ["path: '*.parquet'"]
+def _source(content: Mapping[str, Any], config: CurateConfig, path: str) -> str:
+    """Return the result, which is at `path`, as a source of koclip, in one line of YAML."""
+    options = [f"path: {path}"]
     options += ["image: null"] * all(source.image is None for source in config.sources)
     languages = set(content["captions"]["kept"])
     if not languages <= _READ_BY_DEFAULT:

@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from PIL import Image
 
-import koclip
 from koclip import storage
 from koclip.config.curation import CurateConfig
 from koclip.curation.batch import DETAIL, KEY, LOST, NOTES, REASON, Batch, Rows, captions_at
@@ -91,15 +90,23 @@ def write(folder: Path, content: Mapping[str, Any], examples: Examples, rows: Ro
     if config.report.thumbnails != "none":
         keys = {example.key for example in [*listed, *kept.values()]}
         thumbnails = dict(_thumbnails(rows, keys, config.report.thumbnails, config.pictures.max_pixels))
+    fields = _numbers(folder, content) | {"examples": examples, "kept": kept, "thumbnails": thumbnails}
+    storage.replace_text(folder / FILE, render("curation.html", fields | {"shown": config.report.thumbnails}))
+
+
+def write_numbers(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write report.html without examples, and without keys of rows: what may be published."""
+    fields: dict[str, Any] = {"examples": {}, "kept": {}, "thumbnails": {}, "shown": "none"}
+    storage.replace_text(folder / FILE, render("curation.html", _numbers(folder, content) | fields))
+
+
+def _numbers(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the page that do not depend on the examples."""
     order = [*content["rows"]["dropped"], *content["captions"]["dropped"]]
-    fields = {
+    return {
         "content": content,
         "reasons": list(dict.fromkeys(order)),
-        "examples": examples,
-        "kept": kept,
         "paired": _PAIRED,
-        "thumbnails": thumbnails,
-        "shown": config.report.thumbnails,
         "num_examples": NUM_EXAMPLES,
         "sizes": list(_size_table(content["clusters"]["sizes"])),
         "allows": list(ALLOWS.values()),
@@ -108,9 +115,8 @@ def write(folder: Path, content: Mapping[str, Any], examples: Examples, rows: Ro
             for name in (charts.WATERFALL, charts.LENGTHS, charts.QUERIES)
             if (folder / name).is_file()
         },
-        "version": koclip.__version__,
+        "version": content["koclip"],
     }
-    storage.replace_text(folder / FILE, render("curation.html", fields))
 
 
 def _kept(examples: Iterable[Example], rows: Rows) -> dict[str, Example]:
