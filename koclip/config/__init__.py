@@ -34,12 +34,12 @@ from koclip.config.data import DataConfig, SourceConfig, TokenizerConfig
 from koclip.config.evaluation import EvalConfig, EvalSetConfig, RatingsConfig
 from koclip.config.parsing import dump, parse, run, to_dict
 from koclip.config.planning import PlanConfig
+from koclip.config.publishing import PublishConfig
 from koclip.config.recipes import (
     AlignConfig,
     DataSetConfig,
     EvaluateConfig,
     PretrainConfig,
-    PublishConfig,
     TrimConfig,
 )
 from koclip.config.search import IndexConfig
