@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from koclip import storage
-from koclip.config import CurateConfig, check, locate, parse, to_dict
+from koclip.config import ConfigError, CurateConfig, check, locate, parse, to_dict
 from koclip.curation import report
 from koclip.curation.batch import IMAGE, caption_column
 from koclip.curation.captions import without_personal_data
@@ -62,9 +62,12 @@ def read(directory: Path, licenses: Mapping[str, str], data_cards: str | None) -
     is_model = any((directory / name).is_file() for name in ("config.json", "model/config.json"))
     expected = "expected a directory that koclip curate wrote" + "; a model is published with --model" * is_model
     check(all(file.is_file() for file in files), "data", str(directory), expected)
-    content = json.loads(files[0].read_text(encoding="utf-8"))
-    fix = f"expected the report of koclip curate: {_AGAIN}"
-    check("koclip" in content and "licence" in content, f"data: {files[0]}", sorted(content), fix)
+    fix = f"expected the report of this version of koclip curate: {_AGAIN}"
+    try:
+        content = json.loads(files[0].read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ConfigError(f"data: {files[0]} cannot be read: {error}; {fix}") from error
+    check("koclip" in content, f"data: {files[0]}", sorted(content), fix)
     config = parse(CurateConfig, ["--config", str(files[1])])
     names = [source["name"] for source in content["sources"]]
     check(set(licenses) <= set(names), "licenses", sorted(licenses), f"expected names of the sources: {names}")
