@@ -172,8 +172,9 @@ def test_dropped_rows_and_places_of_this_machine_stay_here(clean, tmp_path):
         "sizes": {"3": 1},
         "largest": [{"pictures": 3, "kept": "raw/1", "rows_dropped": 2, "dropped": ["raw/secret_key", "raw/3"]}],
     }
-    rules = {"pairs": PairRules(model=place, drop_share=0.1), "balance": BalanceRules(corpus=[f"{place}.txt"])}
-    texts = staged(data._replace(content=content, config=replace(data.config, **rules)), tmp_path / "staged")
+    pairs, balance = PairRules(model=place, drop_share=0.1), BalanceRules(corpus=[f"{place}.txt"])
+    config = replace(data.config, pairs=pairs, balance=balance)
+    texts = staged(data._replace(content=content, config=config), tmp_path / "staged")
     assert SECRET in (clean / page.FILE).read_text(encoding="utf-8")
     for name, text in texts.items():
         for secret in (SECRET, "secret", str(tmp_path), "raw.parquet", "raw/1"):
