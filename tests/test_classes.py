@@ -11,7 +11,7 @@ from koclip.config import ConfigError
 from koclip.text.classes import fill, load_classes, load_templates
 
 ROOT = Path(__file__).parents[1]
-SIZES = {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 200, "stl10": 10}
+SIZES = {"cifar10": 10, "cifar100": 100, "emoji_kinds": 26, "tiny_imagenet": 200, "stl10": 10}
 LANGUAGES = ("ko", "en")
 CARD = (ROOT / "data_cards" / "class_names.md").read_text(encoding="utf-8")
 # Korean words that mean two things that can be photographed or told.
@@ -109,7 +109,7 @@ def test_every_class_has_one_name_of_its_own_in_each_language(data_set):
     classes = load_classes(data_set)
     assert len(classes) == SIZES[data_set]
     keys = [entry.key for entry in classes]
-    assert keys == sorted(set(keys))  # these four data sets number their labels alphabetically
+    assert keys == sorted(set(keys))  # these data sets number their labels alphabetically
     for language in LANGUAGES:
         names = [entry.names[language] for entry in classes]
         assert len({folded(name) for name in names}) == len(names)
@@ -329,7 +329,7 @@ def test_wrong_templates(tmp_path, text, error):
 
 
 def test_missing_and_unreadable_files(tmp_path):
-    with pytest.raises(ConfigError, match=r"classes: got 'cifar', .*\['cifar10', 'cifar100', 'stl10', "):
+    with pytest.raises(ConfigError, match=r"classes: got 'cifar', .*\['cifar10', 'cifar100', 'emoji_kinds', 'stl10', "):
         load_classes("cifar")
     with pytest.raises(ConfigError, match=r"templates: got '.*', .*\['en', 'ko'\]"):
         load_templates(tmp_path)

@@ -8,10 +8,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize_scalar
 
+from koclip import installation
 from koclip.classifiers.selection import HeldOut
-from koclip.metrics import Metric, calibration_error, mean
+
+installation.require("eval")
+from scipy.optimize import minimize_scalar  # noqa: E402
+
+from koclip.metrics import Metric, calibration_error, mean  # noqa: E402
 
 _RANGE = (0.02, 50.0)  # of the temperature
 _FEWEST = 20  # held-out images

@@ -25,9 +25,9 @@ class EvalSetConfig:
             with the original set. `linear_probe` and `few_shot`: fit a logistic regression on image features.
             `multiple_choice`: choose the text that fits the image; runs on data with questions, such as `scenes`.
         gallery: Further sources. Their captions join the candidates of `retrieval`; their images do not.
-        classes: Names of the classes: `cifar10`, `cifar100`, `stl10`, `tiny_imagenet` or your YAML file
-            (koclip/text/classes.py). Each row is then an image. Default: the caption of an image is the name of its
-            class, and rows with equal images (by content) are one image with all their captions.
+        classes: Names of the classes: `cifar10`, `cifar100`, `emoji_kinds`, `stl10`, `tiny_imagenet` or your YAML
+            file (koclip/text/classes.py). Each row is then an image. Default: the caption of an image is the name of
+            its class, and rows with equal images (by content) are one image with all their captions.
         labels: How `source.label` names a class: `key`, or `number`: its position in the list, from 0. `auto`: `key` if
             all labels of source, train and shifted are keys; `number` if all are numbers, no key is a number and every
             class has an image in each of these sources; otherwise an error.

@@ -112,7 +112,7 @@ class _Loader(yaml.BaseLoader):
 
 
 def load_classes(name: str | Path) -> list[ClassName]:
-    """Return the classes of a built-in data set (cifar10, cifar100, stl10, tiny_imagenet) or of a file.
+    """Return the classes of a built-in data set (cifar10, cifar100, emoji_kinds, stl10, tiny_imagenet) or of a file.
 
     Raises:
         ConfigError: the file is missing or not in the format above; a text is empty or not clean; a class lacks a

@@ -7,6 +7,9 @@ python recipes/benchmarks/few_shot.py --models runs/real_projection/model --sets
 - scene6: six kinds of places; half of the images is tested, and shots come from the other half;
 - tiny_imagenet: 160 classes, which an image tower trained on ImageNet has seen in training.
 
+`--data` is a folder with emoji_dev.parquet, scene6_test.parquet and tiny_imagenet_{train,val}.parquet. Their label is
+the column `subgroup` of emoji, else `key`.
+
 The mean of the draws is compared with zero-shot image by image; the interval is a bootstrap over the test images.
 Settings are chosen by cross-validation of the shots alone, with one image per class by the rule. `choice` is what
 `koclip adapt` keeps. The calibration error is that of the first draw, before and after a temperature from the held-out
