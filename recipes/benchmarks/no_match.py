@@ -1,7 +1,7 @@
 """How often a search shows something for a query without a match: a calibrated threshold against one flat cut-off.
 
-    python recipes/benchmarks/no_match.py --data flickr8k_ko_val.parquet --models runs/a/model runs/b/model runs/c/model
-    python recipes/benchmarks/no_match.py --data flickr8k_ko_val.parquet --models runs/a/model --captions 1
+    python recipes/benchmarks/no_match.py --models runs/a/model runs/b/model runs/c/model
+    python recipes/benchmarks/no_match.py --models runs/a/model --captions 1
 
 Bar of the project: over 200 random splits of the images (half calibrates, half tests), captions whose image was removed
 show something in alpha +- 1 point, for alpha 5, 10 and 20 %. The flat cut-off is the best that one number can do: it is
@@ -106,7 +106,11 @@ def table(rows: list[Row]) -> str:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    options.add_argument("--data", required=True, help="Parquet file with image, captions_ko and captions_en")
+    options.add_argument(
+        "--data",
+        default="data/flickr8k_ko/val.parquet",
+        help="Parquet file with image, captions_ko and captions_en (default: %(default)s)",
+    )
     options.add_argument("--models", nargs="+", required=True, help="two or more for a flat cut-off")
     options.add_argument("--languages", nargs="+", help="of the captions; default: all")
     options.add_argument("--captions", type=int, help="first captions of each image; default: all")
