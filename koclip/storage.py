@@ -146,6 +146,13 @@ def _checksum(file: Path) -> str:
         return hashlib.file_digest(opened, xxhash.xxh3_128).hexdigest()
 
 
+def cpu_name() -> str:
+    """Return the name of the CPU, or its architecture where the system does not say it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def environment(num_processes: int = 1) -> dict[str, Any]:
     """Return the facts that results depend on: versions, hardware, the commit of the code."""
     import torch  # takes seconds, and nothing else here needs it

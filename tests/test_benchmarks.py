@@ -33,6 +33,7 @@ import no_match  # noqa: E402
 import open_clip_weights  # noqa: E402
 import pairs  # noqa: E402
 import parity_open_clip  # noqa: E402
+import plan_predictions  # noqa: E402
 import ratios  # noqa: E402
 import text_batches  # noqa: E402
 import text_memory  # noqa: E402
@@ -45,7 +46,7 @@ pytestmark = pytest.mark.usefixtures("as_before")
     "benchmark",
     [
         *(train_speed, decode_speed, parity_open_clip, gpu, grad_cache, loss_memory, text_batches, text_memory),
-        *(curation_scale, curation_training, few_shot, no_match),
+        *(curation_scale, curation_training, few_shot, no_match, plan_predictions),
     ],
     ids=lambda module: module.__name__,
 )
@@ -140,3 +141,12 @@ def test_decode_speed_prints_every_size(capsys):
 
 def table(capsys) -> list[str]:
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+
+
+def test_the_settings_of_predictions_exist():
+    """Three are fitted, and 17 others are predicted."""
+    options = plan_predictions.parser().parse_args([])
+    settings = (*plan_predictions.FITTED, *plan_predictions.PREDICTED)
+    assert len({setting.name for setting in settings}) == len(settings) == len(plan_predictions.FITTED) + 17 == 20
+    runs = [plan_predictions.plan_config(setting, options, 0).read_run() for setting in settings]
+    assert {run.train.precision for run in runs} == {"fp32", "bf16"}

@@ -199,9 +199,12 @@ def test_gradient_checkpointing_costs_flops_and_saves_memory():
 def test_memory_without_data_equals_that_of_real_tensors(precision):
     run = pretraining(fast=False)
     shapes = counting.Shapes(16, 32, 40)
-    real = counting.step_bytes(build(run, torch.device("cpu")).dual_encoder, shapes, precision)
+    real = counting.step(build(run, torch.device("cpu")).dual_encoder, shapes, precision)
     with counting.without_data(build(run, META).dual_encoder) as encoder:
-        assert counting.step_bytes(encoder, shapes, precision) == pytest.approx(real, rel=0.02)
+        planned = counting.step(encoder, shapes, precision)
+    assert planned.peak == pytest.approx(real.peak, rel=0.02)
+    assert planned.written == pytest.approx(real.written, rel=0.02)
+    assert planned.calls == pytest.approx(real.calls, rel=0.1)  # masks: real ones are looked at, and simplified
 
 
 def test_memory_adds_up():

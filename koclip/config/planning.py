@@ -32,6 +32,8 @@ class PlanConfig:
         utilization: Share of the device's peak FLOPs that training reaches. Not measured: a number that you state.
         steps: Measure this many training steps on this machine, on generated batches. The model gets random weights.
             Then hours follow from the measured speed instead of `device`. 0: no measurement.
+        machine: JSON file of a machine. With `steps`, the measured steps are added to it. Without, the speed and the
+            peak memory of this run are predicted from what the file has. Three different runs are enough.
         watts: Power of a device, W. Default: that of `device`.
         price_per_hour: Price of a device for an hour, in any currency.
         output_file: JSON file of the plan. Default: none.
@@ -48,6 +50,7 @@ class PlanConfig:
     device: str | None = None
     utilization: float = 0.3
     steps: int = 0
+    machine: str | None = None
     watts: float | None = None
     price_per_hour: float | None = None
     output_file: str | None = None

@@ -109,15 +109,24 @@ def loss_flops(pairs: int, global_pairs: int, width: int) -> int:
     return 3 * 2 * pairs * global_pairs * width
 
 
-class _Peak(TorchDispatchMode):
-    """Follows the bytes of all storages that operations allocate, and remembers the most at a time."""
+class Step(NamedTuple):
+    """What a forward and a backward pass do besides FLOPs."""
+
+    peak: int  # the most bytes that are allocated at a time: activations, and the gradients that exist by then
+    written: tuple[int, int]  # bytes of all tensors that the operations allocate: forward, backward
+    calls: tuple[int, int]  # operations: forward, backward
+
+
+class _Meter(TorchDispatchMode):
+    """Counts operations and the bytes of all storages that they allocate, and remembers the most bytes at a time."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes = self.most = 0
+        self.bytes = self.most = self.written = self.calls = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += function.namespace != "prim"  # tensors without data ask for their device before each operation
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
@@ -131,27 +140,25 @@ class _Peak(TorchDispatchMode):
             size = storage.nbytes()
             self._known.add(storage)
             self.bytes += size
+            self.written += size
             weakref.finalize(storage, self._release, size)
 
     def _release(self, size: int) -> None:
         self.bytes -= size
 
 
-def step_bytes(encoder: DualEncoder, shapes: Shapes, precision: str) -> int:
-    """Return the most bytes that a forward and a backward pass allocate at a time, of a model inside `without_data`.
-
-    That is the activations at their peak with the gradients that exist by then. Weights and moments are not counted.
-    """
+def step(encoder: DualEncoder, shapes: Shapes, precision: str) -> Step:
+    """Return what a forward and a backward pass do, of a model inside `without_data`. Weights are not counted."""
     encoder.train()
     encoder.zero_grad(set_to_none=True)
-    with _Peak() as peak:
+    with _Meter() as meter:
         inputs = _image_inputs(encoder, shapes), _text_inputs(encoder, shapes)
         with torch.autocast("cpu", dtype=_DTYPES[precision], enabled=precision != "fp32"):
             embeddings = [_embed(encoder, each) for each in inputs]
+        written, calls = meter.written, meter.calls
         _backward(embeddings)
     encoder.zero_grad(set_to_none=True)
-    most: int = peak.most
-    return most
+    return Step(meter.most, (written, meter.written - written), (calls, meter.calls - calls))
 
 
 def _image_inputs(encoder: DualEncoder, shapes: Shapes) -> dict[str, Any] | None:

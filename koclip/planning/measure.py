@@ -3,6 +3,8 @@
 import itertools
 import resource
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,13 +19,16 @@ from koclip.models.stock import parts
 from koclip.planning.counting import Shapes
 from koclip.planning.models import build
 
+_PEAK_OF_LINUX = Path("/proc/self/clear_refs")  # writing 5 forgets the peak (man 5 proc)
 _WARM_UP = 2  # steps that do not count: buffers are allocated, kernels are chosen
 
 
 def measure(
     run: PretrainConfig | AlignConfig, stage: Stage, shapes: Shapes, width: int, num_steps: int
 ) -> dict[str, float]:
-    """Return `pairs_per_second` of this process, and `memory_gib`, its peak above the memory before the model.
+    """Return `pairs_per_second` and `cpu_seconds` a step of this process, and its peak memory.
+
+    `memory_gib` is the peak above the memory before the model.
 
     Args:
         run: The configuration.
@@ -33,6 +38,7 @@ def measure(
         num_steps: Steps to measure.
     """
     accelerator = training.start(run.train)
+    _forget_peak()
     before = psutil.Process().memory_info().rss
     planned = build(run, torch.device("cpu"))
     planned.attach(run)
@@ -43,14 +49,26 @@ def measure(
     batches = itertools.cycle(list(batch.cut(pieces)))
     for _ in training.steps(state, batches, 0, _WARM_UP, _WARM_UP):
         pass
+    start = time.process_time()
     *_, (_, stats) = training.steps(state, batches, _WARM_UP, _WARM_UP + num_steps, _WARM_UP + num_steps)
+    cpu_seconds = (time.process_time() - start) / num_steps
     memory = stats["memory_gib"] if accelerator.device.type == "cuda" else _peak_gib() - before / 2**30
     training.release(state)
-    return {"pairs_per_second": stats["images_per_second"], "memory_gib": memory}
+    return {"pairs_per_second": stats["images_per_second"], "cpu_seconds": cpu_seconds, "memory_gib": memory}
+
+
+def _forget_peak() -> None:
+    """Let the peak of this process start again from the memory that it has; only Linux can do it."""
+    if _PEAK_OF_LINUX.exists():
+        with _PEAK_OF_LINUX.open("w", encoding="ascii") as file:
+            file.write("5")
 
 
 def _peak_gib() -> float:
-    """Return the most memory that this process has had, GiB."""
+    """Return the most memory that this process has had, GiB; on Linux since `_forget_peak`."""
+    if _PEAK_OF_LINUX.exists():
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

@@ -46,9 +46,8 @@ def show(plan: dict[str, Any], console: Console | None = None) -> None:
     ):
         console.print(line, soft_wrap=True)
     if "hours" not in total:
-        console.print(
-            "For hours: --steps 20 measures on this machine, --device a100 takes a device of the table", soft_wrap=True
-        )
+        console.print("For hours: --steps 20 measures on this machine; --machine FILE predicts from such measurements;")
+        console.print("--device a100 takes a device of the table.")
 
 
 def _parameters(plan: dict[str, Any]) -> Table:
@@ -73,8 +72,9 @@ def _stages(plan: dict[str, Any]) -> Table:
     if "largest_micro_batch" in stages[0]:
         limit = size(stages[0]["memory_limit"])
         table.add_row(f"largest micro-batch in {limit}", *[f"{stage['largest_micro_batch']:,}" for stage in stages])
-    if "measured" in stages[0]:
-        table.add_row("measured peak", *[f"{stage['measured']['memory_gib']:,.2f} GiB" for stage in stages])
+    for source in ("measured", "predicted"):
+        if source in stages[0]:
+            table.add_row(f"{source} peak", *[f"{stage[source]['memory_gib']:,.2f} GiB" for stage in stages])
     for name, label in (("pairs_per_second", "pairs per second"), ("hours", "hours")):
         if name in stages[0]:
             table.add_row(label, *[f"{stage[name]:,.3g}" for stage in stages])

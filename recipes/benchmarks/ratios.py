@@ -7,9 +7,10 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
+
+from koclip import storage
 
 
 def add_timing_options(cli: argparse.ArgumentParser, rounds: int) -> None:
@@ -39,10 +40,7 @@ def spread(own: Sequence[float], peer: Sequence[float]) -> str:
 
 def hardware() -> str:
     """Return a description of the CPU."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
     bf16 = "AMX" if torch.cpu._is_amx_tile_supported() else "no AMX"
     if bf16 == "no AMX" and torch.cpu._is_avx512_bf16_supported():
         bf16 += ", AVX-512 bf16"
-    return f"{name} ({bf16}), {torch.get_num_threads()} of {os.cpu_count()} cores"
+    return f"{storage.cpu_name()} ({bf16}), {torch.get_num_threads()} of {os.cpu_count()} cores"
