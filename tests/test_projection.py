@@ -107,7 +107,8 @@ def test_no_tower_runs_in_a_step_and_the_steps_are_the_same(
         load_file(place / "runs" / f"equal {len(more)} {cached}/model/model.safetensors")
         for cached in ("true", "false")
     )
-    torch.testing.assert_close(first["text_projection.weight"], second["text_projection.weight"], atol=2e-5, rtol=0)
+    # All together: AdamW divides by the size of a gradient, so a weight with hardly any gradient follows rounding.
+    assert (first["text_projection.weight"] - second["text_projection.weight"]).norm() <= 5e-5
 
 
 def test_only_the_projection_learns(place: Path) -> None:
