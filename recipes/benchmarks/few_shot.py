@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from recipe_runs import shown
 from rich.console import Console
 from rich.table import Table
 
@@ -165,11 +166,9 @@ def show(lines: list[Cell]) -> None:
     for name in ("set", "names", "shots", "method", "zero-shot, %", "gain", "error before, %", "after, %", "seconds"):
         table.add_column(name)
     for line in lines:
-        low, high = (100 * end for end in line.gain.ci95)
         errors = [f"{100 * error:.1f}" for error in line.errors or ()] or ["-", "-"]
-        gain = f"{100 * line.gain.value:+.1f} ({low:+.1f} to {high:+.1f})"
         start = [line.set, line.language, str(line.shots), line.method, f"{100 * line.zero_shot:.1f}"]
-        table.add_row(*start, gain, *errors, f"{line.seconds:.0f}")
+        table.add_row(*start, shown(line.gain, "+"), *errors, f"{line.seconds:.0f}")
     Console(width=140).print(table)
     own = [line for line in lines if line.method != "zero_shot"]
     below = [line for line in own if line.gain.ci95[1] < ALLOWED]

@@ -1,13 +1,13 @@
 """What `koclip adapt` leaves: the classifier, its card, the reliability diagram and the table on the terminal."""
 
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from rich.table import Table
 
+import koclip
 from koclip import storage
 from koclip.classifiers import calibration
 from koclip.classifiers.directory import NONE, WEIGHTS, save_classifier
@@ -16,7 +16,7 @@ from koclip.config import AdaptConfig, to_dict
 from koclip.encoders import Encoder
 from koclip.evaluation.adapt import Adapted, Candidate
 from koclip.evaluation.report.charts import GREY, colour, korean_style, save
-from koclip.evaluation.report.table import console
+from koclip.evaluation.report.table import console, markdown_table
 from koclip.metrics import Metric
 
 CARD, PICTURE = "README.md", "reliability.png"
@@ -100,7 +100,7 @@ def _facts(config: AdaptConfig, result: Adapted, encoder: Encoder) -> dict[str, 
             "n": count,
         }
     return {
-        "koclip": version("koclip"),
+        "koclip": koclip.__version__,
         "method": fitted.method,
         "settings": fitted.settings,
         "chosen_by": fitted.chosen_by,
@@ -199,5 +199,4 @@ def _calibrated(result: Adapted) -> Iterator[tuple[str, ...]]:
 
 
 def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [header, tuple("---" for _ in header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return markdown_table([header, ["---"] * len(header), *rows])

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from koclip.evaluation.forgetting import HEADING, Comparison, comparisons
 from koclip.evaluation.report.charts import GREY, WORSE, colour, percents
-from koclip.evaluation.report.table import Cell, cell, console, escaped, percent
+from koclip.evaluation.report.table import Cell, cell, console, escaped, markdown_table, percent
 from koclip.evaluation.results import Record
 
 COLUMNS = ("", "language", "n", "source", "model", "model minus source", "kept")
@@ -88,8 +88,7 @@ def markdown(compared: Sequence[Row], model: str, source: str) -> str:
     """Return the rows of a model as a section of a Markdown page."""
     lines = [("data set", *COLUMNS), ("---", "---", "---", "--:", *["--:"] * 4)]
     lines += [(row.dataset, *row.texts) for row in compared]
-    table = "\n".join(f"| {' | '.join(map(escaped, line))} |" for line in lines)
-    return f"## {HEADING}: {escaped(model)}\n\nThe source is {escaped(source)}. {NOTE}\n\n{table}\n"
+    return f"## {HEADING}: {escaped(model)}\n\nThe source is {escaped(source)}. {NOTE}\n\n{markdown_table(lines)}\n"
 
 
 def chart(records: Sequence[Record], dataset: str) -> Figure | None:

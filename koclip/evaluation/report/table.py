@@ -222,7 +222,12 @@ def _rows(lines: Sequence[Line], labels: Sequence[str]) -> str:
     for line in lines:
         cells = [str(cell) if cell else "" for cell in line.cells]
         rows.append([line.label, line.language, f"{line.n:,}", *cells])
-    return "\n".join(f"| {' | '.join(map(escaped, row))} |" for row in rows)
+    return markdown_table(rows)
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; the second line aligns the columns."""
+    return "\n".join(f"| {' | '.join(map(escaped, line))} |" for line in lines)
 
 
 def escaped(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Queries whose image is not there: how many of them show something, and how many of the others still show theirs.
+"""Queries without their image: how many show something, and how many of the other queries still show their image.
 
 A caption is searched among the images of the others, where it has no match. Half of the images calibrate a threshold
 (`koclip.classifiers.conformal`) by the best scores of their captions; the other half tests it. `shown@5` is the share
